@@ -1,0 +1,42 @@
+# `make demo` and `make test` work on a fresh machine with Python >= 3.11 and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNTIME ?= cpu
+FROM ?=
+
+.PHONY: demo test check bench peers clean
+
+demo: .venv/ready
+	$(BIN)/cxrloop demo $(if $(FROM),--from "$(FROM)")
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+bench: .venv/ready
+	$(BIN)/python bench/creep.py
+	$(BIN)/python bench/demo_recipe.py
+
+# The programs that tests marked `peer` talk to: dcmtk, orthanc, dicom3tools, systemd-analyze.
+peers:
+	@if command -v dcmsend >/dev/null && { command -v Orthanc || test -x /usr/sbin/Orthanc; } >/dev/null \
+	  && command -v dciodvfy >/dev/null && command -v systemd-analyze >/dev/null; then echo "peers: all here"; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -q -y --no-install-recommends dcmtk orthanc dicom3tools systemd; \
+	else echo "peers: need root and apt: apt-get install dcmtk orthanc dicom3tools systemd"; fi
+
+# One stamp: the environment is rebuilt when pyproject.toml changes, and only then.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[$(RUNTIME),train,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv demo
