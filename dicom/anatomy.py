@@ -87,8 +87,13 @@ def breathe(body: Body, rng: Seed, ap: bool) -> Body:
 # --------------------------------------------------------------------------------------------------------- the chest
 
 
-def chest(x: Array, y: Array, b: Body, shown: dict[str, float], mottle: Array, rng: Seed, ap: bool) -> Array:
-    """float32 density, 0 in air, about 1 behind the heart."""
+def chest(
+    x: Array, y: Array, b: Body, shown: dict[str, float], lesion: dict[str, Seed], mottle: Array, rng: Seed, ap: bool
+) -> Array:
+    """float32 density, 0 in air, about 1 behind the heart.
+
+    A finding draws its place from its own generator in `lesion`, so a film with it and one without differ there only.
+    """
     spine = x - b.curve * np.sin(2.5 * y + 0.5)
     away = np.abs(x)
     left = x > 0  # the patient's left is the image's right
@@ -110,9 +115,9 @@ def chest(x: Array, y: Array, b: Body, shown: dict[str, float], mottle: Array, r
     middle = _mediastinum(spine - b.turn, y, b)
     air = (lung * fill + recess) * (1 - 0.90 * heart) * (1 - 0.85 * middle) * (1 + 0.05 * mottle)
     if "effusion" in shown:
-        air = air * (1 - 0.95 * _effusion(x, away, y, floor, b, cage, shown["effusion"], rng))
+        air = air * (1 - 0.95 * _effusion(x, away, y, floor, b, cage, shown["effusion"], lesion["effusion"]))
     if "opacity" in shown:
-        air = air * (1 - _opacity(x, y, b, shown["opacity"], mottle, rng))
+        air = air * (1 - _opacity(x, y, b, shown["opacity"], mottle, lesion["opacity"]))
 
     side = 0.25 + 0.75 * soft(y + 0.80, 0.05) - (0.86 - b.half - 0.10 * b.fat) * soft(y + 0.22, 0.12)
     thick = np.sqrt(np.clip(1 - (away / side) ** 2, 0, 1)) * (0.72 + 0.12 * b.fat) * (1 + 0.25 * soft(y - 0.5, 0.15))
@@ -121,7 +126,7 @@ def chest(x: Array, y: Array, b: Body, shown: dict[str, float], mottle: Array, r
     density += lung * (1 - heart) * 0.10 * _vessels(x, y, b, rng)
     density += b.breast * 0.13 * _breasts(away, y, b)
     if "nodule" in shown:
-        cx, cy, r = *_inside(b, rng), rng.uniform(0.022, 0.045)
+        (cx, cy), r = _inside(b, lesion["nodule"]), lesion["nodule"].uniform(0.022, 0.045)
         density += (0.06 + 0.20 * shown["nodule"]) * soft(r - np.hypot(x - cx, y - cy), 0.012)
     gas = np.hypot((x - 0.33) / 0.13, (y - b.dome[1] - 0.13) / 0.06)
     density -= rng.uniform(0, 0.22) * soft(1 - gas, 0.3) * soft(y - floor - 0.02, 0.01)  # stomach bubble
@@ -226,27 +231,27 @@ def _inside(b: Body, rng: Seed) -> tuple[float, float]:
     return side * rng.uniform(0.26 + 0.12 * (side > 0) * (y > 0), 0.82 * b.half - 0.1 * (y < -0.3)), y
 
 
-def _effusion(x: Array, away: Array, y: Array, floor: Array, b: Body, cage: Array, strength: float, rng) -> Array:
-    """0..1 fluid: fills one costophrenic angle (both in a quarter of cases) under a meniscus that climbs the wall."""
+def _effusion(x: Array, away: Array, y: Array, floor: Array, b: Body, cage: Array, strength: float, rng: Seed) -> Array:
+    """0..1 fluid: fills one costophrenic angle (both in half of the cases) under a meniscus that climbs the wall."""
     side = rng.integers(2)
-    both = rng.random() < 0.25
+    both = rng.random() < 0.5
     fluid = np.zeros_like(x)
     for s in (0, 1):
         if s != side and not both:
             continue
         corner = b.dome[s] + b.arch[s] * (b.half - 0.30) ** 2
-        depth = 0.05 + 0.42 * strength * (1.0 if s == side else rng.uniform(0.3, 0.9))
+        depth = 0.07 + 0.50 * strength * (1.0 if s == side else rng.uniform(0.3, 0.9))
         level = corner - depth * (0.35 + 0.65 * np.clip(away / b.half, 0, 1.1) ** 2)
         fluid += soft(y - level, 0.016 + 0.02 * strength) * cage * (x > 0 if s else x <= 0)
     return fluid
 
 
 def _opacity(x: Array, y: Array, b: Body, strength: float, mottle: Array, rng: Seed) -> Array:
-    """0..1 share of air lost: a patchy cloud in one lung (two clouds in a third of cases)."""
+    """0..1 share of air lost: a patchy cloud in one lung (two clouds in half of the cases)."""
     total = np.zeros_like(x)
-    for _ in range(1 + (rng.random() < 0.33)):
+    for _ in range(1 + (rng.random() < 0.5)):
         cx, cy = _inside(b, rng)
-        rx, ry = rng.uniform(0.09, 0.17, 2)
+        rx, ry = rng.uniform(0.12, 0.24, 2)
         d = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2
         total += np.clip(np.exp(-np.minimum(d, 20) * 0.8) * (1 + 0.45 * mottle), 0, 1)
-    return np.minimum(total, 1) * (0.10 + 0.62 * strength)
+    return np.minimum(total, 1) * (0.14 + 0.66 * strength)

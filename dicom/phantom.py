@@ -105,16 +105,17 @@ def film(
     rng = np.random.default_rng(seed)
     body = build(np.random.default_rng(seed if anatomy is None else anatomy), sex, age_years)
     body = breathe(body, rng, view == "AP")
-    x, y = _grid(size, rng, turn=4.0)
+    x, y = _grid(size, rng, turn=3.0)
     mottle = _mottle(size, rng)
-    density = chest(x, y, body, shown, mottle, rng, view == "AP")
+    lesion = {name: np.random.default_rng([seed, i]) for i, name in enumerate(FINDINGS)}
+    density = chest(x, y, body, shown, lesion, mottle, rng, view == "AP")
     return _expose(density, rng, marker="L" if rng.random() < 0.5 else "R", noisy=1.5 if view == "AP" else 1.0)
 
 
 def lateral(seed: int, size: int = SIZE) -> Array:
     """uint16 [size, size], 12 bit: a lateral chest, which a frontal model must never score."""
     rng = np.random.default_rng(seed)
-    x, y = _grid(size, rng, turn=4.0)
+    x, y = _grid(size, rng, turn=3.0)
     trunk = np.sqrt(np.clip(1 - (np.abs(x - 0.02) / (0.74 + 0.12 * soft(y + 0.1, 0.4))) ** 2, 0, 1))
     thick = trunk * (0.95 + 0.2 * soft(y - 0.4, 0.2))
     lung = soft(0.92 - np.hypot((x - 0.02 - 0.06 * y) / 0.62, (y + 0.10) / 0.72), 0.03)
@@ -131,7 +132,7 @@ def lateral(seed: int, size: int = SIZE) -> Array:
 def hip(seed: int, size: int = SIZE) -> Array:
     """uint16 [size, size], 12 bit: a pelvis and two hips, plainly not a chest."""
     rng = np.random.default_rng(seed)
-    x, y = _grid(size, rng, turn=4.0)
+    x, y = _grid(size, rng, turn=3.0)
     away = np.abs(x)
     thick = 0.55 * np.sqrt(np.clip(1 - (away / (0.95 - 0.1 * soft(-y, 0.4))) ** 2, 0, 1))
     thick = thick * (1 - 0.5 * soft(0.07 - away, 0.05) * soft(y - 0.45, 0.1))  # between the thighs
@@ -159,8 +160,8 @@ def hip(seed: int, size: int = SIZE) -> Array:
 def _grid(size: int, rng: Seed, turn: float) -> tuple[Array, Array]:
     """x, y float32 [size, size] after the film's own shift, tilt and magnification."""
     line = np.linspace(-1, 1, size, dtype=np.float32)
-    angle, scale = np.radians(rng.normal(0, turn / 2)), rng.uniform(0.90, 1.12)
-    dx, dy = rng.normal(0, 0.045, 2)
+    angle, scale = np.radians(rng.normal(0, turn / 2)), rng.uniform(0.92, 1.08)
+    dx, dy = rng.normal(0, 0.03, 2)
     c, s = np.float32(np.cos(angle) / scale), np.float32(np.sin(angle) / scale)  # float32 stays float32
     x, y = line[None, :] - np.float32(dx), line[:, None] - np.float32(dy)
     return c * x + s * y, c * y - s * x
