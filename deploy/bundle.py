@@ -134,3 +134,9 @@ def _copy_hashed(source: Path, target: Path) -> str:
 
     write_synced(target, chunks(), 0o444)  # read-only: an accident should need intent
     return digest.hexdigest()
+
+
+def sweep(models: Path) -> None:
+    """Remove what a crash in the middle of sealing left behind; call it where nobody seals."""
+    for left in models.glob(".*.tmp"):
+        shutil.rmtree(left)

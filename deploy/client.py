@@ -11,8 +11,8 @@ import numpy as np
 CONNECT_S, ANSWER_S, LOAD_S = 2.0, 60.0, 300.0  # loading a large bundle on a busy GPU takes minutes at worst
 
 
-class ServerAway(Exception):
-    """No answer at the URL: not started, stopped, or too slow."""
+class ServerDown(Exception):
+    """Nobody to ask now: not started, stopped, too slow, busy, or no model in service. Ask again later."""
 
 
 class ServerRefused(Exception):
@@ -31,7 +31,7 @@ class Client:
         self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout, connect=CONNECT_S), trust_env=False)
 
     def predict(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray]:
-        """(bundle, findings, probabilities float64 [N, F]) of plates uint8 [N, 512, 512]; ServerRefused, ServerAway."""
+        """(bundle, findings, probabilities float64 [N, F]) of plates uint8 [N, 512, 512]; ServerRefused, ServerDown."""
         body = io.BytesIO()
         np.lib.format.write_array(body, np.ascontiguousarray(plates), allow_pickle=False)
         answer = self._ask("POST", "/predict", content=body.getvalue())
@@ -62,11 +62,13 @@ class Client:
         try:
             response = self._http.request(method, path, **arguments)
         except httpx.TransportError as away:
-            raise ServerAway(f"no answer from {self._http.base_url}{path}: {away or type(away).__name__}") from None
+            raise ServerDown(f"no answer from {self._http.base_url}{path}: {away or type(away).__name__}") from None
         try:
             answer = response.json()
         except ValueError:
             raise ServerRefused(response.status_code, f"{path} answered {response.status_code} without JSON") from None
+        if response.status_code == 503:
+            raise ServerDown(answer.get("error", "not ready"))
         if response.status_code != 200:
             raise ServerRefused(response.status_code, answer.get("error", "no reason given"), answer.get("bundle"))
         return answer

@@ -40,6 +40,8 @@ def load(model: bytes, provider: str = "auto", threads: int | None = None):
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the learner shares these cores
+    # a graph may name files that hold its weights: nobody sealed those, so look for them where nothing is
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/nonexistent")
     if threads is not None:
         options.intra_op_num_threads = threads
     wanted: list = [NAMES["cpu"]]

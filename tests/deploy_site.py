@@ -6,6 +6,7 @@ The model: mean-pool the plate to 4 x 4, then one MatMul a finding. Nothing here
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from onnx import TensorProto, helper
 
 from deploy import registry
 from deploy.adopt import import_onnx
-from deploy.bundle import seal
+from deploy.bundle import PURPOSE, bundle_id, seal, sha256_of
 from deploy.client import Client
+from deploy.durable import sign
 from deploy.keys import new_keys, read_private
+from deploy.parts import PARTS
 
 FINDINGS = ("effusion", "pneumonia", "nodule")
 GRID = 4
@@ -27,7 +30,7 @@ AT = "2026-01-05T02:00:00Z"
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write_model(path: Path, seed: int = 0, scale: float = 1.0, work: int = 0, **off) -> Path:
+def write_model(path: Path, seed: int = 0, scale: float = 1.0, work: int = 0, white_is_nan=False, **off) -> Path:
     """An ONNX file; `work` adds that many large MatMuls to a run, `off` breaks the contract by overriding a shape."""
     rng = np.random.default_rng(seed)
     cells, side = GRID * GRID, 512
@@ -56,6 +59,14 @@ def write_model(path: Path, seed: int = 0, scale: float = 1.0, work: int = 0, **
         nodes.append(helper.make_node("Add", ["bare", "column"], ["slow"]))
         constants["axes"] = np.array([1, 2], np.int64)
         last = "slow"
+    if white_is_nan:
+        constants["one"] = np.float32(1)
+        nodes.append(helper.make_node("Sub", ["one", "embedding"], ["dark"]))
+        nodes.append(helper.make_node("Log", ["dark"], ["log"]))
+        nodes.append(helper.make_node("Gather", ["log", "axis"], ["corner"], axis=1))
+        nodes.append(helper.make_node("Sub", ["corner", "corner"], ["nought"]))  # -inf minus -inf is NaN
+        nodes.append(helper.make_node("Add", [last, "nought"], ["spoilt"]))
+        last = "spoilt"
     nodes.append(helper.make_node("Identity", [last], ["logits"]))
     outputs = {
         "logits": ["N", len(FINDINGS)],
@@ -112,18 +123,23 @@ class Site:
             np.savez(parts / "probe.npz", plates=probe["plates"], logits=probe["logits"] + 0.5)
         return seal(parts, self.models, self.key)
 
-    def edit_card(self, bundle: str, **fields) -> None:
-        """Change card.json of a sealed bundle behind the seal's back."""
-        path = self.models / bundle / "card.json"
-        card = json.loads(path.read_text()) | fields
-        path.chmod(0o644)
-        path.write_text(json.dumps(card))
+    def add_of_plate_version(self, version: int, seed: int) -> str:
+        """A bundle signed with the right key, as another version of cxrloop would have sealed it."""
+        parts = make_parts(self.folder / f"parts{seed}", seed)
+        card = json.loads((parts / "card.json").read_text()) | {"plate_version": version}
+        (parts / "card.json").write_text(json.dumps(card))
+        files = {name: sha256_of(parts / name) for name in PARTS}
+        body = {"bundle": bundle_id(files), "files": files}
+        sealed = {**body, "signature": sign(PURPOSE, body, self.key)}
+        (parts / "seal.json").write_text(json.dumps(sealed))
+        shutil.move(parts, self.models / body["bundle"])
+        return body["bundle"]
 
 
 @contextlib.contextmanager
 def serving(site: Site, *arguments: str) -> Iterator[tuple[subprocess.Popen, Client]]:
     """A real `python -m deploy.server` on a free port and a client of it; killed at the end."""
-    process, url = start(site, *arguments)
+    process, url = start(site.site, *arguments)
     try:
         with Client(url) as client:
             yield process, client
@@ -132,20 +148,9 @@ def serving(site: Site, *arguments: str) -> Iterator[tuple[subprocess.Popen, Cli
         process.communicate(timeout=10)
 
 
-def start(site: Site, *arguments: str) -> tuple[subprocess.Popen, str]:
+def start(site: Path, *arguments: str) -> tuple[subprocess.Popen, str]:
     """The server's process and URL, after its ready line."""
-    command = [
-        sys.executable,
-        "-m",
-        "deploy.server",
-        "--site",
-        str(site.site),
-        "--port",
-        "0",
-        "--threads",
-        "1",
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "deploy.server", "--site", str(site), "--port", "0", "--threads", "1", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     said = ""
