@@ -1,0 +1,88 @@
+"""The state of a round on disk: one safetensors file, tensors and a JSON header, replaced whole.
+
+Holds every number the next step depends on, so that a resumed round equals an uninterrupted one. Never pickles.
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from learner.backbone import Plan
+from learner.distill import State
+from learner.heads import Network
+from learner.round_dir import write_atomic
+
+CURSOR = ("phase", "step", "burst", "bursts", "micro", "collapsed_for", "notes")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+
+
+class CheckpointError(ValueError):
+    """A state file that doesn't belong here: says why."""
+
+
+def save_state(path: Path, state: State, header: dict[str, Any]) -> None:
+    """Write student, teacher, centre, optimiser and cursor; `header` is the caller's JSON."""
+    tensors = {f"student.{k}": v for k, v in state.student.state_dict().items()}
+    tensors |= {f"teacher.{k}": v for k, v in state.teacher.state_dict().items()}
+    tensors["centre"] = state.dino.centre
+    for name, parameter in state.student.named_parameters():
+        for moment in MOMENTS:
+            if moment in state.optimiser.state.get(parameter, {}):
+                tensors[f"optimiser.{moment}.{name}"] = state.optimiser.state[parameter][moment]
+    cursor = {key: getattr(state, key) for key in CURSOR} | {"scaler": state.scaler.state_dict()}
+    write_file(path, tensors, {**header, "cursor": cursor})
+
+
+def load_state(path: Path, state: State) -> dict[str, Any]:
+    """Put a saved state into a freshly made one of the same shapes; returns the caller's header."""
+    tensors, header = read_file(path)
+    load_network(state.student, tensors, "student.")
+    load_network(state.teacher, tensors, "teacher.")
+    state.dino.centre.copy_(tensors["centre"])
+    for name, parameter in state.student.named_parameters():
+        saved = {m: tensors[f"optimiser.{m}.{name}"] for m in MOMENTS if f"optimiser.{m}.{name}" in tensors}
+        if saved:
+            state.optimiser.state[parameter] = {m: v.clone() if m == "step" else v.to(parameter.device) for m, v in saved.items()}
+    cursor = header.pop("cursor")
+    for key in CURSOR:
+        setattr(state, key, cursor[key])
+    state.scaler.load_state_dict(cursor["scaler"])
+    return header
+
+
+def save_weights(path: Path, state: State, plan: Plan, findings: tuple[str, ...]) -> None:
+    """The parent of a later round: networks and centre, with what it takes to rebuild them."""
+    tensors = {f"student.{k}": v for k, v in state.student.state_dict().items()}
+    tensors |= {f"teacher.{k}": v for k, v in state.teacher.state_dict().items()} | {"centre": state.dino.centre}
+    write_file(path, tensors, {"plan": plan, "findings": list(findings), "recipe": state.recipe.to_dict()})
+
+
+def load_network(network: Network, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Load `prefix`ed tensors; raises CheckpointError naming the first that doesn't fit."""
+    mine = network.state_dict()
+    for key, value in mine.items():
+        saved = tensors.get(prefix + key)
+        if saved is None or saved.shape != value.shape:
+            had = "missing" if saved is None else f"of shape {list(saved.shape)}"
+            raise CheckpointError(f"{prefix}{key} is {had}, this recipe needs {list(value.shape)}; use the parent's sizes")
+        value.copy_(saved)
+
+
+def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    flat = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_atomic(path, save(flat, metadata={"header": json.dumps(header)}))
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get("header", "{}"))
+        return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
+
+
+assert {f.name for f in fields(State)} >= set(CURSOR)

@@ -1,0 +1,106 @@
+"""The two heads on a backbone, and the network that carries them over many crops at once.
+
+Shapes only: no loss, no optimiser, no image file. Views go in and logits come out *view-major*: all films of view 0,
+then all of view 1, and so on.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from learner.backbone import Backbone, Plan, build
+from learner.recipe import Recipe
+
+
+class DinoHead(nn.Module):
+    """CLS (N, D) -> prototype logits (N, K): an MLP, L2 norm, then cosines to K prototypes (weight norm, g frozen at 1)."""
+
+    def __init__(self, dim: int, prototypes: int, hidden: int, bottleneck: int, batch_norm: bool = False) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inner in (dim, hidden):
+            layers.append(nn.Linear(inner, hidden))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(hidden))
+            layers.append(nn.GELU())
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        self.apply(small_init)
+        self.last_layer = Prototypes(bottleneck, prototypes)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(cls), dim=-1))
+
+
+class Prototypes(nn.Module):
+    """Weight-normalised linear layer without bias: w = g v / |v| by row, g = 1 and never trained."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=False)
+        self.weight_v = nn.Parameter(nn.init.trunc_normal_(torch.empty(count, width), std=0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True))
+
+
+class ClassHead(nn.Module):
+    """CLS (N, D) -> one logit a finding (N, F): Linear-ReLU-Linear-ReLU-Linear."""
+
+    def __init__(self, dim: int, findings: int, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, findings)
+        )
+        self.apply(small_init)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        return self.mlp(cls)
+
+    def gradient(self, cls: Tensor) -> Tensor:
+        """d logit / d CLS in closed form: (N, F, D); plain products, so that it exports."""
+        first, second, last = self.mlp[0], self.mlp[2], self.mlp[4]
+        one = first(cls)
+        two = second(one.relu())
+        back = last.weight[None] * (two > 0).to(cls.dtype)[:, None]  # (N, F, hidden)
+        back = (back @ second.weight) * (one > 0).to(cls.dtype)[:, None]
+        return back @ first.weight
+
+
+def small_init(module: nn.Module) -> None:
+    """Linear layers: truncated normal of deviation .02, bias 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+class Network(nn.Module):
+    """Backbone, prototype head and class head; student and teacher are two of these."""
+
+    def __init__(self, backbone: Backbone, head: DinoHead, cls_head: ClassHead) -> None:
+        super().__init__()
+        self.backbone, self.head, self.cls_head = backbone, head, cls_head
+
+    def forward(self, views: list[Tensor], cls_views: int = 2) -> tuple[Tensor, Tensor]:
+        """Views of B films, largest first -> prototype logits (V B, K) and class logits of the first two (2 B, F)."""
+        cls = self.encode(views)
+        return self.head(cls), self.cls_head(cls[: cls_views * views[0].shape[0]])
+
+    def encode(self, views: list[Tensor]) -> Tensor:
+        """One backbone pass a resolution: (V B, D), view-major."""
+        outputs, start = [], 0
+        for end in range(1, len(views) + 1):
+            if end == len(views) or views[end].shape[-1] != views[start].shape[-1]:
+                outputs.append(self.backbone(torch.cat(views[start:end])))
+                start = end
+        return torch.cat(outputs)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Class logits (B, F)."""
+        return self.cls_head(self.backbone(images))
+
+
+def make_network(plan: Plan, recipe: Recipe, findings: int, drop_path: float = 0.0) -> Network:
+    """A network of this plan with random weights from the current torch seed."""
+    backbone = build(plan, recipe.pos_embed, drop_path)
+    head = DinoHead(backbone.dim, recipe.prototypes, recipe.head_hidden, recipe.bottleneck)
+    return Network(backbone, head, ClassHead(backbone.dim, findings, recipe.class_hidden))

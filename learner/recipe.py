@@ -1,0 +1,175 @@
+"""Recipes: every number that decides what a round learns, frozen, named and printable.
+
+A recipe knows no file of the site and no torch; the agent resolves it, writes it into the manifest and the card,
+and the learner refuses a manifest whose recipe has a key too many or too few.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+
+class RecipeError(ValueError):
+    """A recipe key or value that isn't one: says which, and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of one round; the defaults are the published ones of DISTL (`distl`, profile `gpu`)."""
+
+    name: str = "distl"
+    profile: str = "gpu"
+    # -- the network
+    arch: str = "vit_small_patch16"  # vit_{tiny,small,base}_patchN, optionally _depthM; used when backbone = "random"
+    backbone: str = "random"  # "random", a timm hub name, or the path of a .safetensors file (its shape is inferred)
+    pos_embed: str = "dino"  # how position embeddings are resampled to other sizes: "dino" or "timm"
+    image_size: int = 256
+    local_size: int = 128
+    local_views: int = 8
+    mean: float = 0.0  # grey level subtracted / divided after scaling to [0, 1]; DISTL does neither
+    std: float = 1.0
+    prototypes: int = 65536
+    head_hidden: int = 2048
+    bottleneck: int = 256
+    class_hidden: int = 256
+    drop_path: float = 0.1  # of the student only
+    # -- optimisation
+    epochs: int = 5
+    t0_epochs: int = 5
+    batch: int = 16
+    lr: float = 5e-5  # for a batch of 16; scaled linearly
+    t0_lr: float = 5e-5
+    lr_min: float = 1e-6
+    warmup_epochs: int = 1
+    weight_decay: float = 0.01
+    clip: float = 3.0  # per parameter tensor; 0 = none
+    freeze_last: int = 1  # epochs during which the prototype layer stays still
+    # -- the three signals
+    lam: float = 0.5  # share of self-supervision; 1 - lam is self-training or labels
+    alpha: bool = True  # ramp of the self-training term, 2 (e + 1) / E
+    teacher_temp: float = 0.04
+    student_temp: float = 0.1
+    centre_momentum: float = 0.9
+    ema_base: float = 0.9995
+    correct_every: int = 500  # unlabelled steps between two passes over the labelled films; 0 = never
+    correct_first: bool = True  # also after step 0, whose learning rate is 0 (as published)
+    correct_loss: str = "mix"  # "mix" = self-supervision and labels, "ce" = labels only
+    # -- views
+    global_scale: tuple[float, float] = (0.75, 1.0)
+    local_scale: tuple[float, float] = (0.2, 0.6)
+    flip: bool = False  # a mirrored chest is a finding (dextrocardia): off unless a site asks
+    rotate: float = 15.0  # degrees either way
+    global_noise: float = 0.3  # chance of each of autocontrast, equalise and blur
+    local_noise: float = 0.5
+    # -- what is exported, and how it runs
+    serve: str = "student"  # whose weights become the model: "student" (as published) or "teacher"
+    poison_teacher: bool = False  # inverts the teacher's class logits: a bad night on purpose, recorded in the card
+    seed: int = 0
+    threads: int = 0  # CPU threads; 0 = all cores (then a resumed round equals to 1e-6, not bitwise, on other machines)
+    device: str = "auto"  # "auto", "cpu" or "cuda"
+    precision: str = "auto"  # "auto" = bf16, else fp16, on CUDA and fp32 on the CPU; or "fp32"
+    micro_batch: int = 0  # films in one pass; 0 = the whole batch (halved when memory runs out)
+    checkpoint_seconds: int = 60
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, every key present."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """The recipe of a manifest; raises RecipeError for a missing, unknown or wrong key."""
+        missing = sorted({f.name for f in fields(cls)} - set(values))
+        if missing:
+            raise RecipeError(f"recipe: missing {', '.join(missing)}; write the resolved recipe, all keys")
+        return cls().override(values)
+
+    def override(self, values: Mapping[str, Any]) -> "Recipe":
+        """The same recipe with some keys changed; raises RecipeError."""
+        clean = {key: _typed(key, value, getattr(Recipe(), _known(key))) for key, value in values.items()}
+        return _checked(replace(self, **clean))
+
+
+CHOICES = {
+    "pos_embed": ("dino", "timm"),
+    "correct_loss": ("mix", "ce"),
+    "serve": ("student", "teacher"),
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "fp32"),
+}
+MAY_BE_ZERO = {"local_views", "correct_every", "freeze_last", "warmup_epochs", "micro_batch", "seed", "threads", "checkpoint_seconds"}
+
+RECIPES: dict[str, Recipe] = {"distl": Recipe()}
+
+# What a profile changes in any recipe: sizes, and the settings that only make sense at that size.
+PROFILES: dict[str, dict[str, Any]] = {
+    "gpu": {},
+    "cpu": {
+        "arch": "vit_tiny_patch16", "image_size": 128, "local_size": 64, "local_views": 4, "prototypes": 4096,
+        "head_hidden": 512, "bottleneck": 128, "t0_epochs": 20, "correct_every": 10, "correct_first": False,
+        "lr": 1e-4, "t0_lr": 2e-4, "threads": 2, "device": "cpu",
+    },
+    "demo": {
+        "arch": "vit_tiny_patch16", "image_size": 96, "local_size": 48, "local_views": 2, "prototypes": 1024,
+        "head_hidden": 256, "bottleneck": 64, "t0_epochs": 20, "correct_every": 5, "correct_first": False,
+        "lr": 2e-4, "t0_lr": 3e-4, "ema_base": 0.99, "mean": 0.5, "std": 0.25, "threads": 2, "device": "cpu",
+        "checkpoint_seconds": 20,
+    },
+}  # fmt: skip
+
+
+def resolve(name: str, profile: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe `name` at the sizes of `profile`, with the site's own keys on top; raises RecipeError."""
+    if name not in RECIPES:
+        raise RecipeError(f'recipe = "{name}": no such recipe; there is {", ".join(sorted(RECIPES))}')
+    if profile not in PROFILES:
+        raise RecipeError(f'profile = "{profile}": no such profile; there is {", ".join(PROFILES)}')
+    sized = RECIPES[name].override({**PROFILES[profile], "profile": profile})
+    return sized.override(overrides or {})
+
+
+def _known(key: str) -> str:
+    names = [f.name for f in fields(Recipe)]
+    if key not in names:
+        near = difflib.get_close_matches(key, names, n=1)
+        raise RecipeError(f"recipe: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return key
+
+
+def _typed(key: str, value: Any, default: Any) -> Any:
+    if isinstance(default, bool) or isinstance(value, bool):
+        fits = isinstance(default, bool) and isinstance(value, bool)
+    elif isinstance(default, tuple):
+        fits = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
+        value = tuple(float(v) for v in value) if fits else value
+    elif isinstance(default, float):
+        fits = isinstance(value, (int, float))
+        value = float(value) if fits else value
+    else:
+        fits = isinstance(value, type(default))
+    if not fits:
+        raise RecipeError(f"recipe: {key} = {value!r}: expected {type(default).__name__}")
+    return value
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    for key, allowed in CHOICES.items():
+        if getattr(recipe, key) not in allowed:
+            raise RecipeError(f'recipe: {key} = "{getattr(recipe, key)}": must be one of {", ".join(allowed)}')
+    for f in fields(Recipe):
+        value = getattr(recipe, f.name)
+        if isinstance(value, int) and not isinstance(value, bool) and value < (0 if f.name in MAY_BE_ZERO else 1):
+            raise RecipeError(f"recipe: {f.name} = {value}: too small")
+    for key in ("lam", "ema_base", "drop_path", "centre_momentum", "global_noise", "local_noise"):
+        if not 0 <= getattr(recipe, key) <= 1:
+            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must lie in [0, 1]")
+    for key in ("lr", "t0_lr", "std", "teacher_temp", "student_temp"):
+        if not getattr(recipe, key) > 0:
+            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must be above 0")
+    for key in ("global_scale", "local_scale"):
+        low, high = getattr(recipe, key)
+        if not 0 < low <= high <= 1:
+            raise RecipeError(f"recipe: {key} = [{low}, {high}]: needs 0 < low <= high <= 1")
+    if recipe.local_views and recipe.local_size >= recipe.image_size:
+        raise RecipeError(f"recipe: local_size {recipe.local_size} must be below image_size {recipe.image_size}")
+    return recipe

@@ -1,0 +1,231 @@
+"""A round folder: the manifest read strictly, and everything the learner writes, whole or not at all.
+
+Refuses a golden film, a patient in two ranges and plates of another version at load, by rule and not by convention.
+Knows no torch: numpy and the standard library only, so that the agent can read a round's state with it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from learner.recipe import Recipe, RecipeError
+
+PLATE_VERSION = 1  # must equal the version of the plates in the manifest; a change of the pixel path raises both
+PLATE_SHAPE = (512, 512)
+RANGES = ("train", "validation", "calibration")
+KEYS = {"version", "round", "plate_version", "findings", "recipe", "seed", "plates", "parent", "until", "films"}
+FILM_KEYS = {"image", "patient", "plate", "range", "labels"}
+
+TRAINED, PAUSED, STOPPED = 0, 75, 3  # exit codes of `python -m learner`
+
+
+class ManifestError(ValueError):
+    """The manifest can't be trained on: says what, which and what to do."""
+
+
+class RoundBusy(RuntimeError):
+    """Another learner holds this round folder."""
+
+
+@dataclass(frozen=True)
+class Film:
+    """One plate and what is known of it; labels[f] is 1, 0 or None (unknown)."""
+
+    image: int
+    patient: str
+    plate: Path
+    range: str
+    labels: tuple[int | None, ...]
+
+    @property
+    def labelled(self) -> bool:
+        return any(v is not None for v in self.labels)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A manifest that has been checked."""
+
+    folder: Path
+    name: str
+    findings: tuple[str, ...]
+    recipe: Recipe
+    parent: str | None
+    parent_state: Path | None
+    until: datetime | None
+    films: tuple[Film, ...]
+    fingerprint: str  # of all that decides the result: everything but `until`
+
+    def of(self, range_: str) -> tuple[Film, ...]:
+        return tuple(f for f in self.films if f.range == range_)
+
+    @property
+    def unlabelled(self) -> tuple[Film, ...]:
+        """The unlabelled pool: every train film, the labelled ones too, used without their labels."""
+        return self.of("train")
+
+    @property
+    def labelled(self) -> tuple[Film, ...]:
+        return tuple(f for f in self.of("train") if f.labelled)
+
+
+def load(folder: Path) -> Round:
+    """Read and check `folder/manifest.json`; raises ManifestError."""
+    path = folder / "manifest.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: no manifest; the agent writes it before the learner starts") from None
+    except json.JSONDecodeError as error:
+        raise ManifestError(f"{path}: not JSON ({error})") from None
+    _same_keys("manifest", raw, KEYS)
+    if raw["version"] != 1:
+        raise ManifestError(f"manifest: version {raw['version']!r}; this learner reads version 1")
+    if raw["plate_version"] != PLATE_VERSION:
+        raise ManifestError(
+            f"manifest: plate_version {raw['plate_version']!r}, this learner was made for {PLATE_VERSION}: "
+            "make the plates again from the originals"
+        )
+    findings = tuple(raw["findings"])
+    if not findings or len(set(findings)) != len(findings) or not all(isinstance(f, str) and f for f in findings):
+        raise ManifestError(f"manifest: findings {raw['findings']!r}: needs at least one name, each once")
+    try:
+        recipe = replace(Recipe.from_dict(raw["recipe"]), seed=int(raw["seed"]))
+    except RecipeError as error:
+        raise ManifestError(f"manifest: {error}") from None
+    films = _films(raw["films"], folder / raw["plates"], len(findings))
+    parent, state = _parent(raw["parent"], folder)
+    decides = json.dumps({k: v for k, v in raw.items() if k != "until"}, sort_keys=True)
+    return Round(
+        folder=folder, name=raw["round"], findings=findings, recipe=recipe, parent=parent, parent_state=state,
+        until=_until(raw["until"]), films=films, fingerprint=hashlib.sha256(decides.encode()).hexdigest(),
+    )  # fmt: skip
+
+
+def _films(rows: Any, plates: Path, width: int) -> tuple[Film, ...]:
+    if not isinstance(rows, list) or not rows:
+        raise ManifestError("manifest: films is empty; a round needs train films")
+    films, range_of, seen = [], {}, set()
+    for number, row in enumerate(rows):
+        where = f"manifest: films[{number}]"
+        _same_keys(where, row, FILM_KEYS)
+        if str(row["range"]).startswith("golden"):
+            raise ManifestError(f"{where}: image {row['image']} is {row['range']}: a golden film is never trained on")
+        if row["range"] not in RANGES:
+            raise ManifestError(f"{where}: range {row['range']!r}; must be one of {', '.join(RANGES)}")
+        first = range_of.setdefault(row["patient"], row["range"])
+        if first != row["range"]:
+            raise ManifestError(f"{where}: patient {row['patient']} is in {first} and in {row['range']}; split by patient")
+        if row["image"] in seen:
+            raise ManifestError(f"{where}: image {row['image']} appears twice")
+        seen.add(row["image"])
+        labels = row["labels"] if row["labels"] is not None else [None] * width
+        if len(labels) != width or any(v is not None and v not in (0, 1) for v in labels):
+            raise ManifestError(f"{where}: labels {labels!r}; needs {width} of 1, 0 or null")
+        relative = PurePosixPath(row["plate"])
+        if relative.is_absolute() or ".." in relative.parts:
+            raise ManifestError(f"{where}: plate {row['plate']!r} leaves the plates folder")
+        labels = tuple(None if v is None else int(v) for v in labels)
+        films.append(Film(int(row["image"]), str(row["patient"]), plates / relative, row["range"], labels))
+    if not any(f.range == "train" for f in films):
+        raise ManifestError("manifest: no film in range train")
+    return tuple(films)
+
+
+def _parent(raw: Any, folder: Path) -> tuple[str | None, Path | None]:
+    if raw is None:
+        return None, None
+    _same_keys("manifest: parent", raw, {"bundle", "state"})
+    state = folder / raw["state"]
+    if not state.is_file():
+        raise ManifestError(f"manifest: parent {raw['bundle']}: {state} is missing; start from null or restore it")
+    return str(raw["bundle"]), state
+
+
+def _until(raw: Any) -> datetime | None:
+    if raw is None:
+        return None
+    try:
+        until = datetime.fromisoformat(raw)
+    except (TypeError, ValueError):
+        raise ManifestError(f"manifest: until {raw!r}: not an ISO 8601 time in UTC") from None
+    return until if until.tzinfo else until.replace(tzinfo=UTC)
+
+
+def _same_keys(where: str, raw: Any, keys: set[str]) -> None:
+    if not isinstance(raw, dict):
+        raise ManifestError(f"{where}: expected an object with {', '.join(sorted(keys))}")
+    for word, wrong in (("missing", keys - set(raw)), ("unknown", set(raw) - keys)):
+        if wrong:
+            raise ManifestError(f"{where}: {word} {', '.join(sorted(wrong))}")
+
+
+def read_plate(path: Path) -> np.ndarray:
+    """uint8 [512, 512]; raises ManifestError for a missing file or another shape."""
+    try:
+        plate = np.load(path, allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError) as error:
+        raise ManifestError(f"{path}: not a plate ({error})") from None
+    if plate.shape != PLATE_SHAPE or plate.dtype != np.uint8:
+        raise ManifestError(f"{path}: {plate.dtype} {list(plate.shape)}; a plate is uint8 {list(PLATE_SHAPE)}")
+    return plate
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The whole file or none of it: temp, fsync, rename, fsync of the folder."""
+    temp = path.with_name(f".{path.name}.tmp")
+    with open(temp, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temp, path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well; what a crash left over is removed first."""
+    temp = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir()
+    yield temp
+    for file in temp.iterdir():
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    os.replace(temp, target)
+    sync_folder(target.parent)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the round: one learner at a time, released by the kernel whatever ends the process; raises RoundBusy."""
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RoundBusy(f"{folder}: another learner is at work here") from None
+        yield
