@@ -117,7 +117,7 @@ def optimise(state: State, batch: Batch, lam: float, class_weight: float, labell
             raise Stopped(f"non-finite: the loss is {loss.item()} at {state.phase} step {state.step}")
         state.scaler.scale(loss).backward()
         shares = (1.0, share, 1.0 if labelled else share, share)
-        totals += torch.tensor([v.item() * s for v, s in zip((loss, dino, classes, spread), shares, strict=True)])
+        totals += torch.tensor([v.item() * s for v, s in zip((loss, dino, classes, spread), shares, strict=True)], dtype=totals.dtype)
         teacher_rows += [] if rows is None else [rows]
     state.scaler.unscale_(state.optimiser)
     if state.recipe.clip:
