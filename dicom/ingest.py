@@ -1,0 +1,113 @@
+"""Examine one file: envelope, header, rules, pixels, plate. Everything that may be slow or hostile; runs in a worker.
+
+Reads the one file it is given and writes nothing; knows no inbox, no store and no ledger.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import UID
+
+from dicom import header
+from dicom.admission import Admission, Refused, Suspect, check_header
+from dicom.image import HEARTBEAT_ID, Examined, Image
+from dicom.part10 import HOSTILE, PIXEL_DATA, Header, Unreadable, content_sha256, is_uid, open_envelope, read_header
+from dicom.part10 import shown as short_and_plain
+from dicom.pixels import Blank, decode, pixel_sha256, render
+from dicom.privacy import patient_key
+
+__all__ = ["Admission", "examine"]
+
+MAX_FILE = 512 << 20  # bytes; ten times the largest uncompressed film
+
+
+def examine(path: Path, key: bytes, rules: Admission) -> Examined:
+    """What to do with the file at `path`, and all facts of it when admitted. Raises OSError only."""
+    size = path.stat().st_size
+    sha256 = content_sha256(path)
+    if size > MAX_FILE:
+        return Examined("quarantined", f"file of {size >> 20} MiB: larger than any film", sha256)
+    with path.open("rb") as stream:
+        try:
+            envelope = open_envelope(stream)
+            found = read_header(stream, envelope.transfer_syntax)
+        except Unreadable as error:
+            return Examined("quarantined", str(error), sha256)
+        return _judge(found, envelope.transfer_syntax, sha256, key, rules)
+
+
+def _judge(found: Header, syntax: str, sha256: str, key: bytes, rules: Admission) -> Examined:
+    ds = found.dataset
+    sop_uid, study_uid, who, identified = _identity(ds, key)
+
+    def aside(outcome: str, reason: str) -> Examined:
+        return Examined(
+            "rejected" if outcome == "rejected" else "quarantined",
+            reason,
+            sha256,
+            sop_uid if is_uid(sop_uid) else None,
+            study_uid if is_uid(study_uid) else None,
+            who,
+        )
+
+    try:
+        view = check_header(found, syntax, rules)
+        stored, plate = _develop(found, syntax)
+    except Refused as refusal:
+        return aside("rejected", str(refusal))
+    except Blank as blank:
+        return aside("rejected", str(blank))
+    except Suspect as suspicion:
+        return aside("quarantined", str(suspicion))
+    except HOSTILE as error:
+        said = str(error) if type(error) is ValueError else type(error).__name__
+        return aside("quarantined", f"not decodable: {shown_reason(said)}")
+    image = _facts(ds, syntax, sha256, view, who, identified, pixel_sha256(stored))
+    return Examined("admitted", None, sha256, sop_uid, study_uid, who, view, image, plate)
+
+
+def shown_reason(text: str) -> str:
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)[:160]
+
+
+def _identity(ds: Dataset, key: bytes) -> tuple[str, str, str, bool]:
+    study_uid = header.text(ds, "StudyInstanceUID")
+    who, identified = patient_key(key, header.text(ds, "PatientID"), header.text(ds, "IssuerOfPatientID"), study_uid)
+    return header.text(ds, "SOPInstanceUID"), study_uid, who, identified
+
+
+def _develop(found: Header, syntax: str) -> tuple[np.ndarray, np.ndarray]:
+    """(stored values, plate) of a header that passed every check."""
+    ds = found.dataset
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = UID(syntax)
+    ds[PIXEL_DATA] = DataElement(PIXEL_DATA, found.pixel_vr, found.pixel_bytes(), already_converted=True)
+    stored = decode(ds)
+    return stored, render(ds, stored)
+
+
+def _facts(ds: Dataset, syntax: str, sha256: str, view: str, who: str, identified: bool, pixels: str) -> Image:
+    sex = header.text(ds, "PatientSex").upper()[:1]
+    scanner = f"{header.text(ds, 'Manufacturer')} {header.text(ds, 'ManufacturerModelName')}".strip()
+    return Image(
+        sop_uid=header.text(ds, "SOPInstanceUID"),
+        sop_class=header.text(ds, "SOPClassUID"),
+        study_uid=header.text(ds, "StudyInstanceUID"),
+        patient_key=who,
+        identified=identified,
+        view=view,
+        acquired_at=header.acquired_at(ds),
+        modality=header.text(ds, "Modality").upper(),
+        transfer_syntax=syntax,
+        rows=header.short(ds, "Rows") or 0,
+        columns=header.short(ds, "Columns") or 0,
+        photometric=header.text(ds, "PhotometricInterpretation").upper(),
+        sex=sex if sex in ("M", "F") else None,
+        age_years=header.age_years(ds),
+        scanner=short_and_plain(scanner) if scanner else None,
+        sha256=sha256,
+        pixel_sha256=pixels,
+        heartbeat=header.text(ds, "PatientID") == HEARTBEAT_ID,
+    )
