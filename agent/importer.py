@@ -1,0 +1,93 @@
+"""`cxrloop import DIR`: files on disk through the same intake as the node.
+
+DICOM as it is; PNG and JPEG are wrapped as DX by `dicom.wrap`, with patient, view, sex and age from a
+`labels.csv` beside them (columns `file`, and where known `patient_id`, `view`, `sex`, `age`).
+"""
+
+import csv
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from agent.errors import Problem
+from agent.intake import examiner, take
+from agent.ledger import Ledger, utc
+from agent.ranges import fix_shares
+from agent.site import Site
+from dicom.wrap import wrap
+
+PICTURES = {".png", ".jpg", ".jpeg"}
+SIDE_FILES = {".csv", ".md", ".txt", ".json"}  # company of the films, not films
+CHUNK = 64
+
+
+def import_folder(
+    site: Site, ledger: Ledger, folder: Path, view: str, progress: Callable[[int], None] = lambda done: None
+) -> dict[str, int]:
+    """Take in every file under `folder`; `{"seen", "stored", "rejected", "quarantined", "duplicate"}`.
+
+    `view` is assumed for pictures whose view labels.csv does not tell. Can be run again after an interruption:
+    what is in already counts as duplicate. Raises Problem when the folder is not there.
+    """
+    if not folder.is_dir():
+        raise Problem(f"{folder}: no such folder")
+    counts: dict[str, int] = dict.fromkeys(("seen", "stored", "rejected", "quarantined", "duplicate"), 0)
+    facts = _facts(folder / "labels.csv")
+    fix_shares(ledger, site.config.patients)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() not in SIDE_FILES)
+    with examiner(site) as pool, tempfile.TemporaryDirectory(dir=site.root / "run") as scratch:
+        for batch in _chunks(files):
+            ready = {
+                _readable(path, folder, facts, view, Path(scratch) / f"{n}.dcm"): path for n, path in enumerate(batch)
+            }
+            for path, examined in pool.examine(list(ready)):
+                source = ready[path]
+                received = utc()
+                name = source.relative_to(folder).as_posix()
+                outcome = take(site, ledger, path, examined, received, file=name)
+                counts["seen"] += 1
+                counts[outcome] += 1
+                progress(counts["seen"])
+    return counts
+
+
+def _readable(path: Path, folder: Path, facts: dict[str, dict[str, str]], view: str, wrapped: Path) -> Path:
+    """The file itself, or for a picture the DICOM file made of it."""
+    if path.suffix.lower() not in PICTURES:
+        return path
+    name = path.relative_to(folder).as_posix()
+    known = facts.get(name) or facts.get(path.name) or {}
+    age = known.get("age") or ""
+    try:
+        dataset = wrap(
+            path,
+            patient_id=known.get("patient_id") or path.stem,
+            view=known.get("view") or view,
+            sex=known.get("sex") or None,
+            age_years=float(age) if age.replace(".", "", 1).isdigit() else None,
+        )
+    except (ValueError, OSError):
+        return path  # no picture after all: intake quarantines it with the reason
+    dataset.save_as(wrapped, enforce_file_format=True)
+    return wrapped
+
+
+def _facts(path: Path) -> dict[str, dict[str, str]]:
+    """What labels.csv says of each file, by its name; empty when there is none."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return {
+            row["file"]: {k: v for k, v in row.items() if k and v} for row in csv.DictReader(file) if row.get("file")
+        }
+
+
+def _chunks(files: Iterator[Path]) -> Iterator[list[Path]]:
+    batch: list[Path] = []
+    for path in files:
+        batch.append(path)
+        if len(batch) == CHUNK:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

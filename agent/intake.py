@@ -1,0 +1,154 @@
+"""From a file to a row: examine in a worker, keep the file, write the row, remove the source.
+
+Each step is idempotent and the row is the last durable one, so a crash anywhere means doing it again.
+Knows nothing of the network, and nothing of models.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from agent.ledger import Ledger, Row, utc
+from agent.ranges import fix_shares, range_of
+from agent.site import Site
+from dicom.image import Examined, Image
+from dicom.ingest import Admission
+from dicom.pixels import PLATE_VERSION
+from dicom.worker import Examiner
+
+BATCH = 64  # files of one step: small enough to be scored soon, large enough to keep the worker busy
+IDENTITY = ("study_uid", "patient_key", "view")  # a change in one of these is a corrected version
+
+
+@contextmanager
+def examiner(site: Site) -> Iterator[Examiner]:
+    """The bounded decoding process, with the site's admission rules."""
+    keys = site.config.admission
+    rules = Admission(children=keys.children, min_side=keys.min_side)
+    memory = keys.decode_memory_mb << 20
+    with Examiner(
+        site.key("pseudonym.key"), rules, workers=1, timeout_s=keys.decode_seconds, memory_bytes=memory
+    ) as pool:
+        yield pool
+
+
+def step(site: Site, ledger: Ledger, pool: Examiner) -> int:
+    """Take in what waits in the inbox, at most BATCH files; how many were taken."""
+    files = site.inbox.waiting(BATCH)
+    if files:
+        fix_shares(ledger, site.config.patients)
+    for path, examined in pool.examine(files):
+        received = utc(datetime.fromtimestamp(path.stat().st_mtime, UTC))
+        take(site, ledger, path, examined, received, receipt=path.name)
+        path.unlink()
+    return len(files)
+
+
+def take(
+    site: Site,
+    ledger: Ledger,
+    path: Path,
+    examined: Examined,
+    received_at: str,
+    receipt: str | None = None,
+    file: str | None = None,
+) -> str:
+    """Keep one examined file and write its row; stored, rejected, quarantined or duplicate.
+
+    `receipt` names an inbox file whose answer must stay the same when it is taken twice; `file` is the
+    name by which labels may refer to an imported film.
+    """
+    if receipt and (done := ledger.value("SELECT outcome FROM receipt WHERE name = ?", receipt)):
+        return done
+    kept = {} if _twin(ledger, examined) else _keep(site, path, examined)
+    with ledger.transaction():
+        twin = _twin(ledger, examined)
+        if twin:
+            outcome, image_id = "duplicate", twin["id"]
+            if file and not twin["file"]:
+                ledger.run("UPDATE image SET file = ? WHERE id = ?", file, image_id)
+        else:
+            outcome = {"admitted": "stored"}.get(examined.outcome, examined.outcome)
+            image_id = _insert(site, ledger, examined, outcome, kept, received_at, file)
+        if receipt:
+            ledger.insert("receipt", name=receipt, image=image_id, outcome=outcome, at=utc())
+    return outcome
+
+
+def _twin(ledger: Ledger, examined: Examined) -> Row | None:
+    """The row of the same content, or of the same film in another lossless syntax."""
+    row = ledger.row("SELECT * FROM image WHERE sha256 = ?", examined.sha256)
+    if row or not examined.image:
+        return row
+    image = examined.image
+    same = ledger.rows(
+        "SELECT * FROM image WHERE sop_uid = ? AND pixel_sha256 = ? AND superseded_by IS NULL",
+        image.sop_uid,
+        image.pixel_sha256,
+    )
+    return next((row for row in same if all(row[key] == getattr(image, key) for key in IDENTITY)), None)
+
+
+def _keep(site: Site, path: Path, examined: Examined) -> dict[str, str]:
+    if examined.plate is None:
+        return {"original": site.store.keep_aside(path, examined.sha256)}
+    return {
+        "original": site.store.keep_original(path, examined.sha256),
+        "plate": site.store.keep_plate(examined.plate, examined.sha256),
+    }
+
+
+def _insert(
+    site: Site, ledger: Ledger, examined: Examined, state: str, kept: dict[str, str], received_at: str, file: str | None
+) -> int:
+    others = (
+        ledger.rows("SELECT * FROM image WHERE sop_uid = ? AND plate IS NOT NULL", examined.sop_uid)
+        if examined.image
+        else []
+    )
+    image_id = ledger.insert(
+        "image",
+        sha256=examined.sha256,
+        state=state,
+        reason=examined.reason,
+        sop_uid=examined.sop_uid,
+        study_uid=examined.study_uid,
+        patient_key=examined.patient_key,
+        view=examined.view,
+        received_at=received_at,
+        stored_at=utc(),
+        file=file,
+        **kept,
+        **(_facts(site, examined.image) if examined.image else {}),
+    )
+    for row in others:
+        if row["superseded_by"]:
+            continue
+        if examined.image and row["pixel_sha256"] == examined.image.pixel_sha256:
+            ledger.run("UPDATE image SET superseded_by = ? WHERE id = ?", image_id, row["id"])
+            _notice(ledger, "corrected", f"image {image_id} supersedes {row['id']}: same pixels, corrected header")
+        else:
+            _notice(
+                ledger, "same UID", f"images {row['id']} and {image_id}: one SOP Instance UID, other pixels; both kept"
+            )
+    return image_id
+
+
+def _facts(site: Site, image: Image) -> dict[str, object]:
+    key = site.key("pseudonym.key")
+    return {
+        "range": range_of(key, image.patient_key, image.identified, site.config.patients),
+        "acquired_at": image.acquired_at,
+        "sex": image.sex,
+        "age_years": image.age_years,
+        "scanner": image.scanner,
+        "transfer_syntax": image.transfer_syntax,
+        "pixel_sha256": image.pixel_sha256,
+        "plate_version": PLATE_VERSION,
+        "heartbeat": int(image.heartbeat),
+    }
+
+
+def _notice(ledger: Ledger, kind: str, detail: str) -> None:
+    ledger.insert("notice", kind=kind, detail=detail, at=utc())

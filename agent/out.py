@@ -1,0 +1,64 @@
+"""How commands speak: one JSON document on stdout with --json, else words for people; errors in one line.
+
+Exit codes: 0 ok, 1 error, 2 refused by policy, 3 degraded.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from agent.errors import Problem, Refused
+from agent.lifecycle import IllegalMove
+from deploy.bundle import BundleRefused
+from deploy.client import ServerDown, ServerRefused
+from deploy.keys import KeyRefused
+from deploy.registry import PointerRefused
+
+people = Console(highlight=False, soft_wrap=True)
+logs = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def as_json(value: Any) -> None:
+    """The one JSON document of a command."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def pairs(rows: Iterable[tuple[str, Any]]) -> None:
+    """Name and value, one a line."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        grid.add_row(f"[bold]{name}[/]", "" if value is None else str(value))
+    people.print(grid)
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str | None = None) -> None:
+    """A table with a head."""
+    made = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        made.add_row(*("" if cell is None else str(cell) for cell in row))
+    people.print(made)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn what can go wrong into one line on stderr and the right exit code."""
+    try:
+        yield
+    except (Refused, BundleRefused, IllegalMove) as error:
+        logs.print(f"refused: {error}", markup=False)
+        raise typer.Exit(2) from None
+    except (Problem, KeyRefused, PointerRefused, ServerDown, ServerRefused) as error:
+        logs.print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        logs.print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        logs.print("interrupted; what was done is kept, and the same command goes on from there")
+        raise typer.Exit(1) from None

@@ -1,0 +1,118 @@
+"""What `cxrloop status` says: read from counters and single rows, never by scanning."""
+
+import shutil
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from agent import predict, release, rounds
+from agent.clockwork import next_window
+from agent.config import zone
+from agent.ledger import Ledger, utc
+from agent.site import Site
+from deploy import registry
+from deploy.client import Client
+from dicom.sender import echo
+
+NOTICE_DAYS = 7  # how long a notice stays in the alerts
+
+
+def status(site: Site, ledger: Ledger) -> dict[str, Any]:
+    """The JSON of `status`; `degraded` tells the command to exit 3."""
+    now = datetime.now(UTC)
+    counters = ledger.counters()
+    p50, p95 = predict.latency(ledger)
+    free = shutil.disk_usage(site.root).free
+    budget = rounds.budget(site, ledger, now)
+    with Client(site.infer_url) as client:
+        server = client.state()
+    alerts, degraded = _alerts(site, ledger, now, free, server)
+    last = ledger.row("SELECT * FROM round ORDER BY id DESC LIMIT 1")
+    upcoming = next_window(now, site.config.learn.window, zone(site.config))
+    return {
+        "site": site.config.site.name,
+        "ingest": {
+            "inbox": len(site.inbox.waiting()),
+            "stored": counters["stored"],
+            "rejected": counters["rejected"],
+            "quarantined": counters["quarantined"],
+            "predicted": counters["predicted"],
+            "returned": counters["returned"],
+            "labelled": counters["labelled"],
+            "p50_s": p50,
+            "p95_s": p95,
+        },
+        "serving": _serving(ledger, server),
+        "rounds": {
+            "next": utc(upcoming) if upcoming else None,
+            "last": {"round": last["name"], "state": last["state"], "reason": last["reason"]} if last else None,
+        },
+        "gate": {"looks_left": budget["looks_left"], "alpha_left": budget["left"]},
+        "disk": {"free_bytes": free},
+        "release": {"promote": site.config.release.promote, "approvers": site.config.release.approvers},
+        "alerts": alerts,
+        "degraded": degraded,
+    }
+
+
+def _serving(ledger: Ledger, server: dict | None) -> dict[str, Any] | None:
+    current = release.in_service(ledger)
+    if not current:
+        return None
+    since = ledger.value(
+        "SELECT max(at) FROM deployment WHERE bundle = ? AND state IN ('probation', 'live')", current["id"]
+    )
+    same = server is not None and server.get("bundle") == current["id"]
+    return {
+        "bundle": current["id"],
+        "provider": server.get("provider") if server and same else None,
+        "since": since,
+        "state": current["state"],
+        "is_baseline": bool(current["is_baseline"]),
+    }
+
+
+def _alerts(
+    site: Site, ledger: Ledger, now: datetime, free: int, server: dict | None
+) -> tuple[list[dict[str, str]], bool]:
+    """What a person should know, and whether something that should work does not."""
+    found: list[tuple[str, str, bool]] = []
+    keys = site.config.node
+    if free < keys.min_free_mb << 20:
+        found.append(("disk", f"{free >> 20} MB free, films are refused under {keys.min_free_mb} MB", True))
+    host = "127.0.0.1" if keys.host in ("0.0.0.0", "::") else keys.host
+    node_up = echo(host, keys.port, keys.aet, calling_aet=keys.aet)
+    if not node_up and server is None:
+        found.append(("not running", "neither the node nor the model server answers: `cxrloop serve`", False))
+    elif not node_up:
+        found.append(("node down", f"no C-ECHO from {keys.aet}@{host}:{keys.port}", True))
+    elif server is None:
+        found.append(("server down", f"no answer from {site.infer_url}; films wait unscored", True))
+    current = release.in_service(ledger)
+    if not current:
+        found.append(("no model", "films are stored and wait; label some, then `cxrloop round run --now`", False))
+    found += _pointer(site, current, server)
+    if site.config.release.approvers == 1:
+        found.append(("solo", "one person approves alone (release.approvers = 1)", False))
+    week = utc(now - timedelta(days=NOTICE_DAYS))
+    for row in ledger.rows("SELECT * FROM notice WHERE at > ? ORDER BY id DESC LIMIT 20", week):
+        found.append((row["kind"], row["detail"], False))
+    return [{"kind": kind, "detail": detail} for kind, detail, _ in found], any(bad for *_, bad in found)
+
+
+def _pointer(site: Site, current: dict | None, server: dict | None) -> list[tuple[str, str, bool]]:
+    """Whether the ledger, the signed pointer and the server name the same bundle, on the provider asked for."""
+    try:
+        pointer = registry.read(site.root)
+    except registry.PointerRefused as error:
+        return [("pointer", str(error), True)]
+    named, wanted = pointer.bundle if pointer else None, current["id"] if current else None
+    found: list[tuple[str, str, bool]] = []
+    if named != wanted:
+        found.append(("pointer", f"the pointer names {named}, the ledger {wanted}; `cxrloop serve` settles it", True))
+    if server and wanted and server.get("bundle") != wanted:
+        found.append(
+            ("server", f"answers with {server.get('bundle')}: {server.get('reason') or 'not yet reloaded'}", True)
+        )
+    if server and site.config.infer.provider == "auto" and server.get("provider") == "cpu":
+        found.append(("provider", "scoring runs on the CPU", False))
+    return found

@@ -1,0 +1,212 @@
+"""Running a round: the learner as a child process, what it leaves behind, and taking it up again.
+
+The child holds the GPU and may die in any way; here its exit code becomes a state with a reason.
+"Is it running?" is a lock on a file, never a pid.
+"""
+
+import ctypes
+import fcntl
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from agent import audit, look, release, rounds
+from agent.errors import Problem
+from agent.ledger import Ledger, Row, utc
+from agent.site import Site
+from deploy.bundle import seal
+from learner.round_dir import PAUSED, STOPPED, TRAINED, RoundBusy, held, write_json
+
+POLL_S = 0.5
+MAX_CRASHES = 3  # without a step of progress between them
+STOP_S = 25  # the learner promises to checkpoint and leave within 20
+LIBC = ctypes.CDLL(None)  # loaded before any fork: nothing may be loaded between fork and exec
+
+
+class Busy(Exception):
+    """Another process is running a round."""
+
+
+@contextmanager
+def the_lock(site: Site) -> Iterator[None]:
+    """Held while a round runs; raises Busy when it is held. The system frees it when the holder dies."""
+    with (site.root / "run" / "round.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy from None
+        yield
+
+
+def carry_on(
+    site: Site, ledger: Ledger, row: Row, until: datetime | None = None, seen: Callable[[dict], None] = lambda p: None
+) -> Row:
+    """Take a round from whatever state it is in to its next resting place. The caller holds `the_lock`.
+
+    Resting places: paused (time is up), a verdict, no_look, or an end with its reason. `seen` gets the progress.
+    """
+    name = row["name"]
+    if row["state"] in ("planned", "training", "paused"):
+        _train(site, ledger, name, until, seen)
+    if rounds.get(ledger, name)["state"] in ("trained", "scored"):
+        look.finish(site, ledger, name)
+    return rounds.get(ledger, name)
+
+
+def _train(site: Site, ledger: Ledger, name: str, until: datetime | None, seen: Callable[[dict], None]) -> None:
+    folder = site.rounds / name
+    _set_until(folder, until)
+    if rounds.get(ledger, name)["state"] != "training":
+        with ledger.transaction():
+            rounds.advance(ledger, name, "training")
+    crashes, last_step = 0, -1
+    while True:
+        started = time.monotonic()
+        code = _child(site, ledger, name, seen)
+        _add_seconds(ledger, name, time.monotonic() - started)
+        _first_model(site, ledger, name)
+        result = _result(folder)
+        if rounds.get(ledger, name)["state"] == "cancelled":
+            return
+        if code in (TRAINED, PAUSED, STOPPED):
+            return _settle(site, ledger, name, code, result)
+        step = (rounds.progress(site, name) or {}).get("step", -1)
+        crashes, last_step = (1 if step > last_step else crashes + 1), max(step, last_step)
+        if crashes >= MAX_CRASHES:
+            with ledger.transaction():
+                because = f"exit code {code} {MAX_CRASHES} times without progress; see {folder / 'learner.log'}"
+                rounds.advance(ledger, name, "gave_up", because)
+            return
+
+
+def _settle(site: Site, ledger: Ledger, name: str, code: int, result: dict) -> None:
+    """Turn the learner's last word into the round's state."""
+    if code == TRAINED:
+        folder = site.rounds / name
+        bundle = seal(folder / "final", site.models, site.key("signing.key"))
+        with ledger.transaction():
+            _add_bundle(ledger, bundle, name, f"rounds/{name}/final/state.safetensors", is_baseline=False)
+            rounds.advance(ledger, name, "trained", bundle=bundle)
+    elif code == PAUSED:
+        with ledger.transaction():
+            rounds.advance(ledger, name, "paused", result.get("reason") or "stopped in good order; goes on later")
+    else:
+        with ledger.transaction():
+            rounds.advance(ledger, name, "stopped", result.get("reason") or "the learner stopped and gave no reason")
+
+
+def _child(site: Site, ledger: Ledger, name: str, seen: Callable[[dict], None]) -> int:
+    """Run the learner once; its exit code (negative: the signal that killed it)."""
+    folder = site.rounds / name
+    launcher = shlex.split(site.config.learn.launcher) or [sys.executable]
+    _wait_for_orphan(folder)
+    with (folder / "learner.log").open("ab") as log:
+        child = subprocess.Popen(
+            [*launcher, "-m", "learner", str(folder)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        try:
+            while child.poll() is None:
+                time.sleep(POLL_S)
+                if progress := rounds.progress(site, name):
+                    seen(progress)
+                _first_model(site, ledger, name)
+                if rounds.get(ledger, name)["state"] == "cancelled":
+                    break
+        finally:
+            _stop(child)
+    return child.returncode
+
+
+def _stop(child: subprocess.Popen) -> None:
+    """SIGTERM, so that it checkpoints; SIGKILL when it does not leave in time."""
+    if child.poll() is None:
+        child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _die_with_parent() -> None:
+    """In the child: be told (SIGTERM) when the agent dies, so that no second learner ever shares the folder."""
+    LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _wait_for_orphan(folder: Path) -> None:
+    """Let a learner whose agent died write its checkpoint and leave; raises Problem when it does not."""
+    for _ in range(int(2 * STOP_S / POLL_S)):
+        try:
+            with held(folder):
+                return
+        except RoundBusy:
+            time.sleep(POLL_S)
+    raise Problem(f"{folder}: another learner still runs in it; stop it, then `cxrloop round resume`")
+
+
+def _set_until(folder: Path, until: datetime | None) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    wanted = utc(until) if until else None
+    if manifest["until"] != wanted:
+        write_json(folder / "manifest.json", {**manifest, "until": wanted})
+
+
+def _first_model(site: Site, ledger: Ledger, name: str) -> None:
+    """Seal T=0 as soon as it is there and, when no model is in service, put it into service: the baseline."""
+    parts = site.rounds / name / "t0"
+    if not parts.is_dir() or ledger.value("SELECT 1 FROM bundle WHERE is_baseline = 1"):
+        return
+    bundle = seal(parts, site.models, site.key("signing.key"))
+    with ledger.transaction():
+        _add_bundle(ledger, bundle, name, f"rounds/{name}/t0/state.safetensors", is_baseline=True)
+    release.put_in_service(site, ledger, bundle, by="cxrloop", reason="first model, ungated")
+
+
+def _add_bundle(ledger: Ledger, bundle: str, name: str, state: str | None, is_baseline: bool) -> None:
+    ledger.run(
+        "INSERT OR IGNORE INTO bundle (id, round, state, is_baseline, training_state, created_at) "
+        "VALUES (?, ?, 'candidate', ?, ?, ?)",
+        bundle, name, int(is_baseline), state, utc(),
+    )  # fmt: skip
+    audit.append(ledger, "cxrloop", "bundle sealed", "baseline" if is_baseline else "candidate", after=bundle)
+
+
+def _add_seconds(ledger: Ledger, name: str, seconds: float) -> None:
+    with ledger.transaction():
+        ledger.run("UPDATE round SET seconds = seconds + ? WHERE name = ?", seconds, name)
+
+
+def _result(folder: Path) -> dict:
+    path = folder / "result.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def running(site: Site) -> bool:
+    """True when some process holds the lock of rounds."""
+    try:
+        with the_lock(site):
+            return False
+    except Busy:
+        return True
+
+
+def log_tail(site: Site, name: str, lines: int = 20) -> str:
+    """The end of the learner's log."""
+    path = site.rounds / name / "learner.log"
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
+
+
+def wait_for_other(site: Site, ledger: Ledger) -> Row:
+    """Wait for the round that another process runs, and return it."""
+    row = rounds.open_round(ledger) or ledger.rows("SELECT * FROM round ORDER BY id DESC LIMIT 1")[0]
+    while running(site):
+        time.sleep(POLL_S)
+    return rounds.get(ledger, row["name"])
