@@ -187,6 +187,8 @@ class Infer:
             if str(reason) != before:  # said once, not at every try
                 self.meters.refusals.inc()
                 log.error("refused: %s", reason)
+        except Exception:  # the one loop of this process: what is in service goes on serving
+            log.exception("the pointer could not be followed")
 
 
 class TooLong(Exception):
