@@ -19,7 +19,7 @@ from starlette.routing import Route
 from deploy.meters import Meters
 from deploy.plates_in import EXPECTED, MAX_BODY, BadBody, read_plates
 from deploy.runtime import NoAnswer
-from deploy.slots import REFUSALS, Held, NothingPointed, Slots, Swap
+from deploy.slots import CANT_NOW, REFUSALS, Held, NothingPointed, Slots, Swap
 
 POLL_S = 1.0  # how often the pointer's mtime is looked at
 RETRY_S = 30.0  # how often a refused pointer is tried again while nothing is in service
@@ -140,13 +140,13 @@ class Infer:
         )
 
     async def _change(self, act: Callable, *arguments):
-        """The act's result, or the 409 that says why not and what stays in service."""
+        """The act's result, or why not: 409 refused, 503 this machine can't now; what is in service stays."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.changing, act, *arguments)
         except (*REFUSALS, NothingPointed) as reason:
             self.meters.refusals.inc()
             log.error("refused: %s", reason)
-            return self._no(409, str(reason))
+            return self._no(503 if isinstance(reason, CANT_NOW) else 409, str(reason))
 
     def _no(self, status: int, error: str) -> JSONResponse:
         held = self.slots.current

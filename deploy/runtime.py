@@ -22,7 +22,11 @@ class ProviderRefused(RuntimeError):
 
 
 class NoAnswer(RuntimeError):
-    """The model gave NaN or infinity for a film, or onnxruntime failed while running; says which."""
+    """The model gave NaN or infinity for a film; says for which."""
+
+
+class RunFailed(NoAnswer):
+    """onnxruntime failed while running: the model's fault on a CPU, as likely the machine's on a GPU."""
 
 
 def require(provider: str = "auto") -> None:
@@ -53,7 +57,10 @@ def load(model: bytes, provider: str = "auto", threads: int | None = None):
     try:
         session = ort.InferenceSession(model, options, providers=wanted)
     except _runtime_errors() as wrong:
-        raise ValueError(str(wrong).splitlines()[0]) from None
+        reason = str(wrong).splitlines()[0]
+        if "CUDA" in reason or "CUDNN" in reason or "CUBLAS" in reason:
+            raise ProviderRefused(f"the GPU can't take the model now ({reason}); see nvidia-smi") from None
+        raise ValueError(reason) from None
     session.disable_fallback()  # a GPU error must be an error, not a quiet move to the CPU
     if provider != "auto" and running(session) != provider:
         raise ProviderRefused(f'provider = "{provider}": onnxruntime runs on {running(session)} instead; {GPU_HINT}')
@@ -70,7 +77,7 @@ def run(session, plates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     try:
         batches = [session.run(OUTPUTS, {"plates": plates[i : i + BATCH]}) for i in range(0, len(plates), BATCH)]
     except _runtime_errors() as wrong:
-        raise NoAnswer(f"onnxruntime failed: {str(wrong).splitlines()[0]}") from None
+        raise RunFailed(f"onnxruntime failed: {str(wrong).splitlines()[0]}") from None
     logits, embedding, heatmap = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return logits, embedding, heatmap
 

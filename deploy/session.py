@@ -11,7 +11,7 @@ import numpy as np
 from deploy import runtime
 from deploy.bundle import Bundle, BundleRefused
 from deploy.parts import PLATE_SIDE, read_probe
-from deploy.runtime import NoAnswer, NoRuntime, ProviderRefused
+from deploy.runtime import NoAnswer, NoRuntime, ProviderRefused, RunFailed
 
 __all__ = ["Answer", "NoAnswer", "NoRuntime", "ProbeMismatch", "ProviderRefused", "Session"]
 
@@ -71,11 +71,14 @@ class Session:
         return Answer(probabilities(logits), logits, embedding, heatmap)
 
     def warm(self) -> None:
-        """Run once, so that the first film doesn't wait for kernels and arenas; ProbeMismatch where that fails."""
+        """Run once, so that the first film doesn't wait for kernels and arenas; fails as `probe` does."""
         self._try(np.zeros((1, PLATE_SIDE, PLATE_SIDE), np.uint8))
 
     def probe(self) -> float:
-        """Largest |logit difference| from the sealed probe; ProbeMismatch above PROBE_TOLERANCE."""
+        """Largest |logit difference| from the sealed probe; ProbeMismatch above PROBE_TOLERANCE.
+
+        ProviderRefused where the GPU itself failed: that says nothing against the bundle.
+        """
         plates, sealed = read_probe(self.bundle.folder / "probe.npz", len(self.bundle.findings))
         difference = float(np.abs(self._try(plates).logits - sealed).max())
         if difference > PROBE_TOLERANCE:
@@ -89,6 +92,8 @@ class Session:
         try:
             return self.predict(plates)
         except NoAnswer as wrong:
+            if isinstance(wrong, RunFailed) and self.provider == "cuda":
+                raise ProviderRefused(f"{wrong}; see nvidia-smi") from None
             raise ProbeMismatch(f"{wrong}, on its own test plates; train or export it again") from None
 
 

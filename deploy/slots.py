@@ -16,7 +16,8 @@ from deploy.keys import KeyRefused, read_public
 from deploy.runtime import NoRuntime, ProviderRefused
 from deploy.session import Session
 
-REFUSALS = (BundleRefused, registry.PointerRefused, KeyRefused, ProviderRefused, NoRuntime, OSError)
+CANT_NOW = (KeyRefused, ProviderRefused, NoRuntime, OSError)  # this machine's fault: says nothing against a bundle
+REFUSALS = (BundleRefused, registry.PointerRefused, *CANT_NOW)
 log = logging.getLogger("deploy")
 
 
@@ -68,7 +69,9 @@ class Slots:
         self._loading = threading.Lock()
 
     def prepare(self, bundle: str) -> Held:
-        """Load, warm and probe a bundle and hold it; one of REFUSALS when it may not serve."""
+        """Load, warm and probe a bundle and hold it; one of REFUSALS when it may not serve. At once if it is held."""
+        if held := self._resident(bundle):
+            return held
         with self._loading:
             held = self._resident(bundle)
             if held is None:
