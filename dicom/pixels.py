@@ -17,6 +17,7 @@ from dicom.syntaxes import DECODERS, LOSSY, RLE, codestream_size, decode_rle, is
 
 __all__ = ["PLATE_VERSION", "Blank", "decode", "pixel_sha256", "render", "to_plate"]
 
+CODEC_BYTES_A_PIXEL = 16  # OpenJPEG works on 32-bit integers, and keeps the result beside them
 PLATE_VERSION = 1  # written on every bundle; a change to any step below is a new version
 
 
@@ -72,6 +73,8 @@ def _codestream(ds: Dataset, frame: bytes, syntax: str, rows: int, columns: int)
     try:
         values = DECODERS[syntax](frame)
     except (RuntimeError, ValueError):  # imagecodecs' errors; the second decoder has the last word
+        # a codec that failed for want of memory says only that it failed: MemoryError is raised here instead
+        np.empty(CODEC_BYTES_A_PIXEL * rows * columns, np.uint8)
         try:
             values = pixel_array(ds, raw=True, decoding_plugin="pylibjpeg")
         except HOSTILE as error:

@@ -3,6 +3,8 @@
 Plain arithmetic on one array; knows nothing of DICOM.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 SIDE = 512  # pixels; the plate's side, part of PLATE_VERSION
@@ -31,7 +33,8 @@ def _along_rows(film: np.ndarray, out: int) -> np.ndarray:
     return small
 
 
-def taps(size: int, out: int) -> list[tuple[int, np.ndarray]]:
+@lru_cache(maxsize=64)  # a site's detectors have a handful of sizes
+def taps(size: int, out: int) -> tuple[tuple[int, np.ndarray], ...]:
     """For each output sample: first input sample and float32 weights, which sum to 1."""
     found = []
     for index in range(out):
@@ -46,4 +49,4 @@ def taps(size: int, out: int) -> list[tuple[int, np.ndarray]]:
             share = centre - start
             weights = np.array([1 - share, share][:size])
         found.append((start, (weights / weights.sum()).astype(np.float32)))
-    return found
+    return tuple(found)

@@ -6,13 +6,17 @@ Write once, durable, idempotent. Knows no DICOM and no ledger; the paths it give
 import errno
 import os
 import re
+import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from dicom.inbox import BLOCK, sync_folder
+from dicom.inbox import sync_folder
+
+LEFT_BEHIND = 3600  # seconds after which a temp has no living writer
 
 
 class Store:
@@ -37,8 +41,7 @@ class Store:
         def write(temp: Path) -> None:
             with temp.open("xb") as stream:
                 np.save(stream, plate, allow_pickle=False)
-                stream.flush()
-                os.fsync(stream.fileno())
+            _sync_file(temp)
 
         return self._keep("plates", sha256, "npy", write)
 
@@ -53,20 +56,29 @@ class Store:
         return self.folder / relative
 
     def sweep(self) -> int:
-        """Remove what a crash left half written; returns how many."""
-        left = list(self.folder.glob("*/.tmp-*"))
-        for temp in left:
-            temp.unlink(missing_ok=True)
-        return len(left)
+        """Remove what a crash left half written over an hour ago (another process may be writing now); how many."""
+        removed = 0
+        for temp in self.folder.glob("*/.tmp-*"):
+            try:
+                if time.time() - temp.stat().st_ctime > LEFT_BEHIND:
+                    temp.unlink()
+                    removed += 1
+            except FileNotFoundError:  # finished, or swept by another process
+                continue
+        return removed
 
     def _keep_file(self, part: str, path: Path, sha256: str) -> str:
         def write(temp: Path) -> None:
-            try:
-                os.link(path, temp)  # the inbox has fsynced the bytes; a second name costs nothing
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                    raise
-                _copy(path, temp)
+            # a second name costs nothing, but only for a file of the site: others may change theirs later
+            if path.resolve().is_relative_to(self.folder.resolve().parent):
+                try:
+                    os.link(path, temp)
+                except OSError as error:
+                    if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                        raise
+            if not temp.exists():
+                shutil.copyfile(path, temp)
+            _sync_file(temp)
 
         return self._keep(part, sha256, "dcm", write)
 
@@ -90,9 +102,6 @@ class Store:
         return relative
 
 
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as read, target.open("xb") as written:
-        while block := read.read(BLOCK):
-            written.write(block)
-        written.flush()
-        os.fsync(written.fileno())
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())

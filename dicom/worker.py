@@ -63,7 +63,7 @@ class Examiner:
             path, future = running.popleft()
             try:
                 result = self._result(path, future)
-            except BrokenProcessPool:  # an idle worker was killed; a new pool, once
+            except BrokenProcessPool:  # as in _schedule, but while we waited; a new pool, once
                 self.close()
                 running = deque((late, self._schedule(late)) for late, _ in running)
                 result = self._result(path, self._schedule(path))
@@ -71,6 +71,8 @@ class Examiner:
                 yield path, result
 
     def _schedule(self, path: Path) -> "ProcessFuture[Examined]":
+        if self._pool is not None and not self._pool.active:  # an idle worker was killed
+            self.close()
         if self._pool is None:
             self._pool = ProcessPool(
                 max_workers=self._workers,
@@ -114,6 +116,7 @@ def _confine(memory_bytes: int) -> None:
     loaded = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (loaded + memory_bytes, loaded + memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold a patient's film
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a decoder deep in C would not get to a handler in Python
     warnings.simplefilter("ignore")  # pydicom's warnings print element values
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
