@@ -183,7 +183,9 @@ class Infer:
         before = self.slots.refused
         try:
             await asyncio.get_running_loop().run_in_executor(self.changing, act)
-        except (*REFUSALS, NothingPointed) as reason:
+        except NothingPointed:
+            pass  # a new site: /readyz says so
+        except REFUSALS as reason:
             if str(reason) != before:  # said once, not at every try
                 self.meters.refusals.inc()
                 log.error("refused: %s", reason)
