@@ -7,7 +7,7 @@ numpy and the standard library. Knows nothing of margins that a site chose, of b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, log, sqrt
 from statistics import NormalDist
@@ -193,6 +193,16 @@ def power(value: float, variance: float, correlation: float, margin: float, alph
     normal test at no difference (Blackwelder, Controlled Clinical Trials 1982), with the gap of `statistic`.
     """
     return NORMAL.cdf(gap(value, variance, correlation, margin) + NORMAL.inv_cdf(alpha))
+
+
+def holm(tails: Mapping[str, float], alpha: float) -> list[str]:
+    """The names whose p stands at family level `alpha`, smallest first (Holm, Scand J Statist 1979)."""
+    stands: list[str] = []
+    for name in sorted(tails, key=tails.__getitem__):
+        if tails[name] > alpha / (len(tails) - len(stands)):
+            break
+        stands.append(name)
+    return stands
 
 
 def alpha_per_look(yearly: float, looks_per_year: int) -> float:

@@ -166,11 +166,7 @@ def _superior(pairs: Pairs, rows: list[Check], rules: Rules, alpha: float) -> tu
         return rows, row
     a, b = (stats.macro([pair[i] for pair in pairs.values()]) for i in (0, 1))
     tails = {name: _tail(*pair) for name, pair in {"macro AUC": (a, b), **pairs}.items()}
-    claimed: list[str] = []
-    for step, name in enumerate(sorted(tails, key=tails.__getitem__)):
-        if tails[name] > alpha / (len(tails) - step):
-            break
-        claimed.append(name)
+    claimed = stats.holm(tails, alpha)
     rows = [replace(r, outcome="better") if r.finding in claimed and r.outcome == "non_inferior" else r for r in rows]
     return rows, replace(
         row,

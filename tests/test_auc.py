@@ -205,3 +205,38 @@ def test_the_logit_gap_is_what_the_design_says():
     slope = np.array([1 / (a.value * (1 - a.value)), -1 / (held * (1 - held))])
     by_hand = (log(a.value / (1 - a.value)) - log(held / (1 - held))) / sqrt(slope @ covariance @ slope)
     assert float(stats.statistic(a, b, -0.02)) == pytest.approx(by_hand)
+
+
+def test_a_perfect_sample_does_not_claim_to_be_certain():
+    labels = np.repeat([1.0, 0.0], [5, 20])
+    perfect = stats.curve(labels + 0.1, labels, np.arange(25), 25)
+    assert (perfect.value, perfect.level) == (1.0, 1 - 1 / 100)
+    assert perfect.variance == pytest.approx(2 / 100**2)
+
+
+def test_two_models_of_equal_auc_that_place_films_differently_are_not_the_same():
+    labels = np.r_[np.ones(4), np.zeros(4)]
+    a = stats.curve(np.array([8, 7, 6, 2.5, 4, 3, 2, 1.0]), labels, np.arange(8), 8)
+    b = stats.curve(np.array([2.5, 7, 6, 8, 4, 3, 2, 1.0]), labels, np.arange(8), 8)
+    assert a.value == b.value and not stats.same(a, b)
+    assert stats.interval(a, b, 0.05) != (0.0, 0.0)
+
+
+def test_the_macro_auc_varies_as_its_mean_over_patients_does():
+    site = Site(films=300, findings=("effusion", "opacity"), seed=3)
+    site.labels[:, 1] = np.where(site.rng.random(300) < 0.5, site.labels[:, 0], site.labels[:, 1])
+    site.shared[:, 1] = 0.7 * site.shared[:, 0] + 0.7 * site.shared[:, 1]
+    scores = site.model(0.85, 0.75).probabilities
+    both = stats.macro([stats.curve(scores[:, j], site.labels[:, j], np.arange(300), 300) for j in (0, 1)])
+    assert both.value == pytest.approx(np.mean([auc(scores[:, j], site.labels[:, j]) for j in (0, 1)]))
+    drawn = []
+    for _ in range(800):
+        pick = site.rng.integers(0, 300, 300)
+        drawn.append(np.mean([auc(scores[pick, j], site.labels[pick, j]) for j in (0, 1)]))
+    assert both.variance == pytest.approx(np.var(drawn), rel=0.15)
+
+
+def test_holm_steps_down_and_stops_at_the_first_that_does_not_stand():
+    assert stats.holm({"a": 0.012, "b": 0.02, "c": 0.04}, 0.05) == ["a", "b", "c"]
+    assert stats.holm({"a": 0.012, "b": 0.03, "c": 0.04}, 0.05) == ["a"]
+    assert stats.holm({"a": 0.02, "b": 0.02, "c": 0.02}, 0.05) == []
