@@ -9,6 +9,7 @@ import logging
 import socketserver
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -83,8 +84,10 @@ class Listener:
         swept = self._inbox.sweep()
         if swept:
             self._log.info("swept %d unfinished transfers", swept)
-        # pynetdicom's own messages print UIDs and element values; ours are the ones that go to the log
-        logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
+        # the libraries' own messages print UIDs and element values; ours are the ones that go to the log
+        for library in ("pynetdicom", "pydicom"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", category=UserWarning, module="pydicom")
         server = self._entity().make_server(
             (self._node.host, self._node.port),
             server_class=_Server,
@@ -103,10 +106,15 @@ class Listener:
         server, self._server = self._server, None
         server.shutdown()
         deadline = time.monotonic() + GRACE
-        while server.active_associations and time.monotonic() < deadline:
+        while any(association.is_established for association in server.active_associations):
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.05)
-        for association in server.active_associations:
-            association.abort()
+        aborts = [threading.Thread(target=one.abort, daemon=True) for one in server.active_associations]
+        for abort in aborts:
+            abort.start()
+        for abort in aborts:
+            abort.join(GRACE)
 
     def _entity(self) -> AE:
         entity = AE(self._node.aet)

@@ -27,6 +27,7 @@ NATIVE = (EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED_LE)
 IMPLEMENTATION_UID = "1.2.826.0.1.3680043.8.498.7427.1"
 IMPLEMENTATION_NAME = "CXRLOOP_1"
 MAX_INFLATED = 256 << 20  # bytes; the largest detector is 50 MB a film, a bomb has no business above this
+HEAD = 32 << 20  # bytes of an inflated data set that hold its header, overlays and icons included
 UNDEFINED = 0xFFFFFFFF
 PIXEL_DATA = 0x7FE00010
 ITEM = b"\xfe\xff\x00\xe0"  # (FFFE,E000), always little endian: no compressed syntax is big
@@ -131,28 +132,38 @@ def content_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def inflate(deflated: bytes, limit: int = MAX_INFLATED) -> bytes:
-    """The inflated data set (raw deflate, PS3.5 A.5). Raises Unreadable beyond `limit` bytes or when cut short."""
-    engine = zlib.decompressobj(-zlib.MAX_WBITS)
+def inflate(deflated: bytes, limit: int = MAX_INFLATED, keep: int = MAX_INFLATED) -> tuple[bytes, int]:
+    """The first `keep` bytes of an inflated data set (raw deflate, PS3.5 A.5) and its whole length.
+
+    Raises Unreadable beyond `limit` bytes or when cut short. Never holds much more than `keep`.
+    """
+    engine, kept, total = zlib.decompressobj(-zlib.MAX_WBITS), [], 0
     try:
-        inflated = engine.decompress(deflated, limit)
+        for at in range(0, len(deflated), 1 << 12):  # deflate grows 1032 times at most
+            piece = engine.decompress(deflated[at : at + (1 << 12)])
+            if total < keep:
+                kept.append(piece)
+            total += len(piece)
+            if total > limit:
+                raise Unreadable(f"deflated data set grows beyond {limit >> 20} MiB")
     except zlib.error as error:
         raise Unreadable(f"deflated data set: {error}") from error
     if not engine.eof:
-        bomb = len(inflated) >= limit
-        raise Unreadable(f"deflated data set grows beyond {limit >> 20} MiB" if bomb else "deflated data set cut short")
-    return inflated
+        raise Unreadable("deflated data set cut short")
+    return b"".join(kept), total
 
 
-def read_header(stream: BinaryIO, syntax: str) -> Header:
+def read_header(stream: BinaryIO, syntax: str, pixels: bool = True) -> Header:
     """Elements up to the pixels of the data set that begins at the stream's position. Raises Unreadable.
 
     Checks that the first element looks like its syntax, that no value is cut short, and that the declared
-    pixel length fits what follows. Costs about a millisecond; reads no pixels (deflated sets are inflated, bounded).
+    pixel length fits what follows. Costs about a millisecond; reads no pixels (a deflated set is inflated, within
+    bounds; with `pixels` False only its head is kept, and `pixel_bytes` of the result is of no use).
     """
-    uid = UID(syntax)
+    uid, size = UID(syntax), _size(stream)
     if syntax == DEFLATED_LE:
-        stream = BytesIO(inflate(stream.read()))
+        head, size = inflate(stream.read(), keep=MAX_INFLATED if pixels else HEAD)
+        stream = BytesIO(head)
     implicit, little = syntax == IMPLICIT_LE, syntax != EXPLICIT_BE
     if not uid.is_transfer_syntax and not uid.is_private:
         raise Unreadable(f"TransferSyntaxUID (0002,0010) = {shown(syntax)}: not a transfer syntax")
@@ -174,7 +185,7 @@ def read_header(stream: BinaryIO, syntax: str) -> Header:
         raise
     except HOSTILE as error:
         raise Unreadable(f"data set not readable: {type(error).__name__}") from error
-    length, vr, offset = _pixel_element(stream, implicit, little)
+    length, vr, offset = _pixel_element(stream, implicit, little, size)
     if length == UNDEFINED:
         _walk_items(stream)
     return Header(ds, length, vr, stream, offset)
@@ -209,10 +220,9 @@ def items(encapsulated: bytes) -> list[bytes]:
     return found
 
 
-def _pixel_element(stream: BinaryIO, implicit: bool, little: bool) -> tuple[int | None, str, int]:
+def _pixel_element(stream: BinaryIO, implicit: bool, little: bool, end: int) -> tuple[int | None, str, int]:
     """(declared length or None without pixels, VR, offset of the value); skips other elements of group 7FE0."""
     order = "<" if little else ">"
-    end = _size(stream)
     while True:
         start = stream.read(8)
         if not start:

@@ -25,7 +25,7 @@ def answer(data_set: BinaryIO, syntax: str, sop_class: str, sop_uid: str) -> tup
     if not is_uid(sop_uid):
         return INVALID_INSTANCE, "AffectedSOPInstanceUID (0000,1000) is not a UID"
     try:
-        found = read_header(data_set, syntax)
+        found = read_header(data_set, syntax, pixels=False)
     except Unreadable as error:
         return NOT_UNDERSTOOD, str(error)
     uid = header.text(found.dataset, "SOPInstanceUID")

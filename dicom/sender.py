@@ -4,6 +4,7 @@ For imports, results, the demo's PACS and tests; retries nothing and remembers n
 """
 
 import io
+import queue
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from dicom.part10 import Unreadable, open_envelope, read_header
 LARGEST_PDU = 131072
 MAX_CONTEXTS = 128  # PS3.8: odd identifiers from 1 to 255
 TIMEOUT = 30  # seconds for an answer
+TRANSFER = "Sta6"  # PS3.8 9.2.1: association established, ready for data transfer
 
 
 class _Film:
@@ -113,9 +115,21 @@ def _store(association: Association, film: _Film) -> int | None:
     while not association._is_paused:
         time.sleep(0.0001)
     association.dimse.send_msg(request, accepted[0].context_id)
-    _, response = association.dimse.get_msg(block=True)
+    response = _response(association)
     association._reactor_checkpoint.set()
     if response is None:
         association.abort()
         return None
     return getattr(response, "Status", None)
+
+
+def _response(association: Association) -> object | None:
+    """The next message; None when none comes in time or the line is dead (the library would wait for it in vain)."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        try:
+            return association.dimse.msg_queue.get(timeout=0.2)[1]
+        except queue.Empty:
+            if association.dul.state_machine.current_state != TRANSFER:
+                break
+    return None

@@ -1,0 +1,395 @@
+"""The port: real associations over real sockets, friendly and hostile, and a disk that runs full."""
+
+import logging
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import pytest
+from pacs import KEY, associate, data_set, film, save, send_once, store_raw, wait_for
+from pydicom import dcmread
+from pydicom.uid import generate_uid
+
+from dicom import reception
+from dicom.image import COMPUTED_RADIOGRAPHY, DIGITAL_XRAY_PRESENTATION, SOP_CLASSES
+from dicom.inbox import Inbox
+from dicom.ingest import Admission, examine
+from dicom.listener import Listener, Node
+from dicom.part10 import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
+from dicom.sender import echo, send
+from dicom.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS, SYNTAXES
+
+DX = DIGITAL_XRAY_PRESENTATION
+
+
+@pytest.fixture
+def node(tmp_path):
+    """A listener and its inbox; more arguments by `start`."""
+    running = []
+
+    def start(**settings):
+        inbox = Inbox(tmp_path / "inbox", settings.pop("min_free_bytes", 0))
+        listener = Listener(Node(port=0, **settings), inbox)
+        listener.start()
+        running.append(listener)
+        return listener, inbox
+
+    yield start
+    for listener in running:
+        listener.stop()
+
+
+def everything(inbox):
+    return sorted(path.name for path in inbox.folder.rglob("*") if path.is_file())
+
+
+# Friendly
+
+
+def test_echo_is_answered(node):
+    listener, _ = node()
+    assert echo("127.0.0.1", listener.port, "CXRLOOP")
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED_LE, JPEG_LS, JPEG_2000_LOSSLESS])
+def test_a_film_arrives_as_it_was_sent(node, syntax):
+    listener, inbox = node()
+    ds = film(bits=12, transfer_syntax=syntax)
+    assert send_once(listener.port, data_set(ds), ds.SOPInstanceUID, DX, syntax) == 0
+    (path,) = inbox.waiting()
+    assert path.read_bytes().endswith(data_set(ds))
+    assert dcmread(path).file_meta.TransferSyntaxUID == syntax
+    assert examine(path, KEY, Admission()).outcome == "admitted"
+
+
+def test_every_class_and_syntax_of_ours_is_accepted_and_nothing_else(node):
+    listener, _ = node()
+    kinds = [(sop_class, syntax) for sop_class in SOP_CLASSES for syntax in SYNTAXES]
+    association = associate(listener.port, kinds)
+    assert len(association.accepted_contexts) == len(kinds)
+    association.release()
+    ct, mpeg2 = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.4.100"
+    association = associate(listener.port, [(ct, EXPLICIT_LE), (DX, mpeg2), (DX, EXPLICIT_LE)])
+    assert [context.result for context in association.rejected_contexts] == [3, 4]
+    association.release()
+
+
+def test_a_film_is_acknowledged_only_after_it_is_in_the_inbox(node):
+    listener, inbox = node()
+    for n, (_, status) in enumerate(send([film(n) for n in range(5)], "127.0.0.1", listener.port, "CXRLOOP"), 1):
+        assert status == 0
+        assert len(inbox.waiting()) == n
+
+
+def test_the_same_film_twice_is_two_successes(node):
+    listener, inbox = node()
+    statuses = [status for _, status in send([film(), film()], "127.0.0.1", listener.port, "CXRLOOP")]
+    assert statuses == [0, 0]
+    assert len(inbox.waiting()) == 2
+
+
+def test_what_is_no_chest_film_is_stored_too_and_left_to_the_intake(node):
+    listener, inbox = node()
+    knee, bare = film(1, body_part="KNEE"), film(2)
+    del bare.PixelData
+    assert [status for _, status in send([knee, bare], "127.0.0.1", listener.port, "CXRLOOP")] == [0, 0]
+    outcomes = [examine(path, KEY, Admission()).outcome for path in inbox.waiting()]
+    assert outcomes == ["rejected", "quarantined"]
+
+
+def test_many_senders_at_once_lose_nothing(node):
+    listener, inbox = node()
+    sent: list[str] = []
+
+    def modality(first):
+        films = [film(n, side=200) for n in range(first, first + 6)]
+        sent.extend(
+            ds.SOPInstanceUID for ds, status in send(films, "127.0.0.1", listener.port, "CXRLOOP") if status == 0
+        )
+
+    threads = [threading.Thread(target=modality, args=(100 * n,)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(sent) == 30
+    assert {dcmread(path).SOPInstanceUID for path in inbox.waiting()} == set(sent)
+
+
+# Who may speak
+
+
+def test_another_called_title_is_rejected(node):
+    listener, _ = node(aet="WARD3")
+    assert not echo("127.0.0.1", listener.port, "CXRLOOP")
+    assert echo("127.0.0.1", listener.port, "WARD3")
+
+
+def test_only_calling_titles_on_the_list_are_accepted(node):
+    listener, _ = node(allow_aet=("CR1", "CR2"))
+    assert not echo("127.0.0.1", listener.port, "CXRLOOP", "CR3")
+    assert echo("127.0.0.1", listener.port, "CXRLOOP", "CR2")
+
+
+def test_only_addresses_on_the_list_are_accepted(node):
+    listener, _ = node(allow_ip=("10.0.0.0/8", "192.168.1.7"))
+    assert not echo("127.0.0.1", listener.port, "CXRLOOP")
+    listener, _ = node(allow_ip=("127.0.0.0/8",))
+    assert echo("127.0.0.1", listener.port, "CXRLOOP")
+
+
+def test_more_associations_than_allowed_are_rejected_and_later_ones_welcome(node):
+    listener, _ = node(max_associations=2)
+    held = [associate(listener.port, [(DX, EXPLICIT_LE)]) for _ in range(2)]
+    assert all(association.is_established for association in held)
+    assert associate(listener.port, [(DX, EXPLICIT_LE)]).is_rejected
+    for association in held:
+        association.release()
+    assert wait_for(lambda: echo("127.0.0.1", listener.port, "CXRLOOP"))
+
+
+def test_a_malformed_address_list_is_an_error_at_once(tmp_path):
+    with pytest.raises(ValueError, match="not-an-ip"):
+        Listener(Node(allow_ip=("not-an-ip",)), Inbox(tmp_path))
+
+
+# Hostile
+
+GOOD = film()
+DATA, UID, STUDY = data_set(GOOD), str(GOOD.SOPInstanceUID), b"\x20\x00\x0d\x00UI"
+ENGINE = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+BOMB = b"".join(ENGINE.compress(b"\0" * (1 << 20)) for _ in range(300)) + ENGINE.flush()
+
+
+def without_uid():
+    ds = film()
+    del ds.SOPInstanceUID
+    ds.file_meta.MediaStorageSOPInstanceUID = UID
+    return data_set(ds)
+
+
+HOSTILE = {
+    "command of another class": (DATA, UID, COMPUTED_RADIOGRAPHY, EXPLICIT_LE, reception.MISMATCH),
+    "command of another instance": (DATA, "1.2.3.4", DX, EXPLICIT_LE, reception.MISMATCH),
+    "a path as UID": (DATA, "../../../../tmp/x", DX, EXPLICIT_LE, reception.INVALID_INSTANCE),
+    "an absolute path as UID": (DATA, "/etc/passwd", DX, EXPLICIT_LE, reception.INVALID_INSTANCE),
+    "letters and blanks as UID": (DATA, "1.2 3.abc", DX, EXPLICIT_LE, reception.INVALID_INSTANCE),
+    "no instance UID in the data set": (without_uid(), UID, DX, EXPLICIT_LE, reception.NOT_UNDERSTOOD),
+    "random bytes": (bytes(range(1, 255)) * 40, UID, DX, EXPLICIT_LE, reception.NOT_UNDERSTOOD),
+    "implicit under explicit": (data_set(film(transfer_syntax=IMPLICIT_LE)), UID, DX, EXPLICIT_LE, 0xC000),
+    "native pixels under JPEG 2000": (DATA, UID, DX, JPEG_2000_LOSSLESS, reception.NOT_UNDERSTOOD),
+    "code stream under explicit": (data_set(film(transfer_syntax=JPEG_LS)), UID, DX, EXPLICIT_LE, 0xC000),
+    "pixels cut short": (DATA[:-500], UID, DX, EXPLICIT_LE, reception.NOT_UNDERSTOOD),
+    "header cut short": (DATA[:200], UID, DX, EXPLICIT_LE, reception.NOT_UNDERSTOOD),
+    "code stream cut short": (data_set(film(transfer_syntax=JPEG_LS))[:-40], UID, DX, JPEG_LS, 0xC000),
+    "deflate bomb": (BOMB, UID, DX, DEFLATED_LE, reception.NOT_UNDERSTOOD),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_objects_get_their_status_keep_the_association_and_leave_nothing(node, name):
+    listener, inbox = node()
+    data, uid, sop_class, syntax, status = HOSTILE[name]
+    association = associate(listener.port, [(sop_class, syntax), (DX, EXPLICIT_LE)])
+    assert store_raw(association, data, uid, sop_class, 1) == status
+    assert association.is_established
+    assert everything(inbox) == []
+    assert store_raw(association, DATA, UID, DX, 3) == 0
+    association.release()
+
+
+def fragments(port, *parts):
+    """A C-STORE command and then data set fragments (control header, bytes), on the raw socket."""
+    association = associate(port, [(DX, EXPLICIT_LE)])
+    association._reactor_checkpoint.clear()  # the answer is the test's, not the library's loop's
+    assert wait_for(lambda: association._is_paused)
+    wire = association.dul.socket.socket
+    element = lambda tag, data: struct.pack("<HHL", 0, tag, len(data)) + data  # noqa: E731
+    even = lambda text: text.encode() + b"\0" * (len(text) % 2)  # noqa: E731
+    command = element(0x0002, even(DX)) + element(0x0100, b"\1\0") + element(0x0110, b"\1\0")
+    command += element(0x0700, b"\0\0") + element(0x0800, b"\1\0") + element(0x1000, even(UID))
+    command = element(0, struct.pack("<L", len(command))) + command
+    for control, data in ((3, command), *parts):
+        item = struct.pack(">LBB", len(data) + 2, 1, control) + data
+        wire.sendall(struct.pack(">BBL", 4, 0, len(item)) + item)
+    return association, wire
+
+
+def partial_store(port):
+    association, wire = fragments(port, (0, DATA[:4000]))
+    association._reactor_checkpoint.set()
+    time.sleep(0.2)
+    return association, wire
+
+
+def test_an_empty_object_is_not_understood(node):
+    listener, inbox = node()
+    association, _ = fragments(listener.port, (2, b""))
+    _, response = association.dimse.get_msg(block=True)
+    association._reactor_checkpoint.set()
+    assert response.Status == reception.NOT_UNDERSTOOD
+    association.release()
+    assert everything(inbox) == []
+
+
+def test_fragments_of_odd_and_empty_sizes_are_one_object(node):
+    listener, inbox = node()
+    association, _ = fragments(listener.port, (0, DATA[:1]), (0, b""), (0, DATA[1:7000]), (2, DATA[7000:]))
+    _, response = association.dimse.get_msg(block=True)
+    association._reactor_checkpoint.set()
+    assert response.Status == 0
+    association.release()
+    assert inbox.waiting()[0].read_bytes().endswith(DATA)
+
+
+def test_a_line_that_drops_in_the_middle_of_a_film_leaves_nothing(node):
+    listener, inbox = node()
+    _, wire = partial_store(listener.port)
+    wire.shutdown(socket.SHUT_RDWR)
+    wire.close()
+    time.sleep(0.3)
+    assert everything(inbox) == []
+    assert echo("127.0.0.1", listener.port, "CXRLOOP")
+
+
+def test_an_abort_in_the_middle_of_a_film_leaves_nothing(node):
+    listener, inbox = node()
+    association, _ = partial_store(listener.port)
+    association.abort()
+    time.sleep(0.3)
+    assert everything(inbox) == []
+    assert echo("127.0.0.1", listener.port, "CXRLOOP")
+
+
+@pytest.mark.parametrize(
+    "noise", [b"GET / HTTP/1.1\r\n\r\n", b"\x01\x00\xff\xff\xff\xff" + b"x" * 100, b"\x99" * 500, b""]
+)
+def test_garbage_on_the_line_stops_nobody(node, noise):
+    listener, inbox = node()
+    with socket.create_connection(("127.0.0.1", listener.port)) as wire:
+        wire.sendall(noise)
+        assert echo("127.0.0.1", listener.port, "CXRLOOP")
+    assert everything(inbox) == []
+
+
+def test_thirty_idle_connections_stop_nobody(node):
+    listener, _ = node(max_associations=40)
+    idle = [socket.create_connection(("127.0.0.1", listener.port)) for _ in range(30)]
+    assert echo("127.0.0.1", listener.port, "CXRLOOP")
+    for wire in idle:
+        wire.close()
+
+
+# Disk
+
+
+def test_a_short_disk_is_a700_leaves_nothing_and_the_node_recovers(node):
+    listener, inbox = node(min_free_bytes=1 << 60)
+    association = associate(listener.port, [(DX, EXPLICIT_LE)])
+    assert store_raw(association, DATA, UID, DX) == reception.OUT_OF_RESOURCES
+    assert everything(inbox) == []
+    assert echo("127.0.0.1", listener.port, "CXRLOOP")
+    inbox.min_free_bytes = 0
+    assert store_raw(association, DATA, UID, DX) == 0
+    association.release()
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_write_is_a700_and_leaves_nothing(node):
+    listener, inbox = node()
+    big = film(side=700)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        status = send_once(listener.port, data_set(big), big.SOPInstanceUID, DX)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == reception.OUT_OF_RESOURCES
+    assert everything(inbox) == []
+    assert send_once(listener.port, data_set(big), big.SOPInstanceUID, DX) == 0
+
+
+# Crash
+
+SERVE = """
+import sys, time
+from pathlib import Path
+from dicom.inbox import Inbox
+from dicom.listener import Listener, Node
+listener = Listener(Node(port=0), Inbox(Path(sys.argv[1]), 0))
+listener.start()
+print(listener.port, flush=True)
+time.sleep(60)
+"""
+
+
+def test_kill_9_in_the_middle_of_transfers_loses_nothing_acknowledged_and_leaves_nothing_half(tmp_path):
+    films = [save(film(n, side=900, bits=12), tmp_path / f"{n}.dcm") for n in range(12)]
+    acknowledged: list[str] = []
+    inbox = Inbox(tmp_path / "inbox", 0)
+    for kill_after in (1, 3):
+        serving = subprocess.Popen([sys.executable, "-c", SERVE, str(inbox.folder)], stdout=subprocess.PIPE, text=True)
+        assert serving.stdout
+        port = int(serving.stdout.readline())
+        (inbox.folder / ".tmp" / "left-over").write_bytes(b"half a film")
+
+        def modality(part, port=port, serving=serving, kill_after=kill_after):
+            done = 0
+            for path, status in send(part, "127.0.0.1", port, "CXRLOOP"):
+                if status == 0:
+                    acknowledged.append(dcmread(path, stop_before_pixels=True).SOPInstanceUID)
+                    done += 1
+                if done == kill_after and serving.poll() is None:
+                    os.kill(serving.pid, signal.SIGKILL)
+
+        threads = [threading.Thread(target=modality, args=(films[n::3],)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        serving.wait()
+        serving.stdout.close()
+        found = [examine(path, KEY, Admission()) for path in inbox.waiting()]
+        assert {one.outcome for one in found} == {"admitted"}
+        assert set(acknowledged) <= {one.sop_uid for one in found}
+    assert acknowledged
+    listener = Listener(Node(port=0), inbox)
+    listener.start()
+    assert list((inbox.folder / ".tmp").iterdir()) == []
+    again = [status for _, status in send(films, "127.0.0.1", listener.port, "CXRLOOP")]
+    listener.stop()
+    assert again == [0] * 12
+
+
+def test_stopping_frees_the_port_within_seconds(tmp_path):
+    listener = Listener(Node(port=0), Inbox(tmp_path, 0))
+    listener.start()
+    port = listener.port
+    associate(port, [(DX, EXPLICIT_LE)])
+    began = time.monotonic()
+    listener.stop()
+    assert time.monotonic() - began < 8
+    second = Listener(Node(port=port), Inbox(tmp_path, 0))
+    second.start()
+    assert echo("127.0.0.1", port, "CXRLOOP")
+    second.stop()
+
+
+def test_logs_name_files_and_peers_and_no_patient(node, caplog):
+    caplog.set_level(logging.DEBUG)
+    listener, inbox = node()
+    ds = film(patient_id="PATIENT-4711")
+    ds.PatientName = "DOE^JANE"
+    send_once(listener.port, data_set(ds), ds.SOPInstanceUID, DX)
+    send_once(listener.port, data_set(ds)[:-10], ds.SOPInstanceUID, DX)
+    send_once(listener.port, data_set(ds), generate_uid(), DX)
+    (path,) = inbox.waiting()
+    assert path.name in caplog.text
+    for private in ("4711", "DOE", ds.SOPInstanceUID, ds.StudyInstanceUID):
+        assert private not in caplog.text
