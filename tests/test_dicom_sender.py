@@ -1,0 +1,54 @@
+"""The small sender: bytes as they are, a status for each."""
+
+import pytest
+from pacs import film, free_port, save
+
+from dicom.inbox import Inbox
+from dicom.listener import Listener, Node
+from dicom.part10 import EXPLICIT_LE, IMPLICIT_LE
+from dicom.sender import echo, send
+from dicom.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
+
+
+@pytest.fixture
+def node(tmp_path):
+    listener = Listener(Node(port=0), Inbox(tmp_path / "inbox", 0))
+    listener.start()
+    yield listener, Inbox(tmp_path / "inbox", 0)
+    listener.stop()
+
+
+def test_files_and_data_sets_of_mixed_syntaxes_arrive_byte_for_byte(tmp_path, node):
+    listener, inbox = node
+    syntaxes = (EXPLICIT_LE, JPEG_LS, IMPLICIT_LE, JPEG_2000_LOSSLESS, EXPLICIT_LE)
+    items = [save(film(n, transfer_syntax=syntax), tmp_path / f"{n}.dcm") for n, syntax in enumerate(syntaxes)]
+    results = list(send([*items, film(9)], "127.0.0.1", listener.port, "CXRLOOP"))
+    assert [status for _, status in results] == [0] * 6
+    assert [item for item, _ in results][:5] == items
+    arrived = {path.read_bytes()[-3000:] for path in inbox.waiting()}
+    assert {path.read_bytes()[-3000:] for path in items} <= arrived
+
+
+def test_what_can_not_be_read_or_is_not_accepted_has_no_status_and_stops_nothing(tmp_path, node):
+    listener, inbox = node
+    broken = tmp_path / "broken.dcm"
+    broken.write_bytes(b"not DICOM")
+    ct = film(1)
+    ct.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    results = list(send([broken, tmp_path / "gone.dcm", ct, film(2)], "127.0.0.1", listener.port, "CXRLOOP"))
+    assert [status for _, status in results] == [None, None, None, 0]
+    assert len(inbox.waiting()) == 1
+
+
+def test_with_nobody_there_nothing_is_sent():
+    port = free_port()
+    assert not echo("127.0.0.1", port, "CXRLOOP")
+    assert [status for _, status in send([film()], "127.0.0.1", port, "CXRLOOP")] == [None]
+
+
+def test_results_come_while_sending(node):
+    listener, inbox = node
+    sending = send((film(n) for n in range(3)), "127.0.0.1", listener.port, "CXRLOOP")
+    assert next(sending)[1] == 0
+    assert len(inbox.waiting()) == 1
+    assert [status for _, status in sending] == [0, 0]
