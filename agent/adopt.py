@@ -1,11 +1,13 @@
 """`models import`: a model made elsewhere becomes the baseline when none serves, else a candidate for the gate."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from agent import audit, look, release, rounds
+from agent import audit, look, release, rounds, training
 from agent.errors import Problem
 from agent.ledger import Ledger, utc
 from agent.site import Site
@@ -21,7 +23,7 @@ def adopt(site: Site, ledger: Ledger, file: Path, by: str, with_look: bool) -> d
     """
     if not file.is_file():
         raise Problem(f"{file}: no such file")
-    with tempfile.TemporaryDirectory(dir=site.root / "run") as scratch:
+    with _the_lock(site), tempfile.TemporaryDirectory(dir=site.root / "run") as scratch:
         try:
             import_onnx(file, Path(scratch), site.findings)
         except (OnnxRefused, NoRuntime) as error:
@@ -47,6 +49,15 @@ def adopt(site: Site, ledger: Ledger, file: Path, by: str, with_look: bool) -> d
         "round": name,
         "verdict": summary["verdict"] if summary else None,
     }
+
+
+@contextmanager
+def _the_lock(site: Site) -> Iterator[None]:
+    try:
+        with training.the_lock(site):
+            yield
+    except training.Busy:
+        raise Problem("models import: a round is running; wait for it, or `cxrloop round cancel`") from None
 
 
 def _as_round(site: Site, ledger: Ledger, bundle: str, with_look: bool) -> str:

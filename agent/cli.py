@@ -76,7 +76,7 @@ def serve(
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True
     )
-    for chatty in ("apscheduler", "pynetdicom", "httpx", "httpcore"):
+    for chatty in ("apscheduler", "httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with out.errors():
         parts = tuple(name.strip() for name in only.split(",") if name.strip())
@@ -183,6 +183,7 @@ def common(version: Annotated[bool, typer.Option("--version", callback=_version,
 
 def main() -> None:
     """Entry point of the `cxrloop` command."""
+    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # we say ourselves what a refused association means
     app()
 
 

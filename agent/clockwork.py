@@ -17,6 +17,7 @@ from agent.config import zone
 from agent.errors import Problem, Refused
 from agent.ledger import Ledger, utc, when
 from agent.site import Site
+from deploy.bundle import sweep
 from deploy.client import Client
 from dicom.drop import Drop
 
@@ -60,6 +61,7 @@ def night_step(site: Site, now: datetime) -> str:
     with site.ledger() as ledger:
         try:
             with training.the_lock(site):
+                sweep(site.models)  # what a crash in the middle of sealing left; nobody seals without the lock
                 row = rounds.open_round(ledger)
                 if row and (span or _goes_on_by_day(row)):
                     until = span[1] if span and row["why"] == "night" else None
@@ -79,6 +81,8 @@ def _goes_on_by_day(row: dict) -> bool:
 
 
 def _tonight(site: Site, ledger: Ledger, now: datetime, until: datetime) -> str:
+    if not ledger.value("SELECT 1 FROM image LIMIT 1"):
+        return "waiting"  # a new site has nothing that could be skipped
     reason = _too_little(site, ledger)
     if reason:
         with ledger.transaction():

@@ -24,6 +24,9 @@ from deploy.runtime import NoRuntime, ProviderRefused
 from deploy.session import Session
 
 
+CONFLICT = 409  # the server's word that the bundle itself may not serve
+
+
 def approve(site: Site, ledger: Ledger, bundle: str, by: str, reason: str) -> dict[str, Any]:
     """Let a bundle that passed the gate into service; `{"bundle", "state", "swap_seconds"}`.
 
@@ -123,6 +126,8 @@ def _act(site: Site, ledger: Ledger, intent: Row) -> dict[str, Any]:
         try:
             up = _prepare(site, server, bundle)
         except (ServerRefused, BundleRefused) as error:
+            if isinstance(error, ServerRefused) and error.status != CONFLICT:
+                raise  # this machine's fault (GPU, disk), not the bundle's: the intent stands
             _refuse(ledger, intent, str(error))
             raise Refused(f"{bundle} was not put into service: {error}") from None
         started = time.perf_counter()
@@ -152,8 +157,8 @@ def _swapped(server: Client, bundle: str, started: float) -> float:
         server.reload()
         while server.predict(np.zeros((1, 512, 512), np.uint8))[0] != bundle:
             time.sleep(0.005)
-    except ServerDown as error:
-        raise Problem(f"{bundle}: the pointer is set, but the server went away before it answered ({error})") from None
+    except (ServerDown, ServerRefused) as error:
+        raise Problem(f"{bundle}: the pointer is set, but the server has not answered with it ({error})") from None
     return round(time.perf_counter() - started, 4)
 
 

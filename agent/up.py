@@ -83,6 +83,7 @@ def command(name: str, settings: Path | None) -> list[str]:
         "--config",
         str(config_path(settings)),
         "--child",
+        str(os.getpid()),
     ]
 
 

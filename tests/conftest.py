@@ -1,0 +1,87 @@
+"""What every test may use: a site folder, and the rule for tests that talk to programs pip does not bring."""
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from agent import config
+from agent.site import Site, init
+
+PEERS = {
+    "dcmtk": ("dcmsend", "storescu", "echoscu"),
+    "orthanc": ("Orthanc",),
+    "dicom3tools": ("dciodvfy",),
+    "systemd": ("systemd-analyze",),
+    "sqlite3": ("sqlite3",),
+}
+HINT = "make peers"
+not_run: list[str] = []
+
+
+def missing_peers(wanted: tuple[str, ...]) -> list[str]:
+    """Which of these Debian packages are not here (all of them when none is named)."""
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    return [n for n in wanted or tuple(PEERS) if not all(shutil.which(program, path=path) for program in PEERS[n])]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With CI=true a missing peer fails its tests; elsewhere they are left out, and the end of the run says so."""
+    if os.environ.get("CI") == "true":
+        return
+    kept, out = [], []
+    for item in items:
+        mark = item.get_closest_marker("peer")
+        (out if mark and missing_peers(mark.args) else kept).append(item)
+    not_run.extend(item.nodeid for item in out)
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = kept
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    mark = item.get_closest_marker("peer")
+    if mark and (missing := missing_peers(mark.args)):
+        pytest.fail(f"needs {', '.join(missing)}; bring them with `{HINT}`")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not_run:
+        missing = ", ".join(missing_peers(()))
+        terminalreporter.write_line(f"{len(not_run)} peer tests did not run: {missing} not here. `{HINT}` brings them.")
+
+
+def free_port() -> int:
+    """A port that is free now, and whose next one is too."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """A fresh demo-sized site with three findings and no window."""
+    return make_site(tmp_path / "site")
+
+
+def make_site(folder: Path, **sections: dict) -> Site:
+    """A site whose settings differ from the demo's by `sections`."""
+    port = free_port()
+    values: dict = {
+        "site": {"findings": ["cardiomegaly", "effusion", "opacity"]},
+        "node": {"port": port, "min_free_mb": 1},
+        "infer": {"port": port + 1, "provider": "cpu", "threads": 1},
+        "patients": {"golden": 0.4, "golden_next": 0.0, "calibration": 0.1, "validation": 0.1},
+        "learn": {"profile": "demo", "window": ""},
+    }
+    for name, keys in sections.items():
+        values[name] = values.get(name, {}) | keys
+    return init(folder, config.checked(values))

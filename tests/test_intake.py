@@ -1,0 +1,151 @@
+"""From the inbox to a row: outcomes, duplicates, ranges, and doing it twice."""
+
+from pathlib import Path
+
+import pytest
+
+from agent import intake, studies
+from agent.errors import Problem
+from agent.ranges import fix_shares, range_of
+from tests.conftest import make_site
+from tests.films import Here, film, pixels, put, save, take_in
+
+
+def states(site):
+    with site.ledger() as ledger:
+        return [(row["state"], row["reason"]) for row in studies.ls(site, ledger, None, 100)]
+
+
+def test_a_film_is_stored_with_its_plate_its_pseudonym_and_its_range(site):
+    put(site, film(1, patient="Doe^John"))
+    with site.ledger() as ledger:
+        assert take_in(site, ledger) == 1
+        row = ledger.rows("SELECT * FROM image")[0]
+    assert row["state"] == "stored"
+    assert site.store.plate(row["plate"]).shape == (512, 512)
+    assert row["range"] in ("golden", "calibration", "validation", "train")
+    assert "Doe" not in str(row)
+    assert site.inbox.waiting() == []
+
+
+def test_no_name_of_a_patient_reaches_ledger_store_names_or_audit(site):
+    put(site, film(1, patient="SECRETNAME"))
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+    for path in site.root.rglob("*"):
+        assert "SECRETNAME" not in path.name
+        if path.is_file() and "originals" not in path.parts:
+            assert b"SECRETNAME" not in path.read_bytes(), path
+
+
+def test_a_lateral_is_rejected_and_a_broken_file_quarantined_and_both_are_kept(site):
+    put(site, film(1, view="LL"))
+    site.inbox.put(b"not DICOM at all")
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+        rows = ledger.rows("SELECT * FROM image ORDER BY id")
+        counters = ledger.counters()
+    assert sorted(row["state"] for row in rows) == ["quarantined", "rejected"]
+    assert all(row["reason"] and site.store.path(row["original"]).is_file() for row in rows)
+    assert (counters["stored"], counters["rejected"], counters["quarantined"]) == (0, 1, 1)
+
+
+def test_the_same_film_twice_is_one_image(site):
+    for _ in range(2):
+        put(site, film(1))
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+        assert ledger.counters()["stored"] == 1
+        assert ledger.value("SELECT count(*) FROM notice") == 0
+
+
+def test_the_same_film_in_another_syntax_is_one_image_and_no_alert(site):
+    first = film(1)
+    put(site, first)
+    put(site, film(1, transfer_syntax="1.2.840.10008.1.2.4.90", sop_uid=first.SOPInstanceUID, study_uid=first.StudyInstanceUID))
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+        assert ledger.counters()["stored"] == 1
+        assert ledger.value("SELECT count(*) FROM notice") == 0
+
+
+def test_the_same_uid_with_other_pixels_keeps_both_and_says_so(site):
+    first = film(1)
+    put(site, first)
+    put(site, film(2, patient="P0001", sop_uid=first.SOPInstanceUID))
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+        assert ledger.counters()["stored"] == 2
+        assert ledger.value("SELECT kind FROM notice") == "same UID"
+
+
+def test_corrected_demographics_supersede_the_older_version(site):
+    first = film(1, patient="WRONG")
+    put(site, first)
+    put(site, film(1, patient="RIGHT", sop_uid=first.SOPInstanceUID, study_uid=first.StudyInstanceUID))
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+        old, new = ledger.rows("SELECT * FROM image ORDER BY id")
+        assert old["superseded_by"] == new["id"]
+        assert ledger.value("SELECT kind FROM notice") == "corrected"
+
+
+def test_a_crash_after_the_row_and_before_the_unlink_changes_nothing(site):
+    path = put(site, film(1))
+    with site.ledger() as ledger:
+        examined = next(iter(Here(site).examine([path])))[1]
+        fix_shares(ledger, site.config.patients)
+        assert intake.take(site, ledger, path, examined, "2026-01-01T00:00:00Z", receipt=path.name) == "stored"
+        assert take_in(site, ledger) == 1  # the file is still in the inbox: taken again
+        assert ledger.counters()["stored"] == 1
+        assert ledger.value("SELECT outcome FROM receipt") == "stored"
+
+
+def test_ranges_are_fixed_by_patient_and_follow_the_shares(site):
+    key, shares = site.key("pseudonym.key"), site.config.patients
+    found = [range_of(key, f"p{n:016x}", True, shares) for n in range(2000)]
+    assert found == [range_of(key, f"p{n:016x}", True, shares) for n in range(2000)]
+    assert abs(found.count("golden") / 2000 - shares.golden) < 0.04
+    assert abs(found.count("train") / 2000 - 0.4) < 0.04
+
+
+def test_a_film_without_patient_id_is_never_golden(site):
+    key, shares = site.key("pseudonym.key"), site.config.patients
+    assert not any(range_of(key, f"s{n:016x}", False, shares).startswith("golden") for n in range(500))
+
+
+def test_shares_cannot_change_after_the_first_film(tmp_path):
+    site = make_site(tmp_path / "site")
+    with site.ledger() as ledger:
+        fix_shares(ledger, site.config.patients)
+        fix_shares(ledger, site.config.patients)
+        with pytest.raises(Problem, match="cannot change"):
+            fix_shares(ledger, site.config.patients.model_copy(update={"golden": 0.2}))
+
+
+def test_import_takes_dicom_and_pictures_through_the_same_intake(site, tmp_path):
+    from PIL import Image
+
+    from agent.importer import import_folder
+
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    save(film(1), folder / "a.dcm")
+    Image.fromarray(pixels(2)).save(folder / "deep" / "b.png")
+    Image.fromarray(pixels(3)).convert("RGB").save(folder / "c.jpg")
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "labels.csv").write_text("file,finding,value,patient_id,view\ndeep/b.png,effusion,1,B,AP\n")
+    with site.ledger() as ledger:
+        first = import_folder(site, ledger, folder, "PA")
+        again = import_folder(site, ledger, folder, "PA")
+        views = {row["file"]: row["view"] for row in ledger.rows("SELECT file, view FROM image WHERE plate IS NOT NULL")}
+    assert first == {"seen": 4, "stored": 3, "rejected": 0, "quarantined": 1, "duplicate": 0}
+    assert again == {"seen": 4, "stored": 0, "rejected": 0, "quarantined": 0, "duplicate": 4}
+    assert views == {"a.dcm": "PA", "deep/b.png": "AP", "c.jpg": "PA"}
+
+
+def test_import_of_a_missing_folder_says_which(site):
+    from agent.importer import import_folder
+
+    with site.ledger() as ledger, pytest.raises(Problem, match="no such folder"):
+        import_folder(site, ledger, Path("/nowhere"), "PA")
