@@ -93,7 +93,7 @@ def conclude(checks: Sequence[Check], must_show: Sequence[str], rules: Rules) ->
     if bad:
         worse = f", worse than the margin {rules.margin:g}"
         return "failed", "failed: " + "; ".join(f"{c}{worse if c.outcome == 'worse' else ''}" for c in bad)
-    open_rows = [c for c in checks if c.outcome == "not_shown"]
+    open_rows = _once([c for c in checks if c.outcome == "not_shown"])
     held = [c for c in open_rows if c.finding in must_show or c.finding is None]
     if not must_show:
         return "not_shown", "not shown: candidate, champion and baseline have no finding in common with the golden set"
@@ -106,6 +106,17 @@ def conclude(checks: Sequence[Check], must_show: Sequence[str], rules: Rules) ->
             line += f"; better on {c.note}: {c}"
     spare = [f"{c} ({c.required})" if c.ci and not c.note else str(c) for c in open_rows]
     return "passed", line + ("; NOT SHOWN, not required: " + "; ".join(spare) if spare else "")
+
+
+def _once(rows: list[Check]) -> list[Check]:
+    """Without the rows that tell of a finding what another row told already: too few patients for one, too few for both."""
+    told: set[tuple[str | None, str]] = set()
+    kept: list[Check] = []
+    for c in rows:
+        if not c.note or c.finding is None or (c.finding, c.note) not in told:
+            kept.append(c)
+        told.add((c.finding, c.note))
+    return kept
 
 
 def _open(c: Check) -> str:
