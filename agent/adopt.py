@@ -32,8 +32,8 @@ def adopt(site: Site, ledger: Ledger, file: Path, by: str, with_look: bool) -> d
     if ledger.row("SELECT 1 FROM bundle WHERE id = ?", bundle):
         raise Problem(f"{file}: imported already, as bundle {bundle} ({release.find(ledger, bundle)['state']})")
     first = release.in_service(ledger) is None and not ledger.row("SELECT 1 FROM bundle WHERE is_baseline = 1")
-    name = None if first else _as_round(site, ledger, bundle, with_look)
     with ledger.transaction():
+        name = None if first else _as_round(site, ledger, bundle, with_look)
         ledger.insert("bundle", id=bundle, round=name, state="candidate", is_baseline=int(first), created_at=utc())
         audit.append(ledger, by, "bundle imported", file.name, after=bundle)
     if first:
@@ -63,12 +63,11 @@ def _the_lock(site: Site) -> Iterator[None]:
 def _as_round(site: Site, ledger: Ledger, bundle: str, with_look: bool) -> str:
     """A round that is trained already: the gate knows no other way in."""
     now = datetime.now(UTC)
-    with ledger.transaction():
-        number = (ledger.value("SELECT max(id) FROM round") or 0) + 1
-        name = f"r{number:04d}"
-        ledger.insert(
-            "round", id=number, name=name, state="trained", why="import", recipe="imported", bundle=bundle,
-            unlabelled=0, labelled=0, look=int(with_look or rounds.look_due(site, ledger, now)), planned_at=utc(now),
-            last_image=ledger.value("SELECT max(last_image) FROM round") or 0,
-        )  # fmt: skip
+    number = (ledger.value("SELECT max(id) FROM round") or 0) + 1
+    name = f"r{number:04d}"
+    ledger.insert(
+        "round", id=number, name=name, state="trained", why="import", recipe="imported", bundle=bundle,
+        unlabelled=0, labelled=0, look=int(with_look or rounds.look_due(site, ledger, now)), planned_at=utc(now),
+        last_image=ledger.value("SELECT max(last_image) FROM round") or 0,
+    )  # fmt: skip
     return name

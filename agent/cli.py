@@ -88,6 +88,22 @@ def serve(
         up.serve(Site.open(settings), settings, parts, child or None)
 
 
+@app.command()
+def demo(
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="your own DICOM, or PNG + labels.csv")
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--dir", help="where the demo's site goes; an earlier demo there is replaced")
+    ] = Path("demo"),
+) -> None:
+    """Three nights on this machine in minutes: send, score, learn, judge, approve, roll back. Nothing staged."""
+    with out.errors():
+        from agent.demo.story import tell
+
+        tell(folder, source)
+
+
 @app.command("status")
 def status_command(settings: Config = None, json_out: Json = False) -> None:
     """One screen: films, the model in service, rounds, looks left, disk, alerts. Exit 3 when degraded."""

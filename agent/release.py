@@ -23,7 +23,6 @@ from deploy.client import Client, ServerDown, ServerRefused
 from deploy.runtime import NoRuntime, ProviderRefused
 from deploy.session import Session
 
-
 CONFLICT = 409  # the server's word that the bundle itself may not serve
 
 
@@ -34,20 +33,25 @@ def approve(site: Site, ledger: Ledger, bundle: str, by: str, reason: str) -> di
     """
     row = find(ledger, bundle)
     _said(by, reason)
-    _may_serve(ledger, row)
     need = site.config.release.approvers
-    with ledger.transaction():
-        earlier = {r["by"].casefold() for r in ledger.rows("SELECT by FROM approval WHERE bundle = ?", row["id"])}
-        if by.casefold() in earlier:
-            raise Refused(f"approve {row['id']}: {by} has approved already; a second person must (approvers = {need})")
-        ledger.insert("approval", bundle=row["id"], by=by, reason=reason, at=utc())
-        solo = "solo: approvers = 1" if need == 1 else f"approval {len(earlier) + 1} of {need}"
-        audit.append(ledger, by, "bundle approved", reason, before=solo, after=row["id"])
-        if row["state"] == "candidate":
-            _advance(ledger, row["id"], "requested")
-    if len(earlier) + 1 < need:
-        return {"bundle": row["id"], "state": "requested", "swap_seconds": None}
-    return put_in_service(site, ledger, row["id"], by, reason)
+    with _one_at_a_time(site):
+        with ledger.transaction():
+            _may_serve(ledger, row)
+            earlier = {r["by"].casefold() for r in ledger.rows("SELECT by FROM approval WHERE bundle = ?", row["id"])}
+            if by.casefold() in earlier:
+                raise Refused(
+                    f"approve {row['id']}: {by} has approved already; another person must (approvers = {need})"
+                )
+            count = len(earlier) + 1
+            ledger.insert("approval", bundle=row["id"], by=by, reason=reason, at=utc())
+            solo = "solo: approvers = 1" if need == 1 else f"approval {count} of {need}"
+            audit.append(ledger, by, "bundle approved", reason, before=solo, after=row["id"])
+            if row["state"] == "candidate":
+                _advance(ledger, row["id"], "requested")
+            if count < need:
+                return {"bundle": row["id"], "state": "requested", "swap_seconds": None}
+            intent = _intend(ledger, row["id"], by, reason)
+        return _act(site, ledger, intent)
 
 
 def _may_serve(ledger: Ledger, row: Row) -> None:
@@ -56,9 +60,7 @@ def _may_serve(ledger: Ledger, row: Row) -> None:
     made = ledger.row("SELECT * FROM round WHERE bundle = ?", row["id"])
     state = made["state"] if made else "never judged"
     if not made or state != "passed":
-        why = (made or {}).get(
-            "reason"
-        ) or "no verdict yet: `cxrloop round run --now --look`, or wait for the next look"
+        why = (made and made["reason"]) or "no verdict yet: `cxrloop round run --now --look`, or wait for the next look"
         raise Refused(f"approve {row['id']}: the gate has not passed it ({state}: {why})")
 
 
@@ -82,13 +84,12 @@ def rollback(site: Site, ledger: Ledger, to: str | None, by: str, reason: str) -
     current = in_service(ledger)
     if to is None:
         past = ledger.row(
-            "SELECT previous FROM deployment WHERE bundle = ? AND previous IS NOT NULL AND previous != bundle "
-            "ORDER BY id DESC LIMIT 1",
-            current["id"] if current else "",
+            "SELECT d.bundle FROM deployment d JOIN bundle b ON b.id = d.bundle "
+            "WHERE b.state = 'retired' ORDER BY d.id DESC LIMIT 1"
         )
         if not past:
-            raise Refused("rollback: no earlier model has served; there is nothing to roll back to")
-        to = str(past["previous"])
+            raise Refused("rollback: no earlier model that was not itself taken back; name one with --to BUNDLE")
+        to = str(past["bundle"])
     row = find(ledger, to)
     if current and row["id"] == current["id"]:
         raise Refused(f"rollback: {row['id']} is in service already")
@@ -100,16 +101,22 @@ def rollback(site: Site, ledger: Ledger, to: str | None, by: str, reason: str) -
 def put_in_service(site: Site, ledger: Ledger, bundle: str, by: str, reason: str) -> dict[str, Any]:
     """Intent row, load + probe, pointer, confirming row. Raises Refused when the bundle fails its own probe."""
     with _one_at_a_time(site):
-        current = in_service(ledger)
         with ledger.transaction():
-            if find(ledger, bundle)["state"] == "candidate":
-                _advance(ledger, bundle, "requested")
-            intent = ledger.insert(
-                "deployment", bundle=bundle, state="requested", previous=current["id"] if current else None,
-                by=by, reason=reason, at=utc(),
-            )  # fmt: skip
-            audit.append(ledger, by, "deployment requested", reason, before=current and current["id"], after=bundle)
-        return _act(site, ledger, ledger.rows("SELECT * FROM deployment WHERE id = ?", intent)[0])
+            intent = _intend(ledger, bundle, by, reason)
+        return _act(site, ledger, intent)
+
+
+def _intend(ledger: Ledger, bundle: str, by: str, reason: str) -> Row:
+    """The intent row, inside the caller's transaction: from here on `reconcile` finishes the deployment."""
+    current = in_service(ledger)
+    if find(ledger, bundle)["state"] == "candidate":
+        _advance(ledger, bundle, "requested")
+    number = ledger.insert(
+        "deployment", bundle=bundle, state="requested", previous=current["id"] if current else None,
+        by=by, reason=reason, at=utc(),
+    )  # fmt: skip
+    audit.append(ledger, by, "deployment requested", reason, before=current and current["id"], after=bundle)
+    return ledger.rows("SELECT * FROM deployment WHERE id = ?", number)[0]
 
 
 @contextmanager

@@ -31,9 +31,9 @@ def plan(site: Site, ledger: Ledger, why: str, now: datetime, recipe: str | None
         raise Problem("learning needs torch, which is not installed: pip install 'cxrloop[train]'")
     resolved = resolve_recipe(site, recipe or site.config.learn.recipe)
     parent = parent_of_next(ledger)
-    films = _films(site, ledger)
-    labelled = sum(row["range"] == "train" and any(v is not None for v in row["labels"]) for row in films)
-    unlabelled = sum(row["range"] == "train" for row in films)
+    chosen = films(site, ledger)
+    labelled = sum(row["range"] == "train" and any(v is not None for v in row["labels"]) for row in chosen)
+    unlabelled = sum(row["range"] == "train" for row in chosen)
     if not unlabelled:
         raise Problem("round: no film in the train range yet; send or import films first")
     if not labelled:
@@ -56,7 +56,7 @@ def plan(site: Site, ledger: Ledger, why: str, now: datetime, recipe: str | None
     manifest = {
         "version": 1, "round": name, "plate_version": PLATE_VERSION, "findings": list(site.findings),
         "recipe": resolved.to_dict(), "seed": resolved.seed or number, "plates": "../../store",
-        "parent": {"bundle": parent["id"], "state": state} if parent else None, "until": None, "films": films,
+        "parent": {"bundle": parent["id"], "state": state} if parent else None, "until": None, "films": chosen,
     }  # fmt: skip
     write_json(folder / "manifest.json", manifest)
     return get(ledger, name)
@@ -94,7 +94,7 @@ def parent_of_next(ledger: Ledger) -> Row | None:
     )
 
 
-def _films(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
+def films(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
     """What the learner may see: newest train films up to the cap, labelled ones always, and the labelled reserve."""
     cap = site.config.learn.max_unlabelled
     rows = ledger.rows(

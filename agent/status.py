@@ -111,7 +111,11 @@ def _pointer(site: Site, current: dict | None, server: dict | None) -> list[tupl
         found.append(("pointer", f"the pointer names {named}, the ledger {wanted}; `cxrloop serve` settles it", True))
     if server and wanted and server.get("bundle") != wanted:
         found.append(
-            ("server", f"answers with {server.get('bundle')}: {server.get('refused') or server.get('error') or 'not yet reloaded'}", True)
+            (
+                "server",
+                f"answers with {server.get('bundle')}: {server.get('refused') or server.get('error') or 'not yet reloaded'}",
+                True,
+            )
         )
     if server and site.config.infer.provider == "auto" and server.get("provider") == "cpu":
         found.append(("provider", "scoring runs on the CPU", False))

@@ -3,36 +3,97 @@
 Drawn after the verdicts were given; it scores the same sealed bundles on the same golden films.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 
 from agent import golden, look, rounds
+from agent.ledger import Ledger
 from agent.site import Site
 from learner.auc import NORMAL, curve, macro
-from learner.floor import floor_scores
+from learner.floor import fit, thumbnails
+from learner.gate import Golden
 
 LEVEL = 0.95
+INK, RED, GREY = "#1f4e79", "#b3261e", "#6b6b6b"
 
 
 def draw_nights(root: Path, nights: list[dict[str, Any]], figure: Path, say: Callable[[str], None]) -> None:
-    """Write the PNG and say its numbers: macro AUC, 95 % interval (logit scale, patients as clusters)."""
+    """Write the PNG and say its numbers: macro AUC with its 95 % interval (logit scale, patients as clusters)."""
     site = Site.open(root / "appliance.toml")
     with site.ledger() as ledger:
         version = golden.current(ledger)
-        assert version is not None
+        if version is None:
+            return say("no golden set was frozen: no figure")
         reference, plates = golden.films(site, ledger, version)
         first = ledger.row("SELECT * FROM bundle WHERE is_baseline = 1")
-        rows = [("T=0 (baseline)", first["id"], False)] if first else []
-        rows += [(f"night {n}", night["bundle"], night["poisoned"]) for n, night in enumerate(nights, 1) if night["bundle"]]
-        scored = [(name, look.score(site, bundle, plates).probabilities, bad) for name, bundle, bad in rows]
-        floor = _floor(site, rounds._films(site, ledger), plates, len(reference.findings))
-    points = [(name, *_auc(p, reference), bad) for name, p, bad in scored]
-    level = _auc(floor, reference) if floor is not None else None
+        rows = [("T=0", first["id"], "baseline", False)] if first else []
+        rows += [(f"night {n}", x["bundle"], x["state"], x["poisoned"]) for n, x in enumerate(nights, 1) if x["bundle"]]
+        points = [
+            (
+                f"{name}\n{state}" + ("\n(poisoned)" if bad else ""),
+                *estimate(look.score(site, bundle, plates).probabilities, reference),
+                bad,
+            )
+            for name, bundle, state, bad in rows
+        ]
+        floor = estimate(raw_pixels(site, ledger, plates), reference)
     for name, value, low, high, _ in points:
-        say(f"{name:15} macro AUC {value:.3f} [{low:.3f}, {high:.3f}]")
-    if level:
-        say(f"{'raw-pixel floor':15} macro AUC {level[0]:.3f} [{level[1]:.3f}, {level[2]:.3f}]  (24 x 24 pixels, logistic regression, same labels)")
-    _plot(points, level, len(plates), figure)
+        say(f"  {name.replace(chr(10), ', '):36} macro AUC {value:.3f} [{low:.3f}, {high:.3f}]")
+    say(
+        f"  {'raw pixels 24 x 24 + logistic, same labels':36} macro AUC {floor[0]:.3f} [{floor[1]:.3f}, {floor[2]:.3f}]"
+    )
+    _plot(points, floor, len(plates), figure)
+
+
+def estimate(probabilities: np.ndarray, reference: Golden) -> tuple[float, float, float]:
+    """Macro AUC and its interval; findings without two patients of each class are left out (nan when none is left)."""
+    _, patient = np.unique(np.asarray(reference.patients), return_inverse=True)
+    curves = []
+    for place in range(len(reference.findings)):
+        label = reference.labels[:, place]
+        known = ~np.isnan(label)
+        if all(len(set(patient[known & (label == value)])) >= 2 for value in (0, 1)):
+            curves.append(curve(probabilities[known, place], label[known], patient[known], int(patient.max()) + 1))
+    if not curves:
+        return math.nan, math.nan, math.nan
+    mean = macro(curves)
+    centre = math.log(mean.level / (1 - mean.level))
+    half = NORMAL.inv_cdf(0.5 + LEVEL / 2) * math.sqrt(mean.variance) / (mean.level * (1 - mean.level))
+    low, high = (1 / (1 + math.exp(-(centre + side * half))) for side in (-1, 1))
+    return mean.value, low, high
+
+
+def raw_pixels(site: Site, ledger: Ledger, plates: list[str]) -> np.ndarray:
+    """Probabilities of a logistic regression on 24 x 24 pixels with the labels that the learner had."""
+    train = [f for f in rounds.films(site, ledger) if f["range"] == "train" and any(v is not None for v in f["labels"])]
+    labels = np.array([[np.nan if v is None else v for v in film["labels"]] for film in train], float)
+    model = fit(thumbnails(np.stack([site.store.plate(film["plate"]) for film in train])), labels)
+    return model.scores(thumbnails(np.stack([site.store.plate(plate) for plate in plates])))
+
+
+def _plot(points: list[tuple], floor: tuple[float, float, float], films: int, figure: Path) -> None:
+    drawing, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    if points:
+        axis.axhline(points[0][1], color=INK, linewidth=1, linestyle="--", label="frozen baseline (T=0)")
+    axis.axhspan(floor[1], floor[2], color=GREY, alpha=0.15, linewidth=0)
+    axis.axhline(floor[0], color=GREY, linewidth=1, linestyle=":", label="raw-pixel floor")
+    for place, (_, value, low, high, bad) in enumerate(points):
+        colour = RED if bad else INK
+        axis.errorbar(place, value, [[value - low], [high - value]], fmt="o", color=colour, capsize=4, markersize=7)
+        axis.annotate(f"{value:.3f}", (place, value), textcoords="offset points", xytext=(9, -3), color=colour)
+    axis.set_xticks(range(len(points)), [point[0] for point in points])
+    axis.set_xlim(-0.5, len(points) - 0.3)
+    axis.set_ylabel("macro AUC, 95 % interval")
+    axis.set_title(f"The model each night, on {films} golden films it never learnt from", loc="left", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right", fontsize=9)
+    drawing.savefig(figure, dpi=150)
+    plt.close(drawing)

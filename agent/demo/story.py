@@ -68,7 +68,10 @@ def tell(folder: Path, source: Path | None) -> None:
     started = time.monotonic()
     _clear(folder)
     out.people.rule("cxrloop: three nights of a chest X-ray model, on this machine")
-    out.people.print("Research software, not a medical device.", "" if source else "Phantoms are easy: no figure here says anything clinical.")
+    out.people.print(
+        "Research software, not a medical device.",
+        "" if source else "Phantoms are easy: no figure here says anything clinical.",
+    )
     n = ARCHIVE + NIGHTS * DAILY
     films, odd = pacs.own(source, folder / "pacs") if source else pacs.phantoms(folder / "pacs", n, SEED)
     days = pacs.in_days(films, NIGHTS, DAILY if not source else len(films) // 15, SEED)
@@ -158,7 +161,9 @@ def _first_day(demo: Demo, films: list[pacs.Film], odd: list[Path]) -> None:
 def _label(demo: Demo) -> None:
     """The truth of the reserved ranges, and of LABELS training films, as a CSV; then the golden set is frozen."""
     truth = {film.sop_uid: film.truth for film in demo.films}
-    rows = [row for row in demo.ask("studies", "ls", "--limit", "1000000") if row["range"] and truth.get(row["sop_uid"])]
+    rows = [
+        row for row in demo.ask("studies", "ls", "--limit", "1000000") if row["range"] and truth.get(row["sop_uid"])
+    ]
     train = [row for row in rows if row["range"] == "train"][-LABELS:]
     path = demo.root / "labels.csv"
     with path.open("w", newline="") as file:
@@ -188,12 +193,22 @@ def _night(demo: Demo, number: int, later: list[pacs.Film]) -> None:
             f"First model {baseline['serving']['bundle']} (T=0, {said['labelled']} labelled films): into service, ungated; "
             f"the backlog of {baseline['ingest']['predicted']} films is scored."
         )
-    out.people.print(f"Round {said['round']}: {said['unlabelled']} films, {said['seconds']:.0f} s, bundle {said['bundle']}.")
+    out.people.print(
+        f"Round {said['round']}: {said['unlabelled']} films, {said['seconds']:.0f} s, bundle {said['bundle']}."
+    )
     if said["verdict"]:
         out.table(
             ("finding", "check", "AUC", "reference", "difference", "interval", "answer"),
             [
-                (c["finding"], c["name"], _f(c["candidate"]), _f(c["reference"]), _f(c["observed"], "+"), _span(c["ci"]), c["outcome"])
+                (
+                    c["finding"],
+                    c["name"],
+                    _f(c["candidate"]),
+                    _f(c["reference"]),
+                    _f(c["observed"], "+"),
+                    _span(c["ci"]),
+                    c["outcome"],
+                )
                 for c in said["verdict"]["checks"]
                 if c["name"].startswith("vs ")
             ],
@@ -237,7 +252,9 @@ def _sum_up(demo: Demo, folder: Path, seconds: float) -> None:
         f"In service: {status['serving']['bundle'] if status['serving'] else 'none'}; looks left {status['gate']['looks_left']}; "
         f"audit: {trail['entries']} entries, {'unbroken' if trail['ok'] else 'BROKEN'}; {seconds / 60:.1f} minutes in all."
     )
-    out.people.print(f"Figure: {figure}\nThe site stays in {demo.root}: try `cxrloop status --config {demo.root / 'appliance.toml'}`.")
+    out.people.print(
+        f"Figure: {figure}\nThe site stays in {demo.root}: try `cxrloop status --config {demo.root / 'appliance.toml'}`."
+    )
 
 
 def _f(value: float | None, sign: str = "") -> str:

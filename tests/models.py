@@ -1,0 +1,40 @@
+"""Agent-side helpers around small real ONNX models: import one, let one pass the gate, score without a server."""
+
+from pathlib import Path
+
+import numpy as np
+
+from agent import adopt, look, release, rounds
+from agent.ledger import Ledger
+from agent.site import Site
+from deploy.session import Session
+from tests.deploy_site import FINDINGS, write_model
+
+__all__ = ["FINDINGS", "Served", "add_model", "passed"]
+
+
+def add_model(site: Site, ledger: Ledger, seed: int, with_look: bool = False, **model: object) -> dict:
+    """Write a small ONNX model and take it in by `models import`."""
+    path: Path = write_model(site.root / "run" / f"model{seed}.onnx", seed, **model)  # type: ignore[arg-type]
+    return adopt.adopt(site, ledger, path, "test", with_look)
+
+
+def passed(ledger: Ledger, name: str) -> str:
+    """Write a passing verdict for a round, as the gate does; the bundle."""
+    with ledger.transaction():
+        rounds.advance(ledger, name, "scored")
+        rounds.advance(ledger, name, "passed", "a verdict written by the test")
+    return rounds.get(ledger, name)["bundle"]
+
+
+class Served:
+    """Answers as the model server does, from the bundle in service, in this process and without HTTP."""
+
+    def __init__(self, site: Site, ledger: Ledger) -> None:
+        self.site, self.ledger = site, ledger
+
+    def predict(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray]:
+        current = release.in_service(self.ledger)
+        assert current is not None
+        bundle = look.opened(self.site, current["id"])
+        return bundle.id, bundle.findings, Session(bundle, "cpu", 1).predict(plates).probabilities
