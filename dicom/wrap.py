@@ -18,6 +18,13 @@ from dicom.part10 import EXPLICIT_LE, IMPLEMENTATION_UID, NATIVE
 from dicom.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 
 WRAPPER = "cxrloop wrap"  # ManufacturerModelName; not our results' device, so never refused as one
+FILM_MM = 350  # the width of a common chest cassette
+VIEWS = {  # CID 4010
+    "PA": ("272479007", "postero-anterior"),
+    "AP": ("399348003", "antero-posterior"),
+    "LL": ("399173006", "left lateral"),
+    "RL": ("399198007", "right lateral"),
+}
 CLASS_OF = {"DX": DIGITAL_XRAY_PRESENTATION, "CR": COMPUTED_RADIOGRAPHY}  # any other modality: Secondary Capture
 
 
@@ -75,13 +82,24 @@ def _patient(ds: Dataset, patient_id: str, sex: str | None, age_years: float | N
 def _series(ds: Dataset, modality: str, body_part: str, view: str) -> None:
     ds.Modality, ds.BodyPartExamined, ds.ViewPosition = modality, body_part, view
     ds.ImageType = ["ORIGINAL", "PRIMARY"]
-    ds.Laterality = ""
     ds.PatientOrientation = ["P", "F"] if view in ("LL", "RL") else ["L", "F"]
+    if ds.SOPClassUID == SECONDARY_CAPTURE:
+        ds.ConversionType = "WSD"
     if modality == "DX":
+        ds.AnatomicRegionSequence = [_code("816094009", "Chest")] if body_part == "CHEST" else []
+        ds.ViewCodeSequence = [_code(*VIEWS[view])] if view in VIEWS else []
+        ds.AcquisitionContextSequence = []
+        ds.ImageLaterality, ds.DetectorType, ds.PositionerType = "U", "", ""
         ds.PresentationIntentType = "FOR PRESENTATION"
         ds.PixelIntensityRelationship, ds.PixelIntensityRelationshipSign = "LOG", -1
         ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
         ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = "0", "1", "US"
+
+
+def _code(value: str, meaning: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "SCT", meaning
+    return item
 
 
 def _pixels(ds: Dataset, stored: np.ndarray, bits: int, photometric: str, syntax: str) -> None:
@@ -89,6 +107,8 @@ def _pixels(ds: Dataset, stored: np.ndarray, bits: int, photometric: str, syntax
     ds.Rows, ds.Columns = stored.shape
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8 * stored.dtype.itemsize, bits, bits - 1, 0
     if ds.Modality == "DX":
+        # required in a DX object, and not known of a picture: as if the film were FILM_MM wide
+        ds.ImagerPixelSpacing = [f"{FILM_MM / stored.shape[1]:.5f}"] * 2
         ds.PresentationLUTShape = "INVERSE" if photometric == "MONOCHROME1" else "IDENTITY"
     # the full range is the window: plates come out as the picture was, whatever percentiles would say
     ds.WindowCenter, ds.WindowWidth = str(1 << bits - 1), str(1 << bits)

@@ -27,7 +27,7 @@ def look(tmp_path, ds, rules=GROWN_UPS):
 
 def changed(**values):
     ds = film()
-    ds.ImageType = ["ORIGINAL", "PRIMARY"]
+    del ds.ViewCodeSequence, ds.AnatomicRegionSequence
     for keyword, value in values.items():
         if value is None:
             ds.pop(keyword, None)

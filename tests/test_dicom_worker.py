@@ -13,7 +13,7 @@ import pytest
 from pacs import KEY, film, save, wait_for
 
 from dicom.ingest import Admission
-from dicom.syntaxes import JPEG_2000_LOSSLESS
+from dicom.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.worker import Examiner
 from dicom.wrap import wrap
 
@@ -23,11 +23,11 @@ def files(tmp_path_factory):
     """Small films, one that takes long to decode and one that takes much memory; the latter are honest films."""
     folder = tmp_path_factory.mktemp("films")
     rng = np.random.default_rng(0)
-    noise = rng.integers(0, 65535, (2600, 2600), dtype=np.uint16)  # what no codec can do quickly
+    noise = rng.integers(0, 65535, (2200, 2200), dtype=np.uint16)  # what no codec can do quickly
     wide = np.pad(rng.integers(0, 255, (128, 128), dtype=np.uint8), ((0, 9000 - 128), (0, 9000 - 128)))
     found = {f"small{n}": save(film(n), folder / f"small{n}.dcm") for n in range(6)}
     found["slow"] = save(wrap(noise, "S", transfer_syntax=JPEG_2000_LOSSLESS), folder / "slow.dcm")
-    found["wide"] = save(wrap(wide, "W", transfer_syntax=JPEG_2000_LOSSLESS), folder / "wide.dcm")
+    found["wide"] = save(wrap(wide, "W", transfer_syntax=JPEG_LS), folder / "wide.dcm")
     found["broken"] = folder / "broken.dcm"
     found["broken"].write_bytes(b"no film")
     return found
