@@ -1,7 +1,7 @@
 """AUC, its variance where a patient has several films, and the difference of two AUCs on the logit scale.
 
 Sources: DeLong, DeLong & Clarke-Pearson, Biometrics 1988 (components); Obuchowski, Biometrics 1997 (clusters);
-Sun & Xu, IEEE SPL 2014 (midranks); Hanley & McNeil, Radiology 1982 (variance from counts).
+Sun & Xu, IEEE SPL 2014 (midranks).
 numpy and the standard library. Knows nothing of margins that a site chose, of budgets, or of who is champion.
 """
 
@@ -169,13 +169,6 @@ def _first(beyond, start: float, end: float) -> float:
     return right
 
 
-def hanley_mcneil(value: float, positives: int, negatives: int) -> float:
-    """Variance of an AUC from counts alone (Hanley & McNeil 1982, equations 1 and 2)."""
-    q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
-    total = value * (1 - value) + (positives - 1) * (q1 - value**2) + (negatives - 1) * (q2 - value**2)
-    return total / (positives * negatives)
-
-
 def gap(value: float, variance: float, correlation: float, margin: float) -> float:
     """The margin in standard errors, on the logit scale, for two models of equal AUC: float > 0."""
     value = min(max(value, EDGE), 1 - EDGE)
@@ -188,8 +181,8 @@ def gap(value: float, variance: float, correlation: float, margin: float) -> flo
 def power(value: float, variance: float, correlation: float, margin: float, alpha: float) -> float:
     """Chance that a candidate truly equal to its reference is shown non-inferior in one look at one-sided `alpha`.
 
-    `value`, `variance`: AUC of both and the variance of one estimate (a Curve's, or `hanley_mcneil`); `correlation`
-    of the two estimates as measured on the site's scores. Phi(gap - z(1 - alpha)): the usual power of a one-sided
+    `value`, `variance`: AUC of both and the variance of one estimate as a Curve has it (in a set k times as
+    large, divide by k); `correlation` of the two estimates as measured on the site's scores. Phi(gap - z(1 - alpha)): the usual power of a one-sided
     normal test at no difference (Blackwelder, Controlled Clinical Trials 1982), with the gap of `statistic`.
     """
     return NORMAL.cdf(gap(value, variance, correlation, margin) + NORMAL.inv_cdf(alpha))
