@@ -18,6 +18,15 @@ LOOK = 10.0  # seconds between looks when no event wakes us (network shares send
 UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")  # names of transfers under way
 
 
+class _Waker(FileSystemEventHandler):
+    def __init__(self, wake: threading.Event):
+        self._wake = wake
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        if event.event_type not in ("opened", "closed_no_write", "deleted"):  # what our own looks cause
+            self._wake.set()
+
+
 class Drop:
     """Moves complete files from `folder`, and folders in it, into the inbox."""
 
@@ -64,26 +73,27 @@ class Drop:
 
     def start(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        handler = FileSystemEventHandler()
-        handler.on_any_event = self._woken  # type: ignore[method-assign]
-        self._observer.schedule(handler, str(self._folder), recursive=True)
-        self._observer.start()
+        try:
+            self._observer.schedule(_Waker(self._wake), str(self._folder), recursive=True)
+            self._observer.start()
+        except OSError as error:  # out of inotify watches, or a file system without events
+            self._log.warning("no events from the drop folder, looking every %g s: %s", LOOK, error.strerror)
         self._thread.start()
 
     def stop(self) -> None:
         self._stop.set()
         self._wake.set()
         self._observer.stop()
-        self._observer.join()
+        if self._observer.ident is not None:
+            self._observer.join()
         self._thread.join()
-
-    def _woken(self, event: FileSystemEvent) -> None:
-        if event.event_type not in ("opened", "closed_no_write", "deleted"):  # what our own looks cause
-            self._wake.set()
 
     def _run(self) -> None:
         while not self._stop.is_set():
             self._wake.clear()
-            self.rescan()
+            try:
+                self.rescan()
+            except OSError as error:  # the share is away; it is looked for again
+                self._log.warning("the drop folder can't be read: %s", error.strerror)
             # a file that is not yet complete gets another look soon; else an event or the clock wakes us
             self._wake.wait(STILL / 2 if self._seen else LOOK)
