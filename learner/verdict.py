@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 
+COMPARED = ("vs champion", "vs baseline")  # rows that must_show speaks of; elsewhere "not enough data" is an answer
+
+
 @dataclass(frozen=True)
 class Scores:
     """float [N, F] probabilities of one sealed bundle on the golden films; empty `findings` means golden's own."""
@@ -94,13 +97,12 @@ def conclude(checks: Sequence[Check], must_show: Sequence[str], rules: Rules) ->
         worse = f", worse than the margin {rules.margin:g}"
         return "failed", "failed: " + "; ".join(f"{c}{worse if c.outcome == 'worse' else ''}" for c in bad)
     open_rows = _once([c for c in checks if c.outcome == "not_shown"])
-    held = [c for c in open_rows if c.finding in must_show or c.finding is None]
+    held = [c for c in open_rows if c.name == "better somewhere" or (c.name in COMPARED and c.finding in must_show)]
     if not must_show:
         return "not_shown", "not shown: candidate, champion and baseline have no finding in common with the golden set"
     if held:
         return "not_shown", "not shown: " + "; ".join(map(_open, held))
-    good = [f for f in must_show if not any(c.finding == f for c in open_rows)]
-    line = f"passed: non-inferior to champion and baseline on {', '.join(good)}"
+    line = f"passed: non-inferior to champion and baseline on {', '.join(must_show)}"
     for c in checks:
         if c.name == "better somewhere" and c.outcome == "better":
             line += f"; better on {c.note}: {c}"

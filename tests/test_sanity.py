@@ -68,3 +68,13 @@ def test_rows_measured_elsewhere_count_like_the_gates_own():
     replay = Check("replay", None, 0.31, None, "<= 0.05 of films flip", "fail")
     verdict = site.judge(champion, champion, measured=(replay,))
     assert verdict.outcome == "failed" and "replay 0.31, required <= 0.05 of films flip" in verdict.line
+
+
+def test_a_subgroup_with_too_little_data_is_named_and_holds_nobody_up():
+    site = Site(seed=28)
+    champion = site.model(0.9)
+    small = Check("age 18-40", "effusion", -0.01, (-0.2, 0.2), "upper bound >= -0.02", "not_shown", note="12 patients")
+    verdict = site.judge(champion, champion, measured=(small,))
+    assert verdict.outcome == "passed" and "NOT SHOWN, not required: effusion age 18-40" in verdict.line
+    worse = Check("age 18-40", "effusion", -0.1, (-0.2, -0.05), "upper bound >= -0.02", "worse")
+    assert site.judge(champion, champion, measured=(worse,)).outcome == "failed"
