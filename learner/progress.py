@@ -12,6 +12,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -35,6 +36,7 @@ class Teller:
         self.folder, self.until, self.spent = folder, until, spent
         self.started = time.monotonic()
         self.asked: str | None = None
+        self.before: dict[int, Any] = {}
         self.phase_start: tuple[str, int, float] | None = None
         self.told = self.lined = -math.inf
         self.metrics = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115 (closed with the process or by `close`)
@@ -53,9 +55,8 @@ class Teller:
 
     def listen(self) -> None:
         """SIGTERM and Ctrl-C ask for a pause; a step that takes longer than GRACE is given up."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-        signal.signal(signal.SIGALRM, self._give_up)
+        asks = {signal.SIGTERM: self._ask, signal.SIGINT: self._ask, signal.SIGALRM: self._give_up}
+        self.before = {number: signal.signal(number, handler) for number, handler in asks.items()}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
@@ -110,6 +111,8 @@ class Teller:
 
     def close(self) -> None:
         signal.alarm(0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
         self.metrics.close()
         if self.bar:
             self.bar.stop()

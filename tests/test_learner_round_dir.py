@@ -1,0 +1,122 @@
+"""What a manifest may not say, and what a round folder holds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from learner.recipe import RECIPES, Recipe, RecipeError, resolve
+from learner.round_dir import ManifestError, RoundBusy, held, load, whole_folder, write_json
+from tests.learner_site import make_round, read_manifest, write_manifest
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return make_round(tmp_path_factory.mktemp("plain") / "r")
+
+
+def spoiled(plain, folder, change):
+    manifest = read_manifest(plain)
+    manifest["plates"] = str(plain / "plates")
+    change(manifest)
+    write_manifest(folder, manifest)
+    return folder
+
+
+def test_manifest_becomes_a_round(plain):
+    round_ = load(plain)
+    assert (len(round_.labelled), len(round_.unlabelled)) == (6, 14)  # the pool holds the labelled ones too
+    assert round_.films[0].labels == (1, 0)
+    assert round_.recipe.seed == 3
+
+
+REFUSED = [
+    (lambda m: m["films"][0].update(range="golden"), "golden film is never trained on"),
+    (lambda m: m["films"][0].update(range="golden_next"), "golden film is never trained on"),
+    (lambda m: m["films"][-1].update(patient="p0"), "patient p0 is in train and in calibration"),
+    (lambda m: m.update(plate_version=2), "plate_version 2"),
+    (lambda m: m.update(version=2), "version 2"),
+    (lambda m: m.update(extra=1), "unknown extra"),
+    (lambda m: m.pop("until"), "missing until"),
+    (lambda m: m["films"][3].pop("labels"), "missing labels"),
+    (lambda m: m["films"][2].update(labels=[1]), "needs 2 of 1, 0 or null"),
+    (lambda m: m["films"][2].update(labels=[1, 0.5]), "needs 2 of 1, 0 or null"),
+    (lambda m: m["films"][2].update(image=0), "appears twice"),
+    (lambda m: m["films"][2].update(plate="../x.npy"), "leaves the plates folder"),
+    (lambda m: m.update(findings=[]), "at least one name"),
+    (lambda m: m.update(films=[]), "films is empty"),
+    (lambda m: m.update(until="tonight"), "not an ISO 8601 time"),
+    (lambda m: m.update(parent={"bundle": "abc", "state": "nowhere"}), "is missing"),
+    (lambda m: m["recipe"].pop("lam"), "missing lam"),
+    (lambda m: m["recipe"].update(lamb=0.5), "did you mean 'lam'"),
+    (lambda m: m["recipe"].update(flip="no"), "expected bool"),
+]
+
+
+@pytest.mark.parametrize(("change", "why"), REFUSED, ids=[why for _, why in REFUSED])
+def test_manifest_is_refused(plain, tmp_path, change, why):
+    with pytest.raises(ManifestError, match=why.replace(".", r"\.")):
+        load(spoiled(plain, tmp_path, change))
+
+
+def test_window_may_move_without_making_it_another_round(plain, tmp_path):
+    later = spoiled(plain, tmp_path, lambda m: m.update(until="2030-01-01T05:00:00+00:00", plates="plates"))
+    assert load(later).fingerprint == load(plain).fingerprint
+    other = spoiled(plain, tmp_path, lambda m: m.update(seed=4, plates="plates"))
+    assert load(other).fingerprint != load(plain).fingerprint
+
+
+def test_two_learners_never_share_a_round(tmp_path):
+    with held(tmp_path), pytest.raises(RoundBusy), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass
+
+
+def test_folder_is_whole_or_absent(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "t0") as folder:
+        write_json(folder / "card.json", {})
+        raise KeyboardInterrupt
+    assert not (tmp_path / "t0").exists()
+    with whole_folder(tmp_path / "t0") as folder:
+        assert list(folder.iterdir()) == []
+        write_json(folder / "card.json", {"a": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["t0"]
+
+
+def test_recipe_survives_json():
+    for name in RECIPES:
+        for profile in ("gpu", "cpu", "demo"):
+            recipe = resolve(name, profile)
+            assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_published_sizes_are_the_defaults():
+    recipe = resolve("distl", "gpu")
+    assert (recipe.image_size, recipe.local_size, recipe.local_views, recipe.prototypes) == (256, 128, 8, 65536)
+    assert (recipe.lam, recipe.correct_every, recipe.epochs, recipe.ema_base, recipe.clip) == (0.5, 500, 5, 0.9995, 3.0)
+    assert not recipe.flip
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"lam": 2}, {"batch": 0}, {"device": "tpu"}, {"global_scale": [0.9, 0.5]}, {"local_size": 999}, {"epochs": 1.5},
+     {"flip": 1}, {"lr": 0}],
+)  # fmt: skip
+def test_wrong_values_are_refused(bad):
+    with pytest.raises(RecipeError, match=next(iter(bad))):
+        resolve("distl", "demo", bad)
+
+
+def test_unknown_recipe_and_profile_name_what_there_is():
+    with pytest.raises(RecipeError, match="there is distl"):
+        resolve("dist", "gpu")
+    with pytest.raises(RecipeError, match="gpu, cpu, demo"):
+        resolve("distl", "tpu")
+
+
+def test_recipe_and_round_dir_leave_torch_alone():
+    code = "import sys, learner, learner.recipe, learner.round_dir; print('torch' in sys.modules, 'timm' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "False"]
