@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-
 COMPARED = ("vs champion", "vs baseline")  # rows that must_show speaks of; elsewhere "not enough data" is an answer
 
 
