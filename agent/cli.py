@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from agent import __version__, audit, cli_films, cli_models, config, out
+from agent import __version__, audit, cli_films, cli_models, cli_rounds, config, out
 from agent.cli_films import Config, Json, opened
 from agent.errors import Problem
 from agent.site import Site, init
@@ -24,6 +24,7 @@ trail = typer.Typer(no_args_is_help=True, help="The audit.")
 app.add_typer(show, name="config")
 app.add_typer(trail, name="audit")
 cli_films.register(app)
+cli_rounds.register(app)
 cli_models.register(app)
 
 

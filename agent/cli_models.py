@@ -1,164 +1,26 @@
-"""Commands about models: rounds, the gate, approving, rolling back."""
+"""Commands about models: the gate, approving, rolling back, importing, explaining."""
 
-import signal
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from agent import adopt, explain, look, out, release, rounds, training
+from agent import adopt, explain, look, out, release, rounds
 from agent.cli_films import By, Config, Json, opened
-from agent.clockwork import next_window
-from agent.config import zone
-from agent.errors import Problem
-from agent.ledger import Ledger, Row
-from agent.site import Site
+from agent.ledger import Row
 
-round_app = typer.Typer(no_args_is_help=True, help="Rounds of learning.")
 models_app = typer.Typer(no_args_is_help=True, help="Models (bundles).")
 Reason = Annotated[str, typer.Option(help="why; kept in the audit")]
 
 
 def register(app: typer.Typer) -> None:
     """Hang these commands on the root."""
-    app.add_typer(round_app, name="round")
     app.add_typer(models_app, name="models")
     app.command("gate")(gate)
     app.command("approve")(approve)
     app.command("reject")(reject)
     app.command("rollback")(rollback)
     app.command("explain")(explain_command)
-
-
-@round_app.command("run")
-def round_run(
-    now: Annotated[bool, typer.Option("--now", help="start at once, whatever the window")] = False,
-    with_look: Annotated[
-        bool, typer.Option("--look", help="spend a look on the result, also when none is due")
-    ] = False,
-    recipe: Annotated[str | None, typer.Option(help="a recipe, or a TOML file in the site folder")] = None,
-    until: Annotated[str | None, typer.Option(help="pause at HH:MM, site time")] = None,
-    settings: Config = None,
-    json_out: Json = False,
-) -> None:
-    """Run a round; an unfinished one goes on, and one that runs elsewhere is waited for."""
-    with out.errors(), opened(settings) as (site, ledger):
-        if not now:
-            raise Problem("round run: say --now; at night rounds start by themselves in learn.window")
-        end = _clock(site, until) if until else None
-        _finish(site, ledger, json_out, lambda: _next_round(site, ledger, recipe, with_look), end)
-
-
-@round_app.command("resume")
-def round_resume(
-    until: Annotated[str | None, typer.Option(help="pause at HH:MM, site time")] = None,
-    settings: Config = None,
-    json_out: Json = False,
-) -> None:
-    """Go on with the unfinished round."""
-    with out.errors(), opened(settings) as (site, ledger):
-        row = rounds.open_round(ledger)
-        if not row:
-            raise Problem("round resume: no round is unfinished")
-        _finish(site, ledger, json_out, lambda: row, _clock(site, until) if until else None)
-
-
-def _next_round(site: Site, ledger: Ledger, recipe: str | None, with_look: bool) -> Row:
-    now = datetime.now(UTC)
-    row = rounds.open_round(ledger)
-    if not row:
-        return rounds.plan(site, ledger, "now", now, recipe, with_look or rounds.look_due(site, ledger, now))
-    if with_look and not row["look"]:
-        with ledger.transaction():
-            ledger.run("UPDATE round SET look = 1 WHERE name = ?", row["name"])
-    out.logs.print(f"{row['name']} is unfinished ({row['state']}); going on with it")
-    return rounds.get(ledger, row["name"])
-
-
-def _finish(site: Site, ledger: Ledger, json_out: bool, start: Any, until: datetime | None) -> None:
-    """Run a round to its next resting place and print it; Ctrl-C pauses it in good order."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with training.the_lock(site), out.logs.status("round") as line:
-            row = training.carry_on(site, ledger, start(), until, lambda p: line.update(_progress(p)))
-    except training.Busy:
-        row = training.wait_for_other(site, ledger)
-    said = rounds.summary(ledger, row)
-    if json_out:
-        out.as_json(said)
-    else:
-        _print_round(said)
-    if row["state"] in ("stopped", "gave_up"):
-        raise Problem(f"{row['name']} {row['state']}: {row['reason']}; see {site.rounds / row['name'] / 'learner.log'}")
-
-
-def _progress(p: dict[str, Any]) -> str:
-    left = f", {p['eta_s']:.0f} s left" if p.get("eta_s") is not None else ""
-    loss = f", loss {p['loss']:.4f}" if p.get("loss") is not None else ""
-    return f"{p.get('phase')}: step {p.get('step')} of {p.get('steps')}{loss}{left}"
-
-
-def _clock(site: Site, text: str) -> datetime:
-    """The next HH:MM of the site's clock."""
-    try:
-        datetime.strptime(text, "%H:%M")
-    except ValueError:
-        raise Problem(f"--until {text}: not a time; use HH:MM") from None
-    minute = (datetime.strptime(text, "%H:%M") + timedelta(minutes=1)).strftime("%H:%M")
-    found = next_window(datetime.now(UTC), f"{text}-{minute}", zone(site.config))
-    assert found
-    return found
-
-
-def _print_round(said: dict[str, Any]) -> None:
-    line = said["verdict"]["line"] if said["verdict"] else said["reason"]
-    out.pairs(
-        [
-            ("round", f"{said['round']} {said['state']}" + (f": {line}" if line else "")),
-            ("bundle", said["bundle"]),
-            ("learnt from", f"{said['unlabelled']} films, {said['labelled']} of them labelled"),
-            ("seconds", said["seconds"]),
-        ]
-    )
-
-
-@round_app.command("ls")
-def round_ls(settings: Config = None, json_out: Json = False) -> None:
-    """All rounds, newest first."""
-    with out.errors(), opened(settings) as (_, ledger):
-        said = [rounds.summary(ledger, row) for row in ledger.rows("SELECT * FROM round ORDER BY id DESC")]
-        if json_out:
-            return out.as_json(said)
-        columns = ("round", "state", "bundle", "recipe", "unlabelled", "labelled", "seconds", "reason")
-        out.table(columns, [[r[c] for c in columns] for r in said])
-
-
-@round_app.command("show")
-def round_show(
-    name: Annotated[str, typer.Argument(metavar="ROUND")], settings: Config = None, json_out: Json = False
-) -> None:
-    """One round."""
-    with out.errors(), opened(settings) as (site, ledger):
-        row = rounds.get(ledger, name)
-        said = {**rounds.summary(ledger, row), "progress": rounds.progress(site, row["name"])}
-        out.as_json(said) if json_out else _print_round(said)
-
-
-@round_app.command("cancel")
-def round_cancel(
-    name: Annotated[str | None, typer.Argument(metavar="ROUND")] = None,
-    by: By = "round cancel",
-    settings: Config = None,
-    json_out: Json = False,
-) -> None:
-    """Stop a round for good (the unfinished one by default)."""
-    with out.errors(), opened(settings) as (site, ledger):
-        row = rounds.get(ledger, name) if name else rounds.open_round(ledger)
-        if not row:
-            raise Problem("round cancel: no round is unfinished")
-        said = rounds.summary(ledger, rounds.cancel(site, ledger, row["name"], by))
-        out.as_json(said) if json_out else _print_round(said)
 
 
 @models_app.command("ls")

@@ -20,7 +20,8 @@ from deploy.client import ServerDown, ServerRefused
 from deploy.keys import KeyRefused
 from deploy.registry import PointerRefused
 
-people = Console(highlight=False, soft_wrap=True)
+WIDE = 160  # columns when the output is a file or a pipe: nothing is cut there
+people = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 logs = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -39,7 +40,9 @@ def pairs(rows: Iterable[tuple[str, Any]]) -> None:
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str | None = None) -> None:
     """A table with a head."""
-    made = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, overflow="fold")
     for row in rows:
         made.add_row(*("" if cell is None else str(cell) for cell in row))
     people.print(made)

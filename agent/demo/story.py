@@ -67,7 +67,7 @@ def tell(folder: Path, source: Path | None) -> None:
     """Run the whole demo in `folder` (made anew), with phantoms or with the films of `source`."""
     started = time.monotonic()
     _clear(folder)
-    out.people.rule("cxrloop: three nights of a chest X-ray model, on this machine")
+    _rule("cxrloop: three nights of a chest X-ray model, on this machine")
     out.people.print(
         "Research software, not a medical device.",
         "" if source else "Phantoms are easy: no figure here says anything clinical.",
@@ -143,7 +143,7 @@ def _wait_ready(demo: Demo, log: Path, appliance: subprocess.Popen) -> None:
 
 
 def _first_day(demo: Demo, films: list[pacs.Film], odd: list[Path]) -> None:
-    out.people.rule("day 1: the archive comes in")
+    _rule("day 1: the archive comes in")
     started = time.monotonic()
     statuses = [status for _, status in pacs.deliver([film.path for film in films], demo.port, "CXRLOOP")]
     for path in odd:  # what no C-STORE sender would touch goes through the drop folder
@@ -185,7 +185,7 @@ def _label(demo: Demo) -> None:
 
 def _night(demo: Demo, number: int, later: list[pacs.Film]) -> None:
     poisoned = number == 2
-    out.people.rule(f"night {number}" + (": the teacher is poisoned" if poisoned else ""))
+    _rule(f"night {number}" + (": the teacher is poisoned" if poisoned else ""))
     said = demo.ask("round", "run", "--now", "--look", *(["--recipe", "poisoned.toml"] if poisoned else []))
     if number == 1:
         baseline = demo.settled()
@@ -230,12 +230,12 @@ def _night(demo: Demo, number: int, later: list[pacs.Film]) -> None:
 
 def _answer(answer: dict[str, Any]) -> str:
     if answer.get("exit"):
-        return f"exit {answer['exit']}, {answer['said']}"
+        return f"exit {answer['exit']}, {answer['said'].split(':')[0]}: the gate has not passed it."
     return f"{answer['bundle']} is in service ({answer['state']}), swapped in {answer['swap_seconds']} s."
 
 
 def _rollback(demo: Demo) -> None:
-    out.people.rule("a rollback, because someone asks for it")
+    _rule("a rollback, because someone asks for it")
     with demo.flow([]) as flow:
         answer = demo.ask("rollback", "--by", "Dr. Demo", "--reason", "to show it", allow=(0, 2))
         time.sleep(0.5)
@@ -243,7 +243,7 @@ def _rollback(demo: Demo) -> None:
 
 
 def _sum_up(demo: Demo, folder: Path, seconds: float) -> None:
-    out.people.rule("summary")
+    _rule("summary")
     trail = demo.ask("audit", "verify")
     figure = folder / "nights.png"
     draw_nights(demo.root, demo.nights, figure, out.people.print)
@@ -263,3 +263,7 @@ def _f(value: float | None, sign: str = "") -> str:
 
 def _span(ci: list[float] | None) -> str:
     return f"[{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else ""
+
+
+def _rule(title: str) -> None:
+    out.people.print(f"\n[bold]== {title}[/]")

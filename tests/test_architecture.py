@@ -1,0 +1,48 @@
+"""The borders of the house, held at run time; the import contracts hold the rest (`make check`)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy import parts
+from dicom import pixels
+from learner import round_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST = 300  # lines; a longer file does two things
+
+
+def test_the_base_packages_never_load_torch_timm_or_onnxruntime():
+    code = (
+        "import agent.cli, dicom, dicom.listener, deploy, deploy.server, learner.gate, learner.recipe, learner.round_dir, sys;"
+        "bad = {'torch', 'timm', 'onnxruntime', 'matplotlib'} & set(sys.modules); assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_plates_have_one_version_in_all_three_packages():
+    assert pixels.PLATE_VERSION == parts.PLATE_VERSION == round_dir.PLATE_VERSION
+
+
+def test_no_file_is_longer_than_a_reader_can_hold():
+    files = [path for name in ("agent", "dicom", "learner", "deploy") for path in (ROOT / name).rglob("*.py")]
+    long = {str(path.relative_to(ROOT)): n for path in files if (n := len(path.read_text().splitlines())) > LONGEST}
+    assert not long
+
+
+def test_every_file_says_what_it_is():
+    files = [path for name in ("agent", "dicom", "learner", "deploy") for path in (ROOT / name).rglob("*.py")]
+    silent = [
+        str(path.relative_to(ROOT)) for path in files if not path.read_text().lstrip().startswith(('"""', 'r"""'))
+    ]
+    assert not silent
+
+
+def test_table_definitions_live_in_the_schema_alone():
+    where = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "agent").rglob("*.py")
+        if "CREATE TABLE" in path.read_text() or "CREATE TRIGGER" in path.read_text()
+    ]
+    assert where == ["agent/schema.py"]
