@@ -102,13 +102,16 @@ class Trace:
     def along(self, directions: Tensor) -> Tensor:
         """Contribution of each patch, through the last attention, along `directions` (B, F, D) of CLS: (B, F, h, w).
 
-        Direct attribution with the final LayerNorm linearised at the image: positive speaks for the finding.
-        The last MLP's indirect share isn't counted.
+        What the patch says to CLS times the direction's gradient behind it (final LayerNorm, not the last MLP):
+        positive speaks for the finding.
         """
         norm, block = self.vit.norm, self.vit.blocks[-1]
-        spread = (self.before_norm.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()[:, None]
-        scaled = directions * norm.weight
-        through_norm = (scaled - scaled.mean(-1, keepdim=True)) / spread  # (B, F, D)
+        centred = self.before_norm - self.before_norm.mean(-1, keepdim=True)
+        spread = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        shape = (centred / spread)[:, None]
+        back = directions * norm.weight
+        back = back - back.mean(-1, keepdim=True) - shape * (back * shape).mean(-1, keepdim=True)
+        through_norm = back / spread[:, None]  # (B, F, D)
         if hasattr(block.ls1, "gamma"):
             through_norm = through_norm * block.ls1.gamma
         heads, width = self.value.shape[1], self.value.shape[3]
