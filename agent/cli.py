@@ -21,11 +21,6 @@ app = typer.Typer(
 )
 show = typer.Typer(no_args_is_help=True, help="The settings.")
 trail = typer.Typer(no_args_is_help=True, help="The audit.")
-app.add_typer(show, name="config")
-app.add_typer(trail, name="audit")
-cli_films.register(app)
-cli_rounds.register(app)
-cli_models.register(app)
 
 
 @app.command("init")
@@ -196,6 +191,13 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def common(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     """The closed loop for a hospital's chest X-ray model. Research software, not a medical device."""
+
+
+app.add_typer(show, name="config")
+cli_films.register(app)
+cli_rounds.register(app)
+cli_models.register(app)
+app.add_typer(trail, name="audit")
 
 
 def main() -> None:

@@ -47,7 +47,9 @@ def _model(row: Row) -> dict[str, Any]:
 
 @models_app.command("show")
 def models_show(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE")], settings: Config = None, json_out: Json = False
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a bundle, or the round that made it")],
+    settings: Config = None,
+    json_out: Json = False,
 ) -> None:
     """One model: its card, and what became of it."""
     with out.errors(), opened(settings) as (site, ledger):
@@ -78,7 +80,9 @@ def models_import(
 
 
 def gate(
-    name: Annotated[str, typer.Argument(metavar="ROUND")], settings: Config = None, json_out: Json = False
+    name: Annotated[str, typer.Argument(metavar="ROUND", help="a round, such as r0007, or its bundle")],
+    settings: Config = None,
+    json_out: Json = False,
 ) -> None:
     """The stored verdict of a round; reading it spends nothing."""
     with out.errors(), opened(settings) as (site, ledger):
@@ -107,7 +111,7 @@ def _interval(ci: Any) -> str:
 
 
 def approve(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE")],
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a bundle, or the round that made it")],
     by: By,
     reason: Reason,
     settings: Config = None,
@@ -120,7 +124,7 @@ def approve(
 
 
 def reject(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE")],
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a bundle, or the round that made it")],
     by: By,
     reason: Reason,
     settings: Config = None,

@@ -128,7 +128,9 @@ def round_ls(settings: Config = None, json_out: Json = False) -> None:
 
 @round_app.command("show")
 def round_show(
-    name: Annotated[str, typer.Argument(metavar="ROUND")], settings: Config = None, json_out: Json = False
+    name: Annotated[str, typer.Argument(metavar="ROUND", help="a round, such as r0007, or its bundle")],
+    settings: Config = None,
+    json_out: Json = False,
 ) -> None:
     """One round."""
     with out.errors(), opened(settings) as (site, ledger):
@@ -139,7 +141,7 @@ def round_show(
 
 @round_app.command("cancel")
 def round_cancel(
-    name: Annotated[str | None, typer.Argument(metavar="ROUND")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="ROUND", help="a round, such as r0007, or its bundle")] = None,
     by: By = "round cancel",
     settings: Config = None,
     json_out: Json = False,

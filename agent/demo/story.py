@@ -6,7 +6,9 @@ Every number it prints was computed in this run; where the gate says no, it prin
 
 import csv
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -66,6 +68,7 @@ class Demo:
 def tell(folder: Path, source: Path | None) -> None:
     """Run the whole demo in `folder` (made anew), with phantoms or with the films of `source`."""
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what it started ends with it
     _clear(folder)
     _rule("cxrloop: three nights of a chest X-ray model, on this machine")
     out.people.print(
@@ -79,6 +82,7 @@ def tell(folder: Path, source: Path | None) -> None:
     log = folder / "serve.log"
     with log.open("wb") as stderr:
         command = [sys.executable, "-m", "agent.cli", "serve", "--config", str(demo.root / "appliance.toml")]
+        command += ["--child", str(os.getpid())]
         appliance = subprocess.Popen(command, stderr=stderr)
     try:
         _wait_ready(demo, log, appliance)
