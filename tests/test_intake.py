@@ -90,6 +90,19 @@ def test_corrected_demographics_supersede_the_older_version(site):
         assert ledger.value("SELECT kind FROM notice") == "corrected"
 
 
+def test_an_old_version_sent_again_in_another_syntax_does_not_undo_its_correction(site):
+    old = film(1)
+    same = {"sop_uid": old.SOPInstanceUID, "study_uid": old.StudyInstanceUID}
+    put(site, old)
+    put(site, film(1, patient="P0001 corrected", **same))
+    put(site, film(1, transfer_syntax="1.2.840.10008.1.2.4.90", **same))
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+        rows = ledger.rows("SELECT id, superseded_by FROM image ORDER BY id")
+    assert len(rows) == 2
+    assert [row["superseded_by"] for row in rows] == [rows[1]["id"], None]
+
+
 def test_a_crash_after_the_row_and_before_the_unlink_changes_nothing(site):
     path = put(site, film(1))
     with site.ledger() as ledger:
