@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -95,6 +96,9 @@ def demo(
 ) -> None:
     """Three nights on this machine in minutes: send, score, learn, judge, approve, roll back. Nothing staged."""
     with out.errors():
+        missing = [name for name in ("torch", "matplotlib", "onnxruntime") if find_spec(name) is None]
+        if missing:
+            raise Problem(f"the demo learns, draws and serves; {missing[0]} is missing: pip install 'cxrloop[cpu,train]'")
         from agent.demo.story import tell
 
         tell(folder, source)

@@ -37,9 +37,7 @@ def base(tmp_path):
     bundle = open_bundle(tmp_path / "m", seal(parts, tmp_path / "m", site.key("signing.key")), site.key("signing.pub"))
     logits = Session(bundle, "cpu", 1).predict(np.stack([site.store.plate(row["plate"]) for row in rows])).logits
     truth = logits > np.median(logits, axis=0)
-    found = [
-        (row["sop_uid"], name, int(truth[n, f])) for n, row in enumerate(rows) for f, name in enumerate(FINDINGS)
-    ]
+    found = [(row["sop_uid"], name, int(truth[n, f])) for n, row in enumerate(rows) for f, name in enumerate(FINDINGS)]
     write_labels(site.root / "labels.csv", found)
     return site.root
 
