@@ -98,7 +98,9 @@ def demo(
     with out.errors():
         missing = [name for name in ("torch", "matplotlib", "onnxruntime") if find_spec(name) is None]
         if missing:
-            raise Problem(f"the demo learns, draws and serves; {missing[0]} is missing: pip install 'cxrloop[cpu,train]'")
+            raise Problem(
+                f"the demo learns, draws and serves; {missing[0]} is missing: pip install 'cxrloop[cpu,train]'"
+            )
         from agent.demo.story import tell
 
         tell(folder, source)
@@ -206,6 +208,8 @@ app.add_typer(trail, name="audit")
 
 def main() -> None:
     """Entry point of the `cxrloop` command."""
+    usage = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+    usage.exit_code = 1  # a wrong option is an error; 2 is kept for "refused by policy"
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # we say ourselves what a refused association means
     app()
 

@@ -39,7 +39,7 @@ def round_run(
         if not now:
             raise Problem("round run: say --now; at night rounds start by themselves in learn.window")
         end = _clock(site, until) if until else None
-        _finish(site, ledger, json_out, lambda: _next_round(site, ledger, recipe, with_look), end)
+        _finish(site, ledger, json_out, lambda: _next_round(site, ledger, recipe, with_look), end, with_look)
 
 
 @round_app.command("resume")
@@ -61,21 +61,27 @@ def _next_round(site: Site, ledger: Ledger, recipe: str | None, with_look: bool)
     row = rounds.open_round(ledger)
     if not row:
         return rounds.plan(site, ledger, "now", now, recipe, with_look or rounds.look_due(site, ledger, now))
-    if with_look and not row["look"]:
-        with ledger.transaction():
-            ledger.run("UPDATE round SET look = 1 WHERE name = ?", row["name"])
+    if with_look:
+        rounds.want_look(ledger, row["name"])
     out.logs.print(f"{row['name']} is unfinished ({row['state']}); going on with it")
     return rounds.get(ledger, row["name"])
 
 
-def _finish(site: Site, ledger: Ledger, json_out: bool, start: Callable[[], Row], until: datetime | None) -> None:
+def _finish(
+    site: Site,
+    ledger: Ledger,
+    json_out: bool,
+    start: Callable[[], Row],
+    until: datetime | None,
+    with_look: bool = False,
+) -> None:
     """Run a round to its next resting place and print it; Ctrl-C pauses it in good order."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with training.the_lock(site), out.logs.status("round") as line:
             row = training.carry_on(site, ledger, start(), until, lambda p: line.update(_progress(p)))
     except training.Busy:
-        row = training.wait_for_other(site, ledger)
+        row = training.wait_for_other(site, ledger, with_look)
     said = rounds.summary(ledger, row)
     if json_out:
         out.as_json(said)

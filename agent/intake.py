@@ -83,9 +83,7 @@ def _twin(ledger: Ledger, examined: Examined) -> Row | None:
         return row
     image = examined.image
     # also among superseded ones: an old version in another syntax must not undo its own correction
-    same = ledger.rows(
-        "SELECT * FROM image WHERE sop_uid = ? AND pixel_sha256 = ?", image.sop_uid, image.pixel_sha256
-    )
+    same = ledger.rows("SELECT * FROM image WHERE sop_uid = ? AND pixel_sha256 = ?", image.sop_uid, image.pixel_sha256)
     return next((row for row in same if all(row[key] == getattr(image, key) for key in IDENTITY)), None)
 
 

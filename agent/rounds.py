@@ -151,6 +151,12 @@ def advance(ledger: Ledger, name: str, state: str, because: str = "", **columns:
     audit.append(ledger, "cxrloop", f"round {state}", because, before=row["state"], after={"round": name, **columns})
 
 
+def want_look(ledger: Ledger, name: str) -> None:
+    """Ask a round that is not at its end yet to end with a look."""
+    with ledger.transaction():
+        ledger.run("UPDATE round SET look = 1 WHERE name = ?", name)
+
+
 def cancel(site: Site, ledger: Ledger, name: str, by: str) -> Row:
     """Stop a round for good; a learner that runs sees it and leaves."""
     with ledger.transaction():

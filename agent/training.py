@@ -204,9 +204,12 @@ def log_tail(site: Site, name: str, lines: int = 20) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
 
 
-def wait_for_other(site: Site, ledger: Ledger) -> Row:
-    """Wait for the round that another process runs, and return it."""
-    row = rounds.open_round(ledger) or ledger.rows("SELECT * FROM round ORDER BY id DESC LIMIT 1")[0]
+def wait_for_other(site: Site, ledger: Ledger, with_look: bool) -> Row:
+    """Wait for the round that another process runs, and return it; `with_look` asks it to end with a look."""
+    row = rounds.open_round(ledger)
+    if row and with_look:
+        rounds.want_look(ledger, row["name"])
+    row = row or ledger.rows("SELECT * FROM round ORDER BY id DESC LIMIT 1")[0]
     while running(site):
         time.sleep(POLL_S)
     return rounds.get(ledger, row["name"])

@@ -20,6 +20,8 @@ from dicom.wrap import wrap
 
 EXPLICIT_LE, J2K_LOSSLESS = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.90"
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
+PREVALENCE = 0.45  # enough of both classes on few films; a hospital's is lower
+STRENGTH = (0.5, 1.3)  # from plain to gross: a ViT from random weights and few labels must have a chance
 PICTURES = {".png", ".jpg", ".jpeg"}
 
 
@@ -37,7 +39,7 @@ def phantoms(folder: Path, n: int, seed: int) -> tuple[list[Film], list[Path]]:
     """`n` frontal phantoms as DICOM in `folder` (some MONOCHROME1, some JPEG 2000), and the odd ones that come between."""
     folder.mkdir(parents=True)
     films = []
-    for number, phantom in enumerate(draw(n, seed, FINDINGS, prevalence=0.45, repeat=0.15)):
+    for number, phantom in enumerate(draw(n, seed, FINDINGS, PREVALENCE, STRENGTH, repeat=0.15)):
         dataset = wrap(
             phantom.pixels(),
             patient_id=phantom.patient,
