@@ -1,6 +1,6 @@
 """The acceptance run on real films: Kermany films from dcmsend to a promoted model, and a folder of odd files.
 
-    python bench/real_input.py --data DIR [--films 1500] [--site DIR] [--quick] [--only loop|files]
+    python bench/real_input.py --data DIR [--films 1500] [--site DIR] [--cap N] [--quick] [--only loop|files]
 
 DIR holds kermany224/ and dicom/ (public films, not part of the project). It uses the product's own commands and
 dcmtk's dcmsend, kills every process once, and exits 1 when a check fails. `--quick`: 300 films, profile demo.
@@ -37,6 +37,7 @@ def main() -> int:
     )
     ask.add_argument("--quick", action="store_true")
     ask.add_argument("--only", choices=("loop", "files"))
+    ask.add_argument("--cap", type=int, help="most training films a round (learn.max_unlabelled)")
     ask.add_argument("--seed", type=int, default=1)
     ask.add_argument("--out", type=Path, help="path of the results, without .json")
     args = ask.parse_args()
@@ -52,25 +53,35 @@ def main() -> int:
 def _run(args: argparse.Namespace, root: Path, out: Path | None) -> int:
     profile = "demo" if args.quick else "cpu"
     films = args.films or (300 if args.quick else 1500)
+    cap = args.cap or CAP[profile]
     repo = str(Path(__file__).resolve().parents[1])
     record = Record({str(root): "SITE", str(args.data.resolve()): "DIR", str(args.data): "DIR", repo: "REPO"})
-    options = [
+    chosen = [
         f"--films {films}",
-        *(["--quick"] if args.quick else []),
-        *([f"--only {args.only}"] if args.only else []),
+        args.cap and f"--cap {cap}",
+        args.quick and "--quick",
+        args.only and f"--only {args.only}",
     ]
+    options = [option for option in chosen if option]
     record.result["setup"] = {
         "command": " ".join(["python bench/real_input.py --data DIR", *options]),
-        "films": films, "profile": profile, "cap": CAP[profile], "seed": args.seed, "cores": os.cpu_count(),
+        "films": films, "profile": profile, "cap": cap, "seed": args.seed, "cores": os.cpu_count(),
         "load": f"load {os.getloadavg()[0]:.1f} at the start", "python": sys.version.split()[0],
     }  # fmt: skip
     try:
         if args.only != "loop":
             real_kinds.run(args.data.resolve(), root, record)
         if args.only != "files":
-            real_loop.run(args.data.resolve(), root, record, films, profile, CAP[profile], args.seed)
+            real_loop.run(args.data.resolve(), root, record, films, profile, cap, args.seed)
     except Failed as error:
         record.check("the run could go on", False, error)
+    finally:
+        _written(record, out)
+    print(f"\n{len(record.checks)} checks, {len(record.broken)} broken", *record.broken, sep="; ")
+    return 1 if record.broken else 0
+
+
+def _written(record: Record, out: Path | None) -> None:
     setup = record.result["setup"]
     setup["seconds"] = round(time.monotonic() - record.began, 1)
     setup["load"] += f", {os.getloadavg()[0]:.1f} at the end"
@@ -78,10 +89,6 @@ def _run(args: argparse.Namespace, root: Path, out: Path | None) -> int:
         record.write(out.with_suffix(".json"))
         page = record.clean(markdown(record.result, record.events, record.checks))
         out.with_suffix(".md").write_text(page, "utf-8")
-    print(
-        f"\n{len(record.checks)} checks, {len(record.broken)} broken{': ' if record.broken else ''}{'; '.join(record.broken)}"
-    )
-    return 1 if record.broken else 0
 
 
 if __name__ == "__main__":

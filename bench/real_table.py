@@ -13,7 +13,7 @@ def markdown(result: dict[str, Any], events: list[dict[str, Any]], checks: list[
         "# The appliance on real films",
         f"Made by `{setup['command']}` on {setup['cores']} cores ({setup['load']}); {setup['seconds'] / 60:.0f} minutes. "
         f"Profile `{setup['profile']}`, {setup['films']} films. All numbers were computed in this run.",
-        *(_loop(result) if "rounds" in result else []),
+        *(_loop(result) if "audit" in result else []),
         *(_kinds(result) if "files" in result else []),
         "## Invariants",
         _table(
