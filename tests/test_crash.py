@@ -1,8 +1,11 @@
 """A process may die at any durable step of the straight line; starting again makes everything right."""
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,14 @@ from tests.conftest import make_site
 from tests.crash_line import write_labels
 from tests.deploy_site import FINDINGS, ROOT, make_parts, write_model
 from tests.films import film, put, take_in
+
+
+@pytest.fixture
+def tmp_path():
+    """In memory where there is some: the line is walked some eighty times, each with dozens of fsyncs."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
