@@ -1,9 +1,22 @@
-"""The readable table of a real-input run, from its JSON; it computes nothing."""
+"""The readable table of a real-input run, from its JSON; it computes nothing.
+
+python bench/real_table.py bench/results/real_input.json     (writes the .md beside it again)
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+AGAIN = {
+    "whole `serve`": "a person: `cxrloop serve`",
+    "`round run`": "a person: the same command (the agent would take the round up too)",
+    "the learner,": "the `round run` command, by itself",
+    "examining": "the learn agent, by itself",
+}
 
 
 def markdown(result: dict[str, Any], events: list[dict[str, Any]], checks: list[dict[str, Any]]) -> str:
@@ -14,6 +27,7 @@ def markdown(result: dict[str, Any], events: list[dict[str, Any]], checks: list[
         f"Made by `{setup['command']}` on {setup['cores']} cores ({setup['load']}); {setup['seconds'] / 60:.0f} minutes. "
         f"Profile `{setup['profile']}`, {setup['films']} films. All numbers were computed in this run.",
         *(_loop(result) if "audit" in result else []),
+        *(_kills(events) if "audit" in result else []),
         *(_kinds(result) if "files" in result else []),
         "## Invariants",
         _table(
@@ -101,6 +115,21 @@ def _loop(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _kills(events: list[dict[str, Any]]) -> list[str]:
+    """Each kill with what was going on, and who started the process again."""
+    rows = []
+    for event in events:
+        name = event["what"].removeprefix("kill -9: ")
+        if name != event["what"]:
+            again = next((who for word, who in AGAIN.items() if word in name), "`serve`, by itself")
+            rows.append((name, event["at_s"], _facts(event), again))
+    return [
+        "## Killed with -9, each process once",
+        "After each: nothing acknowledged is missing, the round comes to its end, one bundle is in service (see Invariants).",
+        _table(("process", "at second", "meanwhile", "started again by"), rows),
+    ]
+
+
 def _answer(answer: dict[str, Any]) -> str:
     if "swap_seconds" not in answer:
         return f"exit {answer['exit']}: {answer['said']}"
@@ -152,3 +181,9 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     for row in rows:
         lines.append("| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    whole = json.loads(source.read_text("utf-8"))
+    source.with_suffix(".md").write_text(markdown(whole, whole["events"], whole["checks"]), "utf-8")
