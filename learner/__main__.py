@@ -22,6 +22,7 @@ from learner.data import Films
 from learner.distill import DinoLoss, Losses, State, Stopped
 from learner.export import write_parts
 from learner.heads import make_network
+from learner.mimetic import mimic_trained
 from learner.optim import Schedule, make_optimiser, make_schedule
 from learner.progress import Paused, Teller
 from learner.recipe import Recipe
@@ -97,7 +98,9 @@ def begin(round_: Round, device: torch.device, dtype: torch.dtype | None) -> tup
     if round_.parent_state:
         tensors, header = read_file(round_.parent_state)
         if header.get("findings") != list(round_.findings):
-            raise CheckpointError(f"parent {round_.parent} knows {header.get('findings')}, this round {list(round_.findings)}")
+            raise CheckpointError(
+                f"parent {round_.parent} knows {header.get('findings')}, this round {list(round_.findings)}"
+            )
         plan = header["plan"]
         state = make_state(round_, plan, round_.recipe, "distil", device, dtype)
         load_network(state.student, tensors, "student.")
@@ -109,6 +112,11 @@ def begin(round_: Round, device: torch.device, dtype: torch.dtype | None) -> tup
     state = make_state(round_, plan, round_.recipe, "t0", device, dtype)
     if weights:
         state.student.backbone.vit.load_state_dict(weights)
+    elif round_.recipe.init == "mimetic":
+        mimic_trained(state.student.backbone.vit)
+        for layer in state.student.cls_head.mlp:
+            if isinstance(layer, torch.nn.Linear):
+                layer.reset_parameters()  # DINO's .02 start keeps a three-layer head asleep for hundreds of steps
     return state, plan, 0.0, 0
 
 

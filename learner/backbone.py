@@ -9,19 +9,23 @@ import warnings
 from dataclasses import replace
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers.attention import Attention
+from timm.layers.layer_scale import LayerScale
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from learner.recipe import Recipe
 
-Plan = dict[str, Any]  # {"timm": hub name, ...} or {"embed_dim": ..., "depth": ..., ...}: arguments of VisionTransformer
+Plan = dict[
+    str, Any
+]  # {"timm": hub name, ...} or {"embed_dim": ..., "depth": ..., ...}: arguments of VisionTransformer
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # embedding width and heads
 ARCH = re.compile(r"vit_(tiny|small|base)_patch(\d+)(?:_depth(\d+))?")
@@ -35,17 +39,21 @@ class BackboneError(ValueError):
 
 
 class Backbone(nn.Module):
-    """A vision transformer: grey or colour images (B, 1 or 3, H, W) of any multiple of its patch -> CLS (B, D)."""
+    """A vision transformer: grey or colour images (B, 1 or 3, H, W) of any multiple of its patch -> embedding (B, D).
 
-    def __init__(self, vit: VisionTransformer, pos_embed: str) -> None:
+    The embedding is the class token ("cls", as published) or the mean of the patches ("mean").
+    """
+
+    def __init__(self, vit: VisionTransformer, pos_embed: str = "dino", pool: str = "cls") -> None:
         super().__init__()
         self.vit = vit
-        self.mode = pos_embed
+        self.mode, self.pool = pos_embed, pool
         self.dim = vit.embed_dim
         self.patch: int = vit.patch_embed.patch_size[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.vit.norm(self.vit.blocks(self.embed(images)))[:, 0]
+        tokens = self.vit.norm(self.vit.blocks(self.embed(images)))
+        return tokens[:, self.vit.num_prefix_tokens :].mean(1) if self.pool == "mean" else tokens[:, 0]
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens before the first block: (B, prefix + h w, D)."""
@@ -56,7 +64,7 @@ class Backbone(nn.Module):
         batch, high, wide, dim = patches.shape
         pos = self.positions(high, wide)
         patches = patches.reshape(batch, high * wide, dim)
-        prefix = [vit.cls_token.expand(batch, -1, -1)]
+        prefix = [cast(Tensor, vit.cls_token).expand(batch, -1, -1)]
         if vit.reg_token is not None:
             prefix.append(vit.reg_token.expand(batch, -1, -1))
         if vit.no_embed_class:
@@ -68,7 +76,8 @@ class Backbone(nn.Module):
     def positions(self, high: int, wide: int) -> Tensor:
         """Position embeddings for a grid of high x wide patches: (1, n, D)."""
         prefix = 0 if self.vit.no_embed_class else self.vit.num_prefix_tokens
-        return resample_pos_embed(self.vit.pos_embed, self.vit.patch_embed.grid_size, (high, wide), prefix, self.mode)
+        table = cast(Tensor, self.vit.pos_embed)
+        return resample_pos_embed(table, self.vit.patch_embed.grid_size, (high, wide), prefix, self.mode)
 
     def attention(self, images: Tensor) -> Tensor:
         """Attention of the last block: (B, heads, tokens, tokens)."""
@@ -76,49 +85,59 @@ class Backbone(nn.Module):
         return (query @ key.transpose(-2, -1)).softmax(-1)
 
     def _last_qkv(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        block = self.vit.blocks[-1]
-        heads = block.attn.num_heads
-        packed = block.attn.qkv(block.norm1(tokens))
-        packed = packed.reshape(packed.shape[0], packed.shape[1], 3, heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = packed.unbind(0)  # each (B, heads, tokens, width of a head)
-        return block.attn.q_norm(query) * block.attn.scale, block.attn.k_norm(key), value
+        block, attention = last_block(self.vit)
+        packed = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, tokens, width of a head)
+        return attention.q_norm(query) * attention.scale, attention.k_norm(key), value
 
     def trace(self, images: Tensor) -> tuple[Tensor, "Trace"]:
-        """CLS (B, D), and what is needed to say which patch brought what into it."""
+        """The embedding (B, D), and what is needed to say which patch brought what into it."""
         tokens = self.vit.blocks[:-1](self.embed(images))
         query, key, value = self._last_qkv(tokens)
         look = (query[:, :, :1] @ key.transpose(-2, -1)).softmax(-1)[:, :, 0]  # (B, heads, tokens)
-        before_norm = self.vit.blocks[-1](tokens)[:, 0]
+        last = self.vit.blocks[-1](tokens)
+        patches = self.vit.norm(last)[:, self.vit.num_prefix_tokens :]
         grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
-        return self.vit.norm(before_norm), Trace(self.vit, before_norm, look, value, grid)
+        if self.pool == "mean":
+            return patches.mean(1), Trace(self, patches, look, value, grid)
+        return self.vit.norm(last)[:, 0], Trace(self, last[:, 0], look, value, grid)
 
 
 class Trace:
-    """One forward pass through the last block, kept to attribute a direction of the CLS output to patches."""
+    """One forward pass through the last block, kept to attribute a direction of the embedding to patches."""
 
-    def __init__(self, vit: VisionTransformer, before_norm: Tensor, look: Tensor, value: Tensor, grid: tuple[int, int]) -> None:
-        self.vit, self.before_norm, self.look, self.value, self.grid = vit, before_norm, look, value, grid
+    def __init__(self, of: Backbone, last: Tensor, look: Tensor, value: Tensor, grid: tuple[int, int]) -> None:
+        self.of, self.last, self.look, self.value, self.grid = of, last, look, value, grid
 
     def along(self, directions: Tensor) -> Tensor:
-        """Contribution of each patch, through the last attention, along `directions` (B, F, D) of CLS: (B, F, h, w).
+        """Contribution of each patch along `directions` (B, F, D) of the embedding: (B, F, h, w); + speaks for it.
 
-        What the patch says to CLS times the direction's gradient behind it (final LayerNorm, not the last MLP):
-        positive speaks for the finding.
+        With the mean of patches: the patch's own share. With a class token: what the patch says to it in the last
+        attention, times the direction's gradient behind that (final LayerNorm, not the last MLP).
         """
-        norm, block = self.vit.norm, self.vit.blocks[-1]
-        centred = self.before_norm - self.before_norm.mean(-1, keepdim=True)
+        if self.of.pool == "mean":
+            return (directions @ self.last.transpose(1, 2) / self.last.shape[1]).unflatten(-1, self.grid)
+        norm = cast(nn.LayerNorm, self.of.vit.norm)
+        block, attention = last_block(self.of.vit)
+        centred = self.last - self.last.mean(-1, keepdim=True)
         spread = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
         shape = (centred / spread)[:, None]
         back = directions * norm.weight
         back = back - back.mean(-1, keepdim=True) - shape * (back * shape).mean(-1, keepdim=True)
         through_norm = back / spread[:, None]  # (B, F, D)
-        if hasattr(block.ls1, "gamma"):
+        if isinstance(block.ls1, LayerScale):
             through_norm = through_norm * block.ls1.gamma
         heads, width = self.value.shape[1], self.value.shape[3]
-        by_head = (through_norm @ block.attn.proj.weight).unflatten(-1, (heads, width))  # (B, F, heads, width)
+        by_head = (through_norm @ attention.proj.weight).unflatten(-1, (heads, width))  # (B, F, heads, width)
         said = torch.einsum("bfhd,bhnd->bfhn", by_head, self.value)
-        share = (said * self.look[:, None]).sum(2)[:, :, self.vit.num_prefix_tokens :]
+        share = (said * self.look[:, None]).sum(2)[:, :, self.of.vit.num_prefix_tokens :]
         return share.unflatten(-1, self.grid)
+
+
+def last_block(vit: VisionTransformer) -> tuple[Block, Attention]:
+    """The last block and its attention."""
+    block = cast(Block, vit.blocks[-1])
+    return block, cast(Attention, block.attn)
 
 
 def resample_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str) -> Tensor:
@@ -134,18 +153,18 @@ def resample_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     return torch.cat([head, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def build(plan: Plan, pos_embed: str, drop_path: float = 0.0) -> Backbone:
+def build(plan: Plan, pos_embed: str = "dino", pool: str = "cls", drop_path: float = 0.0) -> Backbone:
     """A network of this plan with random weights."""
     given = {"num_classes": 0, "dynamic_img_size": True, "drop_path_rate": drop_path, **plan}
     name = given.pop("timm", None)
     vit = timm.create_model(name, pretrained=False, **given) if name else VisionTransformer(**given)
-    return Backbone(_checked(vit, name or "vit"), pos_embed)
+    return Backbone(_checked(vit, name or "vit"), pos_embed, pool)
 
 
 @torch.no_grad()
 def at_size(trained: Backbone, plan: Plan, size: int) -> Backbone:
     """The same network whose native image is `size`: position embeddings resampled once, for the export."""
-    native = build({**plan, "img_size": size}, trained.mode)
+    native = build({**plan, "img_size": size}, trained.mode, trained.pool)
     weights = trained.vit.state_dict()
     grid = size // trained.patch
     native.vit.load_state_dict({**weights, "pos_embed": trained.positions(grid, grid)})
@@ -187,7 +206,9 @@ def _from_hub(name: str) -> tuple[Plan, dict[str, Tensor]]:
     try:
         vit = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
     except HUB_ERRORS as error:
-        raise BackboneError(f'backbone = "{name}": the hub can\'t be reached ({type(error).__name__}); {hint}') from error
+        raise BackboneError(
+            f'backbone = "{name}": the hub can\'t be reached ({type(error).__name__}); {hint}'
+        ) from error
     return {"timm": name}, _checked(vit, name).state_dict()
 
 
@@ -205,7 +226,7 @@ def read_weights(path: Path) -> tuple[Plan, dict[str, Tensor]]:
     prefix = min(marks, key=len).removesuffix("cls_token")
     weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     plan = infer_plan(weights, note, str(path))
-    wanted = build(plan, "dino").vit.state_dict()
+    wanted = build(plan).vit.state_dict()
     wrong = sorted(k for k in wanted if k not in weights or weights[k].shape != wanted[k].shape)
     if wrong:
         raise BackboneError(f"backbone {path}: {len(wrong)} tensors missing or of another shape, first {wrong[0]}")
@@ -253,5 +274,8 @@ def fit_sizes(recipe: Recipe, patch: int) -> Recipe:
     """The recipe with image sides that this patch divides (256 becomes 252 for a patch of 14), with a warning."""
     whole, local = round_to(recipe.image_size, patch), round_to(recipe.local_size, patch)
     if (whole, local) != (recipe.image_size, recipe.local_size):
-        warnings.warn(f"patch {patch}: image {recipe.image_size} -> {whole} px, local {recipe.local_size} -> {local} px", stacklevel=2)
+        warnings.warn(
+            f"patch {patch}: image {recipe.image_size} -> {whole} px, local {recipe.local_size} -> {local} px",
+            stacklevel=2,
+        )
     return replace(recipe, image_size=whole, local_size=local)

@@ -8,20 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from learner import auc as curves
+
 MIN_CLASS = 5  # films of each class below which neither a temperature nor a threshold is fitted: it would be noise
 BETA = (0.05, 20.0)  # 1 / temperature; wider fits come from labels that the logits separate completely
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """Area under the ROC curve, ties count half; None when a class is absent."""
-    known = ~np.isnan(labels)
-    scores, truth = scores[known], labels[known] == 1
-    positives, negatives = int(truth.sum()), int((~truth).sum())
-    if not positives or not negatives:
-        return None
-    _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[group]
-    return float((ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    """Area under the ROC curve; None when a class is absent (JSON has no nan)."""
+    value = curves.auc(scores, labels)
+    return None if np.isnan(value) else value
 
 
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -31,6 +27,7 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     if min((truth == 1).sum(), (truth == 0).sum()) < MIN_CLASS:
         return 1.0
     low, high = BETA
+    beta = 1.0
     for _ in range(60):
         beta = (low + high) / 2
         slope = ((_sigmoid(beta * logits) - truth) * logits).sum()

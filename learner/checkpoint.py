@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -48,7 +47,9 @@ def load_state(path: Path, state: State) -> dict[str, Any]:
     for name, parameter in state.student.named_parameters():
         saved = {m: tensors[f"optimiser.{m}.{name}"] for m in MOMENTS if f"optimiser.{m}.{name}" in tensors}
         if saved:
-            state.optimiser.state[parameter] = {m: v.clone() if m == "step" else v.to(parameter.device) for m, v in saved.items()}
+            state.optimiser.state[parameter] = {
+                m: v.clone() if m == "step" else v.to(parameter.device) for m, v in saved.items()
+            }
     cursor = header.pop("cursor")
     for key in CURSOR:
         setattr(state, key, cursor[key])
@@ -70,7 +71,9 @@ def load_network(network: Network, tensors: dict[str, Tensor], prefix: str) -> N
         saved = tensors.get(prefix + key)
         if saved is None or saved.shape != value.shape:
             had = "missing" if saved is None else f"of shape {list(saved.shape)}"
-            raise CheckpointError(f"{prefix}{key} is {had}, this recipe needs {list(value.shape)}; use the parent's sizes")
+            raise CheckpointError(
+                f"{prefix}{key} is {had}, this recipe needs {list(value.shape)}; use the parent's sizes"
+            )
         value.copy_(saved)
 
 

@@ -77,9 +77,13 @@ def _halving(state: State, unlabelled: Feed | None, labelled: Feed | None) -> Lo
         except torch.OutOfMemoryError:
             size = state.micro or state.recipe.batch
             if size == 1:
-                raise Stopped("out of memory: one film a pass doesn't fit; use smaller images or a smaller arch") from None
+                raise Stopped(
+                    "out of memory: one film a pass doesn't fit; use smaller images or a smaller arch"
+                ) from None
             state.micro = max(1, size // 2)
             state.optimiser.zero_grad(set_to_none=True)
-            state.notes.append(f"out of memory: {state.micro} films a pass instead of {size}, the same batch and result")
+            state.notes.append(
+                f"out of memory: {state.micro} films a pass instead of {size}, the same batch and result"
+            )
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

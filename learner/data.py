@@ -22,7 +22,9 @@ READER = ThreadPoolExecutor(1, thread_name_prefix="plates")  # reads one batch a
 class Films:
     """A feed over films. `name` ("unlabelled", "labelled", "t0") separates the random numbers of feeds."""
 
-    def __init__(self, films: Sequence[Film], recipe: Recipe, device: torch.device, name: str, fixed_order: bool) -> None:
+    def __init__(
+        self, films: Sequence[Film], recipe: Recipe, device: torch.device, name: str, fixed_order: bool
+    ) -> None:
         self.films, self.recipe, self.device = films, recipe, device
         self.stream = int.from_bytes(name.encode()[:6])
         self.fixed_order = fixed_order  # the published correction goes through the labelled films in one order
@@ -46,7 +48,9 @@ class Films:
         chosen = self.order(sweep)[index]
         plates = self._plates(sweep, index)
         following = (sweep, index + 1) if index + 1 < self.batches else (sweep + 1, 0)
-        self._ahead = {following: READER.submit(read_plates, [self.films[i] for i in self.order(following[0])[following[1]]])}
+        self._ahead = {
+            following: READER.submit(read_plates, [self.films[i] for i in self.order(following[0])[following[1]]])
+        }
         numbers = torch.from_numpy(np.stack([self._numbers(sweep, i) for i in chosen]))
 
         def views(part: slice) -> list[Tensor]:

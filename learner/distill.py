@@ -48,7 +48,9 @@ class DinoLoss(nn.Module):
         targets = ((teacher - self.centre) / (teacher_temp or self.teacher_temp)).softmax(-1).detach().chunk(2)
         films = targets[0].shape[0]
         guesses = (student / self.student_temp).log_softmax(-1).split(films)
-        terms = [-(t * guess).sum(-1).mean() for i, t in enumerate(targets) for j, guess in enumerate(guesses) if i != j]
+        terms = [
+            -(t * guess).sum(-1).mean() for i, t in enumerate(targets) for j, guess in enumerate(guesses) if i != j
+        ]
         return torch.stack(terms).sum() / len(terms)
 
     @torch.no_grad()
@@ -117,7 +119,9 @@ def optimise(state: State, batch: Batch, lam: float, class_weight: float, labell
             raise Stopped(f"non-finite: the loss is {loss.item()} at {state.phase} step {state.step}")
         state.scaler.scale(loss).backward()
         shares = (1.0, share, 1.0 if labelled else share, share)
-        totals += torch.tensor([v.item() * s for v, s in zip((loss, dino, classes, spread), shares, strict=True)], dtype=totals.dtype)
+        totals += torch.tensor(
+            [v.item() * s for v, s in zip((loss, dino, classes, spread), shares, strict=True)], dtype=totals.dtype
+        )
         teacher_rows += [] if rows is None else [rows]
     state.scaler.unscale_(state.optimiser)
     if state.recipe.clip:

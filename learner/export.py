@@ -51,9 +51,8 @@ class Served(nn.Module):
         self.backbone = at_size(network.backbone, plan, recipe.image_size)
         self.cls_head = network.cls_head
         self.recipe = recipe
-        findings = network.cls_head.mlp[-1].out_features
         self.register_buffer("matrix", resize_matrix(PLATE_SHAPE[0], recipe.image_size))
-        self.register_buffer("temperatures", torch.ones(findings))
+        self.register_buffer("temperatures", torch.ones(network.cls_head.findings))
 
     def forward(self, plates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = normalise(to_image(plates, self.matrix), self.recipe)
@@ -79,7 +78,7 @@ def write_parts(target: Path, state: State, plan: Plan, round_: Round, now: date
         session = open_session(folder / "model.onnx")
         parity = check_parity(model, session, validation)
         plates = probe_plates()
-        np.savez(folder / "probe.npz", plates=plates, logits=session.run(["logits"], {"plates": plates})[0])
+        np.savez(folder / "probe.npz", plates=plates, logits=np.asarray(session.run(["logits"], {"plates": plates})[0]))
         write_json(folder / "thresholds.json", thresholds)
         write_json(folder / "card.json", card(state, round_, metrics, parity, model, now, serve))
         save_weights(folder / "state.safetensors", state, plan, round_.findings)
@@ -157,7 +156,9 @@ def check_parity(model: Served, session: onnxruntime.InferenceSession, films: Se
             gap = (theirs.sigmoid() - model(part)[0].sigmoid()).abs().max().item()
             worst[str(size)] = max(worst[str(size)], gap)
     if not max(worst.values()) <= PARITY:
-        raise Stopped(f"parity: onnxruntime and torch differ by {max(worst.values()):.2g} in probability (> {PARITY:g})")
+        raise Stopped(
+            f"parity: onnxruntime and torch differ by {max(worst.values()):.2g} in probability (> {PARITY:g})"
+        )
     return worst | {"films": min(len(films), PARITY_FILMS)}
 
 

@@ -4,6 +4,8 @@ Shapes only: no loss, no optimiser, no image file. Views go in and logits come o
 then all of view 1, and so on.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +50,7 @@ class ClassHead(nn.Module):
 
     def __init__(self, dim: int, findings: int, hidden: int) -> None:
         super().__init__()
+        self.findings = findings
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, findings)
         )
@@ -58,7 +61,7 @@ class ClassHead(nn.Module):
 
     def gradient(self, cls: Tensor) -> Tensor:
         """d logit / d CLS in closed form: (N, F, D); plain products, so that it exports."""
-        first, second, last = self.mlp[0], self.mlp[2], self.mlp[4]
+        first, second, last = (cast(nn.Linear, self.mlp[i]) for i in (0, 2, 4))
         one = first(cls)
         two = second(one.relu())
         back = last.weight[None] * (two > 0).to(cls.dtype)[:, None]  # (N, F, hidden)
@@ -101,6 +104,6 @@ class Network(nn.Module):
 
 def make_network(plan: Plan, recipe: Recipe, findings: int, drop_path: float = 0.0) -> Network:
     """A network of this plan with random weights from the current torch seed."""
-    backbone = build(plan, recipe.pos_embed, drop_path)
+    backbone = build(plan, recipe.pos_embed, recipe.pool, drop_path)
     head = DinoHead(backbone.dim, recipe.prototypes, recipe.head_hidden, recipe.bottleneck)
     return Network(backbone, head, ClassHead(backbone.dim, findings, recipe.class_hidden))

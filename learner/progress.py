@@ -39,11 +39,18 @@ class Teller:
         self.before: dict[int, Any] = {}
         self.phase_start: tuple[str, int, float] | None = None
         self.told = self.lined = -math.inf
-        self.metrics = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115 (closed with the process or by `close`)
+        self.metrics = (folder / "metrics.jsonl").open("ab")
         self.metrics.truncate(metrics_bytes)  # lines after the checkpoint are written again
         console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-        self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console) if console.is_terminal else None
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        self.bar = (
+            Progress(*columns, TextColumn("{task.fields[note]}"), console=console) if console.is_terminal else None
+        )
         self.task = self.bar.add_task("", total=None, note="") if self.bar else None
         if self.bar:
             self.bar.start()
@@ -93,7 +100,13 @@ class Teller:
 
     def say(self, phase: str, step: int, steps: int, loss: float | None = None, eta: float | None = None) -> None:
         """progress.json, and the bar or a line."""
-        progress = {"phase": phase, "step": step, "steps": steps, "loss": loss, "eta_s": eta if eta is None else round(eta, 1)}
+        progress = {
+            "phase": phase,
+            "step": step,
+            "steps": steps,
+            "loss": loss,
+            "eta_s": eta if eta is None else round(eta, 1),
+        }
         write_json(self.folder / "progress.json", progress | {"at": datetime.now(UTC).isoformat(timespec="seconds")})
         note = "" if loss is None else f"loss {loss:.3f}"
         if self.bar and self.task is not None:
@@ -101,7 +114,7 @@ class Teller:
         elif time.monotonic() - self.lined >= LINE_EVERY or loss is None:
             self.lined = time.monotonic()
             left = "" if eta is None else f", {eta:.0f} s left"
-            print(f"{phase}: step {step} of {steps} {note}{left}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{phase}: step {step} of {steps} {note}{left}\n")
 
     def flush(self) -> int:
         """Bytes of metrics.jsonl so far, all on disk."""

@@ -24,6 +24,8 @@ class Recipe:
     arch: str = "vit_small_patch16"  # vit_{tiny,small,base}_patchN, optionally _depthM; used when backbone = "random"
     backbone: str = "random"  # "random", a timm hub name, or the path of a .safetensors file (its shape is inferred)
     pos_embed: str = "dino"  # how position embeddings are resampled to other sizes: "dino" or "timm"
+    pool: str = "cls"  # the embedding: "cls" = class token (as published), "mean" = mean of the patches
+    init: str = "timm"  # of a random backbone: "timm", or "mimetic" (imitates trained attention; for few films)
     image_size: int = 256
     local_size: int = 128
     local_views: int = 8
@@ -92,12 +94,23 @@ class Recipe:
 
 CHOICES = {
     "pos_embed": ("dino", "timm"),
+    "pool": ("cls", "mean"),
+    "init": ("timm", "mimetic"),
     "correct_loss": ("mix", "ce"),
     "serve": ("student", "teacher"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "fp32"),
 }
-MAY_BE_ZERO = {"local_views", "correct_every", "freeze_last", "warmup_epochs", "micro_batch", "seed", "threads", "checkpoint_seconds"}
+MAY_BE_ZERO = {
+    "local_views",
+    "correct_every",
+    "freeze_last",
+    "warmup_epochs",
+    "micro_batch",
+    "seed",
+    "threads",
+    "checkpoint_seconds",
+}
 
 RECIPES: dict[str, Recipe] = {"distl": Recipe()}
 

@@ -125,7 +125,9 @@ def _films(rows: Any, plates: Path, width: int) -> tuple[Film, ...]:
             raise ManifestError(f"{where}: range {row['range']!r}; must be one of {', '.join(RANGES)}")
         first = range_of.setdefault(row["patient"], row["range"])
         if first != row["range"]:
-            raise ManifestError(f"{where}: patient {row['patient']} is in {first} and in {row['range']}; split by patient")
+            raise ManifestError(
+                f"{where}: patient {row['patient']} is in {first} and in {row['range']}; split by patient"
+            )
         if row["image"] in seen:
             raise ManifestError(f"{where}: image {row['image']} appears twice")
         seen.add(row["image"])
@@ -184,11 +186,11 @@ def read_plate(path: Path) -> np.ndarray:
 def write_atomic(path: Path, data: bytes) -> None:
     """The whole file or none of it: temp, fsync, rename, fsync of the folder."""
     temp = path.with_name(f".{path.name}.tmp")
-    with open(temp, "wb") as file:
+    with temp.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temp, path)
+    temp.replace(path)
     sync_folder(path.parent)
 
 
@@ -216,14 +218,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    os.replace(temp, target)
+    temp.replace(target)
     sync_folder(target.parent)
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold the round: one learner at a time, released by the kernel whatever ends the process; raises RoundBusy."""
-    with open(folder / "lock", "a") as file:
+    with (folder / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -20,6 +20,7 @@ from learner.backbone import (
     resample_pos_embed,
 )
 from learner.heads import ClassHead
+from learner.mimetic import mimic_trained
 from learner.recipe import resolve
 
 SHAPES = {
@@ -123,6 +124,29 @@ def test_native_copy_for_the_export_answers_the_same():
         torch.testing.assert_close(at_size(backbone, plan, 48).eval()(images), backbone(images))
 
 
+def test_shares_of_patches_add_up_to_the_logits_slope_when_patches_are_averaged():
+    plan = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    backbone, head = build(plan, pool="mean").double().eval(), ClassHead(24, 2, 16).double()
+    images = torch.rand(2, 1, 32, 32).double()
+    embedding, trace = backbone.trace(images)
+    torch.testing.assert_close(embedding, backbone(images))
+    slope = head.gradient(embedding)
+    torch.testing.assert_close(trace.along(slope).flatten(2).sum(-1), (slope * embedding[:, None]).sum(-1))
+
+
+def test_mimetic_start_has_the_products_of_trained_attention():
+    vit = build({"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 1, "num_heads": 3}).vit
+    mimic_trained(vit)
+    query, key, value = vit.blocks[0].attn.qkv.weight.chunk(3)
+    said = vit.blocks[0].attn.proj.weight @ value
+    looked = query.T @ key / 3
+    assert said.diagonal().mean().item() == pytest.approx(-0.4, abs=0.1)
+    assert looked.diagonal().mean() > 10 * (looked - looked.diagonal().diag()).mean().abs()
+    table = vit.pos_embed[0, 1:]
+    near, far = (table[0] @ table[1]).item(), (table[0] @ table[15]).item()
+    assert near > far
+
+
 def test_patches_share_out_the_last_attentions_part_of_a_logit():
     """Sum over all tokens of the attribution = derivative of the logit along what the attention added to CLS."""
     torch.manual_seed(0)
@@ -137,8 +161,10 @@ def test_patches_share_out_the_last_attentions_part_of_a_logit():
     tokens = backbone.vit.blocks[:-1](backbone.embed(images))
     heads = trace.value.transpose(1, 2) * trace.look.transpose(1, 2)[..., None]  # what each token says, by head
     said = block.ls1(torch.nn.functional.linear(heads.flatten(2), block.attn.proj.weight))  # (1, tokens, D)
-    torch.testing.assert_close(said.sum(1) + block.ls1(block.attn.proj.bias), block.ls1(block.attn(block.norm1(tokens)))[:, 0])
-    before = trace.before_norm.detach().requires_grad_()
+    torch.testing.assert_close(
+        said.sum(1) + block.ls1(block.attn.proj.bias), block.ls1(block.attn(block.norm1(tokens)))[:, 0]
+    )
+    before = trace.last.detach().requires_grad_()
     for i in range(2):
         slope = torch.autograd.grad(head(backbone.vit.norm(before))[0, i], before)[0]
         torch.testing.assert_close(maps[0, i].flatten(), (said[0, 1:] * slope).sum(-1))

@@ -43,15 +43,19 @@ def test_too_few_labels_leave_the_defaults_and_say_so():
     assert (few["threshold"], few["rule"]) == (0.5, "0.5: fewer than 5 of a class in calibration")
     assert few["sensitivity"] is not None
     none = threshold(logits, np.full(6, np.nan))
-    assert none == {"threshold": 0.5, "rule": "0.5: no calibration labels", "n": 0, "sensitivity": None, "specificity": None}
+    assert none == {
+        "threshold": 0.5,
+        "rule": "0.5: no calibration labels",
+        "n": 0,
+        "sensitivity": None,
+        "specificity": None,
+    }
 
 
 def test_threshold_is_youdens():
     logits, labels = sample(seed=5)
     scores = 1 / (1 + np.exp(-logits))
     found = threshold(scores, labels)
-    best = max(
-        (scores[labels == 1] >= c).mean() + (scores[labels == 0] < c).mean() for c in np.linspace(0, 1, 2001)
-    )
+    best = max((scores[labels == 1] >= c).mean() + (scores[labels == 0] < c).mean() for c in np.linspace(0, 1, 2001))
     assert found["sensitivity"] + found["specificity"] == pytest.approx(best)
     assert found["rule"] == "youden on calibration"

@@ -117,6 +117,8 @@ def test_unknown_recipe_and_profile_name_what_there_is():
 
 
 def test_recipe_and_round_dir_leave_torch_alone():
-    code = "import sys, learner, learner.recipe, learner.round_dir; print('torch' in sys.modules, 'timm' in sys.modules)"
+    code = (
+        "import sys, learner, learner.recipe, learner.round_dir; print('torch' in sys.modules, 'timm' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]

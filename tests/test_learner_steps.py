@@ -27,7 +27,9 @@ def make_state(**overrides):
     flat = np.full(STEPS, 1e-3)
     schedule = Schedule(flat, flat * 0, np.full(STEPS, 0.9), np.ones(STEPS), steps_per_epoch=1)
     dino = DinoLoss(recipe.prototypes, 0.1, 0.04, 0.9).double()
-    return State(student, teacher, dino, make_optimiser(student), schedule, recipe, torch.amp.GradScaler("cpu", enabled=False))
+    return State(
+        student, teacher, dino, make_optimiser(student), schedule, recipe, torch.amp.GradScaler("cpu", enabled=False)
+    )
 
 
 def make_batch(films=4, labels=None):
