@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 REPO = Path(__file__).parents[1]
 AET = "CXRLOOP"
 READY_S, SETTLE_S = 120, 900
@@ -146,9 +148,10 @@ class Appliance:
         return True
 
     def back(self, name: str) -> float:
-        """Seconds until a part runs again by itself (and, for `listen`, answers C-ECHO)."""
+        """Seconds until a part runs again by itself and, for `listen` and `infer`, answers."""
         began = time.monotonic()
-        while self.process(name) is None or (name == "listen" and not self.echo()):
+        answers = {"listen": self.echo, "infer": lambda: self.serves() is not None}.get(name, lambda: True)
+        while self.process(name) is None or not answers():
             if time.monotonic() - began > READY_S:
                 raise Failed(f"{name} did not come back")
             time.sleep(0.1)
@@ -158,6 +161,14 @@ class Appliance:
         """True when dcmtk's echoscu gets its answer."""
         command = [dcmtk("echoscu"), "-to", "10", "-aec", AET, "127.0.0.1", str(self.port)]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def serves(self) -> str | None:
+        """The bundle that the model server says it answers with."""
+        try:
+            said = httpx.get(f"http://127.0.0.1:{self.port + 1}/readyz", trust_env=False, timeout=30)
+        except httpx.TransportError:
+            return None
+        return said.json()["bundle"]
 
     def value(self, question: str, *values: Any) -> Any:
         """One value of the ledger, read beside the appliance without a lock that could hold it up."""

@@ -12,7 +12,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
 from real_driver import REPO, Appliance
 from real_films import choose, composition, kermany, wrap_all, write_labels
 from real_record import Record
@@ -118,14 +117,14 @@ def _round(appliance: Appliance, record: Record, look: bool, victim: str) -> dic
                 killed = appliance.kill(victim)
             if killed:
                 record.event(f"kill -9: {NAMES[victim]}", progress=_progress(appliance))
+            if killed and victim == "infer":
+                record.event("infer started again by serve", after_s=round(appliance.back("infer"), 1))
         time.sleep(0.1)
     code = command.returncode
     if victim == "round" and killed:
         command = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPO)
         record.event("the same `round run` command again")
         code = command.wait()
-    if victim == "infer" and killed:
-        record.event("infer started again by serve", after_s=round(appliance.back("infer"), 1))
     rows = appliance.ask("round", "ls")
     said = {**rows[0], "wall_seconds": round(time.monotonic() - began, 1), "exit": code, "killed": victim}
     line = said["verdict"]["line"] if said["verdict"] else said["reason"]
@@ -186,7 +185,7 @@ def one_in_service(appliance: Appliance, record: Record, when: str) -> None:
     states = [(row["bundle"], row["state"]) for row in appliance.ask("models", "ls")]
     serving = [bundle for bundle, state in states if state in ("probation", "live")]
     named = (appliance.status()["serving"] or {}).get("bundle")
-    ready = httpx.get(f"http://127.0.0.1:{appliance.port + 1}/readyz", trust_env=False, timeout=30).json()["bundle"]
+    ready = appliance.serves()
     record.check(f"exactly one bundle in service, {when}", serving == [named] == [ready], f"{serving}, {ready}")
 
 

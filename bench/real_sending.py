@@ -48,6 +48,8 @@ class Killer:
                 self.due.pop(0)
                 self.record.event(f"kill -9: {NAMES[name]}", received=received, waiting_in_inbox=waiting)
                 self.dead.append(name)
+                if name == "learn":
+                    self.again()  # dcmsend does not notice; the others end its association first
 
     def again(self) -> None:
         """Start again what a person starts again; wait for what the supervisor starts."""
