@@ -141,7 +141,8 @@ def phase_schedule(recipe: Recipe, phase: str, films: int) -> Schedule:
     """Labelled batches keep every film, unlabelled ones drop the short last one."""
     batch = min(recipe.batch, films)
     if phase == "t0":
-        return make_schedule(recipe, recipe.t0_epochs, -(-films // recipe.batch), recipe.t0_lr, batch)
+        steps = -(-films // recipe.batch)
+        return make_schedule(recipe, max(recipe.t0_epochs, -(-recipe.t0_steps // steps)), steps, recipe.t0_lr, batch)
     return make_schedule(recipe, recipe.epochs, films // batch, recipe.lr, batch)
 
 

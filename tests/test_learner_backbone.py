@@ -23,6 +23,8 @@ from learner.heads import ClassHead
 from learner.mimetic import mimic_trained
 from learner.recipe import resolve
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
 SHAPES = {
     "plain": {"img_size": 28, "patch_size": 14},
     "registers": {"img_size": 32, "patch_size": 8, "reg_tokens": 4, "no_embed_class": True},

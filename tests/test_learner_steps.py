@@ -14,6 +14,8 @@ from learner.pseudo import label_loss, self_training_loss
 from learner.recipe import resolve
 from tests.learner_site import TINY
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
 PLAN = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
 STEPS = 60
 

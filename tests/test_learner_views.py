@@ -23,6 +23,8 @@ from learner.views import (
 )
 from tests.learner_site import make_round
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
 
 @pytest.fixture
 def images():
