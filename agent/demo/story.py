@@ -25,12 +25,14 @@ from agent.errors import Problem
 
 NIGHTS = 3
 ARCHIVE, DAILY = 720, 60  # films on the first day (the archive) and on each later one
-LABELS = 40  # labelled training films: few, so that T=0 is weak
+LABELS = 80  # labelled training films: few, so that T=0 is weak
 SEED = 11
 READY_S = 60
 POISONED = """base = "distl"
 # A bad night on purpose: the teacher's class logits are inverted. The gate's code knows nothing of it.
 poison_teacher = true
+# And no correction on the labelled films: with it, the labels heal most of the harm before the night is over.
+correct_every = 0
 """
 
 
@@ -120,7 +122,7 @@ def _site(root: Path, films: list[pacs.Film]) -> Demo:
         f"[bold]Protocol[/]: findings {', '.join(findings)}; margin {gate['margin']} AUC against the champion and against "
         f"the frozen baseline; {NIGHTS} looks planned, alpha {gate['alpha']} / {NIGHTS} = {gate['alpha'] / NIGHTS:.4f} each; "
         f"a finding is decided from {gate['min_class']} patients of its smaller class; {LABELS} labelled training films; "
-        "night 2 has a poisoned teacher (site/poisoned.toml)."
+        "night 2 has a poisoned teacher and no correction (site/poisoned.toml)."
     )
     return demo
 
