@@ -30,14 +30,16 @@ from learner.calibrate import auc  # noqa: E402
 from learner.recipe import resolve  # noqa: E402
 
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
-PREVALENCE, STRENGTH = 0.4, (0.5, 1.0)  # findings that a reader would see, common enough for 40 labels to hold each
+PREVALENCE, STRENGTH, REPEAT = 0.45, (0.5, 1.3), 0.15  # as in `cxrloop demo`: plain to gross, both classes in 40 labels
 LABELLED, TRAIN, VALIDATION, CALIBRATION, TEST = 40, 300, 60, 60, 400
-ARMS = {"round": {}, "no stream": {}, "poisoned": {"poison_teacher": True}}
+# a poisoned teacher that follows its student only drives it to .5: a bad night also needs a slow teacher and no correction
+POISON = {"poison_teacher": True, "correct_every": 0, "ema_base": 0.999}
+ARMS = {"round": {}, "no stream": {}, "poisoned": POISON}
 
 
 def phantoms(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Plates uint8 [N, 512, 512] by the product's own pixel path, labels [N, F], patients."""
-    drawn = draw(count, seed, FINDINGS, prevalence=PREVALENCE, strength=STRENGTH)
+    drawn = draw(count, seed, FINDINGS, PREVALENCE, STRENGTH, repeat=REPEAT)
     plates = np.stack([to_plate(wrap(p.pixels(), p.patient, p.view)) for p in drawn])
     return plates, np.array([[p.labels[f] for f in FINDINGS] for p in drawn]), [p.patient for p in drawn]
 
@@ -84,8 +86,8 @@ def by_finding(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def one_seed(seed: int, arms: list[str], overrides: dict) -> dict:
     """Draw, train every arm in a process of its own, score on fresh phantoms."""
     sizes = {"train": TRAIN, "validation": VALIDATION, "calibration": CALIBRATION}
-    ranges = {name: phantoms(count, 1000 * (i + 1) + seed) for i, (name, count) in enumerate(sizes.items())}
-    plates, labels, _ = phantoms(TEST, 9000 + seed)
+    ranges = {name: phantoms(count, 20000 * (i + 1) + seed) for i, (name, count) in enumerate(sizes.items())}
+    plates, labels, _ = phantoms(TEST, 90000 + seed)
     train, truth = floor.thumbnails(ranges["train"][0]), ranges["train"][1].astype(float)
     row: dict = {"seed": seed}
     for name, count in (("floor, 40 labels", LABELLED), (f"floor, {TRAIN} labels", TRAIN)):
@@ -133,16 +135,23 @@ def main() -> None:
     for seed in range(asked.first, asked.first + asked.seeds):
         rows.append(one_seed(seed, asked.arms, overrides))
         print(table(rows), flush=True)
-    if not overrides and asked.first == 0:
-        result = {
-            "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "cores": os.cpu_count(),
-            "phantoms": {"findings": FINDINGS, "prevalence": PREVALENCE, "strength": STRENGTH, "labelled": LABELLED,
-                         "train": TRAIN, "validation": VALIDATION, "calibration": CALIBRATION, "test": TEST},
-            "recipe": resolve("distl", "demo").to_dict(), "rows": rows,
-        }  # fmt: skip
-        path = ROOT / "bench" / "results" / "demo_recipe.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        if not overrides and asked.first == 0:
+            record(rows)
+
+
+def record(rows: list[dict]) -> None:
+    """bench/results/demo_recipe.json, whole after every seed."""
+    phantoms_ = {
+        "findings": FINDINGS, "prevalence": PREVALENCE, "strength": STRENGTH, "repeat": REPEAT, "labelled": LABELLED,
+        "train": TRAIN, "validation": VALIDATION, "calibration": CALIBRATION, "test": TEST,
+    }  # fmt: skip
+    result = {
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "cores": os.cpu_count(),
+        "phantoms": phantoms_, "recipe": resolve("distl", "demo").to_dict(), "rows": rows,
+    }  # fmt: skip
+    path = ROOT / "bench" / "results" / "demo_recipe.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
