@@ -11,7 +11,7 @@ FINDINGS = ("effusion", "mass")
 TINY = {
     "arch": "vit_tiny_patch8_depth1", "image_size": 32, "local_size": 16, "local_views": 2, "prototypes": 32,
     "head_hidden": 16, "bottleneck": 8, "class_hidden": 16, "batch": 4, "epochs": 2, "t0_epochs": 2, "threads": 1,
-    "correct_every": 2, "t0_lr": 1e-3, "lr": 1e-3, "device": "cpu", "drop_path": 0.1,
+    "correct_every": 2, "correct_loss": "mix", "correct_first": False, "lam": 0.5, "pool": "cls", "init": "timm", "t0_lr": 1e-3, "lr": 1e-3, "device": "cpu", "drop_path": 0.1,
 }  # fmt: skip
 
 
