@@ -15,7 +15,7 @@ from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
 from dicom.image import Examined
 from dicom.ingest import Admission, examine
@@ -23,6 +23,9 @@ from dicom.part10 import content_sha256
 
 # The kernel's memory killer, or a person: perhaps not this film's fault, so it gets a second try
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
+# A worker killed while it fetches a film keeps its pipe locked for ever; the next one finds out after twice this
+# time, and the pool is made anew. Pebble's 60 s would hold up all films for two minutes. Set in the workers too.
+CONSTS.channel_lock_timeout = 3
 
 
 class Examiner:

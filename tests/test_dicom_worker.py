@@ -130,6 +130,18 @@ def test_a_worker_killed_while_idle_is_replaced(files):
     assert [found.outcome for found in results] == ["admitted", "admitted"]
 
 
+def test_a_worker_killed_while_it_fetches_a_film_holds_the_others_up_for_seconds(files):
+    with examiner() as pool:
+        list(pool.examine([files["small0"]]))
+        # what a kill leaves behind in those microseconds: the lock of the pipe, held by nobody
+        pool._pool._pool_manager.worker_manager.workers_channel.mutex.reader_mutex.acquire()
+        started = time.monotonic()
+        results = [found for _, found in pool.examine([files["small1"], files["small2"]])]
+        seconds = time.monotonic() - started
+    assert [found.outcome for found in results] == ["admitted", "admitted"]
+    assert seconds < 40
+
+
 def test_a_file_that_vanished_is_left_out(files, tmp_path):
     with examiner() as pool:
         results = list(pool.examine([tmp_path / "gone.dcm", files["small0"]]))
