@@ -44,7 +44,7 @@ def _loop(result: dict[str, Any]) -> list[str]:
     sizes = result["composition"].items()
     return [
         "## Kermany films, from dcmsend to a promoted model",
-        "The composition is made on purpose: a site's default shares would put a tenth of its patients into the golden range; "
+        "The composition is made on purpose: with a site's default shares a tenth of its patients is golden (profile demo: 45 %); "
         f"here {golden['images']} of {setup['films']} films are chosen from that range (one of every patient first), so that the "
         "gate can decide. Ranges themselves follow from the site's key, untouched. Labels: one training film in ten, and all "
         "films of the golden, calibration and validation ranges. "
