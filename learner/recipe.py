@@ -130,7 +130,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "head_hidden": 256, "bottleneck": 64, "t0_epochs": 20, "correct_every": 1, "correct_loss": "ce", "lam": 0.3,
         "lr": 5e-4, "t0_lr": 5e-4, "ema_base": 0.95, "clip": 1.0, "weight_decay": 0.05, "drop_path": 0.0,
         "rotate": 5.0, "global_noise": 0.1, "global_scale": (0.8, 1.0), "mean": 0.5, "std": 0.25, "init": "mimetic",
-        "pool": "mean", "threads": 2, "device": "cpu", "checkpoint_seconds": 20,
+        "pool": "mean", "threads": 1, "device": "cpu", "checkpoint_seconds": 20,
     },
 }  # fmt: skip
 
