@@ -22,6 +22,7 @@ from dicom.ingest import Admission, examine
 from dicom.part10 import content_sha256
 
 # The kernel's memory killer, or a person: perhaps not this film's fault, so it gets a second try
+GRACE_S = 30  # for starting a worker, on top of the films' own limits
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 # A worker killed while it fetches a film keeps its pipe locked for ever; the next one finds out after twice this
 # time, and the pool is made anew. Pebble's 60 s would hold up all films for two minutes. Set in the workers too.
@@ -86,7 +87,10 @@ class Examiner:
         return self._pool.schedule(examine, args=(path, self._key, self._rules), timeout=self._timeout_s)
 
     def _result(self, path: Path, future: "ProcessFuture[Examined]", again: bool = True) -> Examined | None:
-        error = future.exception()
+        try:  # this film and the one read ahead of it may each take their time; a future that outlasts both is lost
+            error = future.exception(2 * self._timeout_s + GRACE_S)
+        except TimeoutError:
+            raise BrokenProcessPool("a worker died between taking a film and saying so") from None
         if error is None:
             return future.result()
         if isinstance(error, BrokenProcessPool):
