@@ -88,7 +88,7 @@ def _plot(points: list[tuple], floor: tuple[float, float, float], films: int, fi
     for place, (_, value, low, high, bad) in enumerate(points):
         colour = RED if bad else INK
         axis.errorbar(place, value, [[value - low], [high - value]], fmt="o", color=colour, capsize=4, markersize=7)
-        axis.annotate(f"{value:.3f}", (place, value), textcoords="offset points", xytext=(9, -3), color=colour)
+        axis.annotate(f"{value:.3f}", (place, value), textcoords="offset points", xytext=(9, 5), color=colour)
     axis.set_xticks(range(len(points)), [point[0] for point in points])
     axis.set_xlim(-0.5, len(points) - 0.3)
     axis.set_ylabel("macro AUC, 95 % interval")
