@@ -47,7 +47,10 @@ def test_an_untouched_chain_verifies_and_contains_every_head_it_ever_had(trail):
         ("DELETE FROM audit WHERE seq >= 5", "entry 5 was signed"),
         ("DELETE FROM audit", "entry 1 was signed"),
         ("UPDATE audit SET seq = CASE seq WHEN 2 THEN -3 WHEN 3 THEN -2 ELSE seq END", "entry 1"),
-        ("INSERT INTO audit SELECT 7, at, who, what, why, before, after, previous, hash FROM audit WHERE seq = 6", "entry 7"),
+        (
+            "INSERT INTO audit SELECT 7, at, who, what, why, before, after, previous, hash FROM audit WHERE seq = 6",
+            "entry 7",
+        ),
     ],
 )
 def test_any_change_is_found_and_named(trail, sql, named):

@@ -19,7 +19,10 @@ def at(text: str, tz=VIENNA) -> datetime:
 
 
 def test_a_window_over_midnight_holds_both_sides_of_it():
-    evening, morning = window_at(at("2026-01-10T23:00"), NIGHT, VIENNA), window_at(at("2026-01-11T04:59"), NIGHT, VIENNA)
+    evening, morning = (
+        window_at(at("2026-01-10T23:00"), NIGHT, VIENNA),
+        window_at(at("2026-01-11T04:59"), NIGHT, VIENNA),
+    )
     assert evening == morning == (at("2026-01-10T22:00"), at("2026-01-11T05:00"))
     assert window_at(at("2026-01-11T05:00"), NIGHT, VIENNA) is None
     assert window_at(at("2026-01-11T21:59"), NIGHT, VIENNA) is None
@@ -91,7 +94,9 @@ def test_a_look_is_due_one_period_after_the_first_model_and_after_each_look(nigh
         assert not rounds.look_due(nightly, ledger, now)
         with ledger.transaction():
             ledger.insert("bundle", id="b" * 12, state="live", is_baseline=1, created_at="2026-05-20T00:00:00Z")
-            ledger.insert("deployment", bundle="b" * 12, state="live", by="x", reason="y", at="2026-05-20T00:00:00.000Z")
+            ledger.insert(
+                "deployment", bundle="b" * 12, state="live", by="x", reason="y", at="2026-05-20T00:00:00.000Z"
+            )
         assert rounds.look_due(nightly, ledger, now)
         assert not rounds.look_due(nightly, ledger, now - timedelta(days=6))
         with ledger.transaction():

@@ -62,7 +62,12 @@ def test_the_same_film_twice_is_one_image(site):
 def test_the_same_film_in_another_syntax_is_one_image_and_no_alert(site):
     first = film(1)
     put(site, first)
-    put(site, film(1, transfer_syntax="1.2.840.10008.1.2.4.90", sop_uid=first.SOPInstanceUID, study_uid=first.StudyInstanceUID))
+    put(
+        site,
+        film(
+            1, transfer_syntax="1.2.840.10008.1.2.4.90", sop_uid=first.SOPInstanceUID, study_uid=first.StudyInstanceUID
+        ),
+    )
     with site.ledger() as ledger:
         take_in(site, ledger)
         assert ledger.counters()["stored"] == 1
@@ -151,7 +156,9 @@ def test_import_takes_dicom_and_pictures_through_the_same_intake(site, tmp_path)
     with site.ledger() as ledger:
         first = import_folder(site, ledger, folder, "PA")
         again = import_folder(site, ledger, folder, "PA")
-        views = {row["file"]: row["view"] for row in ledger.rows("SELECT file, view FROM image WHERE plate IS NOT NULL")}
+        views = {
+            row["file"]: row["view"] for row in ledger.rows("SELECT file, view FROM image WHERE plate IS NOT NULL")
+        }
     assert first == {"seen": 4, "stored": 3, "rejected": 0, "quarantined": 1, "duplicate": 0}
     assert again == {"seen": 4, "stored": 0, "rejected": 0, "quarantined": 0, "duplicate": 4}
     assert views == {"a.dcm": "PA", "deep/b.png": "AP", "c.jpg": "PA"}

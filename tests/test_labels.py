@@ -25,7 +25,10 @@ def write(tmp_path, text):
 
 def test_labels_are_added_once_however_often_the_file_comes(stocked, tmp_path):
     site, ledger, uids = stocked
-    path = write(tmp_path, f"sop_uid,finding,value\n{uids[0]},effusion,1\n{uids[0]},opacity,0\n{uids[1]},effusion,\n9.9,effusion,1\n")
+    path = write(
+        tmp_path,
+        f"sop_uid,finding,value\n{uids[0]},effusion,1\n{uids[0]},opacity,0\n{uids[1]},effusion,\n9.9,effusion,1\n",
+    )
     first = labels.import_csv(site, ledger, path, "test")
     assert first == {"rows": 4, "added": 2, "unknown_images": 1, "conflicts": 0}
     assert labels.import_csv(site, ledger, path, "test")["added"] == 0
