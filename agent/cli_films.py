@@ -132,4 +132,8 @@ def golden_power(settings: Config = None, json_out: Json = False) -> None:
         if json_out:
             return out.as_json(said)
         columns = ("positives", "negatives", "correlation", "power_per_look", "looks_left")
-        out.table(("finding", *columns), [(f, *(row[c] for c in columns)) for f, row in said.items()])
+        out.table(("finding", *columns), [(f, *(_short(row[c]) for c in columns)) for f, row in said.items()])
+
+
+def _short(value: float | int | None) -> str:
+    return "not measured" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -89,25 +89,28 @@ def gate(
         said = look.stored(site, ledger, rounds.get(ledger, name))
         if json_out:
             return out.as_json(said)
-        out.table(
-            ("check", "finding", "observed", "interval", "required", "answer"),
-            [
-                (c["name"], c["finding"], _number(c["observed"]), _interval(c["ci"]), c["required"], c["outcome"])
-                for c in said["checks"]
-            ],
-        )
+        columns = ("check", "finding", "reference", "candidate", "observed", "interval", "required", "answer")
+        out.table(columns, [_row(check) for check in said["checks"]])
         out.people.print(f"\n{said['line']}")
         out.people.print(
             f"alpha spent in the last year {said['budget']['spent']:.4f}, left {said['budget']['left']:.4f}"
         )
 
 
-def _number(value: Any) -> str:
-    return f"{value:+.4f}" if isinstance(value, float) else str(value)
-
-
-def _interval(ci: Any) -> str:
-    return f"[{ci[0]:+.4f}, {ci[1]:+.4f}]" if ci else ""
+def _row(check: dict[str, Any]) -> tuple[str, ...]:
+    """A check for people: AUCs and their difference, or the one number that was looked at."""
+    compared = check["reference"] is not None
+    note = f" ({check['note']})" if check["note"] and check["outcome"] in ("not_shown", "fail") else ""
+    return (
+        check["name"],
+        check["finding"] or "",
+        f"{check['reference']:.3f}" if compared else "",
+        f"{check['candidate']:.3f}" if compared else "",
+        "" if check["observed"] is None else f"{check['observed']:{'+' if compared else ''}.3f}",
+        f"[{check['ci'][0]:+.3f}, {check['ci'][1]:+.3f}]" if check["ci"] else "",
+        check["required"],
+        check["outcome"] + note,
+    )
 
 
 def approve(

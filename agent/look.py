@@ -44,7 +44,8 @@ def take(site: Site, ledger: Ledger, name: str) -> Verdict:
     said = {**verdict.to_json(), "golden": paid["golden"], "alpha": paid["alpha"]}
     with ledger.transaction():
         ledger.insert("verdict", look=paid["id"], outcome=verdict.outcome, json=canonical(said), at=utc())
-        rounds.advance(ledger, name, verdict.outcome, verdict.line)
+        why = verdict.line.removeprefix(verdict.outcome.replace("_", " ") + ": ")  # the state says it already
+        rounds.advance(ledger, name, verdict.outcome, why)
     return verdict
 
 
