@@ -236,7 +236,8 @@ def _night(demo: Demo, number: int, later: list[pacs.Film]) -> None:
 
 def _answer(answer: dict[str, Any]) -> str:
     if answer.get("exit"):
-        return f"exit {answer['exit']}, {answer['said'].split(':')[0]}: the gate has not passed it."
+        said = answer["said"]
+        return f"exit {answer['exit']}, {said if len(said) < 160 else said[:157] + '...'}"
     return f"{answer['bundle']} is in service ({answer['state']}), swapped in {answer['swap_seconds']} s."
 
 
