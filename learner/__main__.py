@@ -152,6 +152,8 @@ def train(round_: Round, state: State, plan: Plan, device: torch.device, teller:
     if state.phase == "t0":
         labelled = Films(round_.labelled, one_view, device, "t0", fixed_order=False)
         follow(round_, state, plan, teller, None, labelled)
+        # The teacher of T=0 is discarded: whoever goes on from t0/, now or in a later round, starts both from the student.
+        state.teacher.load_state_dict(state.student.state_dict())
         finish(round_, state, plan, teller, "t0", "student")
         state = after_t0(round_, state, plan, device)
     elif round_.parent is None and not (round_.folder / "t0").exists():

@@ -101,6 +101,13 @@ def test_finished_round_is_not_trained_again(trained):
     assert (trained / "final/model.onnx").stat().st_mtime_ns == before
 
 
+def test_the_first_model_is_kept_with_itself_as_teacher_for_whoever_goes_on_from_it(trained):
+    weights, _ = read_file(trained / "t0/state.safetensors")
+    pairs = [(key, key.replace("student.", "teacher.", 1)) for key in weights if key.startswith("student.")]
+    assert pairs
+    assert all(torch.equal(weights[mine], weights[theirs]) for mine, theirs in pairs)
+
+
 def test_next_round_starts_from_its_parent_without_t0(trained, tmp_path):
     parent = {"bundle": "abc", "state": str(trained / "final/state.safetensors")}
     folder = make_round(tmp_path / "r", parent=parent, backbone="/nowhere.safetensors", seed=4)
