@@ -12,6 +12,20 @@ from typing import Any
 from agent.site import Site
 
 READY_S = 60
+TINY = """base = "distl"
+arch = "vit_tiny_patch16_depth2"
+image_size = 64
+local_size = 32
+local_views = 2
+prototypes = 64
+head_hidden = 32
+bottleneck = 16
+class_hidden = 32
+t0_epochs = 2
+epochs = 2
+threads = 1
+checkpoint_seconds = 1
+"""
 
 
 class Appliance:

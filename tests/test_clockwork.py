@@ -5,8 +5,9 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from agent import rounds, training
+from agent import labels, release, rounds, training
 from agent.clockwork import next_window, night_step, window_at
+from tests.appliance import TINY
 from tests.conftest import make_site
 from tests.films import film, put, take_in
 
@@ -86,6 +87,31 @@ def test_a_second_round_never_starts_beside_a_running_one(nightly):
         assert night_step(nightly, datetime(2026, 1, 10, 23, tzinfo=UTC)) == "running"
         assert training.running(nightly)
     assert not training.running(nightly)
+
+
+def test_a_round_that_the_window_ends_is_paused_and_goes_on_the_next_night(tmp_path):
+    now = datetime.now(UTC)
+    window = f"{now - timedelta(minutes=1):%H:%M}-{now + timedelta(hours=2):%H:%M}"
+    site = make_site(
+        tmp_path / "site", site={"timezone": "UTC"}, learn={"window": window, "min_new": 5, "recipe": "tiny.toml"}
+    )
+    (site.root / "tiny.toml").write_text(TINY)
+    with site.ledger() as ledger:
+        for seed in range(24):
+            put(site, film(seed), f"{seed}.dcm")
+        take_in(site, ledger)
+        rows = ledger.rows("SELECT sop_uid FROM image")
+        text = "".join(f"{row['sop_uid']},effusion,{n % 2}\n" for n, row in enumerate(rows))
+        (tmp_path / "labels.csv").write_text("sop_uid,finding,value\n" + text)
+        labels.import_csv(site, ledger, tmp_path / "labels.csv", "test")
+        with training.the_lock(site):
+            row = rounds.plan(site, ledger, "night", now - timedelta(days=1))
+            paused = training.carry_on(site, ledger, row, until=now)  # the window is over at once
+        assert paused["state"] == "paused"
+        assert night_step(site, datetime.now(UTC)) == "no_look"
+        assert [row["state"] for row in ledger.rows("SELECT state FROM round")] == ["no_look"]
+        assert release.in_service(ledger)["is_baseline"] == 1
+        assert night_step(site, datetime.now(UTC)) == "skipped"  # the next night brought no new films
 
 
 def test_a_look_is_due_one_period_after_the_first_model_and_after_each_look(nightly):

@@ -8,23 +8,8 @@ from pathlib import Path
 import pytest
 
 from agent.demo import pacs
-from tests.appliance import Appliance, alive, kill
+from tests.appliance import TINY, Appliance, alive, kill
 from tests.conftest import make_site
-
-TINY = """base = "distl"
-arch = "vit_tiny_patch16_depth2"
-image_size = 64
-local_size = 32
-local_views = 2
-prototypes = 64
-head_hidden = 32
-bottleneck = 16
-class_hidden = 32
-t0_epochs = 2
-epochs = 2
-threads = 1
-checkpoint_seconds = 1
-"""
 
 
 @pytest.fixture(scope="module")
