@@ -15,7 +15,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from agent import audit, intake, predict, release, rounds, training
 from agent.config import zone
 from agent.errors import Problem, Refused
-from agent.ledger import Ledger, utc, when
+from agent.ledger import Ledger, utc
 from agent.site import Site
 from deploy.bundle import sweep
 from deploy.client import Client
@@ -172,14 +172,3 @@ class Agent:
                     idle = True
                 if idle:
                     self.stopping.wait(IDLE_S)
-
-
-def since(text: str | None) -> str:
-    """How long ago, for people."""
-    if not text:
-        return "never"
-    seconds = (datetime.now(UTC) - when(text)).total_seconds()
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"

@@ -201,12 +201,6 @@ def running(site: Site) -> bool:
         return True
 
 
-def log_tail(site: Site, name: str, lines: int = 20) -> str:
-    """The end of the learner's log."""
-    path = site.rounds / name / "learner.log"
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
-
-
 def wait_for_other(site: Site, ledger: Ledger, with_look: bool) -> Row:
     """Wait for the round that another process runs, and return it; `with_look` asks it to end with a look."""
     row = rounds.open_round(ledger)
