@@ -23,7 +23,13 @@ class Films:
     """A feed over films. `name` ("unlabelled", "labelled", "t0") separates the random numbers of feeds."""
 
     def __init__(
-        self, films: Sequence[Film], recipe: Recipe, device: torch.device, name: str, fixed_order: bool
+        self,
+        films: Sequence[Film],
+        recipe: Recipe,
+        device: torch.device,
+        name: str,
+        fixed_order: bool,
+        labels: Tensor | None = None,  # (films, findings), nan = unknown; None = the films' own
     ) -> None:
         self.films, self.recipe, self.device = films, recipe, device
         self.stream = int.from_bytes(name.encode()[:6])
@@ -33,7 +39,7 @@ class Films:
         self.batches = -(-len(films) // recipe.batch) if name != "unlabelled" else len(films) // self.size
         self.drop = name == "unlabelled"
         self.matrix = resize_matrix(PLATE_SHAPE[0], recipe.image_size).to(device)
-        self.labels = label_table(films)
+        self.labels = label_table(films) if labels is None else labels
         self._ahead: dict[tuple[int, int], Future[Tensor]] = {}
 
     def order(self, sweep: int) -> list[np.ndarray]:
@@ -57,7 +63,8 @@ class Films:
             images = to_image(plates[part].to(self.device), self.matrix)
             return make_views(images, numbers[part].to(self.device), self.recipe)
 
-        return Batch(len(chosen), views, self.labels[torch.from_numpy(chosen)].to(self.device))
+        index = torch.from_numpy(chosen)
+        return Batch(len(chosen), views, self.labels[index].to(self.device))
 
     def _plates(self, sweep: int, index: int) -> Tensor:
         waiting = self._ahead.pop((sweep, index), None)
