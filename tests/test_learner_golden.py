@@ -1,7 +1,5 @@
 """The learner's arithmetic against published numbers: official code's inputs and outputs, float64 unless said.
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
-
 Every test drives the product's own functions. Tolerances: f64 1e-9 / 1e-10, whole epochs 1e-9, f32 2e-5.
 """
 
@@ -28,6 +26,8 @@ from learner.optim import (
 )
 from learner.pseudo import label_loss, self_training_loss
 from learner.recipe import Recipe
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 GOLDEN = Path(__file__).parent / "golden"
 
