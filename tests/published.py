@@ -14,4 +14,5 @@ def golden(name):
 
 
 def close(ours, theirs, rtol=1e-9, atol=1e-10):
-    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=rtol, atol=atol)
+    theirs = torch.as_tensor(theirs, dtype=torch.float64 if isinstance(theirs, float) else None)
+    torch.testing.assert_close(torch.as_tensor(ours), theirs, rtol=rtol, atol=atol)
