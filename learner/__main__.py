@@ -111,9 +111,9 @@ def begin(round_: Round, device: torch.device, dtype: torch.dtype | None) -> tup
     plan, weights = open_backbone(round_.recipe)
     state = make_state(round_, plan, round_.recipe, "t0", device, dtype)
     if weights:
-        state.student.backbone.vit.load_state_dict(weights)
+        state.student.backbone.load(weights)
     elif round_.recipe.init == "mimetic":
-        mimic_trained(state.student.backbone.vit)
+        mimic_trained(state.student.backbone)
         for layer in state.student.cls_head.mlp:
             if isinstance(layer, torch.nn.Linear):
                 layer.reset_parameters()  # DINO's .02 start keeps a three-layer head asleep for hundreds of steps

@@ -1,13 +1,12 @@
-"""Any timm vision transformer as the encoder: built by name, by shape, or from a local safetensors file.
+"""Any timm vision transformer or convolutional net as the encoder: by name, by shape, or from a safetensors file.
 
-The only file that imports timm. It knows nothing of heads, losses or findings. A network is remembered as a *plan*,
-a few JSON values from which it is rebuilt without the hub or the file it came from.
+It knows nothing of heads, losses or findings. A network is remembered as a *plan* (`learner.plan`), from which it is
+rebuilt without the hub or the file it came from.
 """
 
-import re
 import warnings
+from copy import deepcopy
 from dataclasses import replace
-from math import isqrt
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,24 +17,17 @@ from safetensors import SafetensorError, safe_open
 from timm.layers.attention import Attention
 from timm.layers.layer_scale import LayerScale
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from learner.convnet import ConvNet
+from learner.plan import ARCH, BackboneError, Plan, bare, infer_plan, plan_of, round_to
 from learner.recipe import Recipe
 
-Plan = dict[
-    str, Any
-]  # {"timm": hub name, ...} or {"embed_dim": ..., "depth": ..., ...}: arguments of VisionTransformer
-
-SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # embedding width and heads
-ARCH = re.compile(r"vit_(tiny|small|base)_patch(\d+)(?:_depth(\d+))?")
-
-
 HUB_ERRORS = (OSError, RuntimeError)  # offline (huggingface_hub raises an OSError), or no weights under that name
-
-
-class BackboneError(ValueError):
-    """A backbone that can't be had: says which and what to do."""
+# timm files whose nets are transformers of its plain class
+VIT_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")
 
 
 class Backbone(nn.Module):
@@ -79,13 +71,25 @@ class Backbone(nn.Module):
         table = cast(Tensor, self.vit.pos_embed)
         return resample_pos_embed(table, self.vit.patch_embed.grid_size, (high, wide), prefix, self.mode)
 
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Weights under timm's key names."""
+        self.vit.load_state_dict(weights)
+
     def attention(self, images: Tensor) -> Tensor:
         """Attention of the last block: (B, heads, tokens, tokens)."""
-        query, key, _ = self._last_qkv(self.vit.blocks[:-1](self.embed(images)))
-        return (query @ key.transpose(-2, -1)).softmax(-1)
+        return self.attentions(images)[-1]
 
-    def _last_qkv(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        block, attention = last_block(self.vit)
+    def attentions(self, images: Tensor) -> list[Tensor]:
+        """Attention of every block, first to last: each (B, heads, tokens, tokens)."""
+        tokens, seen = self.embed(images), []
+        for block in cast(nn.Sequential, self.vit.blocks):
+            query, key, _ = self._qkv(cast(Block, block), tokens)
+            seen.append((query @ key.transpose(-2, -1)).softmax(-1))
+            tokens = block(tokens)
+        return seen
+
+    def _qkv(self, block: Block, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention = cast(Attention, block.attn)
         packed = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, attention.head_dim))
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, tokens, width of a head)
         return attention.q_norm(query) * attention.scale, attention.k_norm(key), value
@@ -93,7 +97,7 @@ class Backbone(nn.Module):
     def trace(self, images: Tensor) -> tuple[Tensor, "Trace"]:
         """The embedding (B, D), and what is needed to say which patch brought what into it."""
         tokens = self.vit.blocks[:-1](self.embed(images))
-        query, key, value = self._last_qkv(tokens)
+        query, key, value = self._qkv(last_block(self.vit)[0], tokens)
         look = (query[:, :, :1] @ key.transpose(-2, -1)).softmax(-1)[:, :, 0]  # (B, heads, tokens)
         last = self.vit.blocks[-1](tokens)
         patches = self.vit.norm(last)[:, self.vit.num_prefix_tokens :]
@@ -153,21 +157,38 @@ def resample_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     return torch.cat([head, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def build(plan: Plan, pos_embed: str = "dino", pool: str = "cls", drop_path: float = 0.0) -> Backbone:
-    """A network of this plan with random weights."""
-    given = {"num_classes": 0, "dynamic_img_size": True, "drop_path_rate": drop_path, **plan}
-    name = given.pop("timm", None)
-    vit = timm.create_model(name, pretrained=False, **given) if name else VisionTransformer(**given)
-    return Backbone(_checked(vit, name or "vit"), pos_embed, pool)
+def build(plan: Plan, pos_embed: str = "dino", pool: str = "cls", drop_path: float = 0.0) -> Backbone | ConvNet:
+    """A network of this plan with random weights; a convolutional net has no use for the other arguments."""
+    name = plan.get("timm")
+    if name is None:
+        given = {"num_classes": 0, "dynamic_img_size": True, "drop_path_rate": drop_path, **plan}
+        return Backbone(VisionTransformer(**given), pos_embed, pool)
+    own = {key: value for key, value in plan.items() if key != "timm"}
+    return _wrapped(_created(name, drop_path_rate=drop_path, **own), name, pos_embed, pool)
+
+
+def _created(name: str, pretrained: bool = False, **for_vit: Any) -> nn.Module:
+    """A timm network without its classifier; image size and stochastic depth are a transformer's."""
+    if is_model_in_modules(bare(name), VIT_MODULES):
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **for_vit)
+    return timm.create_model(name, pretrained=pretrained, num_classes=0)
+
+
+def _wrapped(net: nn.Module, name: str, pos_embed: str = "dino", pool: str = "cls") -> Backbone | ConvNet:
+    if isinstance(net, VisionTransformer) and net.cls_token is not None and net.pos_embed is not None:
+        return Backbone(net, pos_embed, pool)
+    return ConvNet(net, name)
 
 
 @torch.no_grad()
-def at_size(trained: Backbone, plan: Plan, size: int) -> Backbone:
-    """The same network whose native image is `size`: position embeddings resampled once, for the export."""
-    native = build({**plan, "img_size": size}, trained.mode, trained.pool)
+def at_size(trained: Backbone | ConvNet, plan: Plan, size: int) -> Backbone | ConvNet:
+    """A copy whose native image is `size`, for the export: position embeddings, if any, resampled once."""
+    if isinstance(trained, ConvNet):
+        return deepcopy(trained)
+    native = cast(Backbone, build({**plan, "img_size": size}, trained.mode, trained.pool))
     weights = trained.vit.state_dict()
     grid = size // trained.patch
-    native.vit.load_state_dict({**weights, "pos_embed": trained.positions(grid, grid)})
+    native.load({**weights, "pos_embed": trained.positions(grid, grid)})
     return native
 
 
@@ -181,39 +202,28 @@ def open_backbone(recipe: Recipe) -> tuple[Plan, dict[str, Tensor] | None]:
         )
         return plan_of(recipe.arch, recipe.image_size), None
     if recipe.backbone.endswith(".safetensors") or Path(recipe.backbone).exists():
-        return read_weights(Path(recipe.backbone))
+        return read_weights(Path(recipe.backbone), recipe.arch)
     return _from_hub(recipe.backbone)
-
-
-def plan_of(arch: str, image_size: int) -> Plan:
-    """The plan of `vit_{tiny,small,base}_patchN[_depthM]` or of a timm name, native at this image size."""
-    match = ARCH.fullmatch(arch)
-    if match:
-        dim, heads = SIZES[match[1]]
-        patch, depth = int(match[2]), int(match[3] or 12)
-        size = round_to(image_size, patch)
-        return {"img_size": size, "patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads}
-    if not timm.is_model(arch):
-        near = timm.list_models(f"*{arch.split('_')[0]}*")[:3]
-        raise BackboneError(f'arch = "{arch}": neither vit_{{tiny,small,base}}_patchN nor a timm model; near: {near}')
-    return {"timm": arch}
 
 
 def _from_hub(name: str) -> tuple[Plan, dict[str, Tensor]]:
     hint = "give a local file instead: --backbone FILE.safetensors"
-    if not timm.is_model(name.removeprefix("timm/").split(":")[-1].removeprefix("timm/")):
+    if not timm.is_model(bare(name)):
         raise BackboneError(f'backbone = "{name}": no such file and no timm model of that name; {hint}')
     try:
-        vit = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
+        net = _created(name, pretrained=True)
     except HUB_ERRORS as error:
         raise BackboneError(
             f'backbone = "{name}": the hub can\'t be reached ({type(error).__name__}); {hint}'
         ) from error
-    return {"timm": name}, _checked(vit, name).state_dict()
+    return {"timm": name}, _inner(_wrapped(net, name)).state_dict()
 
 
-def read_weights(path: Path) -> tuple[Plan, dict[str, Tensor]]:
-    """Plan and weights (float32) of a safetensors file with timm's key names; raises BackboneError."""
+def read_weights(path: Path, arch: str = "") -> tuple[Plan, dict[str, Tensor]]:
+    """Plan and weights (float32) of a safetensors file with timm's key names; raises BackboneError.
+
+    A vision transformer is read off its shapes; another net's name stands in the file's metadata (`timm`), else in `arch`.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             note = file.metadata() or {}
@@ -221,53 +231,34 @@ def read_weights(path: Path) -> tuple[Plan, dict[str, Tensor]]:
     except (OSError, SafetensorError) as error:
         raise BackboneError(f"backbone {path}: can't be read ({error}); needs a .safetensors file") from None
     marks = [key for key in weights if key.endswith("cls_token")]
+    if marks:
+        weights = _under(min(marks, key=len).removesuffix("cls_token"), weights)
+        plan = infer_plan(weights, note, str(path))
+    else:
+        plan = {"timm": note.get("timm", arch)}
+        if ARCH.fullmatch(plan["timm"]) or not timm.is_model(bare(plan["timm"])):
+            raise BackboneError(
+                f"backbone {path}: no cls_token, so no vision transformer with timm's key names, and the file doesn't "
+                'say which net it is; put its timm name, such as arch = "densenet121", or save it with metadata `timm`'
+            )
+    wanted = _inner(build(plan)).state_dict()
     if not marks:
-        raise BackboneError(f"backbone {path}: no cls_token: not a vision transformer with timm's key names")
-    prefix = min(marks, key=len).removesuffix("cls_token")
-    weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    plan = infer_plan(weights, note, str(path))
-    wanted = build(plan).vit.state_dict()
+        first = next(iter(wanted))
+        ends = [key for key in weights if key.endswith(first)]
+        weights = _under(min(ends, key=len, default=first).removesuffix(first), weights)
     wrong = sorted(k for k in wanted if k not in weights or weights[k].shape != wanted[k].shape)
     if wrong:
         raise BackboneError(f"backbone {path}: {len(wrong)} tensors missing or of another shape, first {wrong[0]}")
     return plan, {key: weights[key] for key in wanted}
 
 
-def infer_plan(weights: dict[str, Tensor], note: dict[str, str], name: str) -> Plan:
-    """Read the architecture off the shapes; heads are 64 wide unless the file's metadata has `num_heads`."""
-    try:
-        dim = weights["cls_token"].shape[-1]
-        patch = weights["patch_embed.proj.weight"].shape[-1]
-        hidden, taken = weights["blocks.0.mlp.fc1.weight"].shape[0], weights["blocks.0.mlp.fc2.weight"].shape[1]
-        places = weights["pos_embed"].shape[1]
-    except KeyError as error:
-        raise BackboneError(f"backbone {name}: no tensor {error}: not a plain vision transformer") from None
-    if hidden != taken:
-        raise BackboneError(f"backbone {name}: gated MLP (SwiGLU) isn't read from a file; give its timm name")
-    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
-    alone = isqrt(places) ** 2 == places  # a table without places for CLS and registers
-    side = isqrt(places if alone else places - 1 - registers)
-    if side * side + (0 if alone else 1 + registers) != places:
-        raise BackboneError(f"backbone {name}: {places} position embeddings aren't a square grid")
-    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
-    return {
-        "img_size": side * patch, "patch_size": patch, "embed_dim": dim, "depth": depth,
-        "num_heads": int(note.get("num_heads", max(1, dim // 64))), "mlp_ratio": hidden / dim,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in weights, "reg_tokens": registers, "no_embed_class": alone,
-        "init_values": 1e-5 if "blocks.0.ls1.gamma" in weights else None, "pre_norm": "norm_pre.weight" in weights,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
-    }  # fmt: skip
+def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
-def _checked(vit: nn.Module, name: str) -> VisionTransformer:
-    if not isinstance(vit, VisionTransformer) or vit.cls_token is None or vit.pos_embed is None:
-        raise BackboneError(f'backbone = "{name}": needs a vision transformer with a class token and learned positions')
-    return vit
-
-
-def round_to(size: int, patch: int) -> int:
-    """The multiple of the patch nearest to this image side, at least one patch."""
-    return max(1, round(size / patch)) * patch
+def _inner(backbone: Backbone | ConvNet) -> nn.Module:
+    """The timm network itself, whose key names weights have."""
+    return backbone.vit if isinstance(backbone, Backbone) else backbone.net
 
 
 def fit_sizes(recipe: Recipe, patch: int) -> Recipe:

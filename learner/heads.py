@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learner.backbone import Backbone, Plan, build
+from learner.backbone import Backbone, build
+from learner.convnet import ConvNet
+from learner.plan import Plan
 from learner.recipe import Recipe
 
 
@@ -77,9 +79,12 @@ def small_init(module: nn.Module) -> None:
 
 
 class Network(nn.Module):
-    """Backbone, prototype head and class head; student and teacher are two of these."""
+    """Backbone, prototype head and class head; student and teacher are two of these.
 
-    def __init__(self, backbone: Backbone, head: DinoHead, cls_head: ClassHead) -> None:
+    Without self-supervision there is no prototype head, and the embedding itself comes out in its place.
+    """
+
+    def __init__(self, backbone: Backbone | ConvNet, head: DinoHead | nn.Identity, cls_head: ClassHead) -> None:
         super().__init__()
         self.backbone, self.head, self.cls_head = backbone, head, cls_head
 
@@ -103,7 +108,9 @@ class Network(nn.Module):
 
 
 def make_network(plan: Plan, recipe: Recipe, findings: int, drop_path: float = 0.0) -> Network:
-    """A network of this plan with random weights from the current torch seed."""
+    """A network of this plan with random weights from the current torch seed; no prototypes, no prototype head."""
     backbone = build(plan, recipe.pos_embed, recipe.pool, drop_path)
-    head = DinoHead(backbone.dim, recipe.prototypes, recipe.head_hidden, recipe.bottleneck)
+    head: DinoHead | nn.Identity = nn.Identity()
+    if recipe.prototypes:
+        head = DinoHead(backbone.dim, recipe.prototypes, recipe.head_hidden, recipe.bottleneck)
     return Network(backbone, head, ClassHead(backbone.dim, findings, recipe.class_hidden))

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 LOOK = (0.7, 0.7)  # noise and identity in query x key
 SAY = (0.4, -0.4)  # noise and identity in value x projection
@@ -18,8 +18,17 @@ POSITION = 0.5  # scale of the position table: timm's .02 is lost behind the pat
 
 
 @torch.no_grad()
-def mimic_trained(vit: VisionTransformer) -> None:
-    """Overwrite attention weights and positions in place, drawing from torch's generator."""
+def mimic_trained(net: nn.Module) -> None:
+    """Overwrite attention weights and positions of the transformer in `net`, drawing from torch's generator.
+
+    A convolutional net has neither, and stays as it is.
+    """
+    for part in net.modules():
+        if isinstance(part, VisionTransformer):
+            _mimic(part)
+
+
+def _mimic(vit: VisionTransformer) -> None:
     for block in vit.blocks:
         attention = cast(Attention, cast(Block, block).attn)
         dim, width = attention.qkv.in_features, attention.head_dim
