@@ -61,7 +61,7 @@ class Films:
 
         def views(part: slice) -> list[Tensor]:
             images = to_image(plates[part].to(self.device), self.matrix)
-            return make_views(images, numbers[part].to(self.device), self.recipe)
+            return make_views(images, numbers[part], self.recipe)
 
         index = torch.from_numpy(chosen)
         return Batch(len(chosen), views, self.labels[index].to(self.device))

@@ -5,6 +5,7 @@ Resizing, cropping and blurring are products with small matrices, `R @ x @ R.T`;
 this file draws none, so a view depends on nothing but its film and its numbers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
 
@@ -52,30 +53,46 @@ class Noise:
 
 
 def make_views(images: Tensor, numbers: Tensor, recipe: Recipe) -> list[Tensor]:
-    """Images (B, 1, S, S), numbers (B, views - 1, NUMBERS) -> original, noised global, locals; each (B, 1, s, s)."""
+    """Images (B, 1, S, S), numbers (B, views - 1, NUMBERS) -> original, noised global, locals; each (B, 1, s, s).
+
+    The numbers stay in host memory: what is chosen is known there without waiting for a device.
+    """
     whole = Noise(recipe.image_size, recipe.global_scale, recipe.rotate, recipe.global_noise, recipe.flip)
     part = Noise(recipe.local_size, recipe.local_scale, recipe.rotate, recipe.local_noise, recipe.flip)
-    noises = [whole] + [part] * (numbers.shape[1] - 1)
-    noised = [view(images, numbers[:, i], noise) for i, noise in enumerate(noises)]
-    return [normalise(v, recipe) for v in [images, *noised]]
+    noised = [views_of(images, n, noise) for n, noise in ((numbers[:, :1], whole), (numbers[:, 1:], part)) if n.numel()]
+    return [normalise(v, recipe) for v in [images, *(v for views in noised for v in views)]]
 
 
-def view(images: Tensor, numbers: Tensor, noise: Noise) -> Tensor:
-    """One random view, in the published order: crop, flip, rotate, autocontrast, equalise, blur."""
-    top, left, high, wide = crop_boxes(numbers, images.shape[-1], noise.scale)
-    down = crop_matrix(top, high, images.shape[-1], noise.size)
-    across = crop_matrix(left, wide, images.shape[-1], noise.size)
-    out = (down @ images[:, 0] @ across.transpose(1, 2)).clamp(0, 1)
-    flip, angle, auto, equal, blurred, sigma = numbers[:, 2 * TRIES + 2 :].unbind(1)
+def views_of(images: Tensor, numbers: Tensor, noise: Noise) -> Tensor:
+    """V random views of each film (V, B, 1, s, s), in the published order: crop, flip, rotate, contrast, equalise, blur.
+
+    Images (B, 1, S, S), numbers (B, V, NUMBERS). All views of all films go through each operation at once; the last
+    three are done for the chosen views alone.
+    """
+    films, views = numbers.shape[:2]
+    flat, side = numbers.flatten(0, 1), images.shape[-1]
+    flip, angle, auto, equal, blurred, sigma = flat[:, 2 * TRIES + 2 :].unbind(1)
+    settings = [*crop_boxes(flat, side, noise.scale), (2 * angle - 1) * noise.rotate]
+    settings.append(BLUR[0] + sigma * (BLUR[1] - BLUR[0]))
+    top, left, high, wide, degrees, width = torch.stack(settings).to(images.device).unbind()
+    down = crop_matrix(top, high, side, noise.size)  # (B V, s, S)
+    across = crop_matrix(left, wide, side, noise.size)
+    # the V matrices of one film stand on top of each other: the film itself is never copied
+    rows = (down.view(films, views * noise.size, side) @ images[:, 0]).view_as(down)
+    out = (rows @ across.transpose(1, 2)).clamp(0, 1)
     if noise.flip:
-        out = torch.where((flip < 0.5)[:, None, None], out.flip(-1), out)
-    out = rotate(out, (2 * angle - 1) * noise.rotate)
-    out = torch.where((auto < noise.chance)[:, None, None], autocontrast(out), out)
-    chosen = (equal < noise.chance).nonzero()[:, 0]
-    if len(chosen):
-        out = out.index_copy(0, chosen, equalise(out[chosen]))
-    smoothed = blur(out, BLUR[0] + sigma * (BLUR[1] - BLUR[0]))
-    return torch.where((blurred < noise.chance)[:, None, None], smoothed, out)[:, None]
+        out = changed(out, flip < 0.5, lambda chosen, _: chosen.flip(-1))
+    out = rotate(out, degrees)
+    out = changed(out, auto < noise.chance, lambda chosen, _: autocontrast(chosen))
+    out = changed(out, equal < noise.chance, lambda chosen, _: equalise(chosen))
+    out = changed(out, blurred < noise.chance, lambda chosen, which: blur(chosen, width[which]))
+    return out.unflatten(0, (films, views)).transpose(0, 1)[:, :, None]
+
+
+def changed(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Images (N, s, s) with `change(those, their places)` done to the chosen ones; chosen (N,) bool, in host memory."""
+    which = chosen.nonzero()[:, 0].to(images.device)
+    return images.index_copy(0, which, change(images[which], which)) if len(which) else images
 
 
 def crop_boxes(numbers: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,9 +117,10 @@ def crop_matrix(start: Tensor, length: Tensor, old: int, new: int) -> Tensor:
     steps = torch.arange(new, device=start.device, dtype=start.dtype)[None, :, None]
     first, last = start[:, None, None], (start + length)[:, None, None]
     x = ((places - (first + (steps + 0.5) * scale - 0.5)) / scale.clamp(min=1)).abs()
-    near = 1.5 * x**3 - 2.5 * x**2 + 1
-    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    rows = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)) * ((places >= first) & (places < last))
+    x = x.clamp(max=2)  # the outer branch ends in 0 there
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((2.5 - 0.5 * x) * x - 4) * x + 2
+    rows = torch.where(x < 1, near, far) * ((places >= first) & (places < last))
     return rows / rows.sum(-1, keepdim=True)
 
 
@@ -135,7 +153,8 @@ def equalise(images: Tensor) -> Tensor:
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of (B, S, S) by sigma (B,) pixels, as a band matrix whose rows sum to 1."""
-    places = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
-    band = torch.exp(-0.5 * ((places[:, None] - places[None]) / sigma[:, None, None]) ** 2)
+    places = torch.arange(images.shape[-1], device=images.device)
+    bell = torch.exp(-0.5 * (places / sigma[:, None]) ** 2)  # (B, S), by distance
+    band = bell[:, (places[:, None] - places).abs()]
     band = band / band.sum(-1, keepdim=True)
     return band @ images @ band.transpose(1, 2)
