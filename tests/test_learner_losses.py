@@ -159,11 +159,7 @@ MUTATIONS = [
         "learner.selfsup.sinkhorn",
         lambda logits, temperature, iterations: (logits / temperature).softmax(1),
     ),
-    (
-        "test_sinkhorn_stands_temperatures_that_overflow_an_exponential",
-        "learner.selfsup.sinkhorn",
-        overflowing,
-    ),
+    ("test_sinkhorn_stands_temperatures_that_overflow_an_exponential", "learner.selfsup.sinkhorn", overflowing),
     ("test_kappa_filter_labels_the_published_films", "learner.targets.outside", high_rule_wins),
     ("test_distillation_loss_and_gradient_are_the_closed_forms", "learner.kd.bernoulli_kl", softmax_kl),
     (

@@ -56,7 +56,7 @@ def test_a_constant_logits_cost_ln_k(films, views, prototypes, student, teacher)
 
 @few
 @given(seeds, small, small)
-def test_b_a_vector_added_to_teacher_and_centre_changes_nothing(seed, films, prototypes):
+def test_b_shifting_teacher_and_centre_changes_nothing(seed, films, prototypes):
     student, teacher = normal(seed, 3 * films, prototypes), normal(seed + 1, 2 * films, prototypes)
     shift, plain, moved = 5 * normal(seed + 2, 1, prototypes), dino_of(prototypes), dino_of(prototypes)
     moved.centre += shift
@@ -65,7 +65,7 @@ def test_b_a_vector_added_to_teacher_and_centre_changes_nothing(seed, films, pro
 
 @few
 @given(seeds, st.permutations(range(2, 6)))
-def test_c_every_pair_but_the_same_view_counts_once_and_local_views_may_swap(seed, order):
+def test_c_pairs_of_different_views_count_alike(seed, order):
     student, teacher = normal(seed, 6, 3, 8), normal(seed + 1, 2, 3, 8)
     loss = dino_of(8)(student.flatten(0, 1), teacher.flatten(0, 1))
     pairs = [(g, v) for g in range(2) for v in range(6) if g != v]
@@ -77,7 +77,7 @@ def test_c_every_pair_but_the_same_view_counts_once_and_local_views_may_swap(see
 
 @few
 @given(seeds, st.integers(1, 30))
-def test_d_a_constant_batch_mean_pulls_the_centre_geometrically(seed, steps):
+def test_d_centres_near_a_constant_mean_geometrically(seed, steps):
     dino, mean = dino_of(7), normal(seed, 1, 7)
     patches = selfsup.PatchLoss(7, 0.1, 0.04, 0.9).double()
     for _ in range(steps):
@@ -98,7 +98,7 @@ def test_e_self_training_pulls_the_noised_view_alone(seed, films, findings):
 
 @few
 @given(seeds, share)
-def test_f_the_average_keeps_at_one_copies_at_zero_and_is_linear_between(seed, momentum):
+def test_f_the_average_keeps_copies_or_blends(seed, momentum):
     for m in (0.0, momentum, 1.0):
         teacher, student = linear(seed), linear(seed + 10)
         average.follow(teacher, student, m)
@@ -111,7 +111,7 @@ def test_f_the_average_keeps_at_one_copies_at_zero_and_is_linear_between(seed, m
 
 @few
 @given(seeds, small, small)
-def test_i_hot_distillation_is_an_eighth_of_the_squared_difference_and_zero_only_for_equals(seed, films, findings):
+def test_i_hot_distillation_is_an_eighth_of_squares(seed, films, findings):
     student, teacher = normal(seed, films, findings), normal(seed + 1, films, findings)
     close(kd.bernoulli_kl(student, teacher, 1e4), ((student - teacher) ** 2).mean() / 8, rtol=1e-4)
     assert kd.bernoulli_kl(student, student, 2.0) == 0
@@ -120,7 +120,7 @@ def test_i_hot_distillation_is_an_eighth_of_the_squared_difference_and_zero_only
 
 @few
 @given(seeds, small, small)
-def test_i_the_softmax_gradient_cancels_over_findings_and_the_bernoulli_one_need_not(seed, films, findings):
+def test_i_only_the_softmax_gradient_cancels_over_findings(seed, films, findings):
     bernoulli, softmax = normal(seed, films, findings).requires_grad_(), normal(seed, films, findings).requires_grad_()
     teacher = bernoulli.detach() + 1  # surer of every finding at once: softmax can't say that
     (-(teacher.softmax(1) * softmax.log_softmax(1)).sum(1).mean()).backward()
@@ -131,7 +131,7 @@ def test_i_the_softmax_gradient_cancels_over_findings_and_the_bernoulli_one_need
 
 @few
 @given(seeds, st.integers(2, 300), share, share)
-def test_k_the_filter_keeps_its_share_whatever_the_scale_of_the_scores(seed, films, ratio, kappa):
+def test_k_the_filter_keeps_its_share_at_any_scale(seed, films, ratio, kappa):
     scores = shuffled(seed, films)
     labels = targets.kappa_filter(scores, ratio, kappa)
     kept = int(kappa * ratio * films) + int(kappa * (1 - ratio) * films)
@@ -143,7 +143,7 @@ def test_k_the_filter_keeps_its_share_whatever_the_scale_of_the_scores(seed, fil
 
 @few
 @given(seeds, small, small)
-def test_l_alignment_to_the_mean_it_has_is_the_identity(seed, films, findings):
+def test_l_alignment_to_its_own_mean_is_the_identity(seed, films, findings):
     logits, mean, prevalence = (
         normal(seed, films, findings),
         normal(seed, findings).sigmoid(),
@@ -156,7 +156,7 @@ def test_l_alignment_to_the_mean_it_has_is_the_identity(seed, films, findings):
 
 @few
 @given(seeds, st.integers(2, 300), share)
-def test_l_class_thresholds_at_kappa_one_label_every_film_at_the_prevalence(seed, films, part):
+def test_l_kappa_one_labels_every_film_at_the_prevalence(seed, films, part):
     positives = min(max(1, round(part * films)), films - 1)
     scores = torch.stack([shuffled(seed, films), shuffled(seed + 1, films)], 1)
     prevalence = torch.tensor([positives, films - positives]).double() / films
@@ -167,7 +167,7 @@ def test_l_class_thresholds_at_kappa_one_label_every_film_at_the_prevalence(seed
 
 @few
 @given(seeds, small, small, share)
-def test_m_sinkhorn_rows_sum_to_one_and_uniform_logits_share_alike(seed, films, prototypes, temperature):
+def test_m_sinkhorn_rows_sum_to_one(seed, films, prototypes, temperature):
     rows = selfsup.sinkhorn(normal(seed, films, prototypes), temperature)
     close(rows.sum(1), torch.ones(films).double())
     columns = selfsup.sinkhorn(normal(seed, films, prototypes), 1.0, iterations=200).sum(0)
@@ -178,7 +178,7 @@ def test_m_sinkhorn_rows_sum_to_one_and_uniform_logits_share_alike(seed, films, 
 
 @few
 @given(seeds, small, small)
-def test_n_koleo_is_finite_for_twins_and_minus_log_root_two_for_orthonormal_rows(seed, films, width):
+def test_n_koleo_of_twins_and_of_orthonormal_rows(seed, films, width):
     row = normal(seed, 1, width)
     close(selfsup.koleo(row.expand(2, -1)), -log(1e-8 * sqrt(width) + 1e-8), rtol=1e-3)
     close(selfsup.koleo(torch.linalg.qr(normal(seed, films, films))[0]), -log(sqrt(2)), atol=1e-7)
@@ -187,7 +187,7 @@ def test_n_koleo_is_finite_for_twins_and_minus_log_root_two_for_orthonormal_rows
 
 @few
 @given(seeds, share)
-def test_o_wise_ends_at_the_champion_and_at_the_candidate(seed, a):
+def test_o_wise_ends_at_champion_and_candidate(seed, a):
     champion, candidate = linear(seed).state_dict(), linear(seed + 10).state_dict()
     candidate["1.num_batches_tracked"] += 3
     for name in champion:
@@ -250,75 +250,39 @@ def no_floor(x):
 
 MUTATIONS = [
     ("test_a_constant_logits_cost_ln_k", "learner.distill.DinoLoss.forward", summed),
-    (
-        "test_b_a_vector_added_to_teacher_and_centre_changes_nothing",
-        "learner.distill.DinoLoss.forward",
-        without_centre,
-    ),
-    (
-        "test_c_every_pair_but_the_same_view_counts_once_and_local_views_may_swap",
-        "learner.distill.DinoLoss.forward",
-        all_pairs,
-    ),
-    ("test_d_a_constant_batch_mean_pulls_the_centre_geometrically", "learner.distill.DinoLoss.move", swallow),
-    ("test_d_a_constant_batch_mean_pulls_the_centre_geometrically", "learner.selfsup.PatchLoss.move", swallow),
+    ("test_b_shifting_teacher_and_centre_changes_nothing", "learner.distill.DinoLoss.forward", without_centre),
+    ("test_c_pairs_of_different_views_count_alike", "learner.distill.DinoLoss.forward", all_pairs),
+    ("test_d_centres_near_a_constant_mean_geometrically", "learner.distill.DinoLoss.move", swallow),
+    ("test_d_centres_near_a_constant_mean_geometrically", "learner.selfsup.PatchLoss.move", swallow),
     (
         "test_e_self_training_pulls_the_noised_view_alone",
         "learner.pseudo.self_training_loss",
         lambda student, teacher: (student.sigmoid() - teacher.sigmoid()).square().mean(),
     ),
+    ("test_f_the_average_keeps_copies_or_blends", "learner.average.follow", buffers_forgotten),
     (
-        "test_f_the_average_keeps_at_one_copies_at_zero_and_is_linear_between",
-        "learner.average.follow",
-        buffers_forgotten,
-    ),
-    (
-        "test_f_the_average_keeps_at_one_copies_at_zero_and_is_linear_between",
+        "test_f_the_average_keeps_copies_or_blends",
         "learner.average.move_average",
         lambda teacher, student, m: teacher.load_state_dict(student.state_dict()),
     ),
+    ("test_i_hot_distillation_is_an_eighth_of_squares", "learner.kd.bernoulli_kl", squared),
+    ("test_i_only_the_softmax_gradient_cancels_over_findings", "learner.kd.bernoulli_kl", centred),
+    ("test_k_the_filter_keeps_its_share_at_any_scale", "learner.targets.kappa_filter", fixed_cut),
     (
-        "test_i_hot_distillation_is_an_eighth_of_the_squared_difference_and_zero_only_for_equals",
-        "learner.kd.bernoulli_kl",
-        squared,
-    ),
-    (
-        "test_i_the_softmax_gradient_cancels_over_findings_and_the_bernoulli_one_need_not",
-        "learner.kd.bernoulli_kl",
-        centred,
-    ),
-    (
-        "test_k_the_filter_keeps_its_share_whatever_the_scale_of_the_scores",
-        "learner.targets.kappa_filter",
-        fixed_cut,
-    ),
-    (
-        "test_l_alignment_to_the_mean_it_has_is_the_identity",
+        "test_l_alignment_to_its_own_mean_is_the_identity",
         "learner.targets.align",
         lambda logits, mean, prevalence: logits - mean.logit() - prevalence.logit(),
     ),
+    ("test_l_kappa_one_labels_every_film_at_the_prevalence", "learner.targets.class_thresholds", quartiles),
+    ("test_m_sinkhorn_rows_sum_to_one", "learner.selfsup.sinkhorn", only_columns),
     (
-        "test_l_class_thresholds_at_kappa_one_label_every_film_at_the_prevalence",
-        "learner.targets.class_thresholds",
-        quartiles,
-    ),
-    (
-        "test_m_sinkhorn_rows_sum_to_one_and_uniform_logits_share_alike",
-        "learner.selfsup.sinkhorn",
-        only_columns,
-    ),
-    (
-        "test_m_sinkhorn_rows_sum_to_one_and_uniform_logits_share_alike",
+        "test_m_sinkhorn_rows_sum_to_one",
         "learner.selfsup.sinkhorn",
         lambda logits, temperature, iterations=3: (logits / temperature).softmax(1),
     ),
+    ("test_n_koleo_of_twins_and_of_orthonormal_rows", "learner.selfsup.koleo", no_floor),
     (
-        "test_n_koleo_is_finite_for_twins_and_minus_log_root_two_for_orthonormal_rows",
-        "learner.selfsup.koleo",
-        no_floor,
-    ),
-    (
-        "test_o_wise_ends_at_the_champion_and_at_the_candidate",
+        "test_o_wise_ends_at_champion_and_candidate",
         "learner.average.wise",
         lambda champion, candidate, a: average.running_mean(champion, candidate, 1),
     ),

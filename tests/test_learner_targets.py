@@ -1,0 +1,320 @@
+"""Targets, weights and masks beside plain-loop and second-library versions; every test has a mutation it notices."""
+
+from math import exp, log
+from statistics import fmean, pstdev
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2.functional import ten_crop as torchvision_ten_crop
+
+from learner import average, pseudo, selfsup, targets
+from tests.published import close
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+UNKNOWN = float("nan")
+SIDE = 14
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def uniform(seed, *shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_masks_cover_the_drawn_share_of_the_drawn_films():
+    numbers = uniform(1, 400, selfsup.MASK_NUMBERS)
+    masks = selfsup.block_masks(numbers, SIDE)
+    covered, chosen = masks.flatten(1).sum(1), numbers[:, 0] < 0.5
+    assert torch.equal(covered[chosen].double(), ((0.1 + 0.4 * numbers[chosen, 1]) * SIDE**2).round())
+    assert not covered[~chosen].any()
+    assert selfsup.block_masks(numbers, SIDE, chance=1.0).flatten(1).sum(1).min() >= round(0.1 * SIDE**2)
+
+
+def test_a_mask_depends_on_nothing_but_its_own_numbers():
+    numbers = uniform(2, 40, selfsup.MASK_NUMBERS)
+    masks = selfsup.block_masks(numbers, SIDE, chance=1.0)
+    assert torch.equal(selfsup.block_masks(numbers[7:9], SIDE, chance=1.0), masks[7:9])
+    assert len({mask.numpy().tobytes() for mask in masks}) == 40
+
+
+def test_masks_are_blocks_and_not_scattered_patches():
+    masks = selfsup.block_masks(uniform(3, 200, selfsup.MASK_NUMBERS), SIDE, chance=1.0)
+    pairs = (masks[:, 1:] & masks[:, :-1]).sum() + (masks[:, :, 1:] & masks[:, :, :-1]).sum()
+    assert pairs / masks.sum() > 1.4  # neighbours a masked patch has to the right and below: 2 in a large block
+    assert masks.float().mean(0).min() > 0.05  # and no place is spared
+
+
+def test_prevalence_of_few_films_shrinks_to_the_overall_rate():
+    labels = torch.full((40, 3), UNKNOWN).double()
+    labels[:, 0] = 0.0
+    labels[:30, 0] = 1.0
+    labels[:2, 1] = 0.0
+    pooled = 30.5 / 43
+    close(targets.shrunk_prevalence(labels), double((30 + 10 * pooled) / 50, 10 * pooled / 12, pooled))
+    assert targets.shrunk_prevalence(torch.zeros(9, 2)).gt(0).all()
+
+
+def test_filter_by_finding_takes_its_ratio_from_other_films():
+    scores, labels = normal(4, 50, 2), (uniform(5, 30, 2) < torch.tensor([0.1, 0.6])).double()
+    ratios = targets.shrunk_prevalence(labels).tolist()
+    each = [targets.kappa_filter(scores[:, i], ratios[i], 0.5) for i in range(2)]
+    ours = targets.kappa_labels(scores, labels, 0.5)
+    torch.testing.assert_close(ours, torch.stack(each, 1), equal_nan=True)
+    counts = torch.tensor([int(0.5 * ratio * 50) for ratio in ratios])
+    assert torch.equal((ours == 1).sum(0), counts)
+    assert counts[0] < counts[1]
+
+
+def test_thresholds_are_quantiles_of_a_part_filled_buffer():
+    scores = normal(6, 80, 2)
+    scores[60:, 1] = UNKNOWN
+    low, high = targets.class_thresholds(scores, double(0.1, 0.3), 0.8)
+    close(low, double(np.quantile(scores[:, 0], 0.8 * 0.9), np.quantile(scores[:60, 1], 0.8 * 0.7)))
+    close(high, double(np.quantile(scores[:, 0], 1 - 0.08), np.quantile(scores[:60, 1], 1 - 0.24)))
+
+
+def test_low_rule_wins_ties_and_the_middle_is_dropped():
+    labels = targets.outside(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(2.0), torch.tensor(4.0))
+    assert labels.nan_to_num(-1).tolist() == [0, 0, -1, 1]
+    assert targets.kappa_filter(torch.ones(6), 0.5, 1.0).tolist() == [0.0] * 6
+
+
+def test_aligned_answers_come_near_the_prevalence():
+    logits, prevalence = normal(7, 4000, 2) + double(1, -3), double(0.1, 0.2)
+    answers, mean = logits.sigmoid().mean(0), prevalence
+    for _ in range(600):
+        mean = targets.move_mean(mean, answers, momentum=0.98)
+    close(mean, answers, rtol=1e-4)
+    # near, not at: a shift of logits by the mean answer's is exact only where the answers are alike
+    aligned = targets.align(logits, mean, prevalence).sigmoid().mean(0)
+    assert ((aligned - prevalence).abs() < 0.2 * (answers - prevalence).abs()).all()
+
+
+def test_soft_weights_are_those_of_a_plain_loop():
+    logits, reference, cut = normal(8, 20, 3), 2 * normal(9, 60, 3), double(0.0, 0.5, 9.0)
+    reference[50:] = UNKNOWN
+    weights = targets.soft_weights(logits, reference, cut)
+    for film in range(20):
+        for finding in range(3):
+            away = float(logits[film, finding] - cut[finding])
+            side = 1 if away > 0 else -1
+            seen = [side * float(r - cut[finding]) for r in reference[:50, finding]]
+            same = [s for s in seen if s > 0]
+            short = min(side * away - fmean(same), 0)
+            close(weights[film, finding], exp(-(short**2) / (2 * pstdev(same) ** 2)))
+
+
+def test_a_side_never_seen_weighs_nothing():
+    weights = targets.soft_weights(torch.tensor([[2.0], [-2.0]]), torch.tensor([[-1.0], [-1.5]]), torch.tensor([0.0]))
+    assert weights.tolist() == [[0.0], [1.0]]
+
+
+def test_two_heads_agree_where_they_say_the_same():
+    a, b = normal(10, 5, 3), normal(11, 5, 3)
+    assert targets.agreement(a, a).eq(1).all()
+    assert torch.equal(targets.agreement(a, b), targets.agreement(b, a))
+    close(targets.agreement(double(50), double(-50)), double(0))
+    assert targets.agreement(a, a + 1).gt(targets.agreement(a, a + 2)).all()
+
+
+def test_the_ramp_rises_to_one_and_stays():
+    assert [targets.ramp(t) for t in (0, 0.5, 1, 7)] == [exp(-5), exp(-1.25), 1, 1]
+
+
+def test_ten_crops_are_torchvisions():
+    for side in (20, 21, 25):
+        images = uniform(12, 2, 1, side, side + 2)
+        assert torch.equal(targets.ten_crop(images, 16), torch.stack(torchvision_ten_crop(images, [16, 16])))
+
+
+def test_plain_label_loss_is_bit_for_bit_what_it_was():
+    logits, labels = normal(13, 8, 4).float(), (uniform(14, 8, 4) < 0.3).float()
+    labels[uniform(15, 8, 4) < 0.2] = UNKNOWN
+    known = ~labels.isnan()
+    each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(0.0), reduction="none")
+    assert torch.equal(pseudo.label_loss(logits, labels), (each * known).sum() / known.sum())
+    assert torch.equal(pseudo.label_loss(logits, labels, torch.tensor(99)), (each * known).sum() / 99)
+
+
+def test_weighted_label_loss_is_that_of_a_plain_loop():
+    logits, labels = normal(16, 6, 2), (uniform(17, 6, 2) < 0.5).double()
+    labels[0, 0] = UNKNOWN
+    of_finding, of_positive, moved, soft = [0.5, 3.0], [4.0, 0.25], [-1.0, 2.0], 0.05
+    total = 0.0
+    for film in range(6):
+        for c in range(2):
+            if (film, c) == (0, 0):
+                continue
+            p = 1 / (1 + exp(-float(logits[film, c]) - moved[c]))
+            y = float(labels[film, c]) * (1 - soft) + soft / 2
+            total -= of_finding[c] * (of_positive[c] * y * log(p) + (1 - y) * log(1 - p))
+    ours = pseudo.label_loss(
+        logits,
+        labels,
+        class_weights=double(*of_finding),
+        positive_weights=double(*of_positive),
+        adjustment=double(*moved),
+        smoothing=soft,
+    )
+    close(ours, total / 11)
+
+
+def test_effective_numbers_go_from_one_to_the_ratio_of_counts():
+    labels = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 0.0]] * 6 + [[UNKNOWN, 0.0]] * 2).double()
+    assert pseudo.effective_weights(labels, 0.0).tolist() == [1, 1]
+    close(pseudo.effective_weights(labels, 1.0), double(6 / 3, 11 / 1))
+    close(pseudo.effective_weights(labels, 0.9), double((1 - 0.9**6) / (1 - 0.9**3), (1 - 0.9**11) / 0.1))
+    close(pseudo.effective_weights(labels, 1 - 1e-9), double(2.0, 11.0), rtol=1e-6)
+
+
+def test_running_mean_and_soup_are_the_mean_of_all():
+    states = [{"w": normal(i, 2, 3), "seen": torch.tensor(i)} for i in range(5)]
+    mean = states[0]
+    for count in range(1, 5):
+        mean = average.running_mean(mean, states[count], count)
+    close(mean["w"], torch.stack([s["w"] for s in states]).mean(0))
+    assert mean["seen"] == 4
+    close(average.soup(states)["w"], mean["w"])
+    alone = average.soup(states[:1])
+    alone["w"].zero_()
+    assert states[0]["w"].any()
+
+
+def test_what_cannot_be_done_says_why():
+    one, other = {"w": torch.zeros(2)}, {"w": torch.zeros(3), "v": torch.zeros(1)}
+    for wrong, why in (
+        (lambda: average.wise(one, other, 0.5), "2 weights differ in name or shape, first v"),
+        (lambda: average.wise(one, one, 1.5), "between 0 and 1"),
+        (lambda: average.soup([]), "at least one"),
+        (lambda: targets.kappa_filter(torch.ones(3), 0.5, 0.0), "above 0 and at most 1"),
+        (lambda: targets.class_thresholds(torch.ones(3, 1), torch.ones(1), 1.1), "above 0 and at most 1"),
+        (lambda: targets.ten_crop(torch.ones(1, 1, 8, 8), 9), "resize them to 9"),
+        (lambda: selfsup.block_masks(torch.ones(1, 18), 4, (0.5, 0.1)), "smallest and the largest"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            wrong()
+
+
+def scattered(numbers, side, ratio=(0.1, 0.5), chance=0.5):
+    share = ratio[0] + (ratio[1] - ratio[0]) * numbers[:, 1]
+    rank = uniform(0, len(numbers), side**2).argsort(1)
+    covered = rank < (share * side**2).round()[:, None]
+    return (covered & (numbers[:, :1] < chance)).reshape(-1, side, side)
+
+
+def quarter(numbers, side, ratio=(0.1, 0.5), chance=0.5):
+    masks = torch.zeros(len(numbers), side, side, dtype=torch.bool)
+    masks[:, : side // 2, : side // 2] = True
+    return masks
+
+
+def no_prior(labels, strength=0.0):
+    return labels.nanmean(0)
+
+
+def of_the_scored_films(scores, labels, kappa):
+    return torch.stack([targets.kappa_filter(of, float((of > 0).double().mean()), kappa) for of in scores.T], 1)
+
+
+def unfilled_counts_as_zero(scores, prevalence, kappa):
+    pairs = list(zip(scores.nan_to_num(0.0).T, prevalence, strict=True))
+    low = [of.quantile(kappa * (1 - ratio)) for of, ratio in pairs]
+    return torch.stack(low), torch.stack([of.quantile(1 - kappa * ratio) for of, ratio in pairs])
+
+
+def high_rule_wins(scores, low, high):
+    return torch.full_like(scores, torch.nan).masked_fill(scores <= low, 0.0).masked_fill(scores >= high, 1.0)
+
+
+def both_sides_alike(logits, reference, cut):
+    distance, seen = (logits - cut).abs(), (reference - cut).abs()
+    mean, spread = seen.nanmean(0), seen.nan_to_num(0.0).std(0)
+    return (-((distance - mean).clamp(max=0) ** 2) / (2 * spread**2)).exp()
+
+
+def other_order(images, size):
+    return torch.stack(torchvision_ten_crop(images, [size, size]))[[0, 2, 1, 3, 4, 5, 7, 6, 8, 9]]
+
+
+def all_mean(student, labels, known_in_batch=None):
+    known = ~labels.isnan()
+    each = F.binary_cross_entropy_with_logits(student, labels.nan_to_num(0.0), reduction="none")
+    return (each * known).mean()
+
+
+original_label_loss = pseudo.label_loss
+
+
+def without_smoothing(student, labels, smoothing, **weights):
+    return original_label_loss(student, labels, **weights)
+
+
+MUTATIONS = [
+    ("test_masks_cover_the_drawn_share_of_the_drawn_films", "learner.selfsup.block_masks", quarter),
+    ("test_a_mask_depends_on_nothing_but_its_own_numbers", "learner.selfsup.block_masks", scattered),
+    ("test_a_mask_depends_on_nothing_but_its_own_numbers", "learner.selfsup.block_masks", quarter),
+    ("test_masks_are_blocks_and_not_scattered_patches", "learner.selfsup.block_masks", scattered),
+    ("test_masks_are_blocks_and_not_scattered_patches", "learner.selfsup.block_masks", quarter),
+    ("test_prevalence_of_few_films_shrinks_to_the_overall_rate", "learner.targets.shrunk_prevalence", no_prior),
+    ("test_filter_by_finding_takes_its_ratio_from_other_films", "learner.targets.kappa_labels", of_the_scored_films),
+    (
+        "test_thresholds_are_quantiles_of_a_part_filled_buffer",
+        "learner.targets.class_thresholds",
+        unfilled_counts_as_zero,
+    ),
+    ("test_low_rule_wins_ties_and_the_middle_is_dropped", "learner.targets.outside", high_rule_wins),
+    (
+        "test_aligned_answers_come_near_the_prevalence",
+        "learner.targets.align",
+        lambda logits, mean, prevalence: logits + mean.logit() - prevalence.logit(),
+    ),
+    ("test_aligned_answers_come_near_the_prevalence", "learner.targets.move_mean", lambda mean, batch, momentum: mean),
+    ("test_soft_weights_are_those_of_a_plain_loop", "learner.targets.soft_weights", both_sides_alike),
+    ("test_a_side_never_seen_weighs_nothing", "learner.targets.soft_weights", both_sides_alike),
+    (
+        "test_two_heads_agree_where_they_say_the_same",
+        "learner.targets.agreement",
+        lambda a, b: a.sigmoid() * b.sigmoid() + (-a).sigmoid() * (-b).sigmoid(),
+    ),
+    ("test_the_ramp_rises_to_one_and_stays", "learner.targets.ramp", lambda t: exp(-5 * (1 - t) ** 2)),
+    ("test_ten_crops_are_torchvisions", "learner.targets.ten_crop", other_order),
+    ("test_plain_label_loss_is_bit_for_bit_what_it_was", "learner.pseudo.label_loss", all_mean),
+    ("test_weighted_label_loss_is_that_of_a_plain_loop", "learner.pseudo.label_loss", without_smoothing),
+    (
+        "test_effective_numbers_go_from_one_to_the_ratio_of_counts",
+        "learner.pseudo.effective_weights",
+        lambda labels, beta: (labels == 0).sum(0) / (labels == 1).sum(0).clamp(min=1),
+    ),
+    (
+        "test_running_mean_and_soup_are_the_mean_of_all",
+        "learner.average.running_mean",
+        lambda mean, new, count: average.wise(mean, new, 0.5),
+    ),
+    (
+        "test_what_cannot_be_done_says_why",
+        "learner.average.soup",
+        lambda ingredients: next(iter(ingredients)) if ingredients else None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
+def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong):
+    monkeypatch.setattr(attribute, wrong)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):  # the latter where an error isn't raised any more
+        globals()[test]()
+
+
+def test_no_property_is_without_a_mutation():
+    properties = {name for name in globals() if name.startswith("test_")}
+    last = {"test_every_property_notices_its_mutation", "test_no_property_is_without_a_mutation"}
+    assert properties - last == {name for name, *_ in MUTATIONS}
