@@ -4,7 +4,6 @@ Every test drives the product's own functions. Tolerances: f64 1e-9 / 1e-10, who
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,19 +25,9 @@ from learner.optim import (
 )
 from learner.pseudo import label_loss, self_training_loss
 from learner.recipe import Recipe
+from tests.published import close, golden
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return {key: torch.from_numpy(file[key]) if file[key].dtype.kind in "fi" else file[key] for key in file.files}
-
-
-def close(ours, theirs, rtol=1e-9, atol=1e-10):
-    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=rtol, atol=atol)
 
 
 def weights(g, prefix):
@@ -73,26 +62,6 @@ def test_dino_loss_centre_and_gradient_are_the_published_ones(name):
         close(loss.detach(), g["loss"][step], **tolerance)
         close(student.grad, g["grad_student"][step], **tolerance)
     close(loss_of.centre, g["center"][-1], **tolerance)
-
-
-def test_constant_logits_cost_exactly_ln_k():
-    loss = DinoLoss(32, 0.1, 0.04, 0.9).double()(torch.zeros(40, 32).double(), torch.ones(8, 32).double())
-    close(loss, torch.tensor(32.0).double().log())
-
-
-def test_adding_a_vector_to_teacher_and_centre_changes_nothing():
-    torch.manual_seed(1)
-    student, teacher, shift = torch.randn(20, 16).double(), torch.randn(8, 16).double(), torch.randn(1, 16).double()
-    plain, moved = DinoLoss(16, 0.1, 0.04, 0.9).double(), DinoLoss(16, 0.1, 0.04, 0.9).double()
-    moved.centre += shift
-    close(plain(student, teacher), moved(student, teacher + shift))
-
-
-def test_swapping_local_views_changes_nothing():
-    torch.manual_seed(2)
-    student, teacher = torch.randn(5, 4, 16).double(), torch.randn(8, 16).double()
-    loss = DinoLoss(16, 0.1, 0.04, 0.9).double()
-    close(loss(student.flatten(0, 1), teacher), loss(student[[0, 1, 4, 2, 3]].flatten(0, 1), teacher))
 
 
 @pytest.mark.parametrize("name", ["dino_head", "dino_head_bn"])

@@ -1,5 +1,7 @@
 """The losses and targets of later recipes against published numbers; every test has a mutation that it notices."""
 
+from math import exp, log
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,19 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 SINGLE = {"rtol": 2e-5, "atol": 1e-6}  # of float32
 TEMPERATURES = (1, 2, 4, 20)
+UNKNOWN = float("nan")
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def uniform(seed, *shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_ibot_terms_and_both_centres_are_the_published_ones():
@@ -110,6 +125,46 @@ def test_what_teacher_or_labels_do_not_know_weighs_nothing():
     close(student.grad, 0.6 * hard + 0.4 * soft)
 
 
+def test_plain_label_loss_is_bit_for_bit_what_it_was():
+    logits, labels = normal(13, 8, 4).float(), (uniform(14, 8, 4) < 0.3).float()
+    labels[uniform(15, 8, 4) < 0.2] = UNKNOWN
+    known = ~labels.isnan()
+    each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(0.0), reduction="none")
+    assert torch.equal(pseudo.label_loss(logits, labels), (each * known).sum() / known.sum())
+    assert torch.equal(pseudo.label_loss(logits, labels, torch.tensor(99)), (each * known).sum() / 99)
+
+
+def test_weighted_label_loss_is_that_of_a_plain_loop():
+    logits, labels = normal(16, 6, 2), (uniform(17, 6, 2) < 0.5).double()
+    labels[0, 0] = UNKNOWN
+    of_finding, of_positive, moved, soft = [0.5, 3.0], [4.0, 0.25], [-1.0, 2.0], 0.05
+    total = 0.0
+    for film in range(6):
+        for c in range(2):
+            if (film, c) == (0, 0):
+                continue
+            p = 1 / (1 + exp(-float(logits[film, c]) - moved[c]))
+            y = float(labels[film, c]) * (1 - soft) + soft / 2
+            total -= of_finding[c] * (of_positive[c] * y * log(p) + (1 - y) * log(1 - p))
+    ours = pseudo.label_loss(
+        logits,
+        labels,
+        class_weights=double(*of_finding),
+        positive_weights=double(*of_positive),
+        adjustment=double(*moved),
+        smoothing=soft,
+    )
+    close(ours, total / 11)
+
+
+def test_effective_numbers_go_from_one_to_the_ratio_of_counts():
+    labels = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 0.0]] * 6 + [[UNKNOWN, 0.0]] * 2).double()
+    assert pseudo.effective_weights(labels, 0.0).tolist() == [1, 1]
+    close(pseudo.effective_weights(labels, 1.0), double(6 / 3, 11 / 1))
+    close(pseudo.effective_weights(labels, 0.9), double((1 - 0.9**6) / (1 - 0.9**3), (1 - 0.9**11) / 0.1))
+    close(pseudo.effective_weights(labels, 1 - 1e-9), double(2.0, 11.0), rtol=1e-6)
+
+
 def unweighted(patches, student, teacher, mask, teacher_temp=None):
     target = ((teacher - patches.centre) / (teacher_temp or patches.teacher_temp)).softmax(-1)
     return -(target * (student / patches.student_temp).log_softmax(-1)).sum(-1).mean()
@@ -139,6 +194,19 @@ def softmax_kl(student, teacher, t):
 
 def softmax_cross_entropy(student, teacher, t):
     return -(t**2) * ((teacher / t).softmax(1) * (student / t).log_softmax(1)).sum(1).mean()
+
+
+def all_mean(student, labels, known_in_batch=None):
+    known = ~labels.isnan()
+    each = F.binary_cross_entropy_with_logits(student, labels.nan_to_num(0.0), reduction="none")
+    return (each * known).mean()
+
+
+original_label_loss = pseudo.label_loss
+
+
+def without_smoothing(student, labels, smoothing, **weights):
+    return original_label_loss(student, labels, **weights)
 
 
 MUTATIONS = [
@@ -172,6 +240,13 @@ MUTATIONS = [
         "test_what_teacher_or_labels_do_not_know_weighs_nothing",
         "learner.kd.label_loss",
         lambda student, labels, class_weights: pseudo.label_loss(student, labels),
+    ),
+    ("test_plain_label_loss_is_bit_for_bit_what_it_was", "learner.pseudo.label_loss", all_mean),
+    ("test_weighted_label_loss_is_that_of_a_plain_loop", "learner.pseudo.label_loss", without_smoothing),
+    (
+        "test_effective_numbers_go_from_one_to_the_ratio_of_counts",
+        "learner.pseudo.effective_weights",
+        lambda labels, beta: (labels == 0).sum(0) / (labels == 1).sum(0).clamp(min=1),
     ),
 ]
 

@@ -1,15 +1,14 @@
 """Targets, weights and masks beside plain-loop and second-library versions; every test has a mutation it notices."""
 
-from math import exp, log
+from math import exp
 from statistics import fmean, pstdev
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torchvision.transforms.v2.functional import ten_crop as torchvision_ten_crop
 
-from learner import average, pseudo, selfsup, targets
+from learner import average, selfsup, targets
 from tests.published import close
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -136,46 +135,6 @@ def test_ten_crops_are_torchvisions():
         assert torch.equal(targets.ten_crop(images, 16), torch.stack(torchvision_ten_crop(images, [16, 16])))
 
 
-def test_plain_label_loss_is_bit_for_bit_what_it_was():
-    logits, labels = normal(13, 8, 4).float(), (uniform(14, 8, 4) < 0.3).float()
-    labels[uniform(15, 8, 4) < 0.2] = UNKNOWN
-    known = ~labels.isnan()
-    each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(0.0), reduction="none")
-    assert torch.equal(pseudo.label_loss(logits, labels), (each * known).sum() / known.sum())
-    assert torch.equal(pseudo.label_loss(logits, labels, torch.tensor(99)), (each * known).sum() / 99)
-
-
-def test_weighted_label_loss_is_that_of_a_plain_loop():
-    logits, labels = normal(16, 6, 2), (uniform(17, 6, 2) < 0.5).double()
-    labels[0, 0] = UNKNOWN
-    of_finding, of_positive, moved, soft = [0.5, 3.0], [4.0, 0.25], [-1.0, 2.0], 0.05
-    total = 0.0
-    for film in range(6):
-        for c in range(2):
-            if (film, c) == (0, 0):
-                continue
-            p = 1 / (1 + exp(-float(logits[film, c]) - moved[c]))
-            y = float(labels[film, c]) * (1 - soft) + soft / 2
-            total -= of_finding[c] * (of_positive[c] * y * log(p) + (1 - y) * log(1 - p))
-    ours = pseudo.label_loss(
-        logits,
-        labels,
-        class_weights=double(*of_finding),
-        positive_weights=double(*of_positive),
-        adjustment=double(*moved),
-        smoothing=soft,
-    )
-    close(ours, total / 11)
-
-
-def test_effective_numbers_go_from_one_to_the_ratio_of_counts():
-    labels = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 0.0]] * 6 + [[UNKNOWN, 0.0]] * 2).double()
-    assert pseudo.effective_weights(labels, 0.0).tolist() == [1, 1]
-    close(pseudo.effective_weights(labels, 1.0), double(6 / 3, 11 / 1))
-    close(pseudo.effective_weights(labels, 0.9), double((1 - 0.9**6) / (1 - 0.9**3), (1 - 0.9**11) / 0.1))
-    close(pseudo.effective_weights(labels, 1 - 1e-9), double(2.0, 11.0), rtol=1e-6)
-
-
 def test_running_mean_and_soup_are_the_mean_of_all():
     states = [{"w": normal(i, 2, 3), "seen": torch.tensor(i)} for i in range(5)]
     mean = states[0]
@@ -245,19 +204,6 @@ def other_order(images, size):
     return torch.stack(torchvision_ten_crop(images, [size, size]))[[0, 2, 1, 3, 4, 5, 7, 6, 8, 9]]
 
 
-def all_mean(student, labels, known_in_batch=None):
-    known = ~labels.isnan()
-    each = F.binary_cross_entropy_with_logits(student, labels.nan_to_num(0.0), reduction="none")
-    return (each * known).mean()
-
-
-original_label_loss = pseudo.label_loss
-
-
-def without_smoothing(student, labels, smoothing, **weights):
-    return original_label_loss(student, labels, **weights)
-
-
 MUTATIONS = [
     ("test_masks_cover_the_drawn_share_of_the_drawn_films", "learner.selfsup.block_masks", quarter),
     ("test_a_mask_depends_on_nothing_but_its_own_numbers", "learner.selfsup.block_masks", scattered),
@@ -287,13 +233,6 @@ MUTATIONS = [
     ),
     ("test_the_ramp_rises_to_one_and_stays", "learner.targets.ramp", lambda t: exp(-5 * (1 - t) ** 2)),
     ("test_ten_crops_are_torchvisions", "learner.targets.ten_crop", other_order),
-    ("test_plain_label_loss_is_bit_for_bit_what_it_was", "learner.pseudo.label_loss", all_mean),
-    ("test_weighted_label_loss_is_that_of_a_plain_loop", "learner.pseudo.label_loss", without_smoothing),
-    (
-        "test_effective_numbers_go_from_one_to_the_ratio_of_counts",
-        "learner.pseudo.effective_weights",
-        lambda labels, beta: (labels == 0).sum(0) / (labels == 1).sum(0).clamp(min=1),
-    ),
     (
         "test_running_mean_and_soup_are_the_mean_of_all",
         "learner.average.running_mean",
