@@ -216,7 +216,7 @@ def _from_hub(name: str) -> tuple[Plan, dict[str, Tensor]]:
         raise BackboneError(
             f'backbone = "{name}": the hub can\'t be reached ({type(error).__name__}); {hint}'
         ) from error
-    return {"timm": name}, _inner(_wrapped(net, name)).state_dict()
+    return {"timm": name}, inner(_wrapped(net, name)).state_dict()
 
 
 def read_weights(path: Path, arch: str = "") -> tuple[Plan, dict[str, Tensor]]:
@@ -241,7 +241,7 @@ def read_weights(path: Path, arch: str = "") -> tuple[Plan, dict[str, Tensor]]:
                 f"backbone {path}: no cls_token, so no vision transformer with timm's key names, and the file doesn't "
                 'say which net it is; put its timm name, such as arch = "densenet121", or save it with metadata `timm`'
             )
-    wanted = _inner(build(plan)).state_dict()
+    wanted = inner(build(plan)).state_dict()
     if not marks:
         first = next(iter(wanted))
         ends = [key for key in weights if key.endswith(first)]
@@ -256,7 +256,7 @@ def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
-def _inner(backbone: Backbone | ConvNet) -> nn.Module:
+def inner(backbone: Backbone | ConvNet) -> nn.Module:
     """The timm network itself, whose key names weights have."""
     return backbone.vit if isinstance(backbone, Backbone) else backbone.net
 

@@ -52,6 +52,8 @@ class ConvNet(nn.Module):
         """Refused: there is none."""
         raise BackboneError(f"{self.name} is a convolutional net and has no attention; use another method")
 
+    attentions = attention
+
     def load(self, weights: dict[str, Tensor]) -> None:
         """Weights under timm's key names."""
         self.net.load_state_dict(weights)
