@@ -14,6 +14,7 @@ from torch import Tensor
 from learner.distill import Batch
 from learner.recipe import Recipe
 from learner.round_dir import PLATE_SHAPE, Film, read_plate
+from learner.shard import Shard
 from learner.views import NUMBERS, make_views, resize_matrix, to_image
 
 READER = ThreadPoolExecutor(1, thread_name_prefix="plates")  # reads one batch ahead
@@ -30,6 +31,7 @@ class Films:
         name: str,
         fixed_order: bool,
         labels: Tensor | None = None,  # (films, findings), nan = unknown; None = the films' own
+        shard: Shard | None = None,  # holds these films packed; None = plates are read and resized at each use
     ) -> None:
         self.films, self.recipe, self.device = films, recipe, device
         self.stream = int.from_bytes(name.encode()[:6])
@@ -40,10 +42,18 @@ class Films:
         self.drop = name == "unlabelled"
         self.matrix = resize_matrix(PLATE_SHAPE[0], recipe.image_size).to(device)
         self.labels = label_table(films) if labels is None else labels
-        self._ahead: dict[tuple[int, int], Future[Tensor]] = {}
+        self.shard = shard
+        self._ahead: tuple[tuple[int, int], Future[Tensor]] | None = None
+        self._orders: dict[int, list[np.ndarray]] = {}  # of this pass and the next: a permutation of all films each
 
     def order(self, sweep: int) -> list[np.ndarray]:
         """Indices of the films of each batch of this pass."""
+        if sweep not in self._orders:
+            kept = {other: order for other, order in self._orders.items() if abs(other - sweep) == 1}
+            self._orders = kept | {sweep: self._make_order(sweep)}
+        return self._orders[sweep]
+
+    def _make_order(self, sweep: int) -> list[np.ndarray]:
         shuffled = self._generator(0 if self.fixed_order else sweep, 0).permutation(len(self.films))
         if self.drop:
             return list(shuffled[: self.batches * self.size].reshape(self.batches, self.size))
@@ -52,23 +62,31 @@ class Films:
     def batch(self, sweep: int, index: int) -> Batch:
         """The films of one step; their views are made on the device, part by part."""
         chosen = self.order(sweep)[index]
-        plates = self._plates(sweep, index)
-        following = (sweep, index + 1) if index + 1 < self.batches else (sweep + 1, 0)
-        self._ahead = {
-            following: READER.submit(read_plates, [self.films[i] for i in self.order(following[0])[following[1]]])
-        }
+        stored = self._stored(sweep, index)
         numbers = torch.from_numpy(np.stack([self._numbers(sweep, i) for i in chosen]))
 
         def views(part: slice) -> list[Tensor]:
-            images = to_image(plates[part].to(self.device), self.matrix)
-            return make_views(images, numbers[part], self.recipe)
+            return make_views(self._images(stored[part].to(self.device, non_blocking=True)), numbers[part], self.recipe)
 
-        index = torch.from_numpy(chosen)
-        return Batch(len(chosen), views, self.labels[index].to(self.device))
+        places = torch.from_numpy(chosen)
+        return Batch(len(chosen), views, self.labels[places].to(self.device))
 
-    def _plates(self, sweep: int, index: int) -> Tensor:
-        waiting = self._ahead.pop((sweep, index), None)
-        return waiting.result() if waiting else read_plates([self.films[i] for i in self.order(sweep)[index]])
+    def _stored(self, sweep: int, index: int) -> Tensor:
+        """This batch as it lies on the disk, in host memory; the one that follows is sent for."""
+        place, ahead = (sweep, index), self._ahead
+        stored = ahead[1].result() if ahead and ahead[0] == place else self._read(self.order(sweep)[index])
+        following = (sweep, index + 1) if index + 1 < self.batches else (sweep + 1, 0)
+        if not ahead or ahead[0] != following:
+            self._ahead = (following, READER.submit(self._read, self.order(following[0])[following[1]]))
+        return stored
+
+    def _read(self, chosen: np.ndarray) -> Tensor:
+        films = [self.films[i] for i in chosen]
+        stored = self.shard.read(films) if self.shard else read_plates(films)
+        return stored.pin_memory() if self.device.type == "cuda" else stored  # copied while the device computes
+
+    def _images(self, stored: Tensor) -> Tensor:
+        return self.shard.images(stored) if self.shard else to_image(stored, self.matrix)
 
     def _numbers(self, sweep: int, index: int) -> np.ndarray:
         views = 1 + self.recipe.local_views

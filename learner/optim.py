@@ -82,9 +82,9 @@ def clip_each(model: nn.Module, limit: float) -> list[Tensor]:
     Nothing is read back from the device: on a GPU the step goes on without waiting.
     """
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norms = torch._foreach_norm(grads, 2)
+    norms = torch._foreach_norm(grads, 2)  # pyright: ignore[reportPrivateImportUsage]
     shrink = (limit / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, shrink.unbind())
+    torch._foreach_mul_(grads, shrink.unbind())  # pyright: ignore[reportPrivateImportUsage]
     return list(norms)
 
 
@@ -98,4 +98,6 @@ def drop_last_layer(model: nn.Module) -> None:
 @torch.no_grad()
 def move_average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- m teacher + (1 - m) student, over the parameters."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    old: list[Tensor] = [*teacher.parameters()]
+    new: list[Tensor] = [*student.parameters()]
+    torch._foreach_lerp_(old, new, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
