@@ -52,6 +52,18 @@ def test_masks_are_blocks_and_not_scattered_patches():
     assert masks.float().mean(0).min() > 0.05  # and no place is spared
 
 
+def test_rectangles_have_the_drawn_place_and_shape():
+    numbers = torch.full((1, selfsup.MASK_NUMBERS), 0.5).double()
+    numbers[:, 1] = 0.3
+    numbers[:, 2 + 2 * selfsup.BLOCKS : 2 + 3 * selfsup.BLOCKS] = 0.0  # the flattest, all in the middle
+    rows, columns = selfsup.block_masks(numbers, 30, chance=1.0)[0].nonzero().T
+    assert (rows.max() - rows.min() + 1) / (columns.max() - columns.min() + 1) == pytest.approx(0.3, abs=0.05)
+    numbers[:, 2 : 2 + 2 * selfsup.BLOCKS] = double(0, 0, 1, 1, 0, 1, 0, 1)  # one to each corner
+    mask = selfsup.block_masks(numbers, 30, chance=1.0)[0]
+    assert mask[[0, 0, -1, -1], [0, -1, 0, -1]].all()
+    assert not mask[10:20].any()
+
+
 def test_prevalence_of_few_films_shrinks_to_the_overall_rate():
     labels = torch.full((40, 3), UNKNOWN).double()
     labels[:, 0] = 0.0
@@ -126,11 +138,11 @@ def test_two_heads_agree_where_they_say_the_same():
 
 
 def test_the_ramp_rises_to_one_and_stays():
-    assert [targets.ramp(t) for t in (0, 0.5, 1, 7)] == [exp(-5), exp(-1.25), 1, 1]
+    assert [targets.ramp(t) for t in (-9, 0, 0.5, 1, 7)] == [exp(-5), exp(-5), exp(-1.25), 1, 1]
 
 
 def test_ten_crops_are_torchvisions():
-    for side in (20, 21, 25):
+    for side in (20, 21, 23):
         images = uniform(12, 2, 1, side, side + 2)
         assert torch.equal(targets.ten_crop(images, 16), torch.stack(torchvision_ten_crop(images, [16, 16])))
 
@@ -210,6 +222,8 @@ MUTATIONS = [
     ("test_a_mask_depends_on_nothing_but_its_own_numbers", "learner.selfsup.block_masks", quarter),
     ("test_masks_are_blocks_and_not_scattered_patches", "learner.selfsup.block_masks", scattered),
     ("test_masks_are_blocks_and_not_scattered_patches", "learner.selfsup.block_masks", quarter),
+    ("test_rectangles_have_the_drawn_place_and_shape", "learner.selfsup.ASPECT", (0.0, 0.0)),
+    ("test_rectangles_have_the_drawn_place_and_shape", "learner.selfsup.block_masks", quarter),
     ("test_prevalence_of_few_films_shrinks_to_the_overall_rate", "learner.targets.shrunk_prevalence", no_prior),
     ("test_filter_by_finding_takes_its_ratio_from_other_films", "learner.targets.kappa_labels", of_the_scored_films),
     (
