@@ -157,7 +157,14 @@ def rollback(
 def explain_command(
     uid: Annotated[str, typer.Argument(metavar="UID", help="SOP Instance UID, or the number of the image")],
     finding: Annotated[str | None, typer.Option(help="the first of the vocabulary by default")] = None,
-    method: Annotated[str, typer.Option(help="heatmap: the map that the served model draws")] = "heatmap",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="heatmap, which the served model draws itself; or, from the weights of the round that made it (needs the "
+            f"training install): {', '.join(explain.METHODS[1:])}"
+        ),
+    ] = "heatmap",
+    positive: Annotated[bool, typer.Option("--positive", help="show only what speaks for the finding")] = False,
     as_of: Annotated[
         str | None, typer.Option(metavar="TIME", help="the model that was in service then (ISO 8601)")
     ] = None,
@@ -167,5 +174,5 @@ def explain_command(
 ) -> None:
     """What a model said of a film, and where it looked."""
     with out.errors(), opened(settings) as (site, ledger):
-        said = explain.explain(site, ledger, uid, finding, method, as_of, output)
+        said = explain.explain(site, ledger, uid, finding, method, as_of, output, positive)
         out.as_json(said) if json_out else out.pairs(said.items())

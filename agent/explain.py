@@ -1,27 +1,34 @@
-"""What a model said of a film, and where it looked: the heatmap that the served graph itself draws."""
+"""What a model said of a film, and where it looked: the map that the served graph draws, or one of the learner's.
 
+Draws the picture; how a map comes about is the graph's and the learner's business.
+"""
+
+from collections.abc import Sequence
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from agent import look, release
+from agent import attribution, look, release
 from agent.errors import Problem
 from agent.ledger import Ledger, utc, when
 from agent.site import Site
 from deploy.session import Session
 
-METHODS = ("heatmap",)
+METHODS = ("heatmap", *attribution.METHODS)
 SIDE = 512
 
 
 def explain(
-    site: Site, ledger: Ledger, uid: str, finding: str | None, method: str, as_of: str | None, output: Path | None
-) -> dict[str, Any]:
+    site: Site, ledger: Ledger, uid: str, finding: str | None, method: str, as_of: str | None, output: Path | None,
+    positive: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """`{"bundle", "probability", "threshold", "method", "image"}`; `image` is the overlay's path, or None without `output`.
 
-    `as_of` takes the bundle that was in service at that time. Raises Problem for an unknown film, finding or time.
+    `as_of` takes the bundle that was in service at that time; `positive` keeps what speaks for the finding. Integrals add
+    `completeness`. Raises Problem for an unknown film, finding, method or time, and for a map that can't be had.
     """
     if method not in METHODS:
         raise Problem(f"--method {method}: must be one of {', '.join(METHODS)}")
@@ -38,15 +45,21 @@ def explain(
     plate = site.store.plate(film["plate"])
     answer = Session(bundle, site.config.infer.provider).predict(plate[None])
     place = bundle.findings.index(name)
+    probability, measured = float(answer.probabilities[0, place]), {}
+    maps = answer.heatmap[:, place].clip(min=0) if positive else answer.heatmap[:, place]
+    if method != "heatmap":
+        path = site.store.path(film["plate"])
+        maps, measured = attribution.maps(site, ledger, bundle, path, name, method, positive, probability)
     if output:
-        overlay(plate, answer.heatmap[0, place]).save(output, "PNG")
+        panels([overlay(plate, one) for one in maps]).save(output, "PNG")
     return {
         "bundle": bundle.id,
         "finding": name,
-        "probability": round(float(answer.probabilities[0, place]), 6),
+        "probability": round(probability, 6),
         "threshold": bundle.thresholds[name]["threshold"],
         "method": method,
         "image": str(output) if output else None,
+        **measured,
     }
 
 
@@ -77,3 +90,12 @@ def overlay(plate: np.ndarray, heat: np.ndarray) -> Image.Image:
     grey = np.repeat(plate[..., None].astype(np.float32), 3, axis=2)
     red = np.array([255.0, 48.0, 0.0], np.float32)
     return Image.fromarray((grey * (1 - alpha) + red * alpha).astype(np.uint8))
+
+
+def panels(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side, in rows of a near-square sheet (one head of an attention each)."""
+    columns = ceil(sqrt(len(pictures)))
+    sheet = Image.new("RGB", (SIDE * columns, SIDE * ceil(len(pictures) / columns)))
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (SIDE * (number % columns), SIDE * (number // columns)))
+    return sheet
