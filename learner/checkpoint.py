@@ -10,14 +10,14 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from learner.backbone import Plan
-from learner.distill import State
 from learner.heads import Network
 from learner.round_dir import write_atomic
+from learner.step import State
 
-CURSOR = ("phase", "step", "burst", "bursts", "micro", "collapsed_for", "notes")
+CURSOR = ("phase", "step", "burst", "bursts", "micro", "watch", "notes")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -26,10 +26,8 @@ class CheckpointError(ValueError):
 
 
 def save_state(path: Path, state: State, header: dict[str, Any]) -> None:
-    """Write student, teacher, centre, optimiser and cursor; `header` is the caller's JSON."""
-    tensors = {f"student.{k}": v for k, v in state.student.state_dict().items()}
-    tensors |= {f"teacher.{k}": v for k, v in state.teacher.state_dict().items()}
-    tensors["centre"] = state.dino.centre
+    """Write networks, centres, optimiser and cursor; `header` is the caller's JSON."""
+    tensors = _networks(state)
     for name, parameter in state.student.named_parameters():
         for moment in MOMENTS:
             if moment in state.optimiser.state.get(parameter, {}):
@@ -41,9 +39,7 @@ def save_state(path: Path, state: State, header: dict[str, Any]) -> None:
 def load_state(path: Path, state: State) -> dict[str, Any]:
     """Put a saved state into a freshly made one of the same shapes; returns the caller's header."""
     tensors, header = read_file(path)
-    load_network(state.student, tensors, "student.")
-    load_network(state.teacher, tensors, "teacher.")
-    state.dino.centre.copy_(tensors["centre"])
+    load_networks(state, tensors)
     for name, parameter in state.student.named_parameters():
         saved = {m: tensors[f"optimiser.{m}.{name}"] for m in MOMENTS if f"optimiser.{m}.{name}" in tensors}
         if saved:
@@ -58,16 +54,33 @@ def load_state(path: Path, state: State) -> dict[str, Any]:
 
 
 def save_weights(path: Path, state: State, plan: Plan, findings: tuple[str, ...]) -> None:
-    """The parent of a later round: networks and centre, with what it takes to rebuild them."""
+    """The parent of a later round: networks and centres, with what it takes to rebuild them."""
+    write_file(path, _networks(state), {"plan": plan, "findings": list(findings), "recipe": state.recipe.to_dict()})
+
+
+def _networks(state: State) -> dict[str, Tensor]:
     tensors = {f"student.{k}": v for k, v in state.student.state_dict().items()}
-    tensors |= {f"teacher.{k}": v for k, v in state.teacher.state_dict().items()} | {"centre": state.dino.centre}
-    write_file(path, tensors, {"plan": plan, "findings": list(findings), "recipe": state.recipe.to_dict()})
+    tensors |= {f"teacher.{k}": v for k, v in state.teacher.state_dict().items()}
+    tensors |= {f"centres.{k}": v for k, v in state.centres.state_dict().items()}
+    return tensors | {f"extra.{k}": v for k, v in state.extra.items()}
+
+
+def load_networks(state: State, tensors: dict[str, Tensor]) -> None:
+    """Student, teacher, centres and whatever the recipe carries along; raises CheckpointError."""
+    _fill(state.student, tensors, "student.")
+    _fill(state.teacher, tensors, "teacher.")
+    _fill(state.centres, tensors, "centres.")
+    device = next(state.student.parameters()).device
+    state.extra = {k.removeprefix("extra."): v.to(device) for k, v in tensors.items() if k.startswith("extra.")}
 
 
 def load_network(network: Network, tensors: dict[str, Tensor], prefix: str) -> None:
     """Load `prefix`ed tensors; raises CheckpointError naming the first that doesn't fit."""
-    mine = network.state_dict()
-    for key, value in mine.items():
+    _fill(network, tensors, prefix)
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
+    for key, value in module.state_dict().items():
         saved = tensors.get(prefix + key)
         if saved is None or saved.shape != value.shape:
             had = "missing" if saved is None else f"of shape {list(saved.shape)}"
@@ -82,10 +95,11 @@ def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -
     write_atomic(path, save(flat, metadata={"header": json.dumps(header)}))
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_file(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (none unless wanted) and the caller's header."""
     with safe_open(path, framework="pt") as file:
         header = json.loads((file.metadata() or {}).get("header", "{}"))
-        return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
+        return {key: file.get_tensor(key) for key in (file.keys() if tensors else ())}, header
 
 
 assert {f.name for f in fields(State)} >= set(CURSOR)

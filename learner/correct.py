@@ -1,17 +1,15 @@
-"""The correction: at intervals the student goes once more through all labelled films.
+"""DISTL's walk through a phase: unlabelled steps, and at intervals one more pass over all labelled films.
 
-Knows when a burst is due and what one of its batches does; the walk over steps and bursts, resumable between any two
-optimiser steps, is `walk`. Films and files are the caller's.
+Knows when a correction is due and what one of its batches does; resumable between any two optimiser steps. Films and
+files are the caller's.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
-import torch
-
-from learner.distill import Batch, Losses, State, Stopped, distil, optimise, supervise
+from learner.distill import correcting, distilling
+from learner.optim import move_average
 from learner.recipe import Recipe
+from learner.step import Batch, Losses, State, optimise, watch
 
 
 class Feed(Protocol):
@@ -23,39 +21,45 @@ class Feed(Protocol):
     def batch(self, sweep: int, index: int) -> Batch: ...
 
 
+def next_batch(feed: Feed, step: int) -> Batch:
+    """The feed's batch at a step, pass after pass."""
+    return feed.batch(*divmod(step, feed.batches))
+
+
 def correction_due(recipe: Recipe, step: int) -> bool:
     """After every `correct_every`-th unlabelled step; step 0, whose learning rate is 0, counts as published or not."""
     return bool(recipe.correct_every) and step % recipe.correct_every == 0 and (step > 0 or recipe.correct_first)
 
 
+def supervise(state: State, labelled: Feed) -> Losses:
+    """One step of T=0: labels only. The published code averages a teacher here too and discards it; this one doesn't."""
+    losses = optimise(state, [(next_batch(labelled, state.step), correcting(0.0, 1.0))])
+    state.step += 1
+    return losses
+
+
+def distil(state: State, batch: Batch) -> Losses:
+    """One step on unlabelled films: self-supervision and self-training, then the teacher follows."""
+    recipe, ramp = state.recipe, float(state.schedule.alpha[state.epoch])
+    objective = distilling(recipe.lam, (1 - recipe.lam) * ramp)
+    losses = optimise(state, [(batch, objective)], freeze_last=state.epoch < recipe.freeze_last)
+    momentum = float(state.schedule.momentum[state.step])
+    move_average(state.teacher, state.student, momentum)
+    watch(state, losses)
+    return losses | {"momentum": momentum}
+
+
 def correct(state: State, batch: Batch) -> Losses:
     """One labelled batch of a burst: this step's rates; the centre moves, the teacher doesn't; no ramp."""
-    lam = state.recipe.lam if state.recipe.correct_loss == "mix" else 0.0
-    return optimise(state, batch, lam=lam, class_weight=1 - lam, labelled=True)
+    recipe = state.recipe
+    lam = recipe.lam if recipe.correct_loss == "mix" else 0.0
+    return optimise(state, [(batch, correcting(lam, 1 - lam))], freeze_last=state.epoch < recipe.freeze_last)
 
 
-def walk(state: State, unlabelled: Feed | None, labelled: Feed | None, after: Callable[[Losses], None]) -> None:
-    """From where the state stands to the end of its phase; calls `after` when each optimiser step is complete.
-
-    Whatever `after` raises leaves a state from which another `walk` goes on exactly.
-    """
-    while state.step < state.schedule.steps:
-        after(_halving(state, unlabelled, labelled))
-
-
-def _tick(state: State, unlabelled: Feed | None, labelled: Feed | None) -> Losses:
-    """One optimiser step, and the cursor moved past it."""
-    epoch, index = divmod(state.step, state.schedule.steps_per_epoch)
-    # stochastic depth draws from torch's generator: seeded by place, never saved
-    place = [state.recipe.seed, int(state.phase == "t0"), state.step, 0 if state.burst is None else 1 + state.burst]
-    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-    if state.phase == "t0":
-        assert labelled is not None
-        losses = supervise(state, labelled.batch(epoch, index))
-        state.step += 1
-    elif state.burst is None:
-        assert unlabelled is not None
-        losses = distil(state, unlabelled.batch(epoch, index))
+def distil_and_correct(state: State, unlabelled: Feed, labelled: Feed | None) -> Losses:
+    """One optimiser step of DISTL, and the cursor moved past it."""
+    if state.burst is None:
+        losses = distil(state, next_batch(unlabelled, state.step))
         if labelled is not None and correction_due(state.recipe, state.step):
             state.burst = 0
         else:
@@ -67,23 +71,3 @@ def _tick(state: State, unlabelled: Feed | None, labelled: Feed | None) -> Losse
         if state.burst == labelled.batches:
             state.burst, state.bursts, state.step = None, state.bursts + 1, state.step + 1
     return losses
-
-
-def _halving(state: State, unlabelled: Feed | None, labelled: Feed | None) -> Losses:
-    """A tick; when memory runs out, the same tick again in halves, noted; raises Stopped at one film a pass."""
-    while True:
-        try:
-            return _tick(state, unlabelled, labelled)
-        except torch.OutOfMemoryError:
-            size = state.micro or state.recipe.batch
-            if size == 1:
-                raise Stopped(
-                    "out of memory: one film a pass doesn't fit; use smaller images or a smaller arch"
-                ) from None
-            state.micro = max(1, size // 2)
-            state.optimiser.zero_grad(set_to_none=True)
-            state.notes.append(
-                f"out of memory: {state.micro} films a pass instead of {size}, the same batch and result"
-            )
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.distill import Batch
 from learner.recipe import Recipe
 from learner.round_dir import PLATE_SHAPE, Film, read_plate
 from learner.shard import Shard
+from learner.step import Batch
 from learner.views import NUMBERS, make_views, resize_matrix, to_image
 
 READER = ThreadPoolExecutor(1, thread_name_prefix="plates")  # reads one batch ahead
@@ -69,7 +69,7 @@ class Films:
             return make_views(self._images(stored[part].to(self.device, non_blocking=True)), numbers[part], self.recipe)
 
         places = torch.from_numpy(chosen)
-        return Batch(len(chosen), views, self.labels[places].to(self.device))
+        return Batch(len(chosen), views, self.labels[places].to(self.device), places)
 
     def _stored(self, sweep: int, index: int) -> Tensor:
         """This batch as it lies on the disk, in host memory; the one that follows is sent for."""

@@ -25,10 +25,10 @@ from learner.backbone import Plan, at_size
 from learner.calibrate import auc, temperature, threshold
 from learner.checkpoint import save_weights
 from learner.data import label_table, read_plates
-from learner.distill import State, Stopped
 from learner.heads import Network
 from learner.recipe import Recipe
 from learner.round_dir import PLATE_SHAPE, PLATE_VERSION, Film, Round, whole_folder, write_json
+from learner.step import State, Stopped
 from learner.views import normalise, resize_matrix, to_image
 
 OPSET = 18
@@ -61,7 +61,9 @@ class Served(nn.Module):
         return self.cls_head(cls) / self.temperatures, cls, heat / self.temperatures[:, None, None]
 
 
-def write_parts(target: Path, state: State, plan: Plan, round_: Round, now: datetime, serve: str) -> None:
+def write_parts(
+    target: Path, state: State, plan: Plan, round_: Round, now: datetime, serve: str, chosen: str | None = None
+) -> None:
     """Measure, calibrate, export and check; `target` appears whole or not at all. Raises Stopped when parity fails."""
     device = next(state.student.parameters()).device
     model = Served(state.teacher if serve == "teacher" else state.student, plan, state.recipe).to(device).eval()
@@ -80,7 +82,7 @@ def write_parts(target: Path, state: State, plan: Plan, round_: Round, now: date
         plates = probe_plates()
         np.savez(folder / "probe.npz", plates=plates, logits=np.asarray(session.run(["logits"], {"plates": plates})[0]))
         write_json(folder / "thresholds.json", thresholds)
-        write_json(folder / "card.json", card(state, round_, metrics, parity, model, now, serve))
+        write_json(folder / "card.json", card(state, round_, metrics, parity, model, now, serve) | {"candidate": chosen})
         save_weights(folder / "state.safetensors", state, plan, round_.findings)
 
 

@@ -97,7 +97,7 @@ class Network(nn.Module):
         """One backbone pass a resolution: (V B, D), view-major."""
         outputs, start = [], 0
         for end in range(1, len(views) + 1):
-            if end == len(views) or views[end].shape[-1] != views[start].shape[-1]:
+            if end == len(views) or views[end].shape[1:] != views[start].shape[1:]:
                 outputs.append(self.backbone(torch.cat(views[start:end])))
                 start = end
         return torch.cat(outputs)

@@ -1,4 +1,4 @@
-"""What a round says while it runs: progress.json for the agent, metrics.jsonl for curves, a bar or lines for people.
+"""What a round says while it runs: progress.json for the agent, metrics.jsonl for curves, bars or lines for people.
 
 Also decides when to stop: a signal or the end of the window. Knows no tensor. Time comes in as two clocks.
 """
@@ -7,22 +7,27 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
-from learner.distill import Losses, State
 from learner.round_dir import PAUSED, write_json
+from learner.step import State
 
 GRACE = 10  # seconds a step may still take after SIGTERM; then the last periodic checkpoint has to do
+PROMISE = 18  # seconds from SIGTERM to the end, checkpoint written or not; the agent was told 20
 EVERY = 1.0  # seconds between two progress.json
 LINE_EVERY = 10.0  # seconds between two plain lines when no one sits at a terminal
+DIGITS = 6  # significant, of a number in metrics.jsonl: a learning rate of 1e-6 keeps them too
 
 
 class Paused(Exception):
@@ -36,24 +41,16 @@ class Teller:
         self.folder, self.until, self.spent = folder, until, spent
         self.started = time.monotonic()
         self.asked: str | None = None
+        self.leaving, self.left = threading.Event(), threading.Event()  # a pause is being saved; it is over
         self.before: dict[int, Any] = {}
         self.phase_start: tuple[str, int, float] | None = None
         self.told = self.lined = -math.inf
         self.metrics = (folder / "metrics.jsonl").open("ab")
         self.metrics.truncate(metrics_bytes)  # lines after the checkpoint are written again
         console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-        )
-        self.bar = (
-            Progress(*columns, TextColumn("{task.fields[note]}"), console=console) if console.is_terminal else None
-        )
-        self.task = self.bar.add_task("", total=None, note="") if self.bar else None
-        if self.bar:
-            self.bar.start()
+        self.bars = Progress(*COLUMNS, console=console) if console.is_terminal else None
+        if self.bars:
+            self.bars.start()
 
     @property
     def seconds(self) -> float:
@@ -61,37 +58,68 @@ class Teller:
         return self.spent + time.monotonic() - self.started
 
     def listen(self) -> None:
-        """SIGTERM and Ctrl-C ask for a pause; a step that takes longer than GRACE is given up."""
-        asks = {signal.SIGTERM: self._ask, signal.SIGINT: self._ask, signal.SIGALRM: self._give_up}
-        self.before = {number: signal.signal(number, handler) for number, handler in asks.items()}
+        """SIGTERM and Ctrl-C ask for a pause; a step that takes longer than GRACE is given up.
+
+        A thread waits for them on the interpreter's wake-up socket: the main thread may sit for a minute in a single
+        call of the library (one backward pass), and no Python handler runs before that call returns.
+        """
+        self.bell, wake = socket.socketpair()
+        wake.setblocking(False)
+        self.wake = wake
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.set_wakeup_fd(wake.fileno())
+        threading.Thread(target=self._keep_the_promise, name="promise", daemon=True).start()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
-        signal.alarm(GRACE)
 
-    def _give_up(self, number: int, frame: FrameType | None) -> None:
-        result = {"state": "paused", "reason": f"{self.asked}, within a step: back to the last checkpoint"}
+    def _keep_the_promise(self) -> None:
+        """In its own thread: from the first signal on, see that this process leaves in time."""
+        number = self.bell.recv(1)
+        if not number:  # the teller was closed: no signal came
+            return
+        self.asked = signal.Signals(number[0]).name
+        if not self.leaving.wait(GRACE):
+            self._give_up("within a step")
+        if not self.left.wait(PROMISE - GRACE):
+            self._give_up("while saving")
+
+    def _give_up(self, where: str) -> None:
+        result = {"state": "paused", "reason": f"{self.asked}, {where}: back to the last checkpoint"}
         write_json(self.folder / "result.json", result | {"seconds": round(self.seconds, 1)})
+        if self.bars:
+            self.bars.stop()
         os._exit(PAUSED)
 
     def check(self) -> None:
         """Raise Paused when asked to, or when the window is over."""
-        if self.asked:
-            raise Paused(self.asked)
-        if self.until and datetime.now(UTC) >= self.until:
-            raise Paused(f"the window ended at {self.until.isoformat()}")
+        reason = self.asked
+        if not reason and self.until and datetime.now(UTC) >= self.until:
+            reason = f"the window ended at {self.until.isoformat()}"
+        if reason:
+            self.leaving.set()
+            raise Paused(reason)
 
-    def step(self, state: State, losses: Losses) -> None:
-        """One optimiser step is done."""
-        row = {"phase": state.phase, "step": state.step, "burst": state.burst, "seconds": round(self.seconds, 3)}
-        row |= {key: round(value, 6) if math.isfinite(value) else None for key, value in losses.items()}
-        self.metrics.write((json.dumps(row) + "\n").encode())
+    def step(self, state: State, losses: Mapping[str, float]) -> None:
+        """One optimiser step is done; `losses` may hold any numbers by name, "loss" among them."""
+        steps, rate = state.schedule.steps, state.optimiser.param_groups[0]["lr"]
+        self._write(
+            {"phase": state.phase, "step": state.step, "steps": steps, "burst": state.burst, "lr": rate}, losses
+        )
         now = time.monotonic()
         if not self.phase_start or self.phase_start[0] != state.phase:
             self.phase_start = (state.phase, state.step, now)
         if now - self.told >= EVERY:
             self.told = now
-            self.say(state.phase, state.step, state.schedule.steps, losses["loss"], self._eta(state, now))
+            self.say(state.phase, state.step, steps, losses["loss"], self._eta(state, now))
+
+    def note(self, state: State, kind: str, numbers: Mapping[str, float | None]) -> None:
+        """A row of metrics.jsonl that is no step, such as "pseudo": how many pseudo-labels there are, and how good."""
+        self._write({"kind": kind, "phase": state.phase, "step": state.step}, numbers)
+
+    def _write(self, place: dict[str, Any], numbers: Mapping[str, float | None]) -> None:
+        row = place | {"seconds": round(self.seconds, 3)} | {key: _short(value) for key, value in numbers.items()}
+        self.metrics.write((json.dumps(row) + "\n").encode())
 
     def _eta(self, state: State, now: float) -> float | None:
         assert self.phase_start
@@ -99,22 +127,35 @@ class Teller:
         return (now - self.phase_start[2]) / done * (state.schedule.steps - state.step) if done > 0 else None
 
     def say(self, phase: str, step: int, steps: int, loss: float | None = None, eta: float | None = None) -> None:
-        """progress.json, and the bar or a line."""
-        progress = {
-            "phase": phase,
-            "step": step,
-            "steps": steps,
-            "loss": loss,
-            "eta_s": eta if eta is None else round(eta, 1),
-        }
+        """progress.json, and a bar or a line."""
+        left = eta if eta is None else round(eta, 1)
+        progress = {"phase": phase, "step": step, "steps": steps, "loss": loss, "eta_s": left}
         write_json(self.folder / "progress.json", progress | {"at": datetime.now(UTC).isoformat(timespec="seconds")})
-        note = "" if loss is None else f"loss {loss:.3f}"
-        if self.bar and self.task is not None:
-            self.bar.update(self.task, description=phase, completed=step, total=steps, note=note)
-        elif time.monotonic() - self.lined >= LINE_EVERY or loss is None:
+        words = [f"loss {loss:.3f}"] if loss is not None else []
+        words += [f"{timedelta(seconds=round(eta))} left"] if eta is not None else []
+        if self.bars:
+            self._show(phase, step, steps, words)
+        elif loss is None:  # no training step: an export, or the end
+            sys.stderr.write(f"{phase}\n" if step < steps or phase == "done" else "")
+        elif time.monotonic() - self.lined >= LINE_EVERY:
             self.lined = time.monotonic()
-            left = "" if eta is None else f", {eta:.0f} s left"
-            sys.stderr.write(f"{phase}: step {step} of {steps} {note}{left}\n")
+            sys.stderr.write(f"{phase}: step {step} of {steps}, {', '.join(words)}\n")
+
+    def _show(self, phase: str, step: int, steps: int, words: list[str]) -> None:
+        """One bar a phase; those that are over stay, filled, with what they took."""
+        assert self.bars
+        mine = next((task.id for task in self.bars.tasks if task.description == phase), None)
+        if mine is None and phase != "done":
+            mine = self.bars.add_task(phase, total=steps, words="", count="")
+        for task in self.bars.tasks:
+            if task.id == mine:
+                count = f"{step}/{steps}" if steps > 1 else ""
+                self.bars.update(task.id, completed=step, total=steps, count=count, words=", ".join(words))
+            over = task.id != mine or step == steps == 1
+            if over and not task.fields["words"].startswith("took"):
+                took = timedelta(seconds=round(task.elapsed or 0))
+                count = f"{task.total:.0f}/{task.total:.0f}" if task.total != 1 else ""
+                self.bars.update(task.id, completed=task.total, count=count, words=f"took {took}")
 
     def flush(self) -> int:
         """Bytes of metrics.jsonl so far, all on disk."""
@@ -123,9 +164,26 @@ class Teller:
         return self.metrics.tell()
 
     def close(self) -> None:
-        signal.alarm(0)
+        """Stop listening and showing; what was written stays."""
+        self.leaving.set()
+        self.left.set()
+        if self.before:
+            signal.set_wakeup_fd(-1)
+            self.wake.close()  # ends the thread's wait
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.metrics.close()
-        if self.bar:
-            self.bar.stop()
+        if self.bars:
+            self.bars.stop()
+
+
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.fields[count]}", justify="right"),
+    TextColumn("{task.fields[words]}", style="dim"),
+)
+
+
+def _short(value: float | None) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if value is not None and math.isfinite(value) else None

@@ -19,6 +19,7 @@ class Recipe:
     """All settings of one round; the defaults are the published ones of DISTL (`distl`, profile `gpu`)."""
 
     name: str = "distl"
+    method: str = "distl"  # the file of `recipes/` that runs: distl, evolve, pseudo-label, kd or pretrain
     profile: str = "gpu"
     # -- the network
     arch: str = "vit_small_patch16"  # vit_{tiny,small,base}_patchN, optionally _depthM; used when backbone = "random"
@@ -36,6 +37,8 @@ class Recipe:
     bottleneck: int = 256
     class_hidden: int = 256
     drop_path: float = 0.1  # of the student only
+    frozen_blocks: int = 0  # lower blocks that stay as they are; their outputs are computed once a round and kept
+    cached_views: int = 4  # noised global views (and as many times local_views) a film has in that cache
     # -- optimisation
     epochs: int = 5
     t0_epochs: int = 5
@@ -58,6 +61,29 @@ class Recipe:
     correct_every: int = 500  # unlabelled steps between two passes over the labelled films; 0 = never
     correct_first: bool = True  # also after step 0, whose learning rate is 0 (as published)
     correct_loss: str = "mix"  # "mix" = self-supervision and labels, "ce" = labels only
+    # -- evolve: more self-supervision, pseudo-labels from neighbours, labels in every step
+    ibot: float = 0.0  # weight of masked-patch distillation
+    koleo: float = 0.0  # weight of the spread of embeddings
+    targets: str = "teacher"  # whose pseudo-labels: "teacher" (soft answers as they come), "graph", or "none"
+    pseudo_weight: float = 1.0  # of the pseudo-label term once ramped up
+    align: bool = False  # pseudo-labels' prevalence aligned to the labelled one
+    agree: bool = False  # pseudo-labels weighted by the agreement of graph and teacher
+    neighbours: int = 10  # of a film in the graph
+    components: int = 64  # of the whitened features under it
+    label_weight: float = 1.0
+    label_batch: int = 16  # labelled films in every step
+    replay: float = 0.0  # weight of distillation from the champion (the parent's model)
+    refit: str = "none"  # the last correction: "none", "linear" (class head refitted on frozen features) or "graph"
+    average: str = (
+        "ema"  # candidates: "ema" = student and teacher, "all" = SWA and interpolations with the champion too
+    )
+    # -- pseudo-label (Martins & Silva) and kd (Ho & Gwak)
+    kappa: float = 0.75  # share of films that get a pseudo-label, surest first
+    finetune_epochs: int = 15
+    kd_teacher: str = "densenet121"  # timm name or arch of the other network
+    kd_strategy: str = "standard"  # "base", "standard", "reversed", "defective" or "self"
+    kd_temperature: float = 2.0
+    kd_alpha: float = 0.5  # share of the teacher's answer; 1 - alpha is labels
     # -- views
     global_scale: tuple[float, float] = (0.75, 1.0)
     local_scale: tuple[float, float] = (0.2, 0.6)
@@ -71,7 +97,9 @@ class Recipe:
     seed: int = 0
     threads: int = 0  # CPU threads; 0 = all cores (then a resumed round equals to 1e-6, not bitwise, on other machines)
     device: str = "auto"  # "auto", "cpu" or "cuda"
-    precision: str = "auto"  # "auto" = bf16, else fp16, on CUDA and fp32 on the CPU; or "fp32"
+    precision: str = (
+        "auto"  # "auto" = bf16, else fp16, on CUDA and fp32 on the CPU; "bf16" also where the CPU is fast at it
+    )
     micro_batch: int = 0  # films in one pass; 0 = the whole batch (halved when memory runs out)
     checkpoint_seconds: int = 60
 
@@ -81,10 +109,10 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe of a manifest; raises RecipeError for a missing, unknown or wrong key."""
-        missing = sorted({f.name for f in fields(cls)} - set(values))
-        if missing:
-            raise RecipeError(f"recipe: missing {', '.join(missing)}; write the resolved recipe, all keys")
+        """The recipe of a manifest; raises RecipeError for an unknown or wrong key.
+
+        A key that is missing is younger than the manifest, and its default is what was done before it existed.
+        """
         return cls().override(values)
 
     def override(self, values: Mapping[str, Any]) -> "Recipe":
@@ -100,10 +128,18 @@ CHOICES = {
     "correct_loss": ("mix", "ce"),
     "serve": ("student", "teacher"),
     "device": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "fp32"),
+    "precision": ("auto", "fp32", "bf16"),
+    "method": ("distl", "evolve", "pseudo-label", "kd", "pretrain"),
+    "targets": ("teacher", "graph", "none"),
+    "refit": ("none", "linear", "graph"),
+    "average": ("ema", "all"),
+    "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
 }
 MAY_BE_ZERO = {
     "local_views",
+    "frozen_blocks",
+    "prototypes",
+    "label_batch",
     "correct_every",
     "freeze_last",
     "t0_steps",

@@ -11,8 +11,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from learner.backbone import Backbone
-from learner.correct import walk
-from learner.distill import Batch, DinoLoss, State
+from learner.correct import distil_and_correct
+from learner.distill import DinoLoss
 from learner.heads import ClassHead, DinoHead, Network
 from learner.optim import (
     Schedule,
@@ -25,6 +25,7 @@ from learner.optim import (
 )
 from learner.pseudo import label_loss, self_training_loss
 from learner.recipe import Recipe
+from learner.step import Batch, State, walk
 from tests.published import close, golden
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -206,20 +207,21 @@ def published_epochs(g, micro=0, alpha=True):
     recipe = replace(Recipe(), lam=float(g["lam"]), correct_every=int(g["correct"]), correct_first=True)
     ramp = alpha_ramp(2) if alpha else np.ones(2)
     schedule = Schedule(g["lr"].numpy(), g["wd"].numpy(), g["momentum"].numpy(), ramp, steps_per_epoch=3)
-    dino = DinoLoss(24, 0.1, 0.04, 0.9).double()
+    centres = torch.nn.ModuleDict({"dino": DinoLoss(24, 0.1, 0.04, 0.9)}).double()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = State(student, teacher, dino, make_optimiser(student), schedule, recipe, scaler, micro=micro)
+    state = State(student, teacher, make_optimiser(student), schedule, recipe, scaler, centres, micro=micro)
     seen, ends = [], {}
 
     def after(losses):
-        seen.append((losses["dino"], dino.centre.clone()))
+        seen.append((losses["dino"], centres["dino"].centre.clone()))
         if state.burst is None and state.step % 3 == 0:
             ends[state.step // 3 - 1] = {
                 "student": {k: v.clone() for k, v in student.state_dict().items()},
                 "teacher": {k: v.clone() for k, v in teacher.state_dict().items()},
             }
 
-    walk(state, Given(g, "u"), Given(g, "l"), after)
+    unlabelled, labelled = Given(g, "u"), Given(g, "l")
+    walk(state, lambda state: distil_and_correct(state, unlabelled, labelled), after)
     return ends, seen
 
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from learner.correct import correct, correction_due, walk
-from learner.distill import PATIENCE, Batch, DinoLoss, State, Stopped, distil, relative_spread
+from learner.collapse import PATIENCE
+from learner.correct import correct, correction_due, distil, distil_and_correct
+from learner.distill import DinoLoss
 from learner.heads import make_network
 from learner.optim import Schedule, make_optimiser, move_average
 from learner.pseudo import label_loss, self_training_loss
 from learner.recipe import resolve
+from learner.step import Batch, State, Stopped, walk
 from tests.learner_site import TINY
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -28,10 +30,18 @@ def make_state(**overrides):
     teacher.requires_grad_(False)
     flat = np.full(STEPS, 1e-3)
     schedule = Schedule(flat, flat * 0, np.full(STEPS, 0.9), np.ones(STEPS), steps_per_epoch=1)
-    dino = DinoLoss(recipe.prototypes, 0.1, 0.04, 0.9).double()
-    return State(
-        student, teacher, dino, make_optimiser(student), schedule, recipe, torch.amp.GradScaler("cpu", enabled=False)
-    )
+    centres = torch.nn.ModuleDict({"dino": DinoLoss(recipe.prototypes, 0.1, 0.04, 0.9)}).double()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return State(student, teacher, make_optimiser(student), schedule, recipe, scaler, centres)
+
+
+def centre(state):
+    return state.centres["dino"].centre
+
+
+def distilled(state, batch, after=lambda losses: None):
+    """The whole phase on one batch."""
+    walk(state, lambda state: distil_and_correct(state, Endless(batch), None), after)
 
 
 def make_batch(films=4, labels=None):
@@ -72,16 +82,16 @@ def test_half_a_batch_at_a_time_gives_the_same_labelled_step():
     parts.micro = 2
     mine, theirs = correct(whole, make_batch(labels=labels)), correct(parts, make_batch(labels=labels))
     torch.testing.assert_close(parameters(whole.student), parameters(parts.student), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(whole.dino.centre, parts.dino.centre)
+    torch.testing.assert_close(centre(whole), centre(parts))
     assert mine["loss"] == pytest.approx(theirs["loss"])
 
 
 def test_correction_moves_the_centre_but_never_the_teacher():
     state = make_state()
-    before, centre = parameters(state.teacher), state.dino.centre.clone()
+    before, kept = parameters(state.teacher), centre(state).clone()
     correct(state, make_batch(labels=torch.ones(4, 2).double()))
     assert torch.equal(parameters(state.teacher), before)
-    assert not torch.equal(state.dino.centre, centre)
+    assert not torch.equal(centre(state), kept)
 
 
 def test_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam():
@@ -90,14 +100,14 @@ def test_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam():
     before = parameters(state.student)
     correct(state, make_batch(labels=torch.ones(4, 2).double()))
     assert torch.equal(parameters(state.student), before)
-    assert state.dino.centre.any()
+    assert centre(state).any()
     assert all(moments["step"] == 1 for moments in state.optimiser.state.values())
 
 
 def test_label_only_correction_leaves_the_centre():
     state = make_state(correct_loss="ce")
     correct(state, make_batch(labels=torch.ones(4, 2).double()))
-    assert not state.dino.centre.any()
+    assert not centre(state).any()
 
 
 def test_poisoned_teacher_teaches_the_opposite():
@@ -150,7 +160,7 @@ def test_out_of_memory_halves_the_pass_and_not_the_step():
     crowd(crowded, 2)  # two views of one film
     for state in (roomy, crowded):
         state.schedule = replace(state.schedule, lr=state.schedule.lr[:3])
-        walk(state, Endless(make_batch()), None, lambda losses: None)
+        distilled(state, make_batch())
     assert crowded.micro == 1
     assert crowded.notes == [
         "out of memory: 2 films a pass instead of 4, the same batch and result",
@@ -163,7 +173,7 @@ def test_out_of_memory_with_one_film_stops_the_round():
     state = make_state()
     crowd(state, 1)
     with pytest.raises(Stopped, match="out of memory: one film a pass doesn't fit"):
-        walk(state, Endless(make_batch()), None, lambda losses: None)
+        distilled(state, make_batch())
 
 
 def test_loss_that_is_no_number_stops_before_the_weights_are_touched():
@@ -182,12 +192,11 @@ def test_network_that_sees_every_film_alike_is_called_collapsed():
     state.schedule.lr[:] = 0
     steps = []
     with pytest.raises(Stopped, match="collapse"):
-        walk(state, Endless(make_batch()), None, steps.append)
+        distilled(state, make_batch(), steps.append)
     assert len(steps) == PATIENCE - 1
 
 
 def test_one_film_alone_is_no_collapse():
     state = make_state()
-    walk(state, Endless(make_batch(films=1)), None, lambda losses: None)
+    distilled(state, make_batch(films=1))
     assert state.step == STEPS
-    assert relative_spread(torch.ones(1, 4)).isnan()

@@ -1,0 +1,230 @@
+"""One learner process at work on a round: where phases begin, go on after a crash, and leave their results.
+
+A recipe is a straight line of `train` and `export` calls; each returns at once when an earlier process finished it, so
+starting the recipe again *is* resuming it. Knows no loss: what a step does is the recipe's.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import torch
+from torch import Tensor, nn
+
+from learner.backbone import build, fit_sizes, open_backbone
+from learner.checkpoint import (
+    CheckpointError,
+    load_network,
+    load_networks,
+    load_state,
+    read_file,
+    save_state,
+    save_weights,
+    write_file,
+)
+from learner.data import Films
+from learner.distill import DinoLoss
+from learner.export import write_parts
+from learner.heads import Network, make_network
+from learner.mimetic import mimic_trained
+from learner.optim import Schedule, make_optimiser, make_schedule
+from learner.progress import Paused, Teller
+from learner.recipe import Recipe
+from learner.round_dir import Film, ManifestError, Round
+from learner.shard import open_shard
+from learner.step import Losses, State, Stopped, Tick, walk
+
+
+def prepare(recipe: Recipe) -> tuple[torch.device, torch.dtype | None]:
+    """Threads, determinism, the device, and the type of autocast (None = off)."""
+    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise Stopped('device = "cuda": torch sees no GPU here; check the driver or set device = "auto"')
+    if recipe.device == "cpu" or not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)  # bitwise resume is promised on the CPU only
+        return torch.device("cpu"), torch.bfloat16 if recipe.precision == "bf16" else None
+    torch.set_float32_matmul_precision("high")
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.device("cuda"), None if recipe.precision == "fp32" else half
+
+
+class Run:
+    """What a recipe works with: the round, its recipe at sizes that fit the network, and the phases."""
+
+    def __init__(self, round_: Round) -> None:
+        """Open the checkpoint, else the parent, else a backbone; raises a refusal (see `__main__`)."""
+        self.round, self.checkpoint = round_, round_.folder / "checkpoint"
+        self.checkpoint.mkdir(exist_ok=True)
+        self.device, self.dtype = prepare(round_.recipe)
+        self.weights: dict[str, Tensor] | None = None
+        self.header = self._open_checkpoint()
+        if self.header:
+            self.plan = self.header["plan"]
+        elif round_.parent_state:
+            self.plan = read_file(round_.parent_state, tensors=False)[1]["plan"]
+        else:
+            self.plan, self.weights = open_backbone(round_.recipe)
+        self.recipe = fit_sizes(round_.recipe, build(self.plan).patch)
+        spent, kept = (self.header["seconds"], self.header["metrics_bytes"]) if self.header else (0.0, 0)
+        self.teller = Teller(round_.folder, round_.until, spent, kept)
+
+    @property
+    def first(self) -> bool:
+        """No parent: the round begins with T=0."""
+        return self.round.parent is None
+
+    def _open_checkpoint(self) -> dict | None:
+        saved = self.checkpoint / "state.safetensors"
+        if not saved.exists():
+            return None
+        _, header = read_file(saved, tensors=False)
+        if header["fingerprint"] != self.round.fingerprint:
+            raise CheckpointError(f"{saved} belongs to another manifest; remove it, or plan a new round")
+        return header
+
+    # -- phases
+
+    def train(self, phase: str, schedule: Schedule, start: Callable[[State], None], tick: Tick) -> State:
+        """The state at the end of a phase: trained now, from where a crash or pause left it, or read when it is over."""
+        over, saved = self.checkpoint / f"{phase}.safetensors", self.checkpoint / "state.safetensors"
+        state = self.state(phase, schedule)
+        if over.exists():
+            load_networks(state, read_file(over)[0])
+            state.step = schedule.steps
+            return state
+        if self.header and self.header["cursor"]["phase"] == phase:
+            load_state(saved, state)
+        else:
+            start(state)
+        self._follow(state, tick)
+        save_weights(over, state, self.plan, self.round.findings)
+        return state
+
+    def state(self, phase: str, schedule: Schedule) -> State:
+        """Fresh networks and optimiser; random weights from the recipe's seed."""
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        student = self.network(recipe.drop_path)
+        teacher = self.network().requires_grad_(False)
+        centres = nn.ModuleDict()
+        if recipe.prototypes:
+            centres["dino"] = DinoLoss(
+                recipe.prototypes, recipe.student_temp, recipe.teacher_temp, recipe.centre_momentum
+            )
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        optimiser = make_optimiser(student)
+        return State(
+            student, teacher, optimiser, schedule, recipe, scaler, centres.to(self.device),
+            dtype=self.dtype, phase=phase, micro=recipe.micro_batch,
+        )  # fmt: skip
+
+    def network(self, drop_path: float = 0.0) -> Network:
+        """One network of this round's plan, on its device; random weights from torch's generator."""
+        return make_network(self.plan, self.recipe, len(self.round.findings), drop_path).to(self.device)
+
+    def _follow(self, state: State, tick: Tick) -> None:
+        """Walk to the end of the phase, telling every step, saving at intervals and before a pause."""
+        saved_at = time.monotonic()
+
+        def after(losses: Losses) -> None:
+            nonlocal saved_at
+            self.teller.step(state, losses)
+            self.teller.check()
+            if time.monotonic() - saved_at >= state.recipe.checkpoint_seconds:
+                self._keep(state)
+                saved_at = time.monotonic()
+
+        try:
+            self.teller.check()
+            walk(state, tick, after)
+        except Paused:  # raised between two steps only: the state is whole
+            self._keep(state)
+            raise
+        self._keep(state)
+
+    def _keep(self, state: State) -> None:
+        header = {"plan": self.plan, "recipe": state.recipe.to_dict(), "fingerprint": self.round.fingerprint}
+        header |= {"metrics_bytes": self.teller.flush(), "seconds": self.teller.seconds}
+        save_state(self.checkpoint / "state.safetensors", state, header)
+
+    def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that are computed once a round and then read: `checkpoint/NAME.safetensors`."""
+        path = self.checkpoint / f"{name}.safetensors"
+        if not path.exists():
+            self.teller.say(name, 0, 1)
+            write_file(path, compute(), {})
+            self.teller.say(name, 1, 1)
+        return {key: value.to(self.device) for key, value in read_file(path)[0].items()}
+
+    def export(self, name: str, state: State, serve: str, chosen: str | None = None) -> None:
+        """Measure and write a bundle's parts as a folder, unless an earlier process did; `chosen` names a candidate."""
+        if not (self.round.folder / name).exists():
+            self.teller.say(f"export {name}", 0, 1)
+            write_parts(self.round.folder / name, state, self.plan, self.round, datetime.now(UTC), serve, chosen)
+            self.teller.say(f"export {name}", 1, 1)
+
+    # -- where networks begin
+
+    def from_backbone(self, state: State) -> None:
+        """Student := the pretrained backbone, else shaped or plain random weights; the teacher copies it."""
+        student = state.student
+        if self.weights is None and self.header:  # a crash between phases: the checkpoint has the plan, not the file
+            _, self.weights = open_backbone(self.round.recipe)
+        if self.weights:
+            student.backbone.load(self.weights)
+        elif state.recipe.init == "mimetic":
+            mimic_trained(student.backbone)
+        if self.weights or state.recipe.init == "mimetic":
+            for layer in student.cls_head.mlp:
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()  # DINO's .02 start keeps a three-layer head asleep for hundreds of steps
+        state.teacher.load_state_dict(student.state_dict())
+
+    def from_parent(self, state: State) -> None:
+        """Student := the parent's student, teacher := the parent's teacher; raises CheckpointError."""
+        assert self.round.parent_state
+        tensors, header = read_file(self.round.parent_state)
+        if header.get("findings") != list(self.round.findings):
+            raise CheckpointError(
+                f"parent {self.round.parent} knows {header.get('findings')}, this round {list(self.round.findings)}"
+            )
+        load_network(state.student, tensors, "student.")
+        load_network(state.teacher, tensors, "teacher.")
+
+    def from_student(self, earlier: State) -> Callable[[State], None]:
+        """Both networks := an earlier phase's student; optimiser, schedules and centres start anew."""
+
+        def start(state: State) -> None:
+            state.student.load_state_dict(earlier.student.state_dict())
+            state.teacher.load_state_dict(earlier.student.state_dict())
+            state.micro, state.notes = earlier.micro, earlier.notes
+
+        return start
+
+    # -- films
+
+    def labelled(
+        self, name: str, local_views: int = 0, fixed_order: bool = False, labels: Tensor | None = None
+    ) -> Films:
+        """The labelled train films, every one in each pass; by default the two global views only."""
+        if not self.round.labelled:
+            raise ManifestError("manifest: no labelled train film and no parent: a first round needs labels")
+        return self.feed(self.round.labelled, name, local_views, fixed_order, labels)
+
+    def unlabelled(self, labels: Tensor | None = None) -> Films:
+        """All train films with all views; `labels` are targets of a recipe's own."""
+        return self.feed(self.round.unlabelled, "unlabelled", self.recipe.local_views, False, labels)
+
+    def feed(
+        self, films: Sequence[Film], name: str, local_views: int, fixed_order: bool, labels: Tensor | None = None
+    ) -> Films:
+        recipe = replace(self.recipe, local_views=local_views)
+        shard = open_shard(self.round.folder, self.round.of("train"), recipe.image_size)
+        return Films(films, recipe, self.device, name, fixed_order, labels, shard)
+
+    def schedule(self, feed: Films, epochs: int, peak: float, least_steps: int = 0) -> Schedule:
+        """Whole passes over a feed, at least `epochs` and `least_steps`."""
+        epochs = max(epochs, -(-least_steps // feed.batches))
+        return make_schedule(self.recipe, epochs, feed.batches, peak, feed.size)
