@@ -18,13 +18,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from statistics import median
+from typing import TypeVar
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+Result = TypeVar("Result")
+
 PLATES, PER_FOLDER = 1000, 1000
+SPAN = 31  # batches timed together; 1,000 films are two spans a pass
+LEAST = 10_000  # films read at least, in as many passes as it takes
 SIZE, LOCAL = 48, 24  # pixels: 4.6 kB a film
 LEVEL = 1.25  # time per film at the largest number over that at the smallest, and so for memory, that counts as level
 SLACK_MB = 16  # memory may differ by this much between processes that do the same: allocator and threads
@@ -53,8 +60,8 @@ def memory(*names: str) -> list[float]:
     return [int(lines[name].split()[0]) / 1e3 for name in names]
 
 
-def watched(work: Callable[[], object]) -> tuple[float, float]:
-    """Processor seconds, and the highest RssAnon in MB, looked at every 20 ms (the kernel keeps no peak of it)."""
+def watched(work: Callable[[], Result]) -> tuple[Result, float, float]:
+    """What the work gives, its processor seconds, and the highest RssAnon in MB, looked at every 20 ms (the kernel keeps no peak of it)."""
     peak, over = memory("RssAnon"), threading.Event()
 
     def look() -> None:
@@ -64,11 +71,11 @@ def watched(work: Callable[[], object]) -> tuple[float, float]:
     watch = threading.Thread(target=look)
     watch.start()
     began = time.process_time()
-    work()
+    result = work()
     spent = time.process_time() - began
     over.set()
     watch.join()
-    return spent, max(peak)
+    return result, spent, max(peak)
 
 
 def one(folder: Path, number: int) -> dict[str, float]:
@@ -87,22 +94,27 @@ def one(folder: Path, number: int) -> dict[str, float]:
         Film(i, f"p{i}", folder / "links" / str(i // PER_FOLDER) / f"{i}.npy", "train", (None,)) for i in range(number)
     ]
     (listed,) = memory("RssAnon")
-    packing, packing_peak = watched(lambda: open_shard(folder, films, SIZE))
+    _, packing, packing_peak = watched(lambda: open_shard(folder, films, SIZE))
     shard = open_shard(folder, films, SIZE)  # found, not made again
     feed = Films(films, recipe, torch.device("cpu"), "unlabelled", fixed_order=False, shard=shard)
     feed.batch(0, 0).views(slice(0, 4))
 
-    def read() -> None:
-        for index in range(feed.batches):
-            assert feed.batch(0, index).labels is not None
+    passes = -(-LEAST // number)
 
-    def whole() -> None:
-        for index in range(feed.batches):
-            batch = feed.batch(0, index)
-            batch.views(slice(0, batch.size))
+    def spans(views: bool) -> list[float]:
+        """Processor seconds a film, of spans of some 500 films: the median forgives what else the machine does."""
+        spent = []
+        for sweep, first in product(range(passes), range(0, feed.batches - SPAN + 1, SPAN)):
+            began = time.process_time()
+            for index in range(first, first + SPAN):
+                batch = feed.batch(sweep, index)
+                if views:
+                    batch.views(slice(0, batch.size))
+            spent.append((time.process_time() - began) / (SPAN * feed.size))
+        return spent
 
-    reading, _ = watched(read)
-    feeding, feeding_peak = watched(whole)
+    reading, _, _ = watched(lambda: spans(views=False))
+    feeding, _, feeding_peak = watched(lambda: spans(views=True))
     mapped, highest = memory("RssFile", "VmHWM")
     began = time.process_time()
     feed._make_order(7)
@@ -110,7 +122,7 @@ def one(folder: Path, number: int) -> dict[str, float]:
     remove_shard(folder)
     each = 1e3 / number
     return {
-        "films": number, "pack_ms": packing * each, "read_ms": reading * each, "feed_ms": feeding * each,
+        "films": number, "pack_ms": packing * each, "read_ms": median(reading) * 1e3, "feed_ms": median(feeding) * 1e3,
         "shuffle_ms_a_pass": shuffle, "start_mb": start, "list_mb": listed - start,
         "pack_mb": packing_peak - listed, "feed_mb": feeding_peak - listed, "mapped_mb": mapped, "highest_mb": highest,
         "shard_mb": number * SIZE * SIZE * 2 / 1e6,

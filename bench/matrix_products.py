@@ -39,9 +39,9 @@ def products_of_a_step(plan: dict, recipe: Recipe, findings: int) -> list[Produc
     films, views = recipe.batch, 2 + recipe.local_views
     groups = [(2 * films, recipe.image_size), (recipe.local_views * films, recipe.local_size)]
     for images, side in groups:
-        for product in encoder(plan, images, side, backward=True):
+        for product in encoder(plan, recipe, images, side, backward=True):
             found[product] += 1
-    for product in encoder(plan, 2 * films, recipe.image_size, backward=False):
+    for product in encoder(plan, recipe, 2 * films, recipe.image_size, backward=False):
         found[product] += 1
     wide, narrow = recipe.head_hidden, recipe.class_hidden
     prototype_head = [
@@ -58,7 +58,7 @@ def products_of_a_step(plan: dict, recipe: Recipe, findings: int) -> list[Produc
     return [Product(p.stack, p.rows, p.inner, p.columns, p.turned, times) for p, times in found.items()]
 
 
-def encoder(plan: dict, images: int, side: int, backward: bool) -> Iterator[Product]:
+def encoder(plan: dict, recipe: Recipe, images: int, side: int, backward: bool) -> Iterator[Product]:
     """Patch embedding and blocks on `images` images of `side` pixels."""
     dim, heads, patch = plan["embed_dim"], plan["num_heads"], plan["patch_size"]
     patches, pixels = (side // patch) ** 2, 3 * patch**2
@@ -66,16 +66,22 @@ def encoder(plan: dict, images: int, side: int, backward: bool) -> Iterator[Prod
     yield Product(1, images * patches, pixels, dim, "right")
     if backward:  # no gradient of the image is needed
         yield Product(1, dim, images * patches, pixels, "left")
-    for _ in range(plan["depth"]):
-        for inner, columns in ((dim, 3 * dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim)):
-            yield from linear(images * tokens, inner, columns, backward)
-        yield Product(stack, tokens, width, tokens, "right")  # query key'
-        yield Product(stack, tokens, tokens, width, "")  # attention value
+    for block in range(plan["depth"]):
+        # behind the last block only the class token is looked at (learner.class_token): keys and values of all tokens
+        asking = tokens if block + 1 < plan["depth"] or recipe.pool != "cls" else 1
+        own = ((dim, dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim))  # query, projection, MLP
+        layers = ((dim, 3 * dim), *own[1:]) if asking == tokens else own
+        for inner, columns in layers:
+            yield from linear(images * asking, inner, columns, backward)
+        if asking < tokens:
+            yield from linear(images * tokens, dim, 2 * dim, backward)
+        yield Product(stack, asking, width, tokens, "right")  # query key'
+        yield Product(stack, asking, tokens, width, "")  # attention value
         if backward:
-            yield Product(stack, tokens, width, tokens, "right")  # of attention: gradient value'
-            yield Product(stack, tokens, tokens, width, "left")  # of value: attention' gradient
-            yield Product(stack, tokens, tokens, width, "")  # of query
-            yield Product(stack, tokens, tokens, width, "left")  # of key
+            yield Product(stack, asking, width, tokens, "right")  # of attention: gradient value'
+            yield Product(stack, tokens, asking, width, "left")  # of value: attention' gradient
+            yield Product(stack, asking, tokens, width, "")  # of query
+            yield Product(stack, tokens, asking, width, "left")  # of key
 
 
 def linear(rows: int, inner: int, columns: int, backward: bool) -> Iterator[Product]:

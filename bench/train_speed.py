@@ -42,7 +42,7 @@ from learner.step import Batch, State
 FILMS, FINDINGS = 64, 2
 SETTINGS = {
     "cuda": ("gpu", {"arch": "vit_small_patch8"}),  # ViT-S/8, 256 px, 2 + 8 views: as published
-    "cpu": ("cpu", {"arch": "vit_tiny_patch16", "image_size": 128, "local_size": 64, "local_views": 8}),
+    "cpu": ("cpu", {"arch": "vit_tiny_patch16", "image_size": 128, "local_size": 64, "local_views": 8, "pool": "cls"}),
 }
 BARS = {"cpu": {"ratio": 1.0}, "cuda": {"ratio": 5.0, "share": 0.6}}
 

@@ -15,7 +15,7 @@ from learner.recipe import Recipe
 from learner.round_dir import PLATE_SHAPE, Film, read_plate
 from learner.shard import Shard
 from learner.step import Batch
-from learner.views import NUMBERS, make_views, resize_matrix, to_image
+from learner.views import NUMBERS, make_views, normalise, resize_matrix, to_image
 
 READER = ThreadPoolExecutor(1, thread_name_prefix="plates")  # reads one batch ahead
 
@@ -61,8 +61,11 @@ class Films:
 
     def batch(self, sweep: int, index: int) -> Batch:
         """The films of one step; their views are made on the device, part by part."""
-        chosen = self.order(sweep)[index]
-        stored = self._stored(sweep, index)
+        return self.of(sweep, self.order(sweep)[index], self._stored(sweep, index))
+
+    def of(self, sweep: int, chosen: np.ndarray, stored: Tensor | None = None) -> Batch:
+        """These films (positions) with the views they have in this pass."""
+        stored = self._read(chosen) if stored is None else stored
         numbers = torch.from_numpy(np.stack([self._numbers(sweep, i) for i in chosen]))
 
         def views(part: slice) -> list[Tensor]:
@@ -88,9 +91,17 @@ class Films:
     def _images(self, stored: Tensor) -> Tensor:
         return self.shard.images(stored) if self.shard else to_image(stored, self.matrix)
 
+    def originals(self, chosen: np.ndarray) -> Tensor:
+        """These films as the network sees them without noise: (B, 1, S, S)."""
+        return normalise(self._images(self._read(chosen).to(self.device)), self.recipe)
+
     def _numbers(self, sweep: int, index: int) -> np.ndarray:
         views = 1 + self.recipe.local_views
-        return self._generator(sweep, 1 + int(index)).random((views, NUMBERS), dtype=np.float32)
+        return self.draws(sweep, index, views * NUMBERS).reshape(views, NUMBERS)
+
+    def draws(self, sweep: int, index: int, count: int) -> np.ndarray:
+        """The first uniform numbers of a film in a pass: float32 (count,)."""
+        return self._generator(sweep, 1 + int(index)).random(count, dtype=np.float32)
 
     def _generator(self, sweep: int, place: int) -> np.random.Generator:
         return np.random.default_rng([self.recipe.seed, self.stream, sweep, place])

@@ -35,11 +35,14 @@ class Shard:
     def __init__(self, folder: Path, films: Sequence[Film], size: int) -> None:
         shape = (len(films), size, size)
         self.levels = np.memmap(folder / "levels.i16", np.int16, "r", shape=shape)
-        self.row = {film.image: row for row, film in enumerate(films)}
+        images = np.array([film.image for film in films])
+        self.row = np.argsort(images)  # of the images in ascending order: 16 bytes a film, a dict takes 100
+        self.sorted = images[self.row]
 
     def read(self, films: Sequence[Film]) -> Tensor:
         """int16 (B, S, S), a copy of the films' rows."""
-        return torch.from_numpy(self.levels[[self.row[film.image] for film in films]])
+        places = np.searchsorted(self.sorted, [film.image for film in films])
+        return torch.from_numpy(self.levels[self.row[places]])
 
     def images(self, levels: Tensor) -> Tensor:
         """int16 (B, S, S) -> float32 (B, 1, S, S) in [0, 1]."""
