@@ -21,6 +21,8 @@ check: .venv/ready
 bench: .venv/ready
 	$(BIN)/python bench/creep.py
 	$(BIN)/python bench/demo_recipe.py
+	$(BIN)/python bench/train_speed.py
+	$(BIN)/python bench/growth_films.py
 
 # The programs that tests marked `peer` talk to: dcmtk, orthanc, dicom3tools, systemd-analyze.
 peers:
