@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import torch
 from torch import Tensor, nn
 
-from learner.backbone import build, fit_sizes, open_backbone
+from learner.backbone import BackboneError, Plan, build, fit_sizes, open_backbone
 from learner.checkpoint import (
     CheckpointError,
     load_network,
@@ -86,10 +86,12 @@ class Run:
 
     # -- phases
 
-    def train(self, phase: str, schedule: Schedule, start: Callable[[State], None], tick: Tick) -> State:
+    def train(
+        self, phase: str, schedule: Schedule, start: Callable[[State], None], tick: Tick, plan: Plan | None = None
+    ) -> State:
         """The state at the end of a phase: trained now, from where a crash or pause left it, or read when it is over."""
         over, saved = self.checkpoint / f"{phase}.safetensors", self.checkpoint / "state.safetensors"
-        state = self.state(phase, schedule)
+        state = self.state(phase, schedule, plan)
         if over.exists():
             load_networks(state, read_file(over)[0])
             state.step = schedule.steps
@@ -99,15 +101,15 @@ class Run:
         else:
             start(state)
         self._follow(state, tick)
-        save_weights(over, state, self.plan, self.round.findings)
+        save_weights(over, state, plan or self.plan, self.round.findings)
         return state
 
-    def state(self, phase: str, schedule: Schedule) -> State:
-        """Fresh networks and optimiser; random weights from the recipe's seed."""
+    def state(self, phase: str, schedule: Schedule, plan: Plan | None = None) -> State:
+        """Fresh networks, of another plan than the round's if one is given, and optimiser; random weights from the seed."""
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
-        student = self.network(recipe.drop_path)
-        teacher = self.network().requires_grad_(False)
+        student = self.network(recipe.drop_path, plan)
+        teacher = self.network(plan=plan).requires_grad_(False)
         centres = nn.ModuleDict()
         if recipe.prototypes:
             centres["dino"] = DinoLoss(
@@ -120,9 +122,9 @@ class Run:
             dtype=self.dtype, phase=phase, micro=recipe.micro_batch,
         )  # fmt: skip
 
-    def network(self, drop_path: float = 0.0) -> Network:
-        """One network of this round's plan, on its device; random weights from torch's generator."""
-        return make_network(self.plan, self.recipe, len(self.round.findings), drop_path).to(self.device)
+    def network(self, drop_path: float = 0.0, plan: Plan | None = None) -> Network:
+        """One network of this round's plan or another, on its device; random weights from torch's generator."""
+        return make_network(plan or self.plan, self.recipe, len(self.round.findings), drop_path).to(self.device)
 
     def _follow(self, state: State, tick: Tick) -> None:
         """Walk to the end of the phase, telling every step, saving at intervals and before a pause."""
@@ -158,40 +160,69 @@ class Run:
             self.teller.say(name, 1, 1)
         return {key: value.to(self.device) for key, value in read_file(path)[0].items()}
 
-    def export(self, name: str, state: State, serve: str, chosen: str | None = None) -> None:
+    def export(
+        self, name: str, state: State, serve: str, chosen: str | None = None, plan: Plan | None = None
+    ) -> None:
         """Measure and write a bundle's parts as a folder, unless an earlier process did; `chosen` names a candidate."""
         if not (self.round.folder / name).exists():
             self.teller.say(f"export {name}", 0, 1)
-            write_parts(self.round.folder / name, state, self.plan, self.round, datetime.now(UTC), serve, chosen)
+            write_parts(
+                self.round.folder / name, state, plan or self.plan, self.round, datetime.now(UTC), serve, chosen
+            )
             self.teller.say(f"export {name}", 1, 1)
 
     # -- where networks begin
 
     def from_backbone(self, state: State) -> None:
-        """Student := the pretrained backbone, else shaped or plain random weights; the teacher copies it."""
-        student = state.student
-        if self.weights is None and self.header:  # a crash between phases: the checkpoint has the plan, not the file
-            _, self.weights = open_backbone(self.round.recipe)
-        if self.weights:
-            student.backbone.load(self.weights)
-        elif state.recipe.init == "mimetic":
-            mimic_trained(student.backbone)
-        if self.weights or state.recipe.init == "mimetic":
-            for layer in student.cls_head.mlp:
-                if isinstance(layer, nn.Linear):
-                    layer.reset_parameters()  # DINO's .02 start keeps a three-layer head asleep for hundreds of steps
-        state.teacher.load_state_dict(student.state_dict())
+        """Student := the pretrained backbone, else shaped or plain random weights; the teacher copies it.
+
+        Raises BackboneError when a parent's network is another than the backbone of the recipe.
+        """
+        if self.weights is None and (self.header or self.round.parent):  # opened are a checkpoint or a parent
+            plan, self.weights = open_backbone(self.round.recipe)
+            if plan != self.plan:
+                raise BackboneError(f"the parent is {self.plan}, the backbone {plan}; give the one the parent began with")
+        self.from_weights(self.weights)(state)
+
+    @staticmethod
+    def from_weights(weights: dict[str, Tensor] | None) -> Callable[[State], None]:
+        """Student := these weights of its backbone, None = shaped or plain random ones; the teacher copies it."""
+
+        def start(state: State) -> None:
+            student = state.student
+            if weights:
+                student.backbone.load(weights)
+            elif state.recipe.init == "mimetic":
+                mimic_trained(student.backbone)
+            if weights or state.recipe.init == "mimetic":
+                for layer in student.cls_head.mlp:
+                    if isinstance(layer, nn.Linear):
+                        layer.reset_parameters()  # DINO's .02 start keeps a three-layer head asleep for hundreds of steps
+            state.teacher.load_state_dict(student.state_dict())
+
+        return start
 
     def from_parent(self, state: State) -> None:
         """Student := the parent's student, teacher := the parent's teacher; raises CheckpointError."""
+        tensors, _ = self._parent()
+        load_network(state.student, tensors, "student.")
+        load_network(state.teacher, tensors, "teacher.")
+
+    def champion(self) -> Network:
+        """The network that the parent serves; raises CheckpointError."""
+        tensors, header = self._parent()
+        network = self.network()
+        load_network(network, tensors, header["recipe"]["serve"] + ".")
+        return network
+
+    def _parent(self) -> tuple[dict[str, Tensor], dict]:
         assert self.round.parent_state
         tensors, header = read_file(self.round.parent_state)
         if header.get("findings") != list(self.round.findings):
             raise CheckpointError(
                 f"parent {self.round.parent} knows {header.get('findings')}, this round {list(self.round.findings)}"
             )
-        load_network(state.student, tensors, "student.")
-        load_network(state.teacher, tensors, "teacher.")
+        return tensors, header
 
     def from_student(self, earlier: State) -> Callable[[State], None]:
         """Both networks := an earlier phase's student; optimiser, schedules and centres start anew."""
