@@ -150,7 +150,21 @@ MAY_BE_ZERO = {
     "checkpoint_seconds",
 }
 
-RECIPES: dict[str, Recipe] = {"distl": Recipe()}
+# labels and answers alone: no prototype head, no crops, and the grey levels that ImageNet networks know
+_ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0}
+_GREY = {"mean": 0.449, "std": 0.226}
+
+RECIPES: dict[str, Recipe] = {
+    "distl": Recipe(),
+    "pseudo-label": Recipe(name="pseudo-label", method="pseudo-label").override({  # Martins & Silva, but no mirroring
+        **_ALONE, **_GREY, "arch": "densenet121", "epochs": 10, "t0_epochs": 25, "lr": 1e-4, "t0_lr": 1e-4,
+        "weight_decay": 1e-5, "clip": 0.0, "warmup_epochs": 0, "rotate": 25.0,
+    }),
+    "kd": Recipe(name="kd", method="kd").override({  # Ho & Gwak's pair; AdamW needs fewer epochs than their SGD's 200
+        **_ALONE, **_GREY, "arch": "mobilenetv3_large_100", "image_size": 224, "epochs": 30, "t0_epochs": 30,
+        "lr": 3e-4, "t0_lr": 3e-4,
+    }),
+}  # fmt: skip
 
 # What a profile changes in any recipe: sizes, and the settings that only make sense at that size.
 PROFILES: dict[str, dict[str, Any]] = {
@@ -170,6 +184,16 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# What a recipe takes back or sets at a profile.
+SIZED: dict[tuple[str, str], dict[str, Any]] = {
+    ("pseudo-label", "cpu"): {**_ALONE, "finetune_epochs": 5},
+    ("pseudo-label", "demo"): {**_ALONE, "epochs": 10, "finetune_epochs": 10},
+    ("kd", "cpu"): {
+        **_ALONE, "arch": "resnet10t", "kd_teacher": "resnet18", "epochs": 5, "lr": 5e-4,
+    },
+    ("kd", "demo"): {**_ALONE, "kd_teacher": "resnet10t", "epochs": 20},
+}  # fmt: skip
+
 
 def resolve(name: str, profile: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe `name` at the sizes of `profile`, with the site's own keys on top; raises RecipeError."""
@@ -177,7 +201,7 @@ def resolve(name: str, profile: str, overrides: Mapping[str, Any] | None = None)
         raise RecipeError(f'recipe = "{name}": no such recipe; there is {", ".join(sorted(RECIPES))}')
     if profile not in PROFILES:
         raise RecipeError(f'profile = "{profile}": no such profile; there is {", ".join(PROFILES)}')
-    sized = RECIPES[name].override({**PROFILES[profile], "profile": profile})
+    sized = RECIPES[name].override({**PROFILES[profile], **SIZED.get((name, profile), {}), "profile": profile})
     return sized.override(overrides or {})
 
 
@@ -213,10 +237,10 @@ def _checked(recipe: Recipe) -> Recipe:
         value = getattr(recipe, f.name)
         if isinstance(value, int) and not isinstance(value, bool) and value < (0 if f.name in MAY_BE_ZERO else 1):
             raise RecipeError(f"recipe: {f.name} = {value}: too small")
-    for key in ("lam", "ema_base", "drop_path", "centre_momentum", "global_noise", "local_noise"):
+    for key in ("lam", "ema_base", "drop_path", "centre_momentum", "global_noise", "local_noise", "kappa", "kd_alpha"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must lie in [0, 1]")
-    for key in ("lr", "t0_lr", "std", "teacher_temp", "student_temp"):
+    for key in ("lr", "t0_lr", "std", "teacher_temp", "student_temp", "kappa", "kd_temperature"):
         if not getattr(recipe, key) > 0:
             raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must be above 0")
     for key in ("global_scale", "local_scale"):

@@ -1,0 +1,116 @@
+"""`kd`: knowledge distillation between two networks, after Ho & Gwak, with one Bernoulli answer a finding.
+
+Strategies: `base` learns labels alone; in `standard` the network `kd_teacher` learns them first and teaches; in
+`reversed` the two change places, so that `kd_teacher` is taught and served; `defective` stops the teacher at a quarter
+of its epochs; in `self` a trained copy teaches a student that starts anew. Films without a label bring answers only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from learner.backbone import Backbone, build, open_backbone
+from learner.correct import Feed, next_batch, supervise
+from learner.distill import autocast
+from learner.heads import Network
+from learner.kd import bernoulli_kl
+from learner.optim import Schedule
+from learner.plan import BackboneError, Plan
+from learner.pseudo import label_loss
+from learner.recipe import Recipe
+from learner.round_dir import ManifestError
+from learner.run import Run
+from learner.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of
+
+DEFECTIVE = 4  # one in so many epochs: the published 50 of 200
+
+
+def run(run: Run) -> None:
+    """T=0 when there is no parent, the teacher, the student. A parent goes on as the student, in `self` as the teacher."""
+    recipe, strategy = run.recipe, run.recipe.kd_strategy
+    if not run.round.labelled:
+        raise ManifestError("manifest: no labelled train film: kd trains on labels; label some, or use recipe distl")
+    labelled = run.labelled("t0")
+    alone = run.schedule(labelled, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
+
+    def learn(state: State) -> Losses:
+        return supervise(state, labelled)
+
+    plan, weights = other_network(recipe) if strategy not in ("base", "self") else (run.plan, None)
+    if strategy == "reversed" and not run.first:
+        raise ManifestError('kd_strategy = "reversed" changes networks and has no parent; use "standard" from now on')
+    t0 = run.train("t0", alone, run.from_backbone, learn) if run.first else None
+    if t0:
+        t0.teacher.load_state_dict(t0.student.state_dict())
+        run.export("t0", t0, "student")
+    if strategy == "base":
+        final = t0 or run.train("kd", alone, run.from_parent, learn)
+        return run.export("final", final, "student")
+
+    start, own = run.from_backbone if run.first else run.from_parent, run.plan
+    if strategy == "reversed" or strategy == "self":
+        teacher = t0.student if t0 else run.champion()
+        start, own = (run.from_weights(weights), plan) if strategy == "reversed" else (run.from_backbone, run.plan)
+    else:
+        length = defective(alone) if strategy == "defective" else alone
+        teacher = run.train("teacher", length, run.from_weights(weights), learn, plan).student
+    teacher.to(run.device).eval().requires_grad_(False)
+
+    rest = [film for film in run.round.unlabelled if not film.labelled]
+    feeds = [labelled, run.feed(rest, "unlabelled", 0, False)] if rest and recipe.kd_alpha else [labelled]
+    schedule = run.schedule(labelled, recipe.epochs, recipe.lr, recipe.t0_steps)
+    final = run.train("kd", schedule, start, lambda state: be_taught(state, teacher, feeds), own)
+    final.teacher.load_state_dict(final.student.state_dict())
+    run.export("final", final, "student", plan=own)
+
+
+def other_network(recipe: Recipe) -> tuple[Plan, dict[str, Tensor] | None]:
+    """Plan and weights of `kd_teacher`: a file's, or random for a name; raises BackboneError if it can't see the films."""
+    name = recipe.kd_teacher
+    given = {"backbone": name} if name.endswith(".safetensors") else {"backbone": "random", "arch": name}
+    plan, weights = open_backbone(replace(recipe, **given))
+    network = build(plan)
+    if recipe.frozen_blocks:
+        raise BackboneError("frozen_blocks: kept tokens mean nothing to kd_teacher; use frozen_blocks = 0")
+    if isinstance(network, Backbone) and recipe.image_size % network.patch:
+        raise BackboneError(
+            f'kd_teacher = "{name}": image_size {recipe.image_size} is no multiple of its patch {network.patch}'
+        )
+    return plan, weights
+
+
+def defective(schedule: Schedule) -> Schedule:
+    """The first quarter of the epochs, one at least, at the rates that a whole training has there."""
+    steps = max(1, len(schedule.alpha) // DEFECTIVE) * schedule.steps_per_epoch
+    return replace(schedule, lr=schedule.lr[:steps])
+
+
+def be_taught(state: State, teacher: Network, feeds: Sequence[Feed]) -> Losses:
+    """One step on a batch of each feed, labels and answers together."""
+    batches = [next_batch(feed, state.step) for feed in feeds]
+    films = sum(batch.size for batch in batches)
+    losses = optimise(state, [(batch, teaching(teacher, batch.size / films)) for batch in batches])
+    state.step += 1
+    return losses
+
+
+def teaching(teacher: Network, share: float) -> Objective:
+    """(1 - alpha) label loss + alpha T^2 KL to the teacher, which sees the same noised view; `share` of the step's films.
+
+    Films without a label add nothing to the first term.
+    """
+
+    def objective(state: State, batch: Batch, part: slice) -> Terms:
+        assert batch.labels is not None
+        recipe, view = state.recipe, batch.views(part)[1]
+        with autocast(state, view):
+            with torch.no_grad():
+                told = full(teacher.classify(view))
+            guess = full(state.student.classify(view))
+        classes = label_loss(guess, batch.labels[part], (~batch.labels.isnan()).sum())
+        taught = bernoulli_kl(guess, told, recipe.kd_temperature) * share * share_of(batch, part)
+        return Terms((1 - recipe.kd_alpha) * classes + recipe.kd_alpha * taught, {"classes": classes, "taught": taught})
+
+    return objective

@@ -1,0 +1,127 @@
+"""`pseudo-label`: the method of Martins & Silva, for findings that don't exclude one another and without their leaks.
+
+A teacher learns the labelled films (T=0, else the parent). Its surest answers on the others become labels; a student
+from the starting backbone learns those alone, then the labelled films. Each time the best epoch on validation
+patients is kept. Prevalence comes from labelled films, and a network that is asked is in eval mode.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from learner.backbone import Backbone
+from learner.calibrate import auc
+from learner.correct import Feed, supervise
+from learner.data import label_table, read_plates
+from learner.heads import Network
+from learner.optim import Schedule
+from learner.round_dir import PLATE_SHAPE, Film, ManifestError
+from learner.run import Run
+from learner.step import Losses, State
+from learner.targets import kappa_labels, ten_crop
+from learner.views import normalise, resize_matrix, to_image
+
+CROP = 7 / 8  # of the side: the published 224 of 256 px
+AT_ONCE = 16  # films in one pass when only looked at
+
+
+def run(run: Run) -> None:
+    """Teacher, pseudo-labels, student, fine-tuning; without a film to pseudo-label, the teacher is fine-tuned."""
+    recipe = run.recipe
+    if not run.round.labelled:
+        raise ManifestError(
+            "manifest: no labelled train film: pseudo-labels take their prevalence from labels, and the student ends on "
+            "labels; label some train films, or use recipe distl with a parent"
+        )
+    labelled = run.labelled("t0")
+    if run.first:
+        schedule = run.schedule(labelled, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
+        t0 = learn(run, "t0", labelled, schedule, run.from_backbone)
+        run.export("t0", t0, "student")
+        teacher, start = t0.student, run.from_student(t0)
+    else:
+        teacher, start = run.champion(), run.from_parent
+    films = [film for film in run.round.unlabelled if not film.labelled]
+    if films:
+        made = run.once("pseudo", lambda: {"labels": pseudo_labels(run, teacher, films)})["labels"].cpu()
+        feed = run.feed([films[i] for i in taught(made)], "pseudo", 0, False, made[taught(made)])
+
+        def begin(state: State) -> None:
+            run.from_backbone(state)
+            # a site's manifest holds no hidden labels to measure the pseudo-labels with
+            run.teller.note(
+                state, "pseudo", {"pseudo_rate": 1 - made.isnan().float().mean().item(), "pseudo_auc": None}
+            )
+
+        student = learn(run, "pseudo", feed, run.schedule(feed, recipe.epochs, recipe.lr), begin)
+        start = run.from_student(student)
+    schedule = run.schedule(labelled, recipe.finetune_epochs, recipe.t0_lr)
+    final = learn(run, "finetune", run.labelled("finetune"), schedule, start)
+    run.export("final", final, "student")
+
+
+def learn(run: Run, phase: str, feed: Feed, schedule: Schedule, start: Callable[[State], None]) -> State:
+    """A phase on labels, ending with the weights of its best epoch: macro AUC on validation patients, else the last."""
+    films = [film for film in run.round.of("validation") if film.labelled]
+    labels = label_table(films).numpy()
+
+    def tick(state: State) -> Losses:
+        losses = supervise(state, feed)
+        if films and state.step % schedule.steps_per_epoch == 0:
+            scores = answers(run, state.student, films).numpy()
+            known = [value for i in range(len(labels[0])) if (value := auc(scores[:, i], labels[:, i])) is not None]
+            if known:
+                keep_best(run, state, sum(known) / len(known))
+        return losses
+
+    state = run.train(phase, schedule, start, tick)
+    best = {key.removeprefix("best."): value for key, value in state.extra.items() if key.startswith("best.")}
+    state.student.load_state_dict(best or state.student.state_dict())
+    state.teacher.load_state_dict(state.student.state_dict())
+    state.extra = {}
+    return state
+
+
+def keep_best(run: Run, state: State, value: float) -> None:
+    """Carry this epoch's weights along when no earlier epoch had as high an AUC; told as a note."""
+    run.teller.note(state, "validation", {"auc": value})
+    if "auc" not in state.extra or value > state.extra["auc"].item():
+        weights = {f"best.{key}": tensor.clone() for key, tensor in state.student.state_dict().items()}
+        state.extra = {"auc": torch.tensor(value, dtype=torch.float64), **weights}
+
+
+def taught(labels: Tensor) -> list[int]:
+    """Places of the films that got a pseudo-label for one finding at least, of labels (N, F)."""
+    return (~labels.isnan()).any(1).nonzero()[:, 0].tolist()
+
+
+def pseudo_labels(run: Run, teacher: Network, films: Sequence[Film]) -> Tensor:
+    """1, 0 or nan (N, F): the kappa filter on the teacher's answers over crops, prevalence from the labelled films."""
+    scores = answers(run, teacher, films, crop_side(teacher, run.recipe.image_size))
+    return kappa_labels(scores, label_table(run.round.labelled), run.recipe.kappa)
+
+
+def crop_side(network: Network, size: int) -> int:
+    """Side of a crop from images of this size: 7/8 of it, in whole patches of a transformer."""
+    patch = network.backbone.patch if isinstance(network.backbone, Backbone) else 1
+    return max(1, int(CROP * size) // patch) * patch
+
+
+@torch.no_grad()
+def answers(run: Run, network: Network, films: Sequence[Film], crop: int | None = None) -> Tensor:
+    """Probabilities (N, F) of a network in eval mode, on the host: of the whole films, or the mean over their crops.
+
+    Ten crops a film as published where the recipe mirrors films, else the five that aren't mirrored.
+    """
+    matrix, rows, was = resize_matrix(PLATE_SHAPE[0], run.recipe.image_size).to(run.device), [], network.training
+    network.to(run.device).eval()  # an export may have left it on the CPU
+    for low in range(0, len(films), AT_ONCE):
+        plates = read_plates(films[low : low + AT_ONCE]).to(run.device)
+        images = normalise(to_image(plates, matrix), run.recipe)
+        views = images[None] if crop is None else ten_crop(images, crop)[: 10 if run.recipe.flip else 5]
+        with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype is not None):
+            logits = network.classify(views.flatten(0, 1))
+        rows.append(logits.float().sigmoid().unflatten(0, views.shape[:2]).mean(0).cpu())
+    network.train(was)
+    return torch.cat(rows)
