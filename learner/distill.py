@@ -56,10 +56,10 @@ def correcting(lam: float, class_weight: float) -> Objective:
 
     def objective(state: State, batch: Batch, part: slice) -> Terms:
         assert batch.labels is not None
-        labels, known = batch.labels[part], (~batch.labels.isnan()).sum()
+        labels, known = batch.labels[part], batch.known
 
         def hard(student: Tensor, _: Tensor) -> Tensor:
-            return label_loss(student, labels, known)  # already a share: divided by the batch's known labels
+            return label_loss(student, labels, known)  # already a share: divided by the whole batch's known labels
 
         if lam:
             return _both(state, batch, part, lam, class_weight, hard)

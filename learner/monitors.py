@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from learner import ranks
+
 
 @torch.no_grad()
 def measure(teacher: Tensor, centre: Tensor, temperature: float, cls: Tensor, dino: float) -> dict[str, float]:
@@ -17,6 +19,7 @@ def measure(teacher: Tensor, centre: Tensor, temperature: float, cls: Tensor, di
     teacher: prototype logits (R, K) of both global views; centre (1, K) as the loss subtracted it; cls: the teacher's
     embedding (B, D) of the original view; dino: L_dino. A step taken in parts concatenates the rows of its parts first:
     three of these compare films, so an average over parts would depend on the parts. For a single film they are nan.
+    Every mean is over the films of all ranks, each of which brings its own.
     """
     assigned = ((teacher.float() - centre.float()) / temperature).softmax(-1)
     seen = {
@@ -26,9 +29,11 @@ def measure(teacher: Tensor, centre: Tensor, temperature: float, cls: Tensor, di
         "cls_std": cls_std(cls),
         "centre_norm": centre_norm(centre),
     }
-    numbers = torch.stack([value.double() for value in seen.values()]).tolist()  # one wait for the device
+    films = cls.new_full((), len(cls))
+    ranks.add_up([films])
+    *numbers, count = torch.stack([value.double() for value in (*seen.values(), films)]).tolist()  # one wait
     shown = {"dino_gap": dino_gap(dino, teacher.shape[1]), **dict(zip(seen, numbers, strict=True))}
-    return shown if len(cls) > 1 else shown | dict.fromkeys(("teacher_kl", "max_share", "cls_std"), math.nan)
+    return shown if count > 1 else shown | dict.fromkeys(("teacher_kl", "max_share", "cls_std"), math.nan)
 
 
 def dino_gap(dino: float, prototypes: int) -> float:
@@ -38,7 +43,7 @@ def dino_gap(dino: float, prototypes: int) -> float:
 
 def teacher_entropy(assigned: Tensor) -> Tensor:
     """Mean entropy of the teacher's answers (R, K), over ln K: 1 = uniform, 0 = each film on one prototype."""
-    return _entropy(assigned).mean() / math.log(assigned.shape[1])
+    return ranks.mean(_entropy(assigned)) / math.log(assigned.shape[1])
 
 
 def teacher_kl(assigned: Tensor) -> Tensor:
@@ -47,12 +52,12 @@ def teacher_kl(assigned: Tensor) -> Tensor:
     Equals H(mean) - mean H, the mutual information of film and prototype; at most ln R. It falls to 0 in either kind
     of collapse, uniform or one prototype (DINO, Caron et al. 2021, section 5.3).
     """
-    return _entropy(assigned.mean(0, dtype=torch.float64)) - _entropy(assigned).mean()
+    return _entropy(ranks.mean(assigned)) - ranks.mean(_entropy(assigned))
 
 
 def max_share(assigned: Tensor) -> Tensor:
     """The largest prototype's share of the mean answer of (R, K): 1/K = evenly used, 1 = one takes all."""
-    return assigned.mean(0, dtype=torch.float64).max()
+    return ranks.mean(assigned).max()
 
 
 def cls_std(cls: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def cls_std(cls: Tensor) -> Tensor:
     1 = spread over the whole sphere, 0 = all films look the same.
     """
     unit = torch.nn.functional.normalize(cls.double(), dim=1)
-    return unit.std(0, correction=0).mean() * math.sqrt(cls.shape[1])
+    return ranks.mean((unit - ranks.mean(unit)).square()).sqrt().mean() * math.sqrt(cls.shape[1])
 
 
 def centre_norm(centre: Tensor) -> Tensor:

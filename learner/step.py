@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learner import collapse
+from learner import collapse, ranks
 from learner.heads import Network
 from learner.monitors import measure
 from learner.optim import Schedule, clip_each, drop_last_layer, set_rates
@@ -24,14 +24,28 @@ class Stopped(RuntimeError):
     """The round can't go on; the text is its reason (non-finite, collapse, out of memory)."""
 
 
+class OutOfMemory(torch.OutOfMemoryError):
+    """A part of a step didn't fit on some rank, and every rank was told."""
+
+
 @dataclass
 class Batch:
-    """Films of one step: `views(part)` makes the views of a slice of them, so that a part fits into memory."""
+    """This rank's films of one step: `views(part)` makes the views of a slice of them, so that a part fits into memory.
+
+    Shares of a mean are taken of the whole batch, which all ranks have together; a rank may have no film of it.
+    """
 
     size: int
     views: Callable[[slice], list[Tensor]]
     labels: Tensor | None = None  # (B, F), nan = unknown; or soft targets
     index: Tensor | None = None  # (B,) position of each film in its feed's list
+    whole: int = 0  # films of all ranks; 0 = these are all
+    known: Tensor | None = None  # known labels of all ranks' films; None = counted here
+
+    def __post_init__(self) -> None:
+        self.whole = self.whole or self.size
+        if self.known is None and self.labels is not None:
+            self.known = (~self.labels.isnan()).sum()
 
 
 @dataclass
@@ -70,6 +84,7 @@ class State:
         return self.step // self.schedule.steps_per_epoch
 
 
+SEEN = "the originals"  # the rows of `Terms.seen` among those of the centres
 Losses = dict[str, float]
 Objective = Callable[[State, Batch, slice], Terms]
 Tick = Callable[[State], Losses]
@@ -78,31 +93,16 @@ Tick = Callable[[State], Losses]
 def optimise(state: State, work: Sequence[tuple[Batch, Objective]], freeze_last: bool = False) -> Losses:
     """One optimiser step on the sum of all sources' objectives; then every centre moves by its rows' mean.
 
-    Forward and backward over parts that fit, clip, step. Raises Stopped when a loss isn't finite: no weight has moved.
+    Forward and backward over parts that fit, sum over ranks, clip, step: every rank takes the same step. Raises Stopped
+    when a loss isn't finite: no weight has moved; OutOfMemory when some rank's part didn't fit.
     """
     set_rates(state.optimiser, state.schedule, state.step)
     state.optimiser.zero_grad(set_to_none=True)
-    losses: list[Tensor] = []
-    shown: dict[str, Tensor] = {}
-    rows: dict[str, list[Tensor]] = {}
-    seen: list[Tensor] = []
-    for batch, objective in work:
-        for part in parts(batch.size, state.micro):
-            terms = objective(state, batch, part)
-            state.scaler.scale(terms.loss).backward()
-            losses.append(terms.loss.detach())
-            for key, value in terms.shown.items():
-                shown[key] = shown.get(key, 0.0) + value.detach()
-            for key, value in terms.rows.items():
-                rows.setdefault(key, []).append(value.detach())
-            if terms.seen is not None:
-                seen.append(terms.seen.detach())
-    total = torch.stack(losses).sum()
-    told = dict(
-        zip(
-            ["loss", *shown], torch.stack([total.double(), *(v.double() for v in shown.values())]).tolist(), strict=True
-        )
-    )
+    try:
+        told, rows = _accumulate(state, work)
+    except torch.OutOfMemoryError:
+        told, rows = None, {}
+    told, rows = _join(state, told, rows)
     if not np.isfinite(told["loss"]):
         raise Stopped(f"non-finite: the loss is {told['loss']} at {state.phase} step {state.step}")
     state.scaler.unscale_(state.optimiser)
@@ -112,12 +112,51 @@ def optimise(state: State, work: Sequence[tuple[Batch, Objective]], freeze_last:
         drop_last_layer(state.student)
     state.scaler.step(state.optimiser)
     state.scaler.update()
-    if seen:  # measured against the centre that the loss subtracted
+    seen = rows.pop(SEEN, None)
+    if seen is not None:  # measured against the centre that the loss subtracted
         dino = cast(Any, state.centres["dino"])
-        told |= measure(torch.cat(rows["dino"]), dino.centre, dino.teacher_temp, torch.cat(seen), told["dino"])
-    for key, parts_of in rows.items():
-        cast(Any, state.centres[key]).move(torch.cat(parts_of).mean(0, keepdim=True))
+        told |= measure(rows["dino"], dino.centre, dino.teacher_temp, seen, told["dino"])
+    for key, some in rows.items():
+        cast(Any, state.centres[key]).move(ranks.mean(some).to(some.dtype)[None])
     return told
+
+
+def _accumulate(state: State, work: Sequence[tuple[Batch, Objective]]) -> tuple[Losses, dict[str, Tensor]]:
+    """Gradients of this rank's films; the loss and what is shown beside it (nothing without a film), and their rows."""
+    told: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = {}
+    for batch, objective in work:
+        for part in parts(batch.size, state.micro):
+            terms = objective(state, batch, part)
+            state.scaler.scale(terms.loss).backward()
+            for key, value in {"loss": terms.loss, **terms.shown}.items():
+                told[key] = told.get(key, 0.0) + value.detach().double()
+            for key, value in {**terms.rows, **({} if terms.seen is None else {SEEN: terms.seen})}.items():
+                rows.setdefault(key, []).append(value.detach())
+    numbers = torch.stack([*told.values()]).tolist() if told else []  # one wait for the device
+    return dict(zip(told, numbers, strict=True)), {key: torch.cat(some) for key, some in rows.items()}
+
+
+def _join(state: State, told: Losses | None, rows: dict[str, Tensor]) -> tuple[Losses, dict[str, Tensor]]:
+    """Gradients and numbers := their sums over the ranks; rows stay, none of a kind that only others have.
+
+    `told` is None where memory ran out: then raises OutOfMemory on every rank, before anything is summed.
+    """
+    parameters = [*state.student.parameters()]
+    has = [parameter.grad is not None for parameter in parameters]
+    given = ranks.gather((told, has, {key: some.shape[1:] for key, some in rows.items()}))
+    losses = [theirs for theirs, _, _ in given if theirs is not None]
+    if len(losses) < len(given):
+        raise OutOfMemory(f"on {len(given) - len(losses)} of {len(given)} ranks")
+    touched = [parameter for i, parameter in enumerate(parameters) if any(has[i] for _, has, _ in given)]
+    for parameter in touched:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.add_up([cast(Tensor, parameter.grad) for parameter in touched])
+    shapes = {key: shape for _, _, theirs in given for key, shape in theirs.items()}
+    rows = {key: rows.get(key, torch.empty(0, *shape, device=parameters[0].device)) for key, shape in shapes.items()}
+    names = dict.fromkeys(name for theirs in losses for name in theirs)
+    return {name: sum(theirs.get(name, 0.0) for theirs in losses) for name in names}, rows
 
 
 def watch(state: State, losses: Losses) -> None:
@@ -129,13 +168,13 @@ def watch(state: State, losses: Losses) -> None:
 
 def parts(size: int, micro: int) -> list[slice]:
     """Slices of at most `micro` films (0 = all at once)."""
-    width = micro or size
+    width = micro or max(size, 1)
     return [slice(low, min(low + width, size)) for low in range(0, size, width)]
 
 
 def share_of(batch: Batch, part: slice) -> float:
-    """The weight of a mean over this part in the mean over the batch."""
-    return (part.stop - part.start) / batch.size
+    """The weight of a mean over this part in the mean over the whole batch."""
+    return (part.stop - part.start) / batch.whole
 
 
 def full(x: Tensor) -> Tensor:
@@ -159,8 +198,10 @@ def _halving(state: State, tick: Tick) -> Losses:
             # stochastic depth draws from torch's generator: seeded by place, never saved
             torch.manual_seed(seed_of(state))
             return tick(state)
-        except torch.OutOfMemoryError:
-            size = state.micro or state.recipe.batch
+        except torch.OutOfMemoryError as error:
+            if ranks.world() > 1 and not isinstance(error, OutOfMemory):
+                raise  # the others don't know: a crash, and all go on from the checkpoint
+            size = state.micro or -(-state.recipe.batch // ranks.world())
             if size == 1:
                 raise Stopped(
                     "out of memory: one film a pass doesn't fit; use smaller images or a smaller arch"
@@ -175,7 +216,7 @@ def _halving(state: State, tick: Tick) -> Losses:
 
 
 def seed_of(state: State) -> int:
-    """A number that depends on the place in the round alone: seed, phase, step and batch of a correction."""
+    """A number that depends on the place in the round alone: seed, phase, step, batch of a correction, and rank."""
     phase = int.from_bytes(state.phase.encode()[:6])
     place = [state.recipe.seed, phase, state.step, 0 if state.burst is None else 1 + state.burst]
-    return int(np.random.SeedSequence(place).generate_state(1)[0])
+    return int(np.random.SeedSequence(place).generate_state(1 + ranks.rank())[-1])
