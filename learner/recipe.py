@@ -156,13 +156,14 @@ _GREY = {"mean": 0.449, "std": 0.226}
 
 RECIPES: dict[str, Recipe] = {
     "distl": Recipe(),
-    "pseudo-label": Recipe(name="pseudo-label", method="pseudo-label").override({  # Martins & Silva, but no mirroring
-        **_ALONE, **_GREY, "arch": "densenet121", "epochs": 10, "t0_epochs": 25, "lr": 1e-4, "t0_lr": 1e-4,
-        "weight_decay": 1e-5, "clip": 0.0, "warmup_epochs": 0, "rotate": 25.0,
+    "pseudo-label": Recipe(**{  # Martins & Silva, but no mirroring
+        **_ALONE, **_GREY, "name": "pseudo-label", "method": "pseudo-label", "arch": "densenet121", "epochs": 10,
+        "t0_epochs": 25, "lr": 1e-4, "t0_lr": 1e-4, "weight_decay": 1e-5, "clip": 0.0, "warmup_epochs": 0,
+        "rotate": 25.0,
     }),
-    "kd": Recipe(name="kd", method="kd").override({  # Ho & Gwak's pair; AdamW needs fewer epochs than their SGD's 200
-        **_ALONE, **_GREY, "arch": "mobilenetv3_large_100", "image_size": 224, "epochs": 30, "t0_epochs": 30,
-        "lr": 3e-4, "t0_lr": 3e-4,
+    "kd": Recipe(**{  # Ho & Gwak's pair; AdamW needs fewer epochs than their SGD's 200
+        **_ALONE, **_GREY, "name": "kd", "method": "kd", "arch": "mobilenetv3_large_100", "image_size": 224,
+        "epochs": 30, "t0_epochs": 30, "lr": 3e-4, "t0_lr": 3e-4,
     }),
 }  # fmt: skip
 
@@ -188,9 +189,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 SIZED: dict[tuple[str, str], dict[str, Any]] = {
     ("pseudo-label", "cpu"): {**_ALONE, "finetune_epochs": 5},
     ("pseudo-label", "demo"): {**_ALONE, "epochs": 10, "finetune_epochs": 10},
-    ("kd", "cpu"): {
-        **_ALONE, "arch": "resnet10t", "kd_teacher": "resnet18", "epochs": 5, "lr": 5e-4,
-    },
+    ("kd", "cpu"): {**_ALONE, "arch": "resnet10t", "kd_teacher": "resnet18", "epochs": 5, "lr": 5e-4},
     ("kd", "demo"): {**_ALONE, "kd_teacher": "resnet10t", "epochs": 20},
 }  # fmt: skip
 
