@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -207,7 +208,7 @@ def summary(
     )
     bars = BARS[device.type]
     return {
-        "machine": f"{name}, {args.threads} threads of torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": f"{name}, {os.cpu_count()} cores, {args.threads} used; torch {torch.__version__}, Python {platform.python_version()}",
         "setting": f"{recipe.arch}, {recipe.image_size} px, 2 + {recipe.local_views} views ({recipe.local_size} px), "
         f"{recipe.prototypes} prototypes, batch {recipe.batch} and {BATCH}, compiled: {args.compile}",
         "repetitions": len(pairs), "medians": medians, "ratio": ratio,
