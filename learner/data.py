@@ -1,16 +1,17 @@
 """Films to batches: reads plates, and hands out the views of any batch of any pass, always the same ones.
 
 A film's random numbers come from (seed, feed, pass, index) alone; nothing depends on what was read before, so a batch
-can be made again after a crash. Knows no labels' meaning and no network.
+can be made again after a crash, and each rank makes its own share of it. Knows no labels' meaning and no network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from learner import ranks
 from learner.recipe import Recipe
 from learner.round_dir import PLATE_SHAPE, Film, read_plate
 from learner.shard import Shard
@@ -43,11 +44,11 @@ class Films:
         self.matrix = resize_matrix(PLATE_SHAPE[0], recipe.image_size).to(device)
         self.labels = label_table(films) if labels is None else labels
         self.shard = shard
-        self._ahead: tuple[tuple[int, int], Future[Tensor]] | None = None
+        self._ahead: tuple[tuple[int, ...], Future[Tensor]] | None = None
         self._orders: dict[int, list[np.ndarray]] = {}  # of this pass and the next: a permutation of all films each
 
     def order(self, sweep: int) -> list[np.ndarray]:
-        """Indices of the films of each batch of this pass."""
+        """Indices of the films of each batch of this pass, all ranks' together."""
         if sweep not in self._orders:
             kept = {other: order for other, order in self._orders.items() if abs(other - sweep) == 1}
             self._orders = kept | {sweep: self._make_order(sweep)}
@@ -60,31 +61,45 @@ class Films:
         return np.array_split(shuffled, self.batches)
 
     def batch(self, sweep: int, index: int) -> Batch:
-        """The films of one step; their views are made on the device, part by part."""
-        return self.of(sweep, self.order(sweep)[index], self._stored(sweep, index))
+        """This rank's films of one step; their views are made on the device, part by part."""
+        return self.of(sweep, self.mine(sweep, index), self._stored(sweep, index), self.order(sweep)[index])
 
-    def of(self, sweep: int, chosen: np.ndarray, stored: Tensor | None = None) -> Batch:
-        """These films (positions) with the views they have in this pass."""
-        stored = self._read(chosen) if stored is None else stored
-        numbers = torch.from_numpy(np.stack([self._numbers(sweep, i) for i in chosen]))
+    def mine(self, sweep: int, index: int) -> np.ndarray:
+        """Indices of this rank's films of a batch; may be empty."""
+        chosen = self.order(sweep)[index]
+        return chosen[ranks.share(len(chosen))]
+
+    def of(
+        self, sweep: int, chosen: np.ndarray, stored: Tensor | None = None, whole: np.ndarray | None = None
+    ) -> Batch:
+        """These films (positions) with the views they have in this pass; `whole`: with those of the other ranks."""
+        images = self._read(chosen) if stored is None else stored
 
         def views(part: slice) -> list[Tensor]:
-            return make_views(self._images(stored[part].to(self.device, non_blocking=True)), numbers[part], self.recipe)
+            numbers = torch.from_numpy(np.stack([self._numbers(sweep, i) for i in chosen[part]]))
+            return make_views(self._images(images[part].to(self.device, non_blocking=True)), numbers, self.recipe)
 
+        return self.pack(chosen, views, chosen if whole is None else whole)
+
+    def pack(self, chosen: np.ndarray, views: Callable[[slice], list[Tensor]], whole: np.ndarray) -> Batch:
+        """A batch of these films and their labels, and what is counted over the whole batch, that of all ranks."""
         places = torch.from_numpy(chosen)
-        return Batch(len(chosen), views, self.labels[places].to(self.device), places)
+        known = (~self.labels[torch.from_numpy(whole)].isnan()).sum().to(self.device)
+        return Batch(len(chosen), views, self.labels[places].to(self.device), places, len(whole), known)
 
     def _stored(self, sweep: int, index: int) -> Tensor:
-        """This batch as it lies on the disk, in host memory; the one that follows is sent for."""
-        place, ahead = (sweep, index), self._ahead
-        stored = ahead[1].result() if ahead and ahead[0] == place else self._read(self.order(sweep)[index])
+        """This rank's films as they lie on the disk, in host memory; those that follow are sent for."""
+        place, ahead = (sweep, index, ranks.world()), self._ahead
+        stored = ahead[1].result() if ahead and ahead[0] == place else self._read(self.mine(sweep, index))
         following = (sweep, index + 1) if index + 1 < self.batches else (sweep + 1, 0)
-        if not ahead or ahead[0] != following:
-            self._ahead = (following, READER.submit(self._read, self.order(following[0])[following[1]]))
+        if not ahead or ahead[0][:2] != following:
+            self._ahead = ((*following, ranks.world()), READER.submit(self._read, self.mine(*following)))
         return stored
 
     def _read(self, chosen: np.ndarray) -> Tensor:
         films = [self.films[i] for i in chosen]
+        if not films:
+            return torch.empty(0)  # the other ranks have this batch to themselves
         stored = self.shard.read(films) if self.shard else read_plates(films)
         return stored.pin_memory() if self.device.type == "cuda" else stored  # copied while the device computes
 

@@ -90,8 +90,8 @@ def defective(schedule: Schedule) -> Schedule:
 def be_taught(state: State, teacher: Network, feeds: Sequence[Feed]) -> Losses:
     """One step on a batch of each feed, labels and answers together."""
     batches = [next_batch(feed, state.step) for feed in feeds]
-    films = sum(batch.size for batch in batches)
-    losses = optimise(state, [(batch, teaching(teacher, batch.size / films)) for batch in batches])
+    films = sum(batch.whole for batch in batches)
+    losses = optimise(state, [(batch, teaching(teacher, batch.whole / films)) for batch in batches])
     state.step += 1
     return losses
 
@@ -109,7 +109,7 @@ def teaching(teacher: Network, share: float) -> Objective:
             with torch.no_grad():
                 told = full(teacher.classify(view))
             guess = full(state.student.classify(view))
-        classes = label_loss(guess, batch.labels[part], (~batch.labels.isnan()).sum())
+        classes = label_loss(guess, batch.labels[part], batch.known)
         taught = bernoulli_kl(guess, told, recipe.kd_temperature) * share * share_of(batch, part)
         return Terms((1 - recipe.kd_alpha) * classes + recipe.kd_alpha * taught, {"classes": classes, "taught": taught})
 
