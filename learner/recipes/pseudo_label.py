@@ -44,7 +44,7 @@ def run(run: Run) -> None:
         teacher, start = run.champion(), run.from_parent
     films = [film for film in run.round.unlabelled if not film.labelled]
     if films:
-        made = run.once("pseudo", lambda: {"labels": pseudo_labels(run, teacher, films)})["labels"].cpu()
+        made = run.once("pseudo-labels", lambda: {"labels": pseudo_labels(run, teacher, films)})["labels"].cpu()
         feed = run.feed([films[i] for i in taught(made)], "pseudo", 0, False, made[taught(made)])
 
         def begin(state: State) -> None:
