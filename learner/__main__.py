@@ -1,15 +1,18 @@
 """`python -m learner ROUND_DIR`: one round from manifest to bundle parts, resumable at any step.
 
 The recipe named in the manifest decides what happens (`recipes/`); here are the lock, the exit code and the last word.
-Exit 0 trained, 75 paused, 3 stopped with a reason in result.json. Golden films, the ledger and DICOM are unknown here.
+Exit 0 trained, 75 paused, 3 stopped with a reason in result.json; 0 for all three under torchrun, which would start a
+process again that leaves with anything else. Golden films, the ledger and DICOM are unknown here.
 """
 
 import argparse
 import importlib
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
+from learner import ranks
 from learner.backbone import BackboneError
 from learner.checkpoint import CheckpointError
 from learner.progress import Paused
@@ -18,6 +21,7 @@ from learner.run import Run
 from learner.shard import remove_shard
 from learner.step import Stopped
 
+CODES = {"trained": TRAINED, "paused": PAUSED, "stopped": STOPPED}
 REFUSALS = (ManifestError, BackboneError, CheckpointError, Stopped)  # known reasons; anything else is a crash
 
 
@@ -26,18 +30,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m learner", description="Train one round; start again to resume.")
     parser.add_argument("round_dir", type=Path, help="folder with manifest.json")
     folder: Path = parser.parse_args(arguments).round_dir
-    try:
-        with held(folder):
-            return run(folder)
-    except (RoundBusy, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    with ranks.joined():
+        try:
+            with held(folder) if ranks.is_first() else nullcontext():
+                return run(folder)
+        except (RoundBusy, FileNotFoundError) as error:
+            print(error, file=sys.stderr)
+            return 1
 
 
 def run(folder: Path) -> int:
     """The round, under its lock."""
     result = {"state": "trained", "reason": None, "seconds": 0.0, "unlabelled": 0, "labelled": 0}
-    code, teller = TRAINED, None
+    teller = None
     try:
         round_ = load(folder)
         result |= {"unlabelled": len(round_.unlabelled), "labelled": len(round_.labelled)}
@@ -47,19 +52,22 @@ def run(folder: Path) -> int:
         recipe = importlib.import_module(f"learner.recipes.{round_.recipe.method.replace('-', '_')}")
         recipe.run(work)
         teller.say("done", 1, 1)
-        remove_shard(folder)
+        ranks.by_first(lambda: remove_shard(folder))
+    except ranks.Ended as other:
+        result["state"], result["reason"] = other.state, other.reason
     except Paused as pause:
-        code, result["state"], result["reason"] = PAUSED, "paused", str(pause)
+        result["state"], result["reason"] = ranks.last_word("paused", str(pause))
     except REFUSALS as error:
-        code, result["state"], result["reason"] = STOPPED, "stopped", str(error)
+        result["state"], result["reason"] = ranks.last_word("stopped", str(error))
     finally:
         if teller:
             result["seconds"] = round(teller.seconds, 1)
             teller.close()
-    write_json(folder / "result.json", result)
-    if result["reason"]:
-        print(f"{result['state']}: {result['reason']}", file=sys.stderr)
-    return code
+    if ranks.is_first():
+        write_json(folder / "result.json", result)
+        if result["reason"]:
+            print(f"{result['state']}: {result['reason']}", file=sys.stderr)
+    return 0 if ranks.launched() else CODES[result["state"]]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a round says while it runs: progress.json for the agent, metrics.jsonl for curves, bars or lines for people.
 
-Also decides when to stop: a signal or the end of the window. Knows no tensor. Time comes in as two clocks.
+Also decides when to stop: a signal to any rank, or the end of the window; rank 0 alone writes and shows. Knows no
+tensor. Time comes in as two clocks.
 """
 
 import json
@@ -20,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from learner import ranks
 from learner.round_dir import PAUSED, write_json
 from learner.step import State
 
@@ -45,10 +47,11 @@ class Teller:
         self.before: dict[int, Any] = {}
         self.phase_start: tuple[str, int, float] | None = None
         self.told = self.lined = -math.inf
-        self.metrics = (folder / "metrics.jsonl").open("ab")
-        self.metrics.truncate(metrics_bytes)  # lines after the checkpoint are written again
+        self.metrics = (folder / "metrics.jsonl" if ranks.is_first() else Path(os.devnull)).open("ab")
+        if ranks.is_first():
+            self.metrics.truncate(metrics_bytes)  # lines after the checkpoint are written again
         console = Console(stderr=True)
-        self.bars = Progress(*COLUMNS, console=console) if console.is_terminal else None
+        self.bars = Progress(*COLUMNS, console=console) if console.is_terminal and ranks.is_first() else None
         if self.bars:
             self.bars.start()
 
@@ -86,16 +89,18 @@ class Teller:
 
     def _give_up(self, where: str) -> None:
         result = {"state": "paused", "reason": f"{self.asked}, {where}: back to the last checkpoint"}
-        write_json(self.folder / "result.json", result | {"seconds": round(self.seconds, 1)})
+        if ranks.is_first():
+            write_json(self.folder / "result.json", result | {"seconds": round(self.seconds, 1)})
         if self.bars:
             self.bars.stop()
-        os._exit(PAUSED)
+        os._exit(0 if ranks.launched() else PAUSED)
 
     def check(self) -> None:
-        """Raise Paused when asked to, or when the window is over."""
-        reason = self.asked
-        if not reason and self.until and datetime.now(UTC) >= self.until:
-            reason = f"the window ended at {self.until.isoformat()}"
+        """Raise Paused when a rank is asked to, or when the window is over: on all ranks, after the same step."""
+        mine = self.asked
+        if not mine and self.until and datetime.now(UTC) >= self.until:
+            mine = f"the window ended at {self.until.isoformat()}"
+        reason = next((given for given in ranks.gather(mine) if given), None)
         if reason:
             self.leaving.set()
             raise Paused(reason)
@@ -128,6 +133,8 @@ class Teller:
 
     def say(self, phase: str, step: int, steps: int, loss: float | None = None, eta: float | None = None) -> None:
         """progress.json, and a bar or a line."""
+        if not ranks.is_first():
+            return
         left = eta if eta is None else round(eta, 1)
         progress = {"phase": phase, "step": step, "steps": steps, "loss": loss, "eta_s": left}
         write_json(self.folder / "progress.json", progress | {"at": datetime.now(UTC).isoformat(timespec="seconds")})

@@ -4,7 +4,6 @@ A recipe is a straight line of `train` and `export` calls; each returns at once 
 starting the recipe again *is* resuming it. Knows no loss: what a step does is the recipe's.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from datetime import UTC, datetime
 import torch
 from torch import Tensor, nn
 
+from learner import ranks
 from learner.backbone import BackboneError, Plan, build, fit_sizes, open_backbone
 from learner.checkpoint import (
     CheckpointError,
@@ -28,26 +28,13 @@ from learner.data import Films
 from learner.distill import DinoLoss
 from learner.export import write_parts
 from learner.heads import Network, make_network
+from learner.machine import prepare
 from learner.mimetic import mimic_trained
 from learner.optim import Schedule, make_optimiser, make_schedule
 from learner.progress import Paused, Teller
-from learner.recipe import Recipe
 from learner.round_dir import Film, ManifestError, Round
-from learner.shard import open_shard
-from learner.step import Losses, State, Stopped, Tick, walk
-
-
-def prepare(recipe: Recipe) -> tuple[torch.device, torch.dtype | None]:
-    """Threads, determinism, the device, and the type of autocast (None = off)."""
-    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise Stopped('device = "cuda": torch sees no GPU here; check the driver or set device = "auto"')
-    if recipe.device == "cpu" or not torch.cuda.is_available():
-        torch.use_deterministic_algorithms(True)  # bitwise resume is promised on the CPU only
-        return torch.device("cpu"), torch.bfloat16 if recipe.precision == "bf16" else None
-    torch.set_float32_matmul_precision("high")
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.device("cuda"), None if recipe.precision == "fp32" else half
+from learner.shard import Shard, open_shard
+from learner.step import Losses, State, Tick, walk
 
 
 class Run:
@@ -92,7 +79,7 @@ class Run:
         """The state at the end of a phase: trained now, from where a crash or pause left it, or read when it is over."""
         over, saved = self.checkpoint / f"{phase}.safetensors", self.checkpoint / "state.safetensors"
         state = self.state(phase, schedule, plan)
-        if over.exists():
+        if ranks.by_first(over.exists):
             load_networks(state, read_file(over)[0])
             state.step = schedule.steps
             return state
@@ -100,8 +87,12 @@ class Run:
             load_state(saved, state)
         else:
             start(state)
+        ranks.same(
+            value for part in (state.student, state.teacher, state.centres) for value in part.state_dict().values()
+        )
         self._follow(state, tick)
-        save_weights(over, state, plan or self.plan, self.round.findings)
+        if ranks.is_first():
+            save_weights(over, state, plan or self.plan, self.round.findings)
         return state
 
     def state(self, phase: str, schedule: Schedule, plan: Plan | None = None) -> State:
@@ -147,29 +138,37 @@ class Run:
         self._keep(state)
 
     def _keep(self, state: State) -> None:
+        """The checkpoint: every rank stands where rank 0 does, and reads this file to go on."""
+        if not ranks.is_first():
+            return
         header = {"plan": self.plan, "recipe": state.recipe.to_dict(), "fingerprint": self.round.fingerprint}
         header |= {"metrics_bytes": self.teller.flush(), "seconds": self.teller.seconds}
         save_state(self.checkpoint / "state.safetensors", state, header)
 
     def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors that are computed once a round and then read: `checkpoint/NAME.safetensors`."""
+        """Tensors that are computed once a round, on rank 0, and then read: `checkpoint/NAME.safetensors`."""
         path = self.checkpoint / f"{name}.safetensors"
-        if not path.exists():
-            self.teller.say(name, 0, 1)
-            write_file(path, compute(), {})
-            self.teller.say(name, 1, 1)
+
+        def write() -> None:
+            if not path.exists():
+                self.teller.say(name, 0, 1)
+                write_file(path, compute(), {})
+                self.teller.say(name, 1, 1)
+
+        ranks.by_first(write)
         return {key: value.to(self.device) for key, value in read_file(path)[0].items()}
 
-    def export(
-        self, name: str, state: State, serve: str, chosen: str | None = None, plan: Plan | None = None
-    ) -> None:
+    def export(self, name: str, state: State, serve: str, chosen: str | None = None, plan: Plan | None = None) -> None:
         """Measure and write a bundle's parts as a folder, unless an earlier process did; `chosen` names a candidate."""
-        if not (self.round.folder / name).exists():
-            self.teller.say(f"export {name}", 0, 1)
-            write_parts(
-                self.round.folder / name, state, plan or self.plan, self.round, datetime.now(UTC), serve, chosen
-            )
-            self.teller.say(f"export {name}", 1, 1)
+        target = self.round.folder / name
+
+        def write() -> None:
+            if not target.exists():
+                self.teller.say(f"export {name}", 0, 1)
+                write_parts(target, state, plan or self.plan, self.round, datetime.now(UTC), serve, chosen)
+                self.teller.say(f"export {name}", 1, 1)
+
+        ranks.by_first(write)
 
     # -- where networks begin
 
@@ -181,7 +180,9 @@ class Run:
         if self.weights is None and (self.header or self.round.parent):  # opened are a checkpoint or a parent
             plan, self.weights = open_backbone(self.round.recipe)
             if plan != self.plan:
-                raise BackboneError(f"the parent is {self.plan}, the backbone {plan}; give the one the parent began with")
+                raise BackboneError(
+                    f"the parent is {self.plan}, the backbone {plan}; give the one the parent began with"
+                )
         self.from_weights(self.weights)(state)
 
     @staticmethod
@@ -252,7 +253,9 @@ class Run:
         self, films: Sequence[Film], name: str, local_views: int, fixed_order: bool, labels: Tensor | None = None
     ) -> Films:
         recipe = replace(self.recipe, local_views=local_views)
-        shard = open_shard(self.round.folder, self.round.of("train"), recipe.image_size)
+        train, size = self.round.of("train"), recipe.image_size
+        packed = ranks.by_first(lambda: open_shard(self.round.folder, train, size) is not None)
+        shard = Shard(self.round.folder / "shard", train, size) if packed else None
         return Films(films, recipe, self.device, name, fixed_order, labels, shard)
 
     def schedule(self, feed: Films, epochs: int, peak: float, least_steps: int = 0) -> Schedule:
