@@ -1,7 +1,7 @@
 """Running a round: the learner as a child process, what it leaves behind, and taking it up again.
 
-The child holds the GPU and may die in any way; here its exit code becomes a state with a reason.
-"Is it running?" is a lock on a file, never a pid.
+The child holds the GPU and may die in any way; its last word is `result.json`, and leaving without one is a crash: an
+exit code may be its launcher's. "Is it running?" is a lock on a file, never a pid.
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from agent.errors import Problem
 from agent.ledger import Ledger, Row, utc
 from agent.site import Site
 from deploy.bundle import seal
-from learner.round_dir import PAUSED, STOPPED, TRAINED, RoundBusy, held, write_json
+from learner.round_dir import RoundBusy, held, write_json
 
 POLL_S = 0.5
 MAX_CRASHES = 3  # without a step of progress between them
@@ -75,11 +76,10 @@ def _train(site: Site, ledger: Ledger, name: str, until: datetime | None, seen: 
         code = _child(site, ledger, name, seen)
         _add_seconds(ledger, name, time.monotonic() - started)
         _first_model(site, ledger, name)
-        result = _result(folder)
         if rounds.get(ledger, name)["state"] == "cancelled":
             return
-        if code in (TRAINED, PAUSED, STOPPED):
-            return _settle(site, ledger, name, code, result)
+        if result := _result(folder):
+            return _settle(site, ledger, name, result)
         step = (rounds.progress(site, name) or {}).get("step", -1)
         crashes, last_step = (1 if step > last_step else crashes + 1), max(step, last_step)
         if crashes >= MAX_CRASHES:
@@ -89,15 +89,15 @@ def _train(site: Site, ledger: Ledger, name: str, until: datetime | None, seen: 
             return
 
 
-def _settle(site: Site, ledger: Ledger, name: str, code: int, result: dict) -> None:
+def _settle(site: Site, ledger: Ledger, name: str, result: dict) -> None:
     """Turn the learner's last word into the round's state."""
-    if code == TRAINED:
+    if result["state"] == "trained":
         folder = site.rounds / name
         bundle = seal(folder / "final", site.models, site.key("signing.key"))
         with ledger.transaction():
             _add_bundle(ledger, bundle, name, f"rounds/{name}/final/state.safetensors", is_baseline=False)
             rounds.advance(ledger, name, "trained", bundle=bundle)
-    elif code == PAUSED:
+    elif result["state"] == "paused":
         with ledger.transaction():
             rounds.advance(ledger, name, "paused", result.get("reason") or "stopped in good order; goes on later")
     else:
@@ -106,10 +106,11 @@ def _settle(site: Site, ledger: Ledger, name: str, code: int, result: dict) -> N
 
 
 def _child(site: Site, ledger: Ledger, name: str, seen: Callable[[dict], None]) -> int:
-    """Run the learner once; its exit code (negative: the signal that killed it)."""
+    """Run the learner once; the exit code of it or its launcher (negative: the signal that killed it)."""
     folder = site.rounds / name
-    launcher = shlex.split(site.config.learn.launcher) or [sys.executable]
+    launcher = _launcher(site)
     _wait_for_orphan(folder)
+    (folder / "result.json").unlink(missing_ok=True)  # an earlier process's
     with (folder / "learner.log").open("ab") as log:
         child = subprocess.Popen(
             [*launcher, "-m", "learner", str(folder)],
@@ -126,6 +127,17 @@ def _child(site: Site, ledger: Ledger, name: str, seen: Callable[[dict], None]) 
         finally:
             _stop(child)
     return child.returncode
+
+
+def _launcher(site: Site) -> list[str]:
+    """The words before `-m learner`; a program is looked for beside this interpreter first, then on the PATH."""
+    words = shlex.split(site.config.learn.launcher)
+    if not words:
+        return [sys.executable]
+    program = shutil.which(words[0], path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if not program:
+        raise Problem(f'learn.launcher = "{site.config.learn.launcher}": no program {words[0]}; give its full path')
+    return [program, *words[1:]]
 
 
 def _stop(child: subprocess.Popen) -> None:
