@@ -29,7 +29,7 @@ def measure(teacher: Tensor, centre: Tensor, temperature: float, cls: Tensor, di
         "cls_std": cls_std(cls),
         "centre_norm": centre_norm(centre),
     }
-    films = cls.new_full((), len(cls))
+    films = torch.full((), len(cls), dtype=torch.float64, device=cls.device)
     ranks.add_up([films])
     *numbers, count = torch.stack([value.double() for value in (*seen.values(), films)]).tolist()  # one wait
     shown = {"dino_gap": dino_gap(dino, teacher.shape[1]), **dict(zip(seen, numbers, strict=True))}
