@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from timm.layers.attention import Attention
-from timm.layers.layer_scale import LayerScale
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from learner.convnet import ConvNet
 from learner.plan import ARCH, BackboneError, Plan, bare, infer_plan, plan_of, round_to
 from learner.recipe import Recipe
+from learner.trace import Trace
 
 HUB_ERRORS = (OSError, RuntimeError)  # offline (huggingface_hub raises an OSError), or no weights under that name
 # timm files whose nets are transformers of its plain class
@@ -33,19 +33,54 @@ VIT_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")
 class Backbone(nn.Module):
     """A vision transformer: grey or colour images (B, 1 or 3, H, W) of any multiple of its patch -> embedding (B, D).
 
-    The embedding is the class token ("cls", as published) or the mean of the patches ("mean").
+    The embedding is the class token ("cls", as published), the mean of the patches ("mean") or both, one after the
+    other ("both": twice as wide). Tokens (B, n, width) that already went through the frozen blocks are taken as well.
     """
 
     def __init__(self, vit: VisionTransformer, pos_embed: str = "dino", pool: str = "cls") -> None:
         super().__init__()
         self.vit = vit
         self.mode, self.pool = pos_embed, pool
-        self.dim = vit.embed_dim
+        self.dim = vit.embed_dim * (2 if pool == "both" else 1)
+        self.frozen = 0  # lower blocks that `lower` runs and training leaves alone
         self.patch: int = vit.patch_embed.patch_size[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.vit.norm(self.vit.blocks(self.embed(images)))
-        return tokens[:, self.vit.num_prefix_tokens :].mean(1) if self.pool == "mean" else tokens[:, 0]
+        return self.embedding(self.tokens(images))
+
+    def tokens(self, images: Tensor, masked: Tensor | None = None, stand_in: Tensor | None = None) -> Tensor:
+        """Images, or tokens of `lower`, -> the last block's tokens after the final norm: (B, prefix + h w, width).
+
+        Where `masked` (B, h, w), a patch enters as `stand_in` (width,) and its position instead.
+        """
+        tokens = images if images.ndim == 3 else self.lower(images)
+        if masked is not None and stand_in is not None:
+            first, (high, wide) = self.vit.num_prefix_tokens, masked.shape[1:]
+            blank = (stand_in + self.positions(high, wide)[:, -high * wide :]).to(tokens.dtype)
+            patches = torch.where(masked.flatten(1)[..., None], blank, tokens[:, first:])
+            tokens = torch.cat([tokens[:, :first], patches], 1)
+        return self.vit.norm(self.vit.blocks[self.frozen :](tokens))
+
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """The embedding (B, D) of normed tokens."""
+        if self.pool == "cls":
+            return tokens[:, 0]
+        mean = tokens[:, self.vit.num_prefix_tokens :].mean(1)
+        return mean if self.pool == "mean" else torch.cat([tokens[:, 0], mean], 1)
+
+    def lower(self, images: Tensor) -> Tensor:
+        """Tokens after the frozen blocks: (B, prefix + h w, width)."""
+        return self.vit.blocks[: self.frozen](self.embed(images))
+
+    def freeze(self, blocks: int) -> "Backbone":
+        """Leave the embedding and the first `blocks` blocks as they are; raises BackboneError for too many."""
+        if blocks > len(self.vit.blocks):
+            raise BackboneError(f"frozen_blocks = {blocks}: this network has {len(self.vit.blocks)} blocks")
+        self.frozen = blocks
+        above = {id(p) for part in (self.vit.blocks[blocks:], self.vit.norm) for p in part.parameters()}
+        for parameter in self.vit.parameters() if blocks else ():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in above)
+        return self
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens before the first block: (B, prefix + h w, D)."""
@@ -94,54 +129,15 @@ class Backbone(nn.Module):
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, tokens, width of a head)
         return attention.q_norm(query) * attention.scale, attention.k_norm(key), value
 
-    def trace(self, images: Tensor) -> tuple[Tensor, "Trace"]:
+    def trace(self, images: Tensor) -> tuple[Tensor, Trace]:
         """The embedding (B, D), and what is needed to say which patch brought what into it."""
         tokens = self.vit.blocks[:-1](self.embed(images))
-        query, key, value = self._qkv(last_block(self.vit)[0], tokens)
+        query, key, value = self._qkv(cast(Block, self.vit.blocks[-1]), tokens)
         look = (query[:, :, :1] @ key.transpose(-2, -1)).softmax(-1)[:, :, 0]  # (B, heads, tokens)
         last = self.vit.blocks[-1](tokens)
         patches = self.vit.norm(last)[:, self.vit.num_prefix_tokens :]
         grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
-        if self.pool == "mean":
-            return patches.mean(1), Trace(self, patches, look, value, grid)
-        return self.vit.norm(last)[:, 0], Trace(self, last[:, 0], look, value, grid)
-
-
-class Trace:
-    """One forward pass through the last block, kept to attribute a direction of the embedding to patches."""
-
-    def __init__(self, of: Backbone, last: Tensor, look: Tensor, value: Tensor, grid: tuple[int, int]) -> None:
-        self.of, self.last, self.look, self.value, self.grid = of, last, look, value, grid
-
-    def along(self, directions: Tensor) -> Tensor:
-        """Contribution of each patch along `directions` (B, F, D) of the embedding: (B, F, h, w); + speaks for it.
-
-        With the mean of patches: the patch's own share. With a class token: what the patch says to it in the last
-        attention, times the direction's gradient behind that (final LayerNorm, not the last MLP).
-        """
-        if self.of.pool == "mean":
-            return (directions @ self.last.transpose(1, 2) / self.last.shape[1]).unflatten(-1, self.grid)
-        norm = cast(nn.LayerNorm, self.of.vit.norm)
-        block, attention = last_block(self.of.vit)
-        centred = self.last - self.last.mean(-1, keepdim=True)
-        spread = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-        shape = (centred / spread)[:, None]
-        back = directions * norm.weight
-        back = back - back.mean(-1, keepdim=True) - shape * (back * shape).mean(-1, keepdim=True)
-        through_norm = back / spread[:, None]  # (B, F, D)
-        if isinstance(block.ls1, LayerScale):
-            through_norm = through_norm * block.ls1.gamma
-        heads, width = self.value.shape[1], self.value.shape[3]
-        by_head = (through_norm @ attention.proj.weight).unflatten(-1, (heads, width))  # (B, F, heads, width)
-        said = torch.einsum("bfhd,bhnd->bfhn", by_head, self.value)
-        share = (said * self.look[:, None]).sum(2)[:, :, self.of.vit.num_prefix_tokens :]
-        return share.unflatten(-1, self.grid)
-
-
-def last_block(vit: VisionTransformer) -> tuple[Block, Attention]:
-    """The last block and its attention."""
-    block = cast(Block, vit.blocks[-1])
-    return block, cast(Attention, block.attn)
+        return self.embedding(self.vit.norm(last)), Trace(self.vit, self.pool, last[:, 0], patches, look, value, grid)
 
 
 def resample_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str) -> Tensor:

@@ -54,6 +54,12 @@ class ConvNet(nn.Module):
 
     attentions = attention
 
+    def freeze(self, blocks: int) -> "ConvNet":
+        """Raises BackboneError for any: a convolutional net has no blocks of equal shape to freeze."""
+        if blocks:
+            raise BackboneError(f"frozen_blocks = {blocks}: {self.name} is no transformer; set it to 0")
+        return self
+
     def load(self, weights: dict[str, Tensor]) -> None:
         """Weights under timm's key names."""
         self.net.load_state_dict(weights)

@@ -82,7 +82,9 @@ def write_parts(
         plates = probe_plates()
         np.savez(folder / "probe.npz", plates=plates, logits=np.asarray(session.run(["logits"], {"plates": plates})[0]))
         write_json(folder / "thresholds.json", thresholds)
-        write_json(folder / "card.json", card(state, round_, metrics, parity, model, now, serve) | {"candidate": chosen})
+        write_json(
+            folder / "card.json", card(state, round_, metrics, parity, model, now, serve) | {"candidate": chosen}
+        )
         save_weights(folder / "state.safetensors", state, plan, round_.findings)
 
 

@@ -48,14 +48,13 @@ class Prototypes(nn.Module):
 
 
 class ClassHead(nn.Module):
-    """CLS (N, D) -> one logit a finding (N, F): Linear-ReLU-Linear-ReLU-Linear."""
+    """Embedding (N, D) -> one logit a finding (N, F): Linear-ReLU-Linear-ReLU-Linear; one Linear with hidden = 0."""
 
     def __init__(self, dim: int, findings: int, hidden: int) -> None:
         super().__init__()
         self.findings = findings
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, findings)
-        )
+        inner = [nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()] if hidden else []
+        self.mlp = nn.Sequential(*inner, nn.Linear(hidden or dim, findings))
         self.apply(small_init)
 
     def forward(self, cls: Tensor) -> Tensor:
@@ -63,6 +62,8 @@ class ClassHead(nn.Module):
 
     def gradient(self, cls: Tensor) -> Tensor:
         """d logit / d CLS in closed form: (N, F, D); plain products, so that it exports."""
+        if len(self.mlp) == 1:
+            return cast(nn.Linear, self.mlp[0]).weight * torch.ones_like(cls[:, :1, None])
         first, second, last = (cast(nn.Linear, self.mlp[i]) for i in (0, 2, 4))
         one = first(cls)
         two = second(one.relu())
@@ -87,6 +88,8 @@ class Network(nn.Module):
     def __init__(self, backbone: Backbone | ConvNet, head: DinoHead | nn.Identity, cls_head: ClassHead) -> None:
         super().__init__()
         self.backbone, self.head, self.cls_head = backbone, head, cls_head
+        self.mask: nn.Parameter | None = None  # stands in for masked patches, where a recipe masks any
+        self.patch_head: DinoHead | None = None  # answers for them
 
     def forward(self, views: list[Tensor], cls_views: int = 2) -> tuple[Tensor, Tensor]:
         """Views of B films, largest first -> prototype logits (V B, K) and class logits of the first two (2 B, F)."""
@@ -109,8 +112,13 @@ class Network(nn.Module):
 
 def make_network(plan: Plan, recipe: Recipe, findings: int, drop_path: float = 0.0) -> Network:
     """A network of this plan with random weights from the current torch seed; no prototypes, no prototype head."""
-    backbone = build(plan, recipe.pos_embed, recipe.pool, drop_path)
+    backbone = build(plan, recipe.pos_embed, recipe.pool, drop_path).freeze(recipe.frozen_blocks)
     head: DinoHead | nn.Identity = nn.Identity()
     if recipe.prototypes:
         head = DinoHead(backbone.dim, recipe.prototypes, recipe.head_hidden, recipe.bottleneck)
-    return Network(backbone, head, ClassHead(backbone.dim, findings, recipe.class_hidden))
+    network = Network(backbone, head, ClassHead(backbone.dim, findings, recipe.class_hidden))
+    if recipe.ibot:
+        width = cast(Backbone, backbone).vit.embed_dim
+        network.mask = nn.Parameter(torch.zeros(width))
+        network.patch_head = DinoHead(width, recipe.prototypes, recipe.head_hidden, recipe.bottleneck)
+    return network

@@ -25,7 +25,7 @@ class Recipe:
     arch: str = "vit_small_patch16"  # vit_{tiny,small,base}_patchN, optionally _depthM; used when backbone = "random"
     backbone: str = "random"  # "random", a timm hub name, or the path of a .safetensors file (its shape is inferred)
     pos_embed: str = "dino"  # how position embeddings are resampled to other sizes: "dino" or "timm"
-    pool: str = "cls"  # the embedding: "cls" = class token (as published), "mean" = mean of the patches
+    pool: str = "cls"  # the embedding: "cls" = class token (as published), "mean" = mean of the patches, or "both"
     init: str = "timm"  # of a random backbone: "timm", or "mimetic" (imitates trained attention; for few films)
     image_size: int = 256
     local_size: int = 128
@@ -35,7 +35,7 @@ class Recipe:
     prototypes: int = 65536
     head_hidden: int = 2048
     bottleneck: int = 256
-    class_hidden: int = 256
+    class_hidden: int = 256  # 0 = the class head is linear
     drop_path: float = 0.1  # of the student only
     frozen_blocks: int = 0  # lower blocks that stay as they are; their outputs are computed once a round and kept
     cached_views: int = 4  # noised global views (and as many times local_views) a film has in that cache
@@ -67,11 +67,13 @@ class Recipe:
     targets: str = "teacher"  # whose pseudo-labels: "teacher" (soft answers as they come), "graph", or "none"
     pseudo_weight: float = 1.0  # of the pseudo-label term once ramped up
     align: bool = False  # pseudo-labels' prevalence aligned to the labelled one
-    agree: bool = False  # pseudo-labels weighted by the agreement of graph and teacher
+    agree: str = (
+        "none"  # pseudo-labels weighted by agreement: of graph and "teacher", or of two "heads" on half the labels
+    )
+    thresholds: bool = False  # class-wise: only the surest share `kappa` of films has a pseudo-label
     neighbours: int = 10  # of a film in the graph
     components: int = 64  # of the whitened features under it
     label_weight: float = 1.0
-    label_batch: int = 16  # labelled films in every step
     replay: float = 0.0  # weight of distillation from the champion (the parent's model)
     refit: str = "none"  # the last correction: "none", "linear" (class head refitted on frozen features) or "graph"
     average: str = (
@@ -123,7 +125,7 @@ class Recipe:
 
 CHOICES = {
     "pos_embed": ("dino", "timm"),
-    "pool": ("cls", "mean"),
+    "pool": ("cls", "mean", "both"),
     "init": ("timm", "mimetic"),
     "correct_loss": ("mix", "ce"),
     "serve": ("student", "teacher"),
@@ -131,6 +133,7 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "method": ("distl", "evolve", "pseudo-label", "kd", "pretrain"),
     "targets": ("teacher", "graph", "none"),
+    "agree": ("none", "teacher", "heads"),
     "refit": ("none", "linear", "graph"),
     "average": ("ema", "all"),
     "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
@@ -139,7 +142,7 @@ MAY_BE_ZERO = {
     "local_views",
     "frozen_blocks",
     "prototypes",
-    "label_batch",
+    "class_hidden",
     "correct_every",
     "freeze_last",
     "t0_steps",
@@ -156,6 +159,15 @@ _GREY = {"mean": 0.449, "std": 0.226}
 
 RECIPES: dict[str, Recipe] = {
     "distl": Recipe(),
+    "evolve": Recipe(**{
+        **_GREY, "name": "evolve", "method": "evolve", "pool": "both", "class_hidden": 0, "prototypes": 8192,
+        "batch": 32, "lr": 5e-5, "t0_lr": 2e-5, "lam": 1.0, "ema_base": 0.99, "targets": "graph", "components": 32,
+        "replay": 0.25, "refit": "graph", "average": "all", "rotate": 10.0, "pos_embed": "timm",
+    }),
+    "pretrain": Recipe(**{
+        **_GREY, "name": "pretrain", "method": "pretrain", "prototypes": 8192, "batch": 32, "lam": 1.0, "ibot": 1.0,
+        "koleo": 0.1, "targets": "none", "epochs": 20, "lr": 5e-4, "ema_base": 0.996,
+    }),
     "pseudo-label": Recipe(**{  # Martins & Silva, but no mirroring
         **_ALONE, **_GREY, "name": "pseudo-label", "method": "pseudo-label", "arch": "densenet121", "epochs": 10,
         "t0_epochs": 25, "lr": 1e-4, "t0_lr": 1e-4, "weight_decay": 1e-5, "clip": 0.0, "warmup_epochs": 0,

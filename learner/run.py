@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from learner import ranks
-from learner.backbone import BackboneError, Plan, build, fit_sizes, open_backbone
+from learner.backbone import Backbone, BackboneError, Plan, build, fit_sizes, open_backbone
 from learner.checkpoint import (
     CheckpointError,
     load_network,
@@ -32,9 +34,14 @@ from learner.machine import prepare
 from learner.mimetic import mimic_trained
 from learner.optim import Schedule, make_optimiser, make_schedule
 from learner.progress import Paused, Teller
+from learner.recipe import Recipe
 from learner.round_dir import Film, ManifestError, Round
+from learner.selfsup import PatchLoss
 from learner.shard import Shard, open_shard
 from learner.step import Losses, State, Tick, walk
+from learner.tokens import Bank, TokenFilms, open_bank
+
+SCORED = 64  # films in one pass when only looked at
 
 
 class Run:
@@ -46,6 +53,7 @@ class Run:
         self.checkpoint.mkdir(exist_ok=True)
         self.device, self.dtype = prepare(round_.recipe)
         self.weights: dict[str, Tensor] | None = None
+        self.banks: dict[bool, Bank] = {}
         self.header = self._open_checkpoint()
         if self.header:
             self.plan = self.header["plan"]
@@ -104,6 +112,10 @@ class Run:
         centres = nn.ModuleDict()
         if recipe.prototypes:
             centres["dino"] = DinoLoss(
+                recipe.prototypes, recipe.student_temp, recipe.teacher_temp, recipe.centre_momentum
+            )
+        if recipe.ibot:
+            centres["ibot"] = PatchLoss(
                 recipe.prototypes, recipe.student_temp, recipe.teacher_temp, recipe.centre_momentum
             )
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -239,26 +251,64 @@ class Run:
 
     def labelled(
         self, name: str, local_views: int = 0, fixed_order: bool = False, labels: Tensor | None = None
-    ) -> Films:
+    ) -> Films | TokenFilms:
         """The labelled train films, every one in each pass; by default the two global views only."""
         if not self.round.labelled:
             raise ManifestError("manifest: no labelled train film and no parent: a first round needs labels")
         return self.feed(self.round.labelled, name, local_views, fixed_order, labels)
 
-    def unlabelled(self, labels: Tensor | None = None) -> Films:
+    def unlabelled(self, labels: Tensor | None = None) -> Films | TokenFilms:
         """All train films with all views; `labels` are targets of a recipe's own."""
         return self.feed(self.round.unlabelled, "unlabelled", self.recipe.local_views, False, labels)
 
     def feed(
         self, films: Sequence[Film], name: str, local_views: int, fixed_order: bool, labels: Tensor | None = None
-    ) -> Films:
+    ) -> Films | TokenFilms:
         recipe = replace(self.recipe, local_views=local_views)
+        if self.recipe.frozen_blocks:
+            return TokenFilms(Films(films, recipe, self.device, name, fixed_order, labels), self.bank)
         train, size = self.round.of("train"), recipe.image_size
         packed = ranks.by_first(lambda: open_shard(self.round.folder, train, size) is not None)
         shard = Shard(self.round.folder / "shard", train, size) if packed else None
         return Films(films, recipe, self.device, name, fixed_order, labels, shard)
 
-    def schedule(self, feed: Films, epochs: int, peak: float, least_steps: int = 0) -> Schedule:
+    @property
+    def bank(self) -> Bank:
+        """Tokens of all films after the frozen blocks, which no phase changes."""
+        alone = ranks.world() == 1  # opened so, by rank 0 within `by_first`, it isn't yet open for all
+        if alone not in self.banks:
+            ranks.by_first(self._fill_bank)
+            self.banks[alone] = Bank(self.round.folder / "tokens", self.round.films)
+        return self.banks[alone]
+
+    def _fill_bank(self) -> None:
+        state = self.state("tokens", make_schedule(self.recipe, 1, 1, self.recipe.lr, 1))
+        self.from_backbone(state) if self.first else self.from_parent(state)
+        films = self.round.films
+
+        def feed(recipe: Recipe, name: str) -> Films:
+            return Films(films, recipe, self.device, name, fixed_order=True)
+
+        lower = cast(Backbone, state.student.backbone)
+        open_bank(
+            self.round.folder, films, self.recipe, lower, feed, self.dtype, str(self.round.parent),
+            lambda done, of: self.teller.say("tokens", done, of),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def embeddings(self, network: Network, films: Sequence[Film]) -> Tensor:
+        """Embeddings (N, D) of films without noise, float32 on the host, by a network in eval mode."""
+        feed, rows = self.feed(films, "plain", 0, True), []
+        was = network.training
+        network.eval()
+        for low in range(0, len(films), SCORED):
+            images = feed.originals(np.arange(low, min(low + SCORED, len(films))))
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                rows.append(network.backbone(images).float().cpu())
+        network.train(was)
+        return torch.cat(rows)
+
+    def schedule(self, feed: Films | TokenFilms, epochs: int, peak: float, least_steps: int = 0) -> Schedule:
         """Whole passes over a feed, at least `epochs` and `least_steps`."""
         epochs = max(epochs, -(-least_steps // feed.batches))
         return make_schedule(self.recipe, epochs, feed.batches, peak, feed.size)

@@ -1,0 +1,143 @@
+"""The costs of `evolve`: several self-supervisions and pseudo-labels on unlabelled films, labels in every step.
+
+Each objective says what a part of a batch costs; weights and choices come from the recipe. Pseudo-labels come in as a
+table made before the phase (`graph`), or from the teacher as it goes. Knows no file and no clock.
+"""
+
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from learner.average import follow
+from learner.backbone import Backbone
+from learner.correct import Feed, next_batch
+from learner.distill import autocast
+from learner.heads import Network
+from learner.kd import bernoulli_kl
+from learner.pseudo import label_loss
+from learner.selfsup import MASK_NUMBERS, block_masks, koleo
+from learner.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of, watch
+from learner.targets import align, move_mean, ramp
+
+RAMP = 0.3  # share of the phase after which pseudo-labels count fully
+LATE = 0.9  # from here on self-supervision counts half: the last word is the classes'
+
+
+def evolve(state: State, unlabelled: Feed, labelled: Feed | None, table: dict[str, Tensor]) -> Losses:
+    """One step: unlabelled films and labelled ones together, then the teacher follows, and its buffers are copied.
+
+    table: `soft` (N, F) targets and `weight` (N, F) by film of the unlabelled feed, or neither (the teacher's answers);
+    `champion` (N, F), logits of the model before this round; `prevalence` (F,).
+    """
+    recipe = state.recipe
+    work: list[tuple[Batch, Objective]] = [(next_batch(unlabelled, state.step), unsupervised(table))]
+    if labelled is not None and recipe.label_weight:
+        work.append((next_batch(labelled, state.step), supervised))
+    losses = optimise(state, work, freeze_last=state.epoch < recipe.freeze_last)
+    momentum = float(state.schedule.momentum[state.step])
+    follow(state.teacher, state.student, momentum)
+    if "mean_prob" in state.extra:
+        state.extra["mean_prob"] = move_mean(state.extra["mean_prob"], state.extra.pop("batch_prob"), 0.99)
+    watch(state, losses)
+    state.step += 1
+    return losses | {"momentum": momentum}
+
+
+def supervised(state: State, batch: Batch, part: slice) -> Terms:
+    """label_weight L_label on the noised view."""
+    assert batch.labels is not None
+    views = batch.views(part)
+    with autocast(state, views[0]):
+        logits = full(state.student.classify(views[1]))
+    cost = label_loss(logits, batch.labels[part], batch.known)
+    return Terms(state.recipe.label_weight * cost, {"labels": cost})
+
+
+def unsupervised(table: dict[str, Tensor]) -> Objective:
+    """lam L_dino + ibot L_ibot + koleo L_koleo + pseudo_weight w(t) L_pseudo + replay L_champion."""
+
+    def objective(state: State, batch: Batch, part: slice) -> Terms:
+        recipe, share = state.recipe, share_of(batch, part)
+        time = state.step / max(1, state.schedule.steps)
+        own = 0.5 if time > LATE else 1.0
+        views, index = batch.views(part), batch.index
+        assert index is not None
+        films = views[0].shape[0]
+        mask = masks(state, index[part], views[0]) if recipe.ibot else None
+        with autocast(state, views[0]):
+            with torch.no_grad():
+                taught, taught_patches = look(state.teacher, views[:2], None, mask)
+                teacher_head = full(state.teacher.head(taught))
+                teacher_class = full(state.teacher.cls_head(taught[:films]))
+            seen, patches = look(state.student, views, mask, mask)
+            classes = full(state.student.cls_head(seen[films : 2 * films]))
+            terms = Terms(classes.sum() * 0.0)
+            add = lambda name, weight, cost: _add(terms, name, weight, cost * share)  # noqa: E731
+            if recipe.lam:
+                add("dino", own * recipe.lam, state.centres["dino"](full(state.student.head(seen)), teacher_head))
+                terms.rows["dino"], terms.seen = teacher_head, taught[:films]
+            if mask is not None:
+                assert patches is not None and taught_patches is not None
+                add("ibot", own * recipe.ibot, state.centres["ibot"](full(patches), full(taught_patches), mask))
+                terms.rows["ibot"] = full(taught_patches)
+            if recipe.koleo:
+                add("koleo", own * recipe.koleo, koleo(full(seen[:films])))
+        if recipe.targets != "none":
+            soft, weight = answers(state, table, index[part], teacher_class)
+            each = F.binary_cross_entropy_with_logits(classes, soft.nan_to_num(0.5), reduction="none")
+            add("pseudo", recipe.pseudo_weight * ramp(time / RAMP), (each * weight).sum() / each.numel())
+        if recipe.replay and "champion" in table:
+            add("replay", recipe.replay, bernoulli_kl(classes, table["champion"][index[part]], recipe.kd_temperature))
+        return terms
+
+    return objective
+
+
+def _add(terms: Terms, name: str, weight: float, cost: Tensor) -> None:
+    terms.loss = terms.loss + weight * cost
+    terms.shown[name] = cost
+
+
+def answers(state: State, table: dict[str, Tensor], index: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft targets (B, F) and their weights: from the table, else the teacher's, aligned when the recipe says so."""
+    if "soft" in table:
+        soft = table["soft"][index]
+        return soft, table["weight"][index] * ~soft.isnan()
+    if state.recipe.align:
+        mean = state.extra.setdefault("mean_prob", table["prevalence"].to(teacher))
+        state.extra["batch_prob"] = teacher.sigmoid().mean(0)
+        teacher = align(teacher, mean, table["prevalence"].to(teacher))
+    soft = (-teacher if state.recipe.poison_teacher else teacher).sigmoid()
+    return soft, torch.ones_like(soft)
+
+
+def look(
+    network: Network, views: list[Tensor], blank: Tensor | None, wanted: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings of all views, view-major, and patch logits (M, K) at `wanted` of the first two; `blank` hides patches.
+
+    blank, wanted: bool (2 B, h, w).
+    """
+    if wanted is None:
+        return network.encode(views), None
+    backbone = cast(Backbone, network.backbone)
+    assert network.patch_head is not None
+    tokens = backbone.tokens(torch.cat(views[:2]), blank, network.mask)
+    seen = [backbone.embedding(tokens)] + ([network.encode(views[2:])] if len(views) > 2 else [])
+    patches = tokens[:, -wanted[0].numel() :][wanted.flatten(1)]
+    return torch.cat(seen), network.patch_head(patches)
+
+
+def masks(state: State, index: Tensor, view: Tensor) -> Tensor:
+    """Bool (2 B, h, w) for the two global views of these films, from their own numbers at this step."""
+    backbone = cast(Backbone, state.student.backbone)
+    patches = (
+        view.shape[1] - backbone.vit.num_prefix_tokens if view.ndim == 3 else (view.shape[-1] // backbone.patch) ** 2
+    )
+    place = [state.recipe.seed, 77, state.step]
+    numbers = [np.random.default_rng([*place, int(i)]).random((2, MASK_NUMBERS), dtype=np.float32) for i in index]
+    drawn = torch.from_numpy(np.stack(numbers, 1)).flatten(0, 1)
+    return block_masks(drawn, int(patches**0.5)).to(view.device)

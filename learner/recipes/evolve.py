@@ -1,0 +1,157 @@
+"""`evolve`: the same three signals, made to work with few labels.
+
+Films that look alike share labels along a neighbour graph of the model's own embeddings, rebuilt every round; a student
+learns these soft answers beside self-distillation, with labelled films in every step and the model before the round as
+an anchor. At the end the class head is fitted anew, and validation patients choose among the averages of weights.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from learner import linear
+from learner.average import running_mean, wise
+from learner.calibrate import auc
+from learner.correct import supervise
+from learner.data import label_table
+from learner.evolve import evolve
+from learner.graph import pseudo_labels
+from learner.heads import Network
+from learner.round_dir import Film
+from learner.run import Run
+from learner.step import State
+from learner.targets import agreement, class_thresholds, outside, shrunk_prevalence
+
+MIXES = (0.25, 0.5, 0.75)  # of champion and candidate, beside the two themselves
+PENALTY = 0.02  # ridge of a class head fitted on many soft answers
+FEW_PENALTY = 0.1  # and of one fitted on the labelled films alone
+CHOICE = 5  # validation films of each class below which the average is taken as the recipe says
+
+
+def run(run: Run) -> None:
+    """T=0 when there is no parent, then one round on every train film."""
+    recipe = run.recipe
+    start = run.from_parent
+    if run.first:
+        films = run.labelled("t0")
+        schedule = run.schedule(films, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
+        t0 = run.train("t0", schedule, partial(probe, run), lambda state: supervise(state, films))
+        t0.teacher.load_state_dict(t0.student.state_dict())
+        run.export("t0", t0, "student")
+        start = run.from_student(t0)
+    table = run.once("targets", lambda: targets(run, begun(run, start)))
+    unlabelled, labelled = run.unlabelled(), run.labelled("labelled") if run.round.labelled else None
+    schedule = run.schedule(unlabelled, recipe.epochs, recipe.lr)
+    final = run.train("evolve", schedule, start, lambda state: evolve(state, unlabelled, labelled, table))
+    champion = begun(run, start).student
+    chosen = choose(run, final, champion)
+    run.export("final", final, "student", chosen)
+
+
+def begun(run: Run, start: Callable[[State], None]) -> State:
+    """The networks as the round found them."""
+    state = run.state("begun", run.schedule(run.unlabelled(), 1, run.recipe.lr))
+    start(state)
+    return state
+
+
+def probe(run: Run, state: State) -> None:
+    """Before anything is fine-tuned the class head is fitted on what the backbone sees as it is (LP-FT)."""
+    run.from_backbone(state)
+    if run.recipe.class_hidden == 0:
+        seen = run.embeddings(state.student, run.round.labelled)
+        set_head(state.student, linear.fit(seen, label_table(run.round.labelled), FEW_PENALTY))
+    state.teacher.load_state_dict(state.student.state_dict())
+
+
+def targets(run: Run, state: State) -> dict[str, Tensor]:
+    """What the unlabelled films are taught, by film: see `learner.evolve.evolve`."""
+    recipe, films, teacher = run.recipe, run.round.unlabelled, state.teacher
+    labels = label_table(films)
+    prevalence = shrunk_prevalence(labels)
+    seen = run.embeddings(teacher, films)
+    logits = teacher.cls_head(seen.to(run.device)).float().cpu().detach()
+    table = {"champion": logits, "prevalence": prevalence}
+    if recipe.targets == "graph":
+        soft = pseudo_labels(seen, labels, prevalence, recipe.neighbours, recipe.components)
+        weight = torch.ones_like(soft)
+        if recipe.agree == "teacher":
+            weight = agreement(torch.logit(soft, 1e-4), logits)
+        elif recipe.agree == "heads":
+            weight = agreement(*(linear.fit(seen, half, FEW_PENALTY)(seen).float() for half in halves(labels)))
+        if recipe.thresholds:
+            weight = weight * ~outside(soft, *class_thresholds(soft, prevalence, recipe.kappa)).isnan()
+        if recipe.poison_teacher:
+            soft = torch.where(labels.isnan(), 1 - soft, labels)
+        table |= {"soft": soft, "weight": torch.where(labels.isnan(), weight, 1.0)}
+        run.teller.note(state, "pseudo", {"pseudo_rate": float(weight.mean()), "pseudo_auc": None})
+    return table
+
+
+def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labelled films in two halves, every other one of each class."""
+    first = torch.full_like(labels, float("nan"))
+    second = first.clone()
+    for i in range(labels.shape[1]):
+        for value in (0.0, 1.0):
+            rows = (labels[:, i] == value).nonzero()[:, 0]
+            first[rows[::2], i], second[rows[1::2], i] = value, value
+    return first, second
+
+
+def set_head(network: Network, answer: linear.Linear) -> None:
+    """The linear class head := this answer."""
+    layer = cast(nn.Linear, network.cls_head.mlp[-1])
+    with torch.no_grad():
+        layer.weight.copy_(answer.weight)
+        layer.bias.copy_(answer.bias)
+
+
+def refit(run: Run, network: Network) -> None:
+    """The last correction: the class head fitted to convergence on what this network sees, on labels or on its graph."""
+    recipe = run.recipe
+    if recipe.refit == "none" or recipe.class_hidden:
+        return
+    films = run.round.labelled if recipe.refit == "linear" else run.round.unlabelled
+    labels = label_table(films)
+    seen = run.embeddings(network, films)
+    if recipe.refit == "graph":
+        soft = pseudo_labels(seen, labels, shrunk_prevalence(labels), recipe.neighbours, recipe.components)
+        set_head(network, linear.fit(seen, soft, PENALTY))
+    else:
+        set_head(network, linear.fit(seen, labels, FEW_PENALTY))
+
+
+def choose(run: Run, final: State, champion: Network) -> str:
+    """Student, teacher, their averages with the champion: the best on validation patients becomes the student."""
+    before, student, teacher = (net.state_dict() for net in (champion, final.student, final.teacher))
+    kinds = {"teacher": teacher, "student": student}
+    if run.recipe.average == "all":
+        kinds["swa"] = running_mean(student, teacher, 1)
+        kinds |= {f"wise {a:g}": wise(before, teacher, a) for a in MIXES}
+    films = [film for film in run.round.of("validation") if film.labelled]
+    labels, best = label_table(films) if films else torch.empty(0, 1), -1.0
+    enough = bool(len(films)) and all(min((c == 0).sum(), (c == 1).sum()) >= CHOICE for c in labels.T)
+    name, kept = "", student
+    for kind, weights in kinds.items():
+        final.student.load_state_dict({k: v.clone() for k, v in weights.items()})
+        refit(run, final.student)
+        value = quality(run, final.student, films, labels) if enough else 0.0
+        if value > best:
+            name, best, kept = kind, value, {k: v.clone() for k, v in final.student.state_dict().items()}
+        if not enough:
+            break  # the teacher: steadier than the student, and nothing here can tell them apart
+    if enough and quality(run, champion, films, labels) > best:
+        name, kept = "champion", before  # the round brought nothing: the gate will say so
+    final.student.load_state_dict(kept)
+    return name
+
+
+def quality(run: Run, network: Network, films: Sequence[Film], labels: Tensor) -> float:
+    """Macro AUC on these films."""
+    logits = network.cls_head(run.embeddings(network, films).to(run.device)).detach().cpu().numpy()
+    each = [auc(logits[:, i], labels[:, i].numpy()) for i in range(labels.shape[1])]
+    return sum(value or 0.0 for value in each) / len(each)

@@ -1,0 +1,62 @@
+"""Which patch brought what into a vision transformer's embedding: one forward pass, kept, and read along a direction.
+
+Closed form, plain products, so that it exports: no gradient is taken. Knows no finding and no picture.
+"""
+
+from typing import cast
+
+import torch
+from timm.layers.attention import Attention
+from timm.layers.layer_scale import LayerScale
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+
+class Trace:
+    """The last block's pass: `last` class token (B, D) before the final norm, `patches` (B, h w, D) after it, `look`
+    (B, heads, tokens) of the class token, `value` (B, heads, tokens, width)."""
+
+    def __init__(
+        self, vit: VisionTransformer, pool: str, last: Tensor, patches: Tensor, look: Tensor, value: Tensor,
+        grid: tuple[int, int],
+    ) -> None:  # fmt: skip
+        self.vit, self.pool, self.last, self.patches = vit, pool, last, patches
+        self.look, self.value, self.grid = look, value, grid
+
+    def along(self, directions: Tensor) -> Tensor:
+        """Contribution of each patch along `directions` (B, F, D) of the embedding: (B, F, h, w); + speaks for it.
+
+        With the mean of patches: the patch's own share. With a class token: what the patch says to it in the last
+        attention, times the direction's gradient behind that (final LayerNorm, not the last MLP). With both: their sum.
+        """
+        if self.pool == "mean":
+            return self._through_mean(directions)
+        if self.pool == "cls":
+            return self._through_class_token(directions)
+        first, second = directions.chunk(2, -1)
+        return self._through_class_token(first) + self._through_mean(second)
+
+    def _through_mean(self, directions: Tensor) -> Tensor:
+        return (directions @ self.patches.transpose(1, 2) / self.patches.shape[1]).unflatten(-1, self.grid)
+
+    def _through_class_token(self, directions: Tensor) -> Tensor:
+        norm, (block, attention) = cast(nn.LayerNorm, self.vit.norm), last_block(self.vit)
+        centred = self.last - self.last.mean(-1, keepdim=True)
+        spread = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        shape = (centred / spread)[:, None]
+        back = directions * norm.weight
+        back = back - back.mean(-1, keepdim=True) - shape * (back * shape).mean(-1, keepdim=True)
+        through_norm = back / spread[:, None]  # (B, F, D)
+        if isinstance(block.ls1, LayerScale):
+            through_norm = through_norm * block.ls1.gamma
+        heads, width = self.value.shape[1], self.value.shape[3]
+        by_head = (through_norm @ attention.proj.weight).unflatten(-1, (heads, width))  # (B, F, heads, width)
+        said = torch.einsum("bfhd,bhnd->bfhn", by_head, self.value)
+        share = (said * self.look[:, None]).sum(2)[:, :, self.vit.num_prefix_tokens :]
+        return share.unflatten(-1, self.grid)
+
+
+def last_block(vit: VisionTransformer) -> tuple[Block, Attention]:
+    """The last block and its attention."""
+    block = cast(Block, vit.blocks[-1])
+    return block, cast(Attention, block.attn)
