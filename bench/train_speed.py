@@ -232,7 +232,7 @@ def show(result: dict) -> None:
     print("ratio      {films_per_s:9.2f} {films_per_cpu_s:12.2f}".format(**result["ratio"]))
     print("products   {wall:9.2f} {cpu:12.2f}   alone, back to back".format(**result["ceiling_films_per_s"]))
     print("our share  {wall:9.0%} {cpu:12.0%}   of that".format(**result["share_of_ceiling"]))
-    for name, bar in result["bars"].items():
+    for name, bar in ((name, bar) for name, bar in result["bars"].items() if bar):
         print(f"bar {name}: {bar if not isinstance(bar, dict) else 'met' if bar['met'] else 'MISSED'}")
 
 
