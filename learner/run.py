@@ -50,7 +50,8 @@ class Run:
     def __init__(self, round_: Round) -> None:
         """Open the checkpoint, else the parent, else a backbone; raises a refusal (see `__main__`)."""
         self.round, self.checkpoint = round_, round_.folder / "checkpoint"
-        self.checkpoint.mkdir(exist_ok=True)
+        if ranks.is_first():
+            self.checkpoint.mkdir(exist_ok=True)
         self.device, self.dtype = prepare(round_.recipe)
         self.weights: dict[str, Tensor] | None = None
         self.banks: dict[bool, Bank] = {}
