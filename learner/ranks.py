@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 # Others wait here while rank 0 packs plates, scores or exports; a rank that dies is noticed at once by torchrun and by
 # its closed connections, so the limit only ends a hang, and may be longer than any night.
@@ -52,7 +54,13 @@ def joined() -> Iterator[None]:
     ctypes.CDLL(None).prctl(
         SET_PDEATHSIG, signal.SIGTERM
     )  # torchrun killed: checkpoint and leave, as the agent expects
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=LONGEST_WAIT)
+    store, place, count = next(iter(rendezvous("env://", timeout=LONGEST_WAIT)))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # On one machine torchrun keeps its store when it starts workers again, and in it the addresses of dead ones.
+        # Several machines count their restarts apart; there c10d makes a new store each time.
+        store = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=LONGEST_WAIT, store=store, rank=place, world_size=count)
     try:
         yield
     finally:
