@@ -1,13 +1,14 @@
-"""Commands about rounds of learning: run, resume, list, show, cancel."""
+"""Commands about rounds of learning: run, resume, list, show, follow, cancel."""
 
 import signal
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
 
-from agent import out, rounds, training
+from agent import out, rounds, seen, training
 from agent.cli_films import By, Config, Json, opened
 from agent.clockwork import next_window
 from agent.config import zone
@@ -138,11 +139,79 @@ def round_show(
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """One round."""
+    """One round: its state and verdict, phases and steps, newest losses and collapse monitors, its picture."""
     with out.errors(), opened(settings) as (site, ledger):
         row = rounds.get(ledger, name)
-        said = {**rounds.summary(ledger, row), "progress": rounds.progress(site, row["name"])}
-        out.as_json(said) if json_out else _print_round(said)
+        said = rounds.summary(ledger, row) | seen.learning(site.rounds / row["name"])
+        said["progress"] = rounds.progress(site, row["name"])
+        if json_out:
+            return out.as_json(said)
+        _print_round(said)
+        _print_learning(said)
+
+
+def _print_learning(said: dict[str, Any]) -> None:
+    monitors = (
+        f"{name} {_number(m['value'])}" + ("" if m["within"] else " (beyond its limit)")
+        for name, m in said["monitors"].items()
+    )
+    out.pairs(
+        [
+            ("phases", ", ".join(f"{p['phase']} {p['step']}/{p['steps']}" for p in said["phases"])),
+            ("losses", ", ".join(f"{name} {_number(value)}" for name, value in said["losses"].items())),
+            ("monitors", ", ".join(monitors)),
+            ("candidate", said["candidate"]),
+            ("figure", said["figure"]),
+        ]
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+@round_app.command("logs")
+def round_logs(
+    name: Annotated[
+        str | None, typer.Argument(metavar="ROUND", help="a round, or its bundle; else the one under way or the newest")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="go on until the round rests; Ctrl-C leaves")] = False,
+    settings: Config = None,
+    json_out: Json = False,
+) -> None:
+    """What the learner wrote in a round."""
+    with out.errors(), opened(settings) as (site, ledger):
+        row = rounds.get(ledger, name) if name else seen.newest(ledger)
+        if not row:
+            raise Problem("round logs: no round yet; `cxrloop round run --now` starts one")
+        if follow:
+            try:
+                row = _follow(site, ledger, row["name"], quiet=json_out)
+            except KeyboardInterrupt:
+                return
+        text = seen.log(site.rounds / row["name"]).decode(errors="replace")
+        if json_out:
+            out.as_json(
+                {"round": row["name"], "state": row["state"], "reason": row["reason"], "log": text.splitlines()}
+            )
+        elif not follow:
+            sys.stdout.write(text)
+        else:
+            out.logs.print(f"{row['name']} {row['state']}" + (f": {row['reason']}" if row["reason"] else ""))
+
+
+def _follow(site: Site, ledger: Ledger, name: str, quiet: bool) -> Row:
+    """The log on stdout as it grows; at a terminal the progress in a line under it."""
+
+    def write(new: bytes) -> None:
+        if new and not quiet:
+            sys.stdout.write(new.decode(errors="replace"))
+            sys.stdout.flush()
+
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        return seen.follow(site, ledger, name, write, lambda progress: None)
+    with out.logs.status(name) as line:  # it moves what goes to stdout above itself
+        return seen.follow(site, ledger, name, write, lambda progress: line.update(_progress(progress)))
 
 
 @round_app.command("cancel")

@@ -15,11 +15,12 @@ Watch = dict[str, int]  # monitor -> steps in a row beyond its limit; one that i
 
 @dataclass(frozen=True)
 class Limit:
-    """The range a monitor lives in, and what it means to leave it."""
+    """The range a monitor lives in, and what it means to leave it on either side."""
 
-    means: str
     low: float = -math.inf
     high: float = math.inf
+    below: str = ""
+    above: str = ""
 
     def holds(self, value: float) -> bool:
         return self.low <= value <= self.high
@@ -29,12 +30,12 @@ class Limit:
 # 20 steps and 1e-5 soon after; healthy rounds > 0.1; an untrained ViT-S 8e-3 of chest phantoms and 8e-4 of grey noise,
 # at an entropy of 0.9999: a network that has only begun must stay within its limits.
 LIMITS = {
-    "dino_gap": Limit("L_dino stands at ln K: every prototype gets the same answer", low=1e-5),
-    "teacher_entropy": Limit("the teacher's answers are all uniform, or have nothing left to sharpen", 1e-6, 0.99999),
-    "teacher_kl": Limit("the teacher's answer no longer depends on the film", low=1e-4),
-    "max_share": Limit("one prototype takes all films", high=0.99),
-    "cls_std": Limit("all films have the same embedding", low=1e-3),
-    "centre_norm": Limit("all prototypes point one way", high=0.9),
+    "dino_gap": Limit(low=1e-5, below="L_dino stands at ln K: every prototype gets the same answer"),
+    "teacher_entropy": Limit(1e-6, 0.99999, "nothing is left to sharpen", "the teacher's answers are uniform"),
+    "teacher_kl": Limit(low=1e-4, below="the teacher's answer no longer depends on the film"),
+    "max_share": Limit(high=0.99, above="one prototype takes all films"),
+    "cls_std": Limit(low=1e-3, below="all films have the same embedding"),
+    "centre_norm": Limit(high=0.9, above="all prototypes point one way"),
 }
 
 
@@ -58,5 +59,5 @@ def reason(watch: Watch, shown: Mapping[str, float]) -> str | None:
 
 def _told(name: str, shown: Mapping[str, float]) -> str:
     limit, value = LIMITS[name], shown.get(name, math.nan)
-    side = f"above {limit.high:g}" if value > limit.high else f"below {limit.low:g}"
-    return f"{name} {value:.3g} is {side}, {limit.means}"
+    side = f"above {limit.high:g}, {limit.above}" if value > limit.high else f"below {limit.low:g}, {limit.below}"
+    return f"{name} {value:.3g} is {side}"

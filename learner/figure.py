@@ -5,230 +5,200 @@ Knows no torch and no network; matplotlib is loaded when something is drawn, not
 """
 
 import argparse
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from learner.collapse import LIMITS
 from learner.curves import Curves, Phase, correcting, read
+from learner.round_dir import read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
+    from matplotlib.figure import Figure, SubFigure
 
 INK, RED, GREY, PALE = "#1f4e79", "#b3261e", "#6b6b6b", "#eef2f7"
 POINTS = 300  # of a curve: beyond that a point is the mean of several steps, and a band shows their range
 FLOOR = 1e-7  # what a logarithmic strip shows as nought
-STRIP, HEAD, WIDTH = 0.95, 1.25, 13.0  # inches
+STRIP, HEAD, LINE, WIDTH = 1.0, 0.6, 0.19, 13.0  # inches: a strip, the title, a line of the reason, the page
+WRAP = 150  # letters of the reason in one line
 WORDS = {
     "lr": "learning rate",
-    "momentum": "teacher momentum",
-    "dino_gap": "|L_dino / ln K - 1|",
-    "teacher_entropy": "teacher entropy / ln K",
-    "teacher_kl": "KL(teacher || mean teacher), nats",
-    "max_share": "share of the largest prototype",
-    "cls_std": "deviation of CLS between films, x sqrt D",
-    "centre_norm": "centre norm / sqrt K",
-    "pseudo_rate": "pseudo-labels: share of (film, finding) labelled",
-    "pseudo_auc": "pseudo-labels: AUC against hidden labels",
+    "momentum": "momentum of the teacher",
+    "dino_gap": "|L_dino / ln K - 1|: 0 = every prototype gets the same answer",
+    "teacher_entropy": "entropy of the teacher's answers / ln K: 1 = uniform, 0 = one prototype a film",
+    "teacher_kl": "KL(teacher || mean teacher), nats: 0 = the answer says nothing of the film",
+    "max_share": "share of the largest prototype: 1 = one takes all films",
+    "cls_std": "deviation of CLS between films, times sqrt D: 0 = all films look alike",
+    "centre_norm": "norm of the centre / sqrt K: 1 = all prototypes point one way",
+    "pseudo_rate": "pseudo-labels: share of (film, finding) pairs that have one",
+    "pseudo_auc": "pseudo-labels: macro AUC against the hidden labels",
+    "auc": "macro AUC on validation patients",
 }
 LOG = ("dino_gap", "teacher_kl", "cls_std", "max_share")  # where trouble is a matter of magnitude
+NO_PSEUDO, NO_MONITOR = "no pseudo-labels in this recipe", "no collapse monitors: nothing was distilled"
 
 
 def draw(folder: Path) -> Path:
-    """Write `round.png` into a round folder and return its path; whatever the round has not measured is left blank."""
+    """Write `round.png` into a round folder, whole or not at all, and return its path."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = read(folder)
-    left = [*curves.losses, *(key for key in ("lr", "momentum") if any(key in row for row in curves.rows))]
-    quality = [key for key in ("pseudo_rate", "pseudo_auc") if any(note.get(key) is not None for note in curves.notes)]
-    right = [*LIMITS, *(quality or ["pseudo_rate"])]
-    tall = max(len(left), len(right), 1)
+    curves, manifest, result = read(folder), read_json(folder / "manifest.json"), read_json(folder / "result.json")
+    measured = {key for row in (*curves.rows, *curves.notes) for key, value in row.items() if value is not None}
+    left = [*curves.losses, *(key for key in ("lr", "momentum", "auc") if key in measured)]
+    right = [key for key in LIMITS if key in measured] or [NO_MONITOR]
+    right += [key for key in ("pseudo_rate", "pseudo_auc") if key in measured] or [NO_PSEUDO]
+    reason = fill(result.get("reason") or "", WRAP)
+    head = HEAD + LINE * len(reason.splitlines())
+    tall = max(len(left), len(right))
+    high = head + STRIP * tall
     with plt.rc_context({"font.size": 9, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY}):
-        figure = plt.figure(figsize=(WIDTH, HEAD + STRIP * tall), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.03, hspace=0.0, rect=(0, 0, 1, 1 - HEAD * 0.55 / (HEAD + STRIP * tall)))  # type: ignore[union-attr]
-        _title(figure, folder, curves)
-        halves = figure.subfigures(1, 2)
-        for half, names in zip(halves, (left, right), strict=True):
-            _column(half, names, tall, curves, _prototypes(folder))
-        path = folder / "round.png"
-        temp = folder / ".round.png"
-        figure.savefig(temp, dpi=130, format="png")
+        figure = plt.figure(figsize=(WIDTH, high), layout="constrained")
+        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - head / high))  # type: ignore[union-attr]
+        _title(figure, manifest, result, reason, len(curves.rows))
+        for half, names in zip(figure.subfigures(1, 2, squeeze=False)[0], (left, right), strict=True):
+            _column(half, names, tall, curves, manifest.get("recipe", {}).get("prototypes"))
+        temp, path = folder / ".round.png", folder / "round.png"
+        figure.savefig(temp, dpi=120, format="png")
         plt.close(figure)
     temp.replace(path)
     return path
 
 
-def _title(figure: Any, folder: Path, curves: Curves) -> None:
-    manifest, result = _json(folder / "manifest.json"), _json(folder / "result.json")
+def _title(figure: "Figure", manifest: dict[str, Any], result: dict[str, Any], reason: str, steps: int) -> None:
+    """Round, recipe and state; why it stopped; how much it saw."""
     state = result.get("state", "unfinished")
-    about = [
-        f"{result[key]:,} {word}".replace(",", " ")
-        for key, word in (("unlabelled", "films"), ("labelled", "of them labelled"))
-        if result.get(key)
-    ]
-    about += [f"{len(curves.rows):,} steps".replace(",", " ")] if curves.rows else ["no step was taken"]
+    colour = RED if state == "stopped" else "black"
+    about = [f"{result[key]:,} {words}" for key, words in (("unlabelled", "films"), ("labelled", "of them labelled")) if result.get(key)]  # fmt: skip
+    about += [f"{steps:,} steps" if steps else "no step was taken"]
     about += [f"{timedelta(seconds=round(result['seconds']))} h"] if result.get("seconds") else []
-    stopped = state == "stopped"
-    recipe = manifest.get("recipe", {}).get("name", "")
     high = figure.get_figheight()
-    figure.text(0.012, 1 - 0.16 / high, f"{manifest.get('round', folder.name)}  {recipe}: {state}", fontsize=14, va="top",
-                fontweight="bold", color=RED if stopped else "black")  # fmt: skip
-    figure.text(0.988, 1 - 0.2 / high, ", ".join(about), color=GREY, va="top", ha="right")
-    if result.get("reason"):
-        figure.text(0.012, 1 - 0.47 / high, _wrapped(result["reason"]), color=RED if stopped else GREY, va="top")
-
-
-def _wrapped(text: str, width: int = 190) -> str:
-    return text if len(text) <= width else text[: width - 1].rsplit(" ", 1)[0] + " ..."
+    name = f"{manifest.get('round', 'round')} {manifest.get('recipe', {}).get('name', '')}: {state}"
+    figure.text(0.01, 1 - 0.15 / high, name, fontsize=14, fontweight="bold", va="top", color=colour)
+    figure.text(0.99, 1 - 0.2 / high, ", ".join(about), color=GREY, va="top", ha="right")
+    figure.text(0.01, 1 - 0.48 / high, reason, color=colour, va="top", linespacing=1.3)
 
 
 def _column(half: "SubFigure", names: Sequence[str], tall: int, curves: Curves, prototypes: int | None) -> None:
-    grid = half.subplots(tall, 1, sharex=True, squeeze=False)[:, 0]
-    for axis, name in zip(grid, names, strict=False):
-        _strip(axis, name, curves, prototypes)
-    for axis in grid[len(names) :]:
-        axis.set_visible(False)
-    bottom = grid[len(names) - 1] if names else grid[0]
-    bottom.tick_params(labelbottom=True)
-    bottom.set_xlabel("optimiser steps, corrections included", color=GREY)
+    """A ribbon with the names of the phases, and the strips under it."""
+    ratios = [0.22] + [1.0] * tall
+    grid = half.subplots(tall + 1, 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+    for axis in grid:
+        axis.set_xlim(0, max(1, len(curves.rows)))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelbottom=False, labelsize=8, length=2)
+        for place, phase in enumerate(curves.phases):
+            shade = PALE if place % 2 == 0 else "white"
+            axis.axvspan(phase.begin, phase.begin + len(phase.rows), color=shade, linewidth=0, zorder=0)
+    grid[0].set_yticks([])
+    grid[0].set_xticks([])
+    grid[0].spines[:].set_visible(False)
     for phase in curves.phases:
-        words = f"{phase.name} {phase.step}/{phase.steps}"
-        grid[0].annotate(words, (phase.begin, 1), xycoords=("data", "axes fraction"), xytext=(2, 3),
-                         textcoords="offset points", color=INK, fontsize=9, fontweight="bold")  # fmt: skip
+        wide = len(phase.rows) / max(1, len(curves.rows))
+        words = f"{phase.name} {phase.step:,}/{phase.steps:,}" if wide > 0.22 else phase.name if wide > 0.07 else ""
+        middle = phase.begin + len(phase.rows) / 2
+        grid[0].text(middle, 0.5, words, color=INK, fontweight="bold", ha="center", va="center")
+    for axis, name in zip(grid[1:], names, strict=False):
+        _strip(axis, name, curves, prototypes)
+    for axis in grid[len(names) + 1 :]:
+        axis.set_visible(False)
+    last = grid[len(names)]
+    last.tick_params(labelbottom=True)
+    last.locator_params(axis="x", integer=True)
+    last.set_xlabel("optimiser steps, corrections included", color=GREY)
 
 
 def _strip(axis: "Axes", name: str, curves: Curves, prototypes: int | None) -> None:
-    """One named curve over all steps, the phases shaded behind it."""
-    total = max(1, len(curves.rows))
-    axis.set_xlim(0, total)
-    for place, phase in enumerate(curves.phases):
-        axis.axvspan(phase.begin, phase.begin + len(phase.rows), color=PALE if place % 2 == 0 else "white", linewidth=0)
-        if phase.begin:
-            axis.axvline(phase.begin, color=GREY, linewidth=0.5)
+    """One named curve over all steps, or the words of a strip that has none."""
+    if name in (NO_MONITOR, NO_PSEUDO):
+        axis.set_yticks([])
+        axis.text(0.5, 0.5, name, transform=axis.transAxes, ha="center", va="center", color=GREY)
+        return
     if name in LOG:
         axis.set_yscale("log")
-    shown = _notes(axis, name, curves) if name.startswith("pseudo") else _curve(axis, name, curves)
-    if name in LIMITS and shown:
+    else:
+        axis.ticklabel_format(useOffset=False)
+    ended = _notes(axis, name, curves) if any(name in note for note in curves.notes) else _curve(axis, name, curves)
+    if name in LIMITS:
         _limits(axis, name)
-    if name == "dino" and prototypes and shown:
+    title = WORDS.get(name, name)
+    if name == "dino" and prototypes:
         axis.axhline(math.log(prototypes), color=GREY, linewidth=0.8, linestyle=":")
-        axis.annotate(f"ln K = {math.log(prototypes):.2f}", (1, math.log(prototypes)), xycoords=("axes fraction", "data"),
-                      xytext=(-3, 2), textcoords="offset points", ha="right", color=GREY, fontsize=7.5)  # fmt: skip
-    if not shown:
-        axis.set_yticks([])
-        axis.text(0.5, 0.5, _absent(name), transform=axis.transAxes, ha="center", va="center", color=GREY)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelbottom=False, labelsize=8, length=2)
-    axis.set_title(WORDS.get(name, name), loc="left", fontsize=9, pad=-10, x=0.008, y=1, color="black")
+        title = f"dino (dotted: ln K = {math.log(prototypes):.2f})"
+    if name in curves.losses and any(True in correcting(phase.rows) for phase in curves.phases):
+        title += "; dots: corrections" if any(_points(phase, name, True)[0].size for phase in curves.phases) else ""
+    axis.set_title(title, loc="left", fontsize=8.5, pad=3)
+    bad = name in LIMITS and not LIMITS[name].holds(ended)
+    axis.set_title(f"{ended:.3g}", loc="right", fontsize=9, pad=3, fontweight="bold", color=RED if bad else INK)
 
 
-def _absent(name: str) -> str:
-    return "no pseudo-labels in this recipe" if name.startswith("pseudo") else "not measured in this round"
-
-
-def _curve(axis: "Axes", name: str, curves: Curves) -> bool:
-    """The steps' curve, and the corrections' as dots of their own; False when nothing was measured."""
-    shown, ended = False, None
+def _curve(axis: "Axes", name: str, curves: Curves) -> float:
+    """The steps as a curve and the corrections as dots of their own; the newest value."""
+    ended = math.nan
     for phase in curves.phases:
-        corrects = correcting(phase.rows)
-        x, y = _points(phase, name, corrects, False)
-        if len(x):
-            _line(axis, x, _positive(y, name), name)
-            shown, ended = True, (x[-1], y[-1])
-        x, y = _points(phase, name, corrects, True)
-        if len(x):
-            _, y, _, _ = _binned(x, _positive(y, name))
-            axis.plot(_, y, ".", color=GREY, markersize=2.5, zorder=1)
-            shown = True
-    if ended and math.isfinite(ended[1]):
-        axis.annotate(f"{ended[1]:.3g}", (1, 1), xycoords="axes fraction", xytext=(-3, -3), textcoords="offset points",
-                      ha="right", va="top", color=_colour(name, ended[1]), fontweight="bold")  # fmt: skip
-    return shown
+        x, y, low, high = _binned(*_points(phase, name, False))
+        lowest = FLOOR if name in LOG else -math.inf
+        axis.fill_between(x, low.clip(lowest), high.clip(lowest), color=INK, alpha=0.18, linewidth=0)
+        axis.plot(x, y.clip(lowest), color=INK, linewidth=1.2, marker="." if len(x) == 1 else None)
+        if name in LIMITS:
+            beyond = np.array([not LIMITS[name].holds(value) for value in y], bool)
+            axis.plot(x[beyond], y[beyond].clip(lowest), ".", color=RED, markersize=4)
+        ended = y[-1] if len(y) else ended
+        if name in curves.losses:
+            x, y, _, _ = _binned(*_points(phase, name, True))
+            axis.plot(x, y, ".", color=GREY, markersize=2.5, zorder=1)
+    return ended
 
 
-def _points(phase: Phase, name: str, corrects: list[bool], wanted: bool) -> tuple[np.ndarray, np.ndarray]:
+def _notes(axis: "Axes", name: str, curves: Curves) -> float:
+    """What was noted between steps, in [0, 1]; the newest value."""
+    x, y = zip(*((note["at"], note[name]) for note in curves.notes if note.get(name) is not None), strict=True)
+    axis.plot(x, y, color=INK, marker="o", markersize=3.5, linewidth=1.2, clip_on=False)
+    axis.set_ylim(0, 1)
+    if name.endswith("auc"):
+        axis.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+    return y[-1]
+
+
+def _points(phase: Phase, name: str, corrections: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Place and value of a phase's own steps, or of the corrections among them."""
     kept = [
         (phase.begin + place + 0.5, row[name])
-        for place, (row, is_one) in enumerate(zip(phase.rows, corrects, strict=True))
-        if is_one is wanted and row.get(name) is not None
+        for place, (row, is_one) in enumerate(zip(phase.rows, correcting(phase.rows), strict=True))
+        if is_one is corrections and row.get(name) is not None
     ]
     x, y = np.array(kept, float).reshape(-1, 2).T
     return x, y
 
 
-def _line(axis: "Axes", x: np.ndarray, y: np.ndarray, name: str) -> None:
-    x, y, low, high = _binned(x, y)
-    axis.fill_between(x, low, high, color=INK, alpha=0.18, linewidth=0)
-    axis.plot(x, y, color=INK, linewidth=1.2, marker="." if len(x) == 1 else None)
-    if name in LIMITS:
-        beyond = np.array([not LIMITS[name].holds(value) for value in y])
-        axis.plot(x[beyond], y[beyond], ".", color=RED, markersize=4)
-
-
 def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """At most POINTS groups of neighbours: mean place, mean, least and greatest value of each."""
-    groups = np.array_split(np.arange(len(x)), min(len(x), POINTS))
-    pick: Callable[[Any, np.ndarray], np.ndarray] = lambda how, of: np.array([how(of[g]) for g in groups])  # noqa: E731
-    return pick(np.mean, x), pick(np.mean, y), pick(np.min, y), pick(np.max, y)
-
-
-def _positive(y: np.ndarray, name: str) -> np.ndarray:
-    return y.clip(min=FLOOR) if name in LOG else y
-
-
-def _colour(name: str, value: float) -> str:
-    return RED if name in LIMITS and not LIMITS[name].holds(value) else INK
+    groups = np.array_split(np.arange(len(x)), min(len(x), POINTS)) if len(x) else []
+    table = [(x[g].mean(), y[g].mean(), y[g].min(), y[g].max()) for g in groups]
+    places, means, low, high = np.array(table, float).reshape(-1, 4).T
+    return places, means, low, high
 
 
 def _limits(axis: "Axes", name: str) -> None:
-    """The limits as dashed lines, with everything beyond them tinted; the strip is made to show them."""
+    """The limits as dashed lines with everything beyond them tinted; the strip is made to hold them."""
     limit = LIMITS[name]
-    low, high = axis.get_ylim()
-    if name not in LOG:
-        low, high = -0.06, 1.06
-    for edge, far in ((limit.low, -1), (limit.high, 1)):
+    low, high = axis.get_ylim() if name in LOG else (-0.05, 1.05)
+    if name in LOG:
+        low = min(low, limit.low / 10) if math.isfinite(limit.low) else low / 1.5
+        high = max(1.5 * high, limit.high * 1.5) if math.isfinite(limit.high) else 1.5 * high
+    for edge, far in ((limit.low, low), (limit.high, high)):
         if math.isfinite(edge):
-            low, high = (
-                (min(low, edge / 5), high)
-                if far < 0 and name in LOG
-                else (low, max(high, edge * 1.6))
-                if name in LOG
-                else (low, high)
-            )
             axis.axhline(edge, color=RED, linewidth=0.9, linestyle="--")
-            axis.axhspan(edge, high if far > 0 else low, color=RED, alpha=0.07, linewidth=0)
+            axis.axhspan(*sorted((edge, far)), color=RED, alpha=0.08, linewidth=0)
     axis.set_ylim(low, high)
-
-
-def _notes(axis: "Axes", name: str, curves: Curves) -> bool:
-    kept = [(note["at"], note[name]) for note in curves.notes if note.get(name) is not None]
-    if not kept:
-        return False
-    x, y = zip(*kept, strict=True)
-    axis.plot(x, y, color=INK, marker="o", markersize=3.5, linewidth=1.2)
-    axis.set_ylim(-0.05, 1.05)
-    if name == "pseudo_auc":
-        axis.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-    axis.annotate(f"{y[-1]:.3g}", (1, 1), xycoords="axes fraction", xytext=(-3, -3), textcoords="offset points",
-                  ha="right", va="top", color=INK, fontweight="bold")  # fmt: skip
-    return True
-
-
-def _prototypes(folder: Path) -> int | None:
-    return _json(folder / "manifest.json").get("recipe", {}).get("prototypes")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -113,8 +113,8 @@ def test_a_run_is_collapsed_after_its_patience_and_not_a_step_before():
         watch = collapse.count(watch, shown)
         said = collapse.reason(watch, shown)
         limit = collapse.LIMITS[name]
-        assert said.startswith(f"collapse: {name} {bad:.3g} is ")
-        assert f"{limit.low if bad < limit.low else limit.high:g}, {limit.means}" in said
+        side = f"below {limit.low:g}, {limit.below}" if bad < limit.low else f"above {limit.high:g}, {limit.above}"
+        assert said.startswith(f"collapse: {name} {bad:.3g} is {side}")
 
 
 def test_one_healthy_step_starts_the_patience_anew():
