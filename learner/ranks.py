@@ -7,6 +7,8 @@ a step go over `add_up` and `mean`, decisions over `gather`, so that all ranks d
 import ctypes
 import os
 import signal
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,12 +17,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 # Others wait here while rank 0 packs plates, scores or exports; a rank that dies is noticed at once by torchrun and by
 # its closed connections, so the limit only ends a hang, and may be longer than any night.
 LONGEST_WAIT = timedelta(hours=24)
+POLL_S = 0.05
 SET_PDEATHSIG = 1  # of prctl(2)
 
 Plain = TypeVar("Plain")
@@ -55,16 +58,39 @@ def joined() -> Iterator[None]:
         SET_PDEATHSIG, signal.SIGTERM
     )  # torchrun killed: checkpoint and leave, as the agent expects
     store, place, count = next(iter(rendezvous("env://", timeout=LONGEST_WAIT)))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # On one machine torchrun keeps its store when it starts workers again, and in it the addresses of dead ones.
-        # Several machines count their restarts apart; there c10d makes a new store each time.
-        store = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = PrefixStore(_fresh_name(store, place, count), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT, store=store, rank=place, world_size=count)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _fresh_name(store: Store, place: int, count: int) -> str:
+    """A name that rank 0 gives this start of the workers, known to all of them when this returns.
+
+    torchrun keeps its store when it starts workers again, and in it the addresses of dead ones; its count of restarts
+    differs between machines. So each rank greets with a word of its own and takes the answer to that word only.
+    """
+    mine = uuid.uuid4().hex
+    if place:
+        store.set(f"hello {place}", mine)
+        answer = ["", ""]
+        while answer[0] != mine:
+            time.sleep(POLL_S)
+            if store.check([f"welcome {place}"]):
+                answer = store.get(f"welcome {place}").decode().split()
+        store.set(f"{answer[1]} has {place}", "")
+        return answer[1]
+    missing = set(range(1, count))
+    while missing:
+        for other in missing:
+            if store.check([f"hello {other}"]):
+                store.set(f"welcome {other}", f"{store.get(f'hello {other}').decode()} {mine}")
+        time.sleep(POLL_S)
+        missing = {other for other in missing if not store.check([f"{mine} has {other}"])}
+    return mine
 
 
 def world() -> int:
