@@ -1,5 +1,6 @@
 """Rounds of the recipes pseudo-label and kd: between two kinds of network, resumed at any step, and without any leak."""
 
+import inspect
 import json
 import os
 import signal
@@ -327,6 +328,14 @@ def test_best_epoch_is_kept_and_the_first_of_equals(tmp_path):
     run.teller.close()
 
 
+def test_macro_auc_is_the_mean_over_findings_with_both_classes():
+    scores = np.array([[0.1, 0.9, 0.5], [0.9, 0.1, 0.6], [0.5, 0.5, 0.7]])
+    labels = np.array([[0, 1, 1], [1, 0, 1], [np.nan, 1, 1]], float)
+    assert pseudo_label.macro_auc(scores, labels) == 1.0
+    assert pseudo_label.macro_auc(scores[:, ::-1], 1 - labels[:, ::-1]) == 0.0
+    assert pseudo_label.macro_auc(scores[:, 2:], labels[:, 2:]) is None
+
+
 def kd_step(run, feeds, teacher=None, **recipe):
     """One step of a student beside its own copy as teacher; the losses, and the student after it."""
     run.recipe = replace(run.recipe, drop_path=0.0, **recipe)
@@ -447,6 +456,11 @@ MUTATIONS = [
     ),
     ("test_answers_are_the_mean_over_crops_that_are_mirrored_only_where_films_are", "learner.recipes.pseudo_label.ten_crop", always_ten),
     ("test_best_epoch_is_kept_and_the_first_of_equals", "learner.recipes.pseudo_label.keep_best", latest),
+    (
+        "test_macro_auc_is_the_mean_over_findings_with_both_classes",
+        "learner.recipes.pseudo_label.auc",
+        lambda scores, labels: 0.5,
+    ),
     ("test_films_without_a_label_bring_answers_only", "learner.recipes.kd.teaching", unshared),
     ("test_step_in_parts_costs_what_the_whole_costs", "learner.recipes.kd.share_of", lambda batch, part: 1.0),
     (
@@ -466,6 +480,7 @@ MUTATIONS = [
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(monkeypatch, tmp_path, test, attribute, wrong):
     monkeypatch.setattr(attribute, wrong)
-    given = {"flip": False} if "mirrored" in test else {}
+    given = {"tmp_path": tmp_path, "flip": False}
+    wanted = inspect.signature(globals()[test]).parameters
     with pytest.raises(AssertionError):
-        globals()[test](tmp_path, **given)
+        globals()[test](**{name: given[name] for name in wanted})

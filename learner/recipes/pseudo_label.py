@@ -7,9 +7,11 @@ patients is kept. Prevalence comes from labelled films, and a network that is as
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from learner import ranks
 from learner.backbone import Backbone
 from learner.calibrate import auc
 from learner.correct import Feed, supervise
@@ -69,10 +71,9 @@ def learn(run: Run, phase: str, feed: Feed, schedule: Schedule, start: Callable[
     def tick(state: State) -> Losses:
         losses = supervise(state, feed)
         if films and state.step % schedule.steps_per_epoch == 0:
-            scores = answers(run, state.student, films).numpy()
-            known = [value for i in range(len(labels[0])) if (value := auc(scores[:, i], labels[:, i])) is not None]
-            if known:
-                keep_best(run, state, sum(known) / len(known))
+            value = ranks.by_first(lambda: macro_auc(answers(run, state.student, films).numpy(), labels))
+            if value is not None:
+                keep_best(run, state, value)
         return losses
 
     state = run.train(phase, schedule, start, tick)
@@ -81,6 +82,12 @@ def learn(run: Run, phase: str, feed: Feed, schedule: Schedule, start: Callable[
     state.teacher.load_state_dict(state.student.state_dict())
     state.extra = {}
     return state
+
+
+def macro_auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """Mean AUC over the findings of (N, F) that have films of both classes; None without any."""
+    known = [value for i in range(labels.shape[1]) if (value := auc(scores[:, i], labels[:, i])) is not None]
+    return sum(known) / len(known) if known else None
 
 
 def keep_best(run: Run, state: State, value: float) -> None:
