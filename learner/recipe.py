@@ -154,7 +154,7 @@ MAY_BE_ZERO = {
 }
 
 # labels and answers alone: no prototype head, no crops, and the grey levels that ImageNet networks know
-_ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0}
+_ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0, "init": "mimetic"}  # that also wakes the class head
 _GREY = {"mean": 0.449, "std": 0.226}
 
 RECIPES: dict[str, Recipe] = {
