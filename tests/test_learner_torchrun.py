@@ -15,6 +15,7 @@ import torch
 
 from learner.checkpoint import read_file
 from learner.round_dir import RoundBusy, held
+from tests.conftest import free_port
 from tests.learner_site import make_round, read_manifest, result, write_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +121,19 @@ def test_a_worker_that_is_killed_is_started_again_and_nothing_is_lost(alone, cop
     assert difference(alone, copy) <= 1e-6, f"killed rank {rank} after {at} steps"
     assert result(copy)["state"] == "trained"
     assert steps(copy) == steps(alone)
+
+
+def test_two_torchruns_as_on_two_machines_share_a_round_and_both_begin_again_when_a_worker_of_one_dies(alone, copy):
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test"]
+    each = [TORCHRUN[0], "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", *meet, "--local-addr"]
+    other = learner(copy, [*each, "127.0.0.2"])
+    first = learner(copy, [*each, "127.0.0.1"])
+    wait_until(lambda: steps(copy) >= 2, first, copy)
+    os.kill(workers(other)[1], signal.SIGKILL)
+    finished(first, copy)
+    finished(other, copy)
+    assert difference(alone, copy) <= 1e-6
+    assert result(copy)["state"] == "trained"
 
 
 def test_sigterm_of_torchrun_leaves_a_checkpoint_within_twenty_seconds(copy):
