@@ -110,6 +110,8 @@ def _column(half: "SubFigure", names: Sequence[str], tall: int, curves: Curves, 
         _strip(axis, name, curves, prototypes)
     for axis in grid[len(names) + 1 :]:
         axis.set_visible(False)
+    if not names:
+        return
     last = grid[len(names)]
     last.tick_params(labelbottom=True)
     last.locator_params(axis="x", integer=True)
