@@ -31,13 +31,13 @@ from learner.distill import DinoLoss
 from learner.export import write_parts
 from learner.heads import Network, make_network
 from learner.machine import prepare
-from learner.mimetic import mimic_trained
 from learner.optim import Schedule, make_optimiser, make_schedule
 from learner.progress import Paused, Teller
 from learner.recipe import Recipe
 from learner.round_dir import Film, ManifestError, Round
 from learner.selfsup import PatchLoss
 from learner.shard import Shard, open_shard
+from learner.start import from_weights
 from learner.step import Losses, State, Tick, walk
 from learner.tokens import Bank, TokenFilms, open_bank
 
@@ -185,6 +185,8 @@ class Run:
 
     # -- where networks begin
 
+    from_weights = staticmethod(from_weights)
+
     def from_backbone(self, state: State) -> None:
         """Student := the pretrained backbone, else shaped or plain random weights; the teacher copies it.
 
@@ -197,24 +199,6 @@ class Run:
                     f"the parent is {self.plan}, the backbone {plan}; give the one the parent began with"
                 )
         self.from_weights(self.weights)(state)
-
-    @staticmethod
-    def from_weights(weights: dict[str, Tensor] | None) -> Callable[[State], None]:
-        """Student := these weights of its backbone, None = shaped or plain random ones; the teacher copies it."""
-
-        def start(state: State) -> None:
-            student = state.student
-            if weights:
-                student.backbone.load(weights)
-            elif state.recipe.init == "mimetic":
-                mimic_trained(student.backbone)
-            if weights or state.recipe.init == "mimetic":
-                for layer in student.cls_head.mlp:
-                    if isinstance(layer, nn.Linear):
-                        layer.reset_parameters()  # DINO's .02 start keeps a three-layer head asleep for hundreds of steps
-            state.teacher.load_state_dict(student.state_dict())
-
-        return start
 
     def from_parent(self, state: State) -> None:
         """Student := the parent's student, teacher := the parent's teacher; raises CheckpointError."""
