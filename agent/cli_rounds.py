@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -93,6 +93,8 @@ def _finish(
 
 
 def _progress(p: dict[str, Any]) -> str:
+    if p.get("steps") == 1:  # an export
+        return str(p.get("phase"))
     left = f", {p['eta_s']:.0f} s left" if p.get("eta_s") is not None else ""
     loss = f", loss {p['loss']:.4f}" if p.get("loss") is not None else ""
     return f"{p.get('phase')}: step {p.get('step')} of {p.get('steps')}{loss}{left}"
@@ -110,7 +112,7 @@ def _clock(site: Site, text: str) -> datetime:
     return found
 
 
-def _print_round(said: dict[str, Any]) -> None:
+def _print_round(said: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> None:
     line = said["verdict"]["line"] if said["verdict"] else said["reason"]
     out.pairs(
         [
@@ -118,6 +120,7 @@ def _print_round(said: dict[str, Any]) -> None:
             ("bundle", said["bundle"]),
             ("learnt from", f"{said['unlabelled']} films, {said['labelled']} of them labelled"),
             ("seconds", said["seconds"]),
+            *more,
         ]
     )
 
@@ -146,24 +149,23 @@ def round_show(
         said["progress"] = rounds.progress(site, row["name"])
         if json_out:
             return out.as_json(said)
-        _print_round(said)
-        _print_learning(said)
+        _print_round(said, _learning(said))
 
 
-def _print_learning(said: dict[str, Any]) -> None:
+def _learning(said: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the learner measured, as far as it has."""
     monitors = (
         f"{name} {_number(m['value'])}" + ("" if m["within"] else " (beyond its limit)")
         for name, m in said["monitors"].items()
     )
-    out.pairs(
-        [
-            ("phases", ", ".join(f"{p['phase']} {p['step']}/{p['steps']}" for p in said["phases"])),
-            ("losses", ", ".join(f"{name} {_number(value)}" for name, value in said["losses"].items())),
-            ("monitors", ", ".join(monitors)),
-            ("candidate", said["candidate"]),
-            ("figure", said["figure"]),
-        ]
-    )
+    rows = [
+        ("phases", ", ".join(f"{p['phase']} {p['step']}/{p['steps']}" for p in said["phases"])),
+        ("losses", ", ".join(f"{name} {_number(value)}" for name, value in said["losses"].items())),
+        ("monitors", ", ".join(monitors)),
+        ("candidate", said["candidate"]),
+        ("figure", said["figure"]),
+    ]
+    return [row for row in rows if row[1]]
 
 
 def _number(value: float | None) -> str:
