@@ -202,7 +202,7 @@ def test_logs_are_followed_until_the_round_rests_and_show_says_what_it_did(label
     wait_until((folder / "progress.json").exists, running)
     following = cxrloop(site, "round", "logs", "--follow")
     leaving = cxrloop(site, "round", "logs", "r0001", "--follow")
-    time.sleep(3)
+    assert leaving.stdout and leaving.stdout.readline()  # it is at it
     leaving.send_signal(signal.SIGINT)
     assert leaving.communicate(timeout=30)[1] == "" and leaving.returncode == 0
     log, last = following.communicate(timeout=240)
