@@ -15,11 +15,12 @@ from pathlib import Path
 from learner import ranks
 from learner.backbone import BackboneError
 from learner.checkpoint import CheckpointError
+from learner.figure import draw
 from learner.progress import Paused
 from learner.round_dir import PAUSED, STOPPED, TRAINED, ManifestError, RoundBusy, held, load, write_json
 from learner.run import Run
-from learner.shard import remove_shard
 from learner.step import Stopped
+from learner.tokens import remove_caches
 
 CODES = {"trained": TRAINED, "paused": PAUSED, "stopped": STOPPED}
 REFUSALS = (ManifestError, BackboneError, CheckpointError, Stopped)  # known reasons; anything else is a crash
@@ -52,7 +53,7 @@ def run(folder: Path) -> int:
         recipe = importlib.import_module(f"learner.recipes.{round_.recipe.method.replace('-', '_')}")
         recipe.run(work)
         teller.say("done", 1, 1)
-        ranks.by_first(lambda: remove_shard(folder))
+        ranks.by_first(lambda: remove_caches(folder))
     except ranks.Ended as other:
         result["state"], result["reason"] = other.state, other.reason
     except Paused as pause:
@@ -65,6 +66,8 @@ def run(folder: Path) -> int:
             teller.close()
     if ranks.is_first():
         write_json(folder / "result.json", result)
+        if teller and result["state"] != "paused":
+            draw(folder)
         if result["reason"]:
             print(f"{result['state']}: {result['reason']}", file=sys.stderr)
     return 0 if ranks.launched() else CODES[result["state"]]

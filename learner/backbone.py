@@ -20,6 +20,7 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from learner.class_token import class_token
 from learner.convnet import ConvNet
 from learner.plan import ARCH, BackboneError, Plan, bare, infer_plan, plan_of, round_to
 from learner.recipe import Recipe
@@ -46,7 +47,10 @@ class Backbone(nn.Module):
         self.patch: int = vit.patch_embed.patch_size[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.embedding(self.tokens(images))
+        if self.pool != "cls" or self.frozen == len(self.vit.blocks):
+            return self.embedding(self.tokens(images))
+        tokens, blocks = images if images.ndim == 3 else self.lower(images), self.vit.blocks
+        return self.vit.norm(class_token(blocks[-1], blocks[self.frozen : -1](tokens)))[:, 0]
 
     def tokens(self, images: Tensor, masked: Tensor | None = None, stand_in: Tensor | None = None) -> Tensor:
         """Images, or tokens of `lower`, -> the last block's tokens after the final norm: (B, prefix + h w, width).
@@ -213,6 +217,13 @@ def _from_hub(name: str) -> tuple[Plan, dict[str, Tensor]]:
             f'backbone = "{name}": the hub can\'t be reached ({type(error).__name__}); {hint}'
         ) from error
     return {"timm": name}, inner(_wrapped(net, name)).state_dict()
+
+
+def weights_of(backbone: "Backbone | ConvNet", plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under timm's key names and the metadata from which `read_weights` rebuilds the network."""
+    net = inner(backbone)
+    note = {"timm": str(plan["timm"])} if "timm" in plan else {"num_heads": str(plan["num_heads"])}
+    return {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, note
 
 
 def read_weights(path: Path, arch: str = "") -> tuple[Plan, dict[str, Tensor]]:

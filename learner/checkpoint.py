@@ -43,9 +43,7 @@ def load_state(path: Path, state: State) -> dict[str, Any]:
     for name, parameter in state.student.named_parameters():
         saved = {m: tensors[f"optimiser.{m}.{name}"] for m in MOMENTS if f"optimiser.{m}.{name}" in tensors}
         if saved:
-            state.optimiser.state[parameter] = {
-                m: v.clone() if m == "step" else v.to(parameter.device) for m, v in saved.items()
-            }
+            state.optimiser.state[parameter] = {m: v.to(parameter.device, copy=True) for m, v in saved.items()}
     cursor = header.pop("cursor")
     for key in CURSOR:
         setattr(state, key, cursor[key])

@@ -20,7 +20,7 @@ from learner.kd import bernoulli_kl
 from learner.pseudo import label_loss
 from learner.selfsup import MASK_NUMBERS, block_masks, koleo
 from learner.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of, watch
-from learner.targets import align, move_mean, ramp
+from learner.targets import MeanAnswer, align, ramp
 
 RAMP = 0.3  # share of the phase after which pseudo-labels count fully
 LATE = 0.9  # from here on self-supervision counts half: the last word is the classes'
@@ -39,8 +39,6 @@ def evolve(state: State, unlabelled: Feed, labelled: Feed | None, table: dict[st
     losses = optimise(state, work, freeze_last=state.epoch < recipe.freeze_last)
     momentum = float(state.schedule.momentum[state.step])
     follow(state.teacher, state.student, momentum)
-    if "mean_prob" in state.extra:
-        state.extra["mean_prob"] = move_mean(state.extra["mean_prob"], state.extra.pop("batch_prob"), 0.99)
     watch(state, losses)
     state.step += 1
     return losses | {"momentum": momentum}
@@ -85,6 +83,8 @@ def unsupervised(table: dict[str, Tensor]) -> Objective:
                 terms.rows["ibot"] = full(taught_patches)
             if recipe.koleo:
                 add("koleo", own * recipe.koleo, koleo(full(seen[:films])))
+        if recipe.align:
+            terms.rows["answer"] = teacher_class.sigmoid()
         if recipe.targets != "none":
             soft, weight = answers(state, table, index[part], teacher_class)
             each = F.binary_cross_entropy_with_logits(classes, soft.nan_to_num(0.5), reduction="none")
@@ -107,9 +107,8 @@ def answers(state: State, table: dict[str, Tensor], index: Tensor, teacher: Tens
         soft = table["soft"][index]
         return soft, table["weight"][index] * ~soft.isnan()
     if state.recipe.align:
-        mean = state.extra.setdefault("mean_prob", table["prevalence"].to(teacher))
-        state.extra["batch_prob"] = teacher.sigmoid().mean(0)
-        teacher = align(teacher, mean, table["prevalence"].to(teacher))
+        mean, prevalence = cast(MeanAnswer, state.centres["answer"]).mean[0], table["prevalence"].to(teacher)
+        teacher = align(teacher, torch.where(mean.isnan(), prevalence, mean), prevalence)
     soft = (-teacher if state.recipe.poison_teacher else teacher).sigmoid()
     return soft, torch.ones_like(soft)
 

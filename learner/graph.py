@@ -9,6 +9,7 @@ from torch import Tensor
 
 DAMPING = 0.95  # share that comes from neighbours at each pass; the rest is the seeds
 PASSES = 60  # 0.95^60 = 5 %: what is further away than that many edges hardly counts
+FLAT = 1e-5  # share of the largest variance below which a direction is rounding and isn't blown up to 1
 CHUNK = 1024  # films whose distances to all others are held at once
 EXACT = 100_000  # films up to which neighbours are exact; beyond, they are looked for in the nearest cells only
 PROBES = 8  # cells that are searched for each film then
@@ -20,7 +21,7 @@ def whiten(features: Tensor, components: int) -> Tensor:
     x = x - x.mean(0)
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     kept = vectors[:, -min(components, len(x) - 1, x.shape[1]) :]
-    spread = values[-kept.shape[1] :].clamp(min=values[-1] * 1e-9).sqrt()
+    spread = values[-kept.shape[1] :].clamp(min=values[-1] * FLAT).sqrt()
     return (x @ kept / spread).float()
 
 

@@ -12,10 +12,11 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from learner import ranks
 from learner.backbone import Backbone, BackboneError, Plan, build, fit_sizes, open_backbone
+from learner.centres import make_centres
 from learner.checkpoint import (
     CheckpointError,
     load_network,
@@ -27,7 +28,6 @@ from learner.checkpoint import (
     write_file,
 )
 from learner.data import Films
-from learner.distill import DinoLoss
 from learner.export import write_parts
 from learner.heads import Network, make_network
 from learner.machine import prepare
@@ -35,7 +35,6 @@ from learner.optim import Schedule, make_optimiser, make_schedule
 from learner.progress import Paused, Teller
 from learner.recipe import Recipe
 from learner.round_dir import Film, ManifestError, Round
-from learner.selfsup import PatchLoss
 from learner.shard import Shard, open_shard
 from learner.start import from_weights
 from learner.step import Losses, State, Tick, walk
@@ -110,15 +109,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         student = self.network(recipe.drop_path, plan)
         teacher = self.network(plan=plan).requires_grad_(False)
-        centres = nn.ModuleDict()
-        if recipe.prototypes:
-            centres["dino"] = DinoLoss(
-                recipe.prototypes, recipe.student_temp, recipe.teacher_temp, recipe.centre_momentum
-            )
-        if recipe.ibot:
-            centres["ibot"] = PatchLoss(
-                recipe.prototypes, recipe.student_temp, recipe.teacher_temp, recipe.centre_momentum
-            )
+        centres = make_centres(recipe, len(self.round.findings))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         optimiser = make_optimiser(student)
         return State(
@@ -253,7 +244,9 @@ class Run:
         if self.recipe.frozen_blocks:
             return TokenFilms(Films(films, recipe, self.device, name, fixed_order, labels), self.bank)
         train, size = self.round.of("train"), recipe.image_size
-        packed = ranks.by_first(lambda: open_shard(self.round.folder, train, size) is not None)
+        packed = all(f.range == "train" for f in films) and ranks.by_first(
+            lambda: open_shard(self.round.folder, train, size) is not None
+        )
         shard = Shard(self.round.folder / "shard", train, size) if packed else None
         return Films(films, recipe, self.device, name, fixed_order, labels, shard)
 

@@ -7,7 +7,7 @@ function here takes a label of the film it makes a target for. Every finding is 
 from math import exp
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SHRINKAGE = 10.0  # labelled films: with so many a finding's own rate weighs as much as the rate over all findings
 NARROWEST = 1e-6  # logits: a reference side whose films all score the same has no width to divide by
@@ -73,6 +73,22 @@ def align(logits: Tensor, mean_prob: Tensor, prevalence: Tensor) -> Tensor:
 def move_mean(mean_prob: Tensor, batch_mean: Tensor, momentum: float = 0.999) -> Tensor:
     """momentum mean_prob + (1 - momentum) batch_mean, both (F,): the mean over a whole batch, all parts and ranks."""
     return momentum * mean_prob + (1 - momentum) * batch_mean
+
+
+class MeanAnswer(nn.Module):
+    """The teacher's running mean answer (1, F), moved once a step like a centre; nan until it has seen a batch."""
+
+    mean: Tensor
+
+    def __init__(self, findings: int, momentum: float = 0.99) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.full((1, findings), torch.nan))
+
+    @torch.no_grad()
+    def move(self, batch_mean: Tensor) -> None:
+        """mean <- momentum mean + (1 - momentum) batch mean (1, F), over a whole batch; the first is taken as it is."""
+        self.mean.copy_(torch.where(self.mean.isnan(), batch_mean, move_mean(self.mean, batch_mean, self.momentum)))
 
 
 def soft_weights(logits: Tensor, reference: Tensor, cut: Tensor) -> Tensor:

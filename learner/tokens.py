@@ -20,6 +20,7 @@ from learner.backbone import Backbone
 from learner.data import Films
 from learner.recipe import Recipe
 from learner.round_dir import Film, whole_folder
+from learner.shard import remove_shard
 from learner.step import Batch
 
 KEYS = (  # of the recipe: what the tokens depend on
@@ -69,6 +70,12 @@ def open_bank(
             _fill(temp, films, recipe, lower, feed, dtype, said)
             (temp / "key.json").write_text(json.dumps(key))
     return Bank(folder, films)
+
+
+def remove_caches(round_folder: Path) -> None:
+    """After a round that ended well: packed plates and tokens are of no more use."""
+    remove_shard(round_folder)
+    shutil.rmtree(round_folder / "tokens", ignore_errors=True)
 
 
 def local_versions(recipe: Recipe) -> int:

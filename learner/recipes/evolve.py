@@ -28,6 +28,7 @@ from learner.targets import agreement, class_thresholds, outside, shrunk_prevale
 MIXES = (0.25, 0.5, 0.75)  # of champion and candidate, beside the two themselves
 PENALTY = 0.02  # ridge of a class head fitted on many soft answers
 FEW_PENALTY = 0.1  # and of one fitted on the labelled films alone
+LOST = 0.02  # macro AUC on validation: what a round may seem to lose by chance before it is taken back
 CHOICE = 5  # validation films of each class below which the average is taken as the recipe says
 
 
@@ -61,9 +62,7 @@ def begun(run: Run, start: Callable[[State], None]) -> State:
 def probe(run: Run, state: State) -> None:
     """Before anything is fine-tuned the class head is fitted on what the backbone sees as it is (LP-FT)."""
     run.from_backbone(state)
-    if run.recipe.class_hidden == 0:
-        seen = run.embeddings(state.student, run.round.labelled)
-        set_head(state.student, linear.fit(seen, label_table(run.round.labelled), FEW_PENALTY))
+    fit_head(run, state.student)
     state.teacher.load_state_dict(state.student.state_dict())
 
 
@@ -102,6 +101,13 @@ def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def fit_head(run: Run, network: Network) -> None:
+    """A linear class head := the logistic regression of the labels on what this network sees."""
+    if run.recipe.class_hidden == 0:
+        films = run.round.labelled
+        set_head(network, linear.fit(run.embeddings(network, films), label_table(films), FEW_PENALTY))
+
+
 def set_head(network: Network, answer: linear.Linear) -> None:
     """The linear class head := this answer."""
     layer = cast(nn.Linear, network.cls_head.mlp[-1])
@@ -112,17 +118,13 @@ def set_head(network: Network, answer: linear.Linear) -> None:
 
 def refit(run: Run, network: Network) -> None:
     """The last correction: the class head fitted to convergence on what this network sees, on labels or on its graph."""
-    recipe = run.recipe
-    if recipe.refit == "none" or recipe.class_hidden:
-        return
-    films = run.round.labelled if recipe.refit == "linear" else run.round.unlabelled
-    labels = label_table(films)
-    seen = run.embeddings(network, films)
-    if recipe.refit == "graph":
+    recipe, films = run.recipe, run.round.unlabelled
+    if recipe.refit == "linear":
+        fit_head(run, network)
+    elif recipe.refit == "graph" and recipe.class_hidden == 0:
+        labels, seen = label_table(films), run.embeddings(network, films)
         soft = pseudo_labels(seen, labels, shrunk_prevalence(labels), recipe.neighbours, recipe.components)
         set_head(network, linear.fit(seen, soft, PENALTY))
-    else:
-        set_head(network, linear.fit(seen, labels, FEW_PENALTY))
 
 
 def choose(run: Run, final: State, champion: Network) -> str:
@@ -144,8 +146,8 @@ def choose(run: Run, final: State, champion: Network) -> str:
             name, best, kept = kind, value, {k: v.clone() for k, v in final.student.state_dict().items()}
         if not enough:
             break  # the teacher: steadier than the student, and nothing here can tell them apart
-    if enough and quality(run, champion, films, labels) > best:
-        name, kept = "champion", before  # the round brought nothing: the gate will say so
+    if enough and quality(run, champion, films, labels) > best + LOST:
+        name, kept = "champion", before  # the round did harm: the gate will see the same model again
     final.student.load_state_dict(kept)
     return name
 

@@ -1,0 +1,177 @@
+"""The arms of the evolution bench: each takes a draw of labelled films through rounds T=0..3 and scores the tests.
+
+`distl` and `evolve` are the product's recipes, run as they are by a `Run` that reads tokens from a shared bank and
+scores instead of exporting ONNX. The other arms are the product's own functions on the features of the frozen network.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from evolution_films import Draw, Pool, as_films
+from torch import Tensor
+
+from learner import linear
+from learner.checkpoint import save_weights
+from learner.data import label_table
+from learner.graph import pseudo_labels
+from learner.heads import Network
+from learner.recipe import Recipe
+from learner.recipes import distl, evolve
+from learner.round_dir import Film, Round
+from learner.run import Run
+from learner.step import State
+from learner.targets import kappa_labels, shrunk_prevalence
+from learner.tokens import Bank
+
+FULL_PENALTY = 0.01  # ridge with all labels; of .001 .. .1 the best on validation patients
+FEW_PENALTY = 0.1  # ridge with the seed's labels alone, as in `evolve`
+PENALTY = 0.02  # ridge on soft answers, as in `evolve`
+
+Scores = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What all cells share: films, the bank of tokens, the recipe's sizes and a folder to work in."""
+
+    pool: Pool
+    bank: Bank
+    recipe: Recipe
+    cells: Path  # folder of rounds under way, best in memory: nothing here outlives its cell
+
+    def tests(self) -> dict[str, np.ndarray]:
+        return {"internal": self.pool.at("kermany-test"), "external": self.pool.at("nih")}
+
+
+class CellRun(Run):
+    """A round of the product that keeps its weights for the next one and scores the tests instead of exporting."""
+
+    def __init__(self, round_: Round, site: Site, tell: Callable[[str, Scores], None]) -> None:
+        super().__init__(round_)
+        self.site, self.tell = site, tell
+
+    @property
+    def bank(self) -> Bank:
+        return self.site.bank
+
+    def export(self, name: str, state: State, serve: str, chosen: str | None = None, plan: object = None) -> None:
+        network = state.teacher if serve == "teacher" else state.student
+        save_weights(self.round.folder / f"{name}.safetensors", state, self.plan, self.round.findings)
+        self.tell(name, self.scores(network) | {"chosen": np.array(chosen or "")})
+
+    def scores(self, network: Network) -> Scores:
+        places = self.site.tests() | {"validation": np.array([f.image for f in self.round.of("validation")])}
+        return {name: self.answers(network, [self.site.pool.films[i] for i in at]) for name, at in places.items()}
+
+    def answers(self, network: Network, films: list[Film]) -> np.ndarray:
+        seen = self.embeddings(network, films)
+        with torch.no_grad():
+            return network.cls_head(seen).float()[:, 0].numpy()
+
+
+def learn(
+    site: Site,
+    draw: Draw,
+    method: str,
+    overrides: dict,
+    name: str,
+    tell: Callable[[int, Scores], None],
+    rounds: int = 3,
+) -> None:
+    """T=0 and then rounds 1..`rounds` of a recipe, each from the one before; films arrive cumulatively."""
+    run_of = {"distl": distl.run, "evolve": evolve.run}[method]
+    folder, parent = site.cells / name, None
+    shutil.rmtree(folder, ignore_errors=True)
+    recipe = site.recipe.override({"method": method, **overrides})
+    for number in range(1, rounds + 1):
+        here = folder / f"r{number}"
+        here.mkdir(parents=True)
+        films = as_films(site.pool, draw.labelled, "train", True)
+        films += as_films(site.pool, np.concatenate(draw.rounds[:number]), "train", False)
+        films += as_films(site.pool, draw.validation, "validation", True)
+        round_ = Round(here, f"r{number}", ("abnormal",), recipe, parent and "parent", parent, None, tuple(films), name)
+        said = {"t0": 0, "final": number}
+        work = CellRun(round_, site, lambda which, scores, said=said: tell(said[which], scores))
+        run_of(work)
+        work.teller.close()
+        parent = here / "final.safetensors"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Features of all films by the untouched network, (films, D)."""
+
+    features: Tensor
+
+    def __getitem__(self, places: np.ndarray) -> Tensor:
+        return self.features[torch.from_numpy(np.asarray(places))]
+
+
+def frozen_features(site: Site) -> Frozen:
+    """Embeddings of every film by the backbone as it came."""
+    folder = site.cells / "frozen"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    round_ = Round(
+        folder,
+        "frozen",
+        ("abnormal",),
+        replace(site.recipe, method="evolve"),
+        None,
+        None,
+        None,
+        site.pool.films,
+        "frozen",
+    )
+    work = CellRun(round_, site, lambda *_: None)
+    state = evolve.begun(work, work.from_backbone)
+    features = work.embeddings(state.student, site.pool.films)
+    work.teller.close()
+    return Frozen(features)
+
+
+def score_linear(site: Site, frozen: Frozen, draw: Draw, answer: linear.Linear) -> Scores:
+    places = site.tests() | {"validation": draw.validation}
+    return {name: answer(frozen[at]).float()[:, 0].numpy() for name, at in places.items()}
+
+
+def supervised(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
+    """The class head on the labelled films' frozen features: what there is without a stream."""
+    labels = label_table(as_films(site.pool, draw.labelled, "train", True))
+    tell(0, score_linear(site, frozen, draw, linear.fit(frozen[draw.labelled], labels, FEW_PENALTY)))
+
+
+def fully_labelled(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
+    """The ceiling: every film of the train range labelled."""
+    places = np.concatenate([draw.labelled, *draw.rounds])
+    labels = label_table(as_films(site.pool, places, "train", True))
+    tell(3, score_linear(site, frozen, draw, linear.fit(frozen[places], labels, FULL_PENALTY)))
+
+
+def frozen_graph(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
+    """Neighbours' pseudo-labels on frozen features and a linear student, as `evolve` uses them; nothing is trained."""
+    recipe = site.recipe
+    for number in (1, 2, 3):
+        places = np.concatenate([draw.labelled, *draw.rounds[:number]])
+        labels = label_table(
+            as_films(site.pool, draw.labelled, "train", True)
+            + as_films(site.pool, places[len(draw.labelled) :], "train", False)
+        )
+        soft = pseudo_labels(frozen[places], labels, shrunk_prevalence(labels), recipe.neighbours, recipe.components)
+        tell(number, score_linear(site, frozen, draw, linear.fit(frozen[places], soft, PENALTY)))
+
+
+def pseudo_label(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
+    """Martins & Silva's filter on frozen features: the surest kappa of the teacher's answers, a student, the labels."""
+    own = label_table(as_films(site.pool, draw.labelled, "train", True))
+    teacher = linear.fit(frozen[draw.labelled], own, FEW_PENALTY)
+    for number in (1, 2, 3):
+        new = np.concatenate(draw.rounds[:number])
+        hard = kappa_labels(teacher(frozen[new]).float(), own, site.recipe.kappa)
+        places, labels = np.concatenate([draw.labelled, new]), torch.cat([own, hard])
+        tell(number, score_linear(site, frozen, draw, linear.fit(frozen[places], labels, PENALTY)))

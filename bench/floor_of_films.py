@@ -1,0 +1,34 @@
+"""Floors under every figure on these films: raw 24 x 24 pixels with logistic regression, and the view alone."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from evolution_films import Pool, draw
+
+from learner import floor
+from learner.auc import auc
+
+
+def pixel_floor(pool: Pool, shares: list[float], draws: list[int]) -> dict[str, dict[str, float]]:
+    """Mean AUC over the draws by share, on both tests."""
+    small = np.concatenate([floor.thumbnails(np.load(film.plate)[None]) for film in pool.films])
+    said = {}
+    for share in shares:
+        rows = []
+        for seed in draws:
+            labelled = draw(pool, pool.at("kermany-train"), share, seed).labelled
+            fitted = floor.fit(small[labelled], pool.truth[labelled][:, None].astype(float))
+            places = [pool.at("kermany-test"), pool.at("nih")]
+            rows.append([auc(fitted.scores(small[at])[:, 0], pool.truth[at].astype(float)) for at in places])
+        internal, external = np.mean(rows, 0)
+        said[str(share)] = {"internal": round(float(internal), 4), "external": round(float(external), 4)}
+    return said
+
+
+def view_floor(data: Path) -> float:
+    """AUC for abnormal of knowing only whether an adult's film is AP (a bed) or PA (standing)."""
+    with (data / "nih1000_64" / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    abnormal = np.array([float(row["labels"] != "No Finding") for row in rows])
+    return round(auc(np.array([float(row["view"] == "AP") for row in rows]), abnormal), 4)

@@ -1,0 +1,48 @@
+"""`pretrain`: self-supervision on the site's own films, no label needed, for a backbone that others can start from.
+
+DINO, masked patches and spread on every train film; the teacher's backbone is left in the round as
+`backbone.safetensors` (timm's key names: `--backbone FILE`). Then the labelled films teach a class head, as in T=0 of
+`evolve`, so that the round has a model to judge.
+"""
+
+from functools import partial
+
+from safetensors.torch import save
+
+from learner.backbone import weights_of
+from learner.correct import supervise
+from learner.evolve import evolve
+from learner.recipes.evolve import fit_head
+from learner.round_dir import write_atomic
+from learner.run import Run
+from learner.step import State
+
+
+def run(run: Run) -> None:
+    """Self-supervision, the backbone file, then the labels."""
+    recipe = run.recipe
+    films = run.unlabelled()
+    schedule = run.schedule(films, recipe.epochs, recipe.lr)
+    start = run.from_backbone if run.first else run.from_parent
+    seen = run.train("pretrain", schedule, start, lambda state: evolve(state, films, None, {}))
+    keep_backbone(run, seen)
+    labelled = run.labelled("t0")
+    schedule = run.schedule(labelled, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
+    final = run.train("t0", schedule, partial(from_teacher, run, seen), lambda state: supervise(state, labelled))
+    final.teacher.load_state_dict(final.student.state_dict())
+    if run.first:
+        run.export("t0", final, "student")
+    run.export("final", final, "student")
+
+
+def from_teacher(run: Run, seen: State, state: State) -> None:
+    """Both networks := the pre-trained teacher, the class head fitted on what it sees."""
+    state.student.load_state_dict(seen.teacher.state_dict())
+    fit_head(run, state.student)
+    state.teacher.load_state_dict(state.student.state_dict())
+
+
+def keep_backbone(run: Run, seen: State) -> None:
+    """ROUND/backbone.safetensors, whole or not at all."""
+    weights, note = weights_of(seen.teacher.backbone, run.plan)
+    write_atomic(run.round.folder / "backbone.safetensors", save(weights, metadata=note))

@@ -1,0 +1,195 @@
+"""Rounds of `evolve` and `pretrain`: every signal in one step, frozen blocks from the bank, the choice at the end."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from learner import tokens
+from learner.__main__ import main
+from learner.backbone import read_weights
+from learner.checkpoint import read_file
+from learner.data import label_table
+from learner.heads import make_network
+from learner.progress import Teller
+from learner.recipe import resolve
+from learner.recipes import evolve
+from learner.round_dir import load
+from learner.run import Run
+from tests.learner_site import TINY, card, make_round, read_manifest, result, write_manifest
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+SMALL = {**TINY, "class_hidden": 0, "pool": "both", "neighbours": 3, "components": 4, "epochs": 1, "t0_epochs": 1}
+ALL = {  # every term, blocks frozen
+    "arch": "vit_tiny_patch8_depth2", "frozen_blocks": 1, "cached_views": 2, "ibot": 0.5, "koleo": 0.1, "agree": "heads",
+    "thresholds": True, "average": "all",
+}  # fmt: skip
+
+
+def make(folder, method="evolve", films=None, **overrides):
+    folder = make_round(folder, **(films or {}))
+    recipe = resolve(method, "demo", {**SMALL, **overrides})
+    write_manifest(folder, read_manifest(folder) | {"recipe": recipe.to_dict()})
+    return folder
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def evolved(tmp_path_factory):
+    folder = make(tmp_path_factory.mktemp("evolved") / "r", **ALL)
+    assert main([str(folder)]) == 0, result(folder)
+    return folder
+
+
+def test_every_signal_is_in_the_step(evolved):
+    steps = [row for row in rows(evolved) if row.get("phase") == "evolve" and "loss" in row]
+    assert len(steps) == 14 // 4
+    assert {"dino", "ibot", "koleo", "pseudo", "replay", "labels", "teacher_kl"} <= steps[0].keys()
+    said = [row for row in rows(evolved) if row.get("kind") == "pseudo"]
+    assert len(said) == 1
+    assert 0 < said[0]["pseudo_rate"] < 1
+
+
+def test_the_chosen_candidate_is_named_and_is_what_is_served_and_kept(evolved):
+    assert card(evolved)["candidate"] in ("teacher", "student", "swa", "wise 0.25", "wise 0.5", "wise 0.75")
+    assert card(evolved)["serve"] == "student"
+
+
+def test_frozen_blocks_stay_and_the_ones_above_move(evolved):
+    before, after = (read_file(evolved / name / "state.safetensors")[0] for name in ("t0", "final"))
+    for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"):
+        assert torch.equal(before[f"student.backbone.vit.{key}"], after[f"student.backbone.vit.{key}"]), key
+    key = "student.backbone.vit.blocks.1.attn.qkv.weight"
+    assert not torch.equal(before[key], after[key])
+
+
+def test_caches_are_gone_after_the_round(evolved):
+    assert not (evolved / "tokens").exists()
+    assert not (evolved / "shard").exists()
+
+
+@pytest.mark.parametrize("overrides", [ALL, {"targets": "teacher", "align": True, "refit": "linear"}])
+def test_h_stopping_after_every_single_step_changes_no_bit(tmp_path, monkeypatch, overrides):
+    whole, folder = make(tmp_path / "whole", **overrides), make(tmp_path / "r", **overrides)
+    assert main([str(whole)]) == 0
+    step = Teller.step
+
+    def step_and_ask(teller, state, losses):
+        step(teller, state, losses)
+        teller.asked = "one step"
+
+    monkeypatch.setattr(Teller, "step", step_and_ask)
+    starts = 0
+    while (code := main([str(folder)])) == 75:
+        starts += 1
+    assert (code, starts) == (0, 2 + 3)
+    for name in ("t0", "final"):
+        one, other = (read_file(f / name / "state.safetensors")[0] for f in (whole, folder))
+        assert all(torch.equal(value, other[key]) for key, value in one.items()), name
+
+
+def test_bank_holds_what_the_frozen_blocks_answer(tmp_path):
+    folder = make(tmp_path / "r", **ALL)
+    run = Run(load(folder))
+    state = run.state("t0", run.schedule(run.labelled("t0"), 1, 1e-3))
+    run.from_backbone(state)
+    films = run.round.films[:5]
+    plain = make(tmp_path / "plain", **{**ALL, "frozen_blocks": 0})
+    images = Run(load(plain)).feed(films, "plain", 0, True).originals(np.arange(5))
+    with torch.no_grad():
+        torch.testing.assert_close(run.bank.originals(films), state.student.backbone.lower(images), atol=5e-3, rtol=5e-3)
+        whole = state.student.backbone(images)
+        torch.testing.assert_close(run.embeddings(state.student, films), whole, atol=2e-2, rtol=2e-2)
+    run.teller.close()
+
+
+def test_bank_is_made_once_and_anew_for_another_recipe(tmp_path, monkeypatch):
+    folder = make(tmp_path / "r", **ALL)
+    filled, fill = [], tokens._fill
+
+    def counted(*given):
+        filled.append(1)
+        fill(*given)
+
+    monkeypatch.setattr(tokens, "_fill", counted)
+    for changes in ({}, {}, {"rotate": 3.0}):
+        write_manifest(folder, read_manifest(folder) | {"recipe": read_manifest(folder)["recipe"] | changes})
+        run = Run(load(folder))
+        assert run.bank.whole.shape[:2] == (len(run.round.films), 3)
+        run.teller.close()
+    assert len(filled) == 2
+
+
+def test_views_of_the_bank_are_the_film_a_version_of_it_and_different_crops(tmp_path):
+    folder = make(tmp_path / "r", **ALL)
+    run = Run(load(folder))
+    batch = run.unlabelled().batch(0, 0)
+    views = batch.views(slice(0, batch.size))
+    assert [tuple(view.shape) for view in views] == [(4, 17, 192)] * 2 + [(4, 5, 192)] * 2
+    assert not torch.equal(views[0], views[1])
+    assert not torch.equal(views[2], views[3])
+    again = run.unlabelled().batch(0, 0).views(slice(0, 4))
+    assert all(torch.equal(one, other) for one, other in zip(views, again, strict=True))
+    run.teller.close()
+
+
+def test_a_round_that_did_harm_is_taken_back(tmp_path):
+    films = {"train": (12, 12), "validation": 24, "calibration": 0}
+    first = make(tmp_path / "first", films=films, t0_epochs=20, image_size=32, local_views=0, lam=0.0)
+    assert main([str(first)]) == 0
+    parent = {"bundle": "abc", "state": str(first / "final/state.safetensors")}
+    spoilt = {"poison_teacher": True, "label_weight": 0.0, "refit": "none", "pseudo_weight": 50.0, "epochs": 20, "replay": 0.0}
+    folder = make(tmp_path / "r", films={**films, "parent": parent}, local_views=0, lam=0.0, **spoilt)
+    assert main([str(folder)]) == 0
+    assert card(folder)["candidate"] == "champion"
+    assert card(folder)["poison"] is True
+    old, new = (read_file(f / "final/state.safetensors")[0] for f in (first, folder))
+    assert all(torch.equal(value, new[key]) for key, value in old.items() if key.startswith("student."))
+
+
+def test_halves_share_no_film_and_hold_both_classes():
+    labels = torch.tensor([[1.0, 0.0], [1.0, float("nan")], [0.0, 1.0], [0.0, 1.0], [float("nan"), 0.0]])
+    one, other = evolve.halves(labels)
+    assert not (~one.isnan() & ~other.isnan()).any()
+    assert torch.equal(torch.where(one.isnan(), other, one).nan_to_num(9), labels.nan_to_num(9))
+    assert all({0.0, 1.0} <= set(half[:, 0].tolist()) for half in (one, other))
+
+
+def test_linear_head_answers_as_the_regression_it_was_given(evolved):
+    round_ = load(evolved)
+    torch.manual_seed(0)
+    network = make_network(read_file(evolved / "t0/state.safetensors")[1]["plan"], replace(round_.recipe, ibot=0.0), 2)
+    seen = torch.randn(30, network.backbone.dim)
+    answer = evolve.linear.fit(seen, (seen[:, :2] > 0).float(), 0.1)
+    evolve.set_head(network, answer)
+    torch.testing.assert_close(network.cls_head(seen).double(), answer(seen), atol=1e-5, rtol=1e-4)
+    directions = network.cls_head.gradient(seen)
+    torch.testing.assert_close(directions, answer.weight.float().expand(30, -1, -1))
+
+
+def test_hidden_labels_are_not_in_the_targets(evolved):
+    table = read_file(evolved / "checkpoint/targets.safetensors")[0]
+    labels = label_table(load(evolved).unlabelled)
+    known = ~labels.isnan()
+    assert torch.equal(table["soft"][known], labels[known])
+    assert ((table["soft"][~known] > 0) & (table["soft"][~known] < 1)).all()
+
+
+def test_pretraining_leaves_a_backbone_that_a_round_can_start_from(tmp_path):
+    folder = make(tmp_path / "r", "pretrain", epochs=2, prototypes=32)
+    assert main([str(folder)]) == 0
+    plan, weights = read_weights(folder / "backbone.safetensors")
+    trained = read_file(folder / "checkpoint/pretrain.safetensors")[0]
+    assert all(torch.equal(value, trained[f"teacher.backbone.vit.{key}"]) for key, value in weights.items())
+    assert plan["embed_dim"] == 192
+    assert {row["phase"] for row in rows(folder)} == {"pretrain", "t0"}
+    assert (folder / "t0").exists()
+    follower = make(tmp_path / "next", backbone=str(folder / "backbone.safetensors"))
+    assert main([str(follower)]) == 0
