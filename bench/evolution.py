@@ -57,6 +57,7 @@ ARMS: dict[str, Callable] = {
     "frozen graph": lambda site, frozen, draw, tell, name: frozen_graph(site, frozen, draw, tell),
     "pseudo-label": lambda site, frozen, draw, tell, name: pseudo_label(site, frozen, draw, tell),
     "evolve": lambda site, frozen, draw, tell, name: learn(site, draw, "evolve", EVOLVE, name, tell),
+    "evolve, half-way": lambda site, frozen, draw, tell, name: learn(site, draw, "evolve", {**EVOLVE, "average": "wise"}, name, tell),
     "distl": lambda site, frozen, draw, tell, name: learn(site, draw, "distl", DISTL, name, tell),
 }  # fmt: skip
 # The ladder: what each part of `evolve` is worth; each is `evolve` with these keys changed.

@@ -15,8 +15,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 BOOTSTRAPS = 2000
-ORDER = ("supervised only", "pseudo-label", "frozen graph", "distl", "evolve", "fully labelled")
-COLOURS = dict(zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#c0392b", "#2e7d32"), strict=True))
+ORDER = ("supervised only", "pseudo-label", "frozen graph", "distl", "evolve", "evolve, half-way", "fully labelled")
+COLOURS = dict(zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#c0392b", "#e08e79", "#2e7d32"), strict=True))
 
 
 class Paired:

@@ -135,7 +135,7 @@ CHOICES = {
     "targets": ("teacher", "graph", "none"),
     "agree": ("none", "teacher", "heads"),
     "refit": ("none", "linear", "graph"),
-    "average": ("ema", "all"),
+    "average": ("ema", "wise", "all"),
     "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
 }
 MAY_BE_ZERO = {

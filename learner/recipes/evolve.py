@@ -134,6 +134,8 @@ def choose(run: Run, final: State, champion: Network) -> str:
     if run.recipe.average == "all":
         kinds["swa"] = running_mean(student, teacher, 1)
         kinds |= {f"wise {a:g}": wise(before, teacher, a) for a in MIXES}
+    if run.recipe.average == "wise":
+        kinds = {"wise 0.5": wise(before, teacher, 0.5)}
     films = [film for film in run.round.of("validation") if film.labelled]
     labels, best = label_table(films) if films else torch.empty(0, 1), -1.0
     enough = bool(len(films)) and all(min((c == 0).sum(), (c == 1).sum()) >= CHOICE for c in labels.T)
