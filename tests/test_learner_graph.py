@@ -33,7 +33,7 @@ def few(truth, of_each=3):
 
 def test_linear_answer_is_scikit_learns():
     rng = np.random.default_rng(1)
-    x = rng.normal(0, [1, 5, 0.1], (80, 3)) + [3, 0, 1]
+    x = rng.normal(0, [1, 5, 0.1], (80, 3)) + np.array([3, 0, 1])
     y = (x @ [1, 0.3, -4] + rng.normal(0, 2, 80) > x.mean(0) @ [1, 0.3, -4]).astype(float)
     penalty = 0.05
     theirs = LogisticRegression(C=1 / (penalty * 80), tol=1e-10, max_iter=2000)
@@ -146,7 +146,11 @@ def test_finding_with_one_class_among_its_labels_has_no_target():
 
 
 MUTATIONS = [
-    (test_neighbours_label_what_no_straight_line_parts, "propagate", lambda g, labels, **_: labels.nan_to_num(0.5) - 0.5),
+    (
+        test_neighbours_label_what_no_straight_line_parts,
+        "propagate",
+        lambda g, labels, **_: labels.nan_to_num(0.5) - 0.5,
+    ),
     (test_targets_follow_the_rank_and_the_prevalence_and_keep_known_labels, "by_rank", lambda s, p, *_: s.sigmoid()),
     (test_whitened_features_have_variance_one_and_no_correlation, "whiten", lambda x, c: x[:, :c]),
     (test_graph_is_symmetric_and_its_largest_eigenvalue_is_one, "affinity", lambda near, where: torch.rand(100, 100)),
