@@ -76,9 +76,7 @@ class Recipe:
     label_weight: float = 1.0
     replay: float = 0.0  # weight of distillation from the champion (the parent's model)
     refit: str = "none"  # the last correction: "none", "linear" (class head refitted on frozen features) or "graph"
-    average: str = (
-        "ema"  # candidates: "ema" = student and teacher, "all" = SWA and interpolations with the champion too
-    )
+    average: str = "ema"  # candidates: "ema" = teacher, student; "wise" = half-way from the champion; "all"
     # -- pseudo-label (Martins & Silva) and kd (Ho & Gwak)
     kappa: float = 0.75  # share of films that get a pseudo-label, surest first
     finetune_epochs: int = 15
@@ -162,7 +160,7 @@ RECIPES: dict[str, Recipe] = {
     "evolve": Recipe(**{
         **_GREY, "name": "evolve", "method": "evolve", "pool": "both", "class_hidden": 0, "prototypes": 8192,
         "batch": 32, "lr": 5e-5, "t0_lr": 2e-5, "lam": 1.0, "ema_base": 0.99, "targets": "graph", "components": 32,
-        "replay": 0.25, "refit": "graph", "average": "all", "rotate": 10.0, "pos_embed": "timm",
+        "replay": 0.25, "refit": "graph", "average": "wise", "rotate": 10.0, "pos_embed": "timm",
     }),
     "pretrain": Recipe(**{
         **_GREY, "name": "pretrain", "method": "pretrain", "prototypes": 8192, "batch": 32, "lam": 1.0, "ibot": 1.0,
