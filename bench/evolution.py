@@ -47,8 +47,9 @@ SIZES = {
 }  # fmt: skip
 EVOLVE = {
     "t0_lr": 1e-6, "lr": 3e-4, "lam": 1.0, "ema_base": 0.99, "targets": "graph", "components": 32, "replay": 0.25,
-    "refit": "graph", "average": "ema",
+    "refit": "graph", "average": "wise",
 }  # fmt: skip
+EMA = {**EVOLVE, "average": "ema"}  # serves the teacher itself instead of half-way to the model before the round
 # Faithful in all but sizes and lengths: so few steps need a faster teacher and more corrections than every 500 steps.
 DISTL = {"t0_lr": 1e-3, "t0_steps": 100, "lr": 3e-4, "lam": 0.5, "ema_base": 0.99, "correct_every": 10}
 ARMS: dict[str, Callable] = {
@@ -57,21 +58,22 @@ ARMS: dict[str, Callable] = {
     "frozen graph": lambda site, frozen, draw, tell, name: frozen_graph(site, frozen, draw, tell),
     "pseudo-label": lambda site, frozen, draw, tell, name: pseudo_label(site, frozen, draw, tell),
     "evolve": lambda site, frozen, draw, tell, name: learn(site, draw, "evolve", EVOLVE, name, tell),
-    "evolve, half-way": lambda site, frozen, draw, tell, name: learn(site, draw, "evolve", {**EVOLVE, "average": "wise"}, name, tell),
+    "evolve, EMA": lambda site, frozen, draw, tell, name: learn(site, draw, "evolve", EMA, name, tell),
     "distl": lambda site, frozen, draw, tell, name: learn(site, draw, "distl", DISTL, name, tell),
 }  # fmt: skip
 # The ladder: what each part of `evolve` is worth; each is `evolve` with these keys changed.
+_PLAIN = {"average": "ema", "replay": 0.0, "refit": "linear"}
 LADDER = {
-    "labels only, same steps": {"lam": 0.0, "targets": "none", "replay": 0.0, "refit": "linear"},
-    "+ DINO": {"targets": "none", "replay": 0.0, "refit": "linear"},
-    "+ teacher's answers, aligned": {"targets": "teacher", "align": True, "replay": 0.0, "refit": "linear"},
-    "+ graph instead": {"replay": 0.0, "refit": "linear"},
-    "+ refit on the graph": {"replay": 0.0},
-    "+ replay KD = evolve": {},
+    "labels only, same steps": {**_PLAIN, "lam": 0.0, "targets": "none"},
+    "+ DINO": {**_PLAIN, "targets": "none"},
+    "+ teacher's answers, aligned": {**_PLAIN, "targets": "teacher", "align": True},
+    "+ graph instead": _PLAIN,
+    "+ refit on the graph": {"average": "ema", "replay": 0.0},
+    "+ replay KD": {"average": "ema"},
+    "+ half-way = evolve": {},
     "evolve + KoLeo": {"koleo": 0.1},
     "evolve + class thresholds": {"thresholds": True, "kappa": 0.75},
     "evolve + agreement of two heads": {"agree": "heads"},
-    "evolve + SWA, WiSE": {"average": "all"},
     "evolve without DINO": {"lam": 0.0},
 }
 

@@ -15,8 +15,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 BOOTSTRAPS = 2000
-ORDER = ("supervised only", "pseudo-label", "frozen graph", "distl", "evolve", "evolve, half-way", "fully labelled")
-COLOURS = dict(zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#c0392b", "#e08e79", "#2e7d32"), strict=True))
+ORDER = ("supervised only", "pseudo-label", "frozen graph", "distl", "evolve, EMA", "evolve", "fully labelled")
+COLOURS = dict(zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#e08e79", "#c0392b", "#2e7d32"), strict=True))
 
 
 class Paired:
@@ -118,7 +118,7 @@ def arms(lines: list[dict], scores: Path, tests: dict[str, Paired]) -> dict:
 def ladder(lines: list[dict], scores: Path, tests: dict[str, Paired]) -> list[dict]:
     """Each rung at T=1: AUC on validation, on which parts are kept, and on the tests; the change to the whole recipe."""
     found = cells(lines, "ladder", 0.01)
-    whole = "+ replay KD = evolve"
+    whole = "+ half-way = evolve"
     said = []
     for arm, of in found.items():
         draws = sorted(of)
