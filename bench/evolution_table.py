@@ -194,6 +194,6 @@ def draw_figure(lines: list[dict], said: dict, target: Path) -> None:
             ax.set_ylabel("AUC")
             ax.grid(alpha=0.25)
             ax.set_xticks(range(4), [f"T={n}" for n in range(4)])
-    axes[0][-1].legend(fontsize=8, loc="lower right")
+    axes[0][0].legend(fontsize=7, loc="lower right")  # the share that every arm ran on
     figure.tight_layout()
     figure.savefig(target, dpi=130)
