@@ -371,8 +371,10 @@ def test_step_in_parts_costs_what_the_whole_costs(tmp_path):
     whole, one = kd_step(run, feeds, teacher)
     parts, other = kd_step(run, feeds, teacher, micro_batch=1)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    # gradients, not weights: Adam's first step makes a full step of a gradient that is zero but for rounding
     for mine, theirs in zip(one.student.parameters(), other.student.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-5)
+        if mine.grad is not None and theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)
     run.teller.close()
 
 
