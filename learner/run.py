@@ -36,7 +36,7 @@ from learner.progress import Paused, Teller
 from learner.recipe import Recipe
 from learner.round_dir import Film, ManifestError, Round
 from learner.shard import Shard, open_shard
-from learner.start import from_weights
+from learner.start import from_weights, shaped_like
 from learner.step import Losses, State, Tick, walk
 from learner.tokens import Bank, TokenFilms, open_bank
 
@@ -61,7 +61,10 @@ class Run:
             self.plan = read_file(round_.parent_state, tensors=False)[1]["plan"]
         else:
             self.plan, self.weights = open_backbone(round_.recipe)
-        self.recipe = fit_sizes(round_.recipe, build(self.plan).patch)
+        recipe = round_.recipe
+        if round_.parent_state:
+            recipe = shaped_like(recipe, read_file(round_.parent_state, tensors=False)[1].get("recipe", {}))
+        self.recipe = fit_sizes(recipe, build(self.plan).patch)
         spent, kept = (self.header["seconds"], self.header["metrics_bytes"]) if self.header else (0.0, 0)
         self.teller = Teller(round_.folder, round_.until, spent, kept)
 

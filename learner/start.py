@@ -1,14 +1,31 @@
-"""The first weights of a network: a backbone's as they were pretrained, else shaped or plain random ones.
+"""The first weights of a network: a backbone's as they were pretrained, else shaped or plain random ones; its shapes.
 
 Knows the two networks of a state; where weights come from is the caller's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from learner.mimetic import mimic_trained
+from learner.recipe import Recipe
 from learner.step import State
+
+SHAPES = ("pool", "class_hidden", "pos_embed")  # of the network that answers
+HEADS = ("prototypes", "head_hidden", "bottleneck")  # and of the one that distils
+
+
+def shaped_like(recipe: Recipe, parent: Mapping[str, Any]) -> Recipe:
+    """The recipe, going on from a network that another method's recipe made: its heads keep their shapes.
+
+    Within one method a change of sizes isn't taken back, and loading the parent then says what doesn't fit.
+    """
+    if parent.get("method", "distl") == recipe.method:
+        return recipe
+    both = recipe.prototypes and parent.get("prototypes")
+    keys = SHAPES + (HEADS if both else ())
+    return recipe.override({key: parent[key] for key in keys if key in parent})
 
 
 def from_weights(weights: dict[str, Tensor] | None) -> Callable[[State], None]:

@@ -204,3 +204,13 @@ def test_pretraining_leaves_a_backbone_that_a_round_can_start_from(tmp_path):
     assert (folder / "t0").exists()
     follower = make(tmp_path / "next", backbone=str(folder / "backbone.safetensors"))
     assert main([str(follower)]) == 0
+
+
+def test_a_round_goes_on_from_a_parent_of_another_method_with_its_shapes(tmp_path):
+    first = make(tmp_path / "first", "distl", class_hidden=16, pool="mean", prototypes=16)
+    assert main([str(first)]) == 0
+    parent = {"bundle": "abc", "state": str(first / "final/state.safetensors")}
+    folder = make(tmp_path / "r", films={"parent": parent})
+    assert main([str(folder)]) == 0, result(folder)
+    said = card(folder)["recipe"]
+    assert (said["method"], said["class_hidden"], said["pool"], said["prototypes"]) == ("evolve", 16, "mean", 16)
