@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from learner import linear
-from learner.average import running_mean, wise
+from learner.average import soup, wise
 from learner.calibrate import auc
 from learner.correct import supervise
 from learner.data import label_table
@@ -132,7 +132,7 @@ def choose(run: Run, final: State, champion: Network) -> str:
     before, student, teacher = (net.state_dict() for net in (champion, final.student, final.teacher))
     kinds = {"teacher": teacher, "student": student}
     if run.recipe.average == "all":
-        kinds["swa"] = running_mean(student, teacher, 1)
+        kinds["soup"] = soup([student, teacher])
         kinds |= {f"wise {a:g}": wise(before, teacher, a) for a in MIXES}
     if run.recipe.average == "wise":
         kinds = {"wise 0.5": wise(before, teacher, 0.5)}
