@@ -33,8 +33,10 @@ def test_the_template_loads_back_to_what_it_was_made_of_and_comments_every_key()
         ({"gate": {"must_show": ["nodule"]}}, "'nodule' is not one"),
         ({"patients": {"golden": 0.9, "validation": 0.5}}, "at least 0.05 of the patients"),
         ({"release": {"promote": "auto"}}, "release.promote"),
-        ({"results": {"sr": True}}, "off in this version"),
-        ({"node": {"tls_cert": "x.pem"}}, "TLS proxy"),
+        ({"results": {"sr": True}}, "a destination where sr or sc is on"),
+        ({"results": {"destination": "PACS:104"}}, "AET@host:port"),
+        ({"node": {"peers": ["PACS@host:0"]}}, "AET@host:port"),
+        ({"node": {"tls_cert": "x.pem"}}, "tls_cert and tls_key together"),
         ({"infer": {"host": "0.0.0.0"}}, "infer.host"),
     ],
 )
