@@ -94,7 +94,8 @@ def run_part(site: Site, name: str, stop: threading.Event) -> None:
         # Our own AE title and loopback always pass: `status` and the supervisor ask the node with C-ECHO.
         aets = (*keys.allow_aet, keys.aet) if keys.allow_aet else ()
         addresses = (*keys.allow_ip, "127.0.0.1") if keys.allow_ip else ()
-        listener = Listener(Node(keys.aet, keys.host, keys.port, aets, addresses, keys.max_associations), site.inbox)
+        node = Node(keys.aet, keys.host, keys.port, aets, addresses, keys.max_associations, keys.max_per_peer)
+        listener = Listener(node, site.inbox)
         listener.start()
         _ready("listen", f"{keys.aet}@{keys.host}:{listener.port}")
         stop.wait()

@@ -4,73 +4,67 @@ No ledger, no pixels, no judgement of content. Log lines name inbox files, sizes
 """
 
 import io
-import ipaddress
 import logging
-import socketserver
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from pynetdicom import AE, evt
+from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.events import Event
+from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.sop_class import Verification  # pyright: ignore[reportAttributeAccessIssue]
-from pynetdicom.transport import ThreadedAssociationServer
 
 from dicom.image import SOP_CLASSES
 from dicom.inbox import Inbox
 from dicom.part10 import IMPLEMENTATION_NAME, IMPLEMENTATION_UID, file_meta
+from dicom.port import ARTIM, Node, Port
 from dicom.reception import OUT_OF_RESOURCES, SUCCESS, answer
+from dicom.refusals import Refusals
 from dicom.syntaxes import SYNTAXES
 
+__all__ = ["Listener", "Node", "Service"]
+
 LARGEST_PDU = 131072  # bytes; the most that dcmtk senders use, 8 times the default, and several times its speed
-ARTIM = 10  # seconds that a peer has to say who it is
 IDLE = 60  # seconds without a byte before an association is dropped
 GRACE = 3  # seconds that transfers get to end when the listener stops
+TRANSIENT, PRESENTATION, CONGESTION, LOCAL_LIMIT = 2, 3, 1, 2  # A-ASSOCIATE-RJ (PS3.8 table 9-21)
 
 
 @dataclass(frozen=True)
-class Node:
-    """Who we are on the network and whom we listen to; an empty allow list lets everyone in."""
+class Service:
+    """One more SOP class that the node answers, with pynetdicom handlers: (event, callable)."""
 
-    aet: str = "CXRLOOP"
-    host: str = "127.0.0.1"
-    port: int = 11112  # 0: any free one
-    allow_aet: tuple[str, ...] = ()
-    allow_ip: tuple[str, ...] = ()  # addresses or networks, "10.1.0.0/16"
-    max_associations: int = 32
-
-
-class _Server(ThreadedAssociationServer):
-    daemon_threads = True
-    request_queue_size = 128
-    networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
-    log: logging.Logger
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Drop a connection from an address that is not on the list, before a byte is read."""
-        address = ipaddress.ip_address(client_address[0])
-        mapped = getattr(address, "ipv4_mapped", None)
-        if not self.networks or any((mapped or address) in network for network in self.networks):
-            return True
-        self.log.warning("connection from %s refused: not in node.allow_ip", address)
-        return False
-
-    def shutdown(self) -> None:
-        socketserver.BaseServer.shutdown(self)
-        self.server_close()
+    sop_class: str
+    syntaxes: tuple[str, ...]
+    handlers: tuple[tuple[Any, Callable[[Event], Any]], ...]
 
 
 class Listener:
-    """The node's port, in threads of this process, from `start()` to `stop()`."""
+    """The node's port, in threads of this process, from `start()` to `stop()`.
 
-    def __init__(self, node: Node, inbox: Inbox, log: logging.Logger | None = None):
-        self._node, self._inbox = node, inbox
+    `full` says why no new association may store anything now, or None; it is asked at each association.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        inbox: Inbox,
+        log: logging.Logger | None = None,
+        services: tuple[Service, ...] = (),
+        full: Callable[[], str | None] | None = None,
+    ):
+        self._node, self._inbox, self._services = node, inbox, services
+        self._full = full or (lambda: None)
         self._log = log or logging.getLogger("cxrloop.listen")
-        self._server: _Server | None = None
-        self._networks = tuple(ipaddress.ip_network(text, strict=False) for text in node.allow_ip)
+        self.refusals = Refusals(self._log)
+        self._server: Port | None = None
+        self._seated: list[Association] = []
+        self._seating = threading.Lock()
 
     @property
     def port(self) -> int:
@@ -88,14 +82,14 @@ class Listener:
         for library in ("pynetdicom", "pydicom"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", category=UserWarning, module="pydicom")
-        server = self._entity().make_server(
-            (self._node.host, self._node.port),
-            server_class=_Server,
-            evt_handlers=[(evt.EVT_C_STORE, self._store), (evt.EVT_REJECTED, self._rejected)],
-        )
-        assert isinstance(server, _Server)
-        server.networks, server.log = self._networks, self._log
-        self._server = server
+        handlers = [
+            (evt.EVT_REQUESTED, self._admit),
+            (evt.EVT_C_STORE, self._store),
+            (evt.EVT_REJECTED, self._rejected),
+        ]
+        for service in self._services:
+            handlers.extend(service.handlers)
+        server = self._server = Port(self._node, self._entity(), self.refusals, self._log, handlers)
         threading.Thread(target=server.serve_forever, args=(0.1,), name="dicom-port", daemon=True).start()
         self._log.info("listening as %s on %s:%d", self._node.aet, self._node.host, self.port)
 
@@ -120,7 +114,7 @@ class Listener:
         entity = AE(self._node.aet)
         entity.require_called_aet = True
         entity.require_calling_aet = list(self._node.allow_aet)
-        entity.maximum_associations = self._node.max_associations
+        entity.maximum_associations = 1 << 16  # counted by _admit: the library counts silent connections too
         entity.maximum_pdu_size = LARGEST_PDU
         entity.acse_timeout, entity.dimse_timeout, entity.network_timeout = ARTIM, IDLE, IDLE
         entity.implementation_class_uid = IMPLEMENTATION_UID
@@ -128,11 +122,34 @@ class Listener:
         entity.add_supported_context(Verification)
         for sop_class in SOP_CLASSES:
             entity.add_supported_context(sop_class, list(SYNTAXES))
+        for service in self._services:
+            entity.add_supported_context(service.sop_class, list(service.syntaxes))
         return entity
+
+    def _admit(self, event: Event) -> None:
+        """Seat an association, or reject it as long as there is no seat or no room (PS3.8 9.3.4)."""
+        association, peer = event.assoc, str(event.assoc.requestor.address)
+        proposed = cast(A_ASSOCIATE, association.requestor.primitive).presentation_context_definition_list
+        stores = any(context.abstract_syntax != Verification for context in proposed)
+        why, reason = self._full() if stores else None, CONGESTION
+        with self._seating:
+            self._seated = [one for one in self._seated if _sits(one)]
+            neighbours = sum(one.requestor.address == peer for one in self._seated)
+            if len(self._seated) >= self._node.max_associations:
+                why, reason = f"{len(self._seated)} associations are open: node.max_associations", LOCAL_LIMIT
+            elif neighbours >= self._node.max_per_peer:
+                why, reason = f"{neighbours} associations are open from there: node.max_per_peer", LOCAL_LIMIT
+            if not why:
+                self._seated.append(association)
+                return
+        self.refusals.note(peer, f"association {TRANSIENT}/{PRESENTATION}/{reason}", why)
+        association.acse.send_reject(TRANSIENT, PRESENTATION, reason)
+        association.kill()
 
     def _rejected(self, event: Event) -> None:
         peer = event.assoc.requestor
-        self._log.warning("association of %r from %s rejected", peer.ae_title, peer.address)
+        title = "called or calling AE title not allowed"
+        self.refusals.note(str(peer.address), "association 1/1", f"{title}, calling {peer.ae_title!r}")
 
     def _store(self, event: Event) -> int:
         """Status for one C-STORE: what the header says, then what the disk says."""
@@ -153,3 +170,8 @@ class Listener:
             return OUT_OF_RESOURCES
         self._log.info("received %s, %d bytes, from %r %s", path.name, len(data), peer.ae_title, peer.address)
         return SUCCESS
+
+
+def _sits(association: Association) -> bool:
+    gone = association.is_released or association.is_aborted or association.is_rejected
+    return association.is_alive() and not gone
