@@ -1,10 +1,11 @@
-"""A small C-STORE client: sends films as they are, byte for byte, and reports each one's status.
+"""A small client of other nodes: C-STORE of films as they are, byte for byte, C-ECHO, N-EVENT-REPORT.
 
-For imports, results, the demo's PACS and tests; retries nothing and remembers nothing.
+For imports, results, storage commitment, the demo's PACS and tests; retries nothing and remembers nothing.
 """
 
 import io
 import queue
+import ssl
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,14 +13,17 @@ from pathlib import Path
 from pydicom import dcmwrite
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
-from pynetdicom import AE, build_context
+from pynetdicom import AE, build_context, build_role
 from pynetdicom.association import Association
-from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.sop_class import Verification  # pyright: ignore[reportAttributeAccessIssue]
+from pynetdicom.dimse_primitives import C_STORE, N_EVENT_REPORT
+from pynetdicom.dsutils import encode
 
 from dicom import header
-from dicom.part10 import Unreadable, open_envelope, read_header
+from dicom.part10 import EXPLICIT_LE, IMPLICIT_LE, Unreadable, open_envelope, read_header
 
+VERIFICATION = "1.2.840.10008.1.1"
+STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"
+COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1.1"  # PS3.4 J.3.5: the well-known instance
 LARGEST_PDU = 131072
 MAX_CONTEXTS = 128  # PS3.8: odd identifiers from 1 to 255
 TIMEOUT = 30  # seconds for an answer
@@ -46,11 +50,11 @@ class _Film:
             raise Unreadable("no SOP class or instance UID")
 
 
-def echo(host: str, port: int, called_aet: str, calling_aet: str = "CXRSEND") -> bool:
-    """True when the node at host:port answers C-ECHO with Success."""
-    entity = _entity(calling_aet)
-    entity.add_requested_context(Verification)
-    association = entity.associate(host, port, ae_title=called_aet)
+def echo(
+    host: str, port: int, called_aet: str, calling_aet: str = "CXRSEND", tls: ssl.SSLContext | None = None
+) -> bool:
+    """True when the node at host:port answers C-ECHO with Success; over TLS when there is a context."""
+    association = _associate(host, port, called_aet, calling_aet, [(VERIFICATION, IMPLICIT_LE)], tls)
     if not association.is_established:
         return False
     status = association.send_c_echo()
@@ -59,7 +63,12 @@ def echo(host: str, port: int, called_aet: str, calling_aet: str = "CXRSEND") ->
 
 
 def send(
-    items: Iterable[Path | Dataset], host: str, port: int, called_aet: str, calling_aet: str = "CXRSEND"
+    items: Iterable[Path | Dataset],
+    host: str,
+    port: int,
+    called_aet: str,
+    calling_aet: str = "CXRSEND",
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[tuple[Path | Dataset, int | None]]:
     """Each item with its C-STORE status; None when it could not be read, or was not accepted or answered.
 
@@ -79,23 +88,60 @@ def send(
                 if association is not None and association.is_established:
                     association.release()
                 proposed = (proposed if kind in proposed else [*proposed, kind])[-MAX_CONTEXTS:]
-                association = _associate(host, port, called_aet, calling_aet, proposed)
+                association = _associate(host, port, called_aet, calling_aet, proposed, tls)
             yield item, _store(association, film) if association.is_established else None
     finally:
         if association is not None and association.is_established:
             association.release()
 
 
-def _entity(calling_aet: str) -> AE:
-    entity = AE(calling_aet)
+def report_commitment(
+    information: Dataset,
+    event_type: int,
+    host: str,
+    port: int,
+    called_aet: str,
+    calling_aet: str,
+    tls: ssl.SSLContext | None = None,
+) -> int | None:
+    """Status of one N-EVENT-REPORT of storage commitment, sent in the provider's role (PS3.4 J.3.3); None: no answer."""
+    kinds = [(STORAGE_COMMITMENT, EXPLICIT_LE), (STORAGE_COMMITMENT, IMPLICIT_LE)]
+    association = _associate(host, port, called_aet, calling_aet, kinds, tls, provider_of=STORAGE_COMMITMENT)
+    if not association.is_established:
+        return None
+    try:
+        accepted = [context for context in association.accepted_contexts if context.as_scp]
+        if not accepted or accepted[0].context_id is None:
+            return None
+        request = N_EVENT_REPORT()
+        request.MessageID, request.EventTypeID = 1, event_type
+        request.AffectedSOPClassUID = UID(STORAGE_COMMITMENT)
+        request.AffectedSOPInstanceUID = UID(COMMITMENT_INSTANCE)
+        encoded = encode(information, str(accepted[0].transfer_syntax[0]) == IMPLICIT_LE, True)
+        request.EventInformation = io.BytesIO(encoded or b"")
+        return _exchange(association, request, accepted[0].context_id)
+    finally:
+        if association.is_established:
+            association.release()
+
+
+def _associate(
+    host: str,
+    port: int,
+    called: str,
+    calling: str,
+    kinds: list[tuple[str, str]],
+    tls: ssl.SSLContext | None,
+    provider_of: str | None = None,
+) -> Association:
+    """An association, established or not; `provider_of` is a SOP class in which we take the SCP's role (PS3.7 D.3.3.4)."""
+    entity = AE(calling)
     entity.maximum_pdu_size = LARGEST_PDU
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT
-    return entity
-
-
-def _associate(host: str, port: int, called: str, calling: str, kinds: list[tuple[str, str]]) -> Association:
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = entity.connection_timeout = TIMEOUT
     contexts = [build_context(sop_class, [syntax]) for sop_class, syntax in kinds]
-    return _entity(calling).associate(host, port, contexts=contexts, ae_title=called)
+    roles: list = [build_role(provider_of, scp_role=True)] if provider_of else []
+    wire = (tls, host) if tls else None
+    return entity.associate(host, port, contexts=contexts, ae_title=called, ext_neg=roles, tls_args=wire)
 
 
 def _store(association: Association, film: _Film) -> int | None:
@@ -111,12 +157,21 @@ def _store(association: Association, film: _Film) -> int | None:
     request.MessageID, request.Priority = 1, 2
     request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = UID(film.sop_class), UID(film.sop_uid)
     request.DataSet = io.BytesIO(film.data)
-    association._reactor_checkpoint.clear()  # as send_c_store does: nobody else may take the answer
-    while not association._is_paused:
-        time.sleep(0.0001)
-    association.dimse.send_msg(request, accepted[0].context_id)
-    response = _response(association)
-    association._reactor_checkpoint.set()
+    return _exchange(association, request, accepted[0].context_id)
+
+
+def _exchange(association: Association, request: C_STORE | N_EVENT_REPORT, context: int) -> int | None:
+    """Send one request and wait for its answer's status; None when none comes (the association is then aborted)."""
+    association._reactor_checkpoint.clear()  # as the library's send_* do: nobody else may take the answer
+    try:
+        while not association._is_paused:
+            if not association.is_alive():  # the peer hung up first: the library would wait for ever
+                return None
+            time.sleep(0.0001)
+        association.dimse.send_msg(request, context)
+        response = _response(association)
+    finally:
+        association._reactor_checkpoint.set()
     if response is None:
         association.abort()
         return None
