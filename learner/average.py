@@ -1,13 +1,14 @@
 """Averages of weights: the teacher that follows, a running mean over steps, a step between two models, a soup of many.
 
 Knows networks and state dicts of one shape; which of the averages is served is decided elsewhere, on validation films.
-Batch-norm statistics are averaged like weights: a network that has them needs a pass over films afterwards.
+Batch-norm statistics are averaged like weights, which says little of the mean network: `settle` measures them anew.
 """
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from learner.optim import move_average
 
@@ -45,6 +46,28 @@ def soup(ingredients: Iterable[Weights]) -> Weights:
 
 
 @torch.no_grad()
+def settle(backbone: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Batch-norm statistics := those of these images, each batch alike; a network without any looks at none.
+
+    What Izmailov et al. 2018 do after averaging. All else is in eval mode meanwhile.
+    """
+    norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return
+    before, was = [norm.momentum for norm in norms], backbone.training
+    backbone.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for a plain mean over batches
+        norm.train()
+    for images in batches:
+        backbone(images)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+    backbone.train(was)
+
+
+@torch.no_grad()
 def _blend(first: Weights, second: Weights, a: float) -> Weights:
     """(1 - a) first + a second, by name; a counter, which has no mean, is the second's unless a = 0."""
     differing = {n for n in first.keys() | second.keys() if _shape(first, n) != _shape(second, n)}
@@ -53,7 +76,7 @@ def _blend(first: Weights, second: Weights, a: float) -> Weights:
             f"{len(differing)} weights differ in name or shape, first {min(differing)}: average models of one architecture"
         )
     return {
-        name: (1 - a) * value + a * second[name]
+        name: torch.lerp(value, second[name], a)  # where both are the same, as in frozen blocks, exactly that
         if value.is_floating_point()
         else (second if a else first)[name].clone()
         for name, value in first.items()

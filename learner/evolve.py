@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from learner.average import follow
+from learner.average import Weights, follow, running_mean
 from learner.backbone import Backbone
 from learner.correct import Feed, next_batch
 from learner.distill import autocast
@@ -24,6 +24,8 @@ from learner.targets import MeanAnswer, align, ramp
 
 RAMP = 0.3  # share of the phase after which pseudo-labels count fully
 LATE = 0.9  # from here on self-supervision counts half: the last word is the classes'
+LAST = 5  # one in so many steps, the last ones, are in the running mean of weights
+MEAN = "swa."  # its names among what a state carries along
 
 
 def evolve(state: State, unlabelled: Feed, labelled: Feed | None, table: dict[str, Tensor]) -> Losses:
@@ -39,9 +41,25 @@ def evolve(state: State, unlabelled: Feed, labelled: Feed | None, table: dict[st
     losses = optimise(state, work, freeze_last=state.epoch < recipe.freeze_last)
     momentum = float(state.schedule.momentum[state.step])
     follow(state.teacher, state.student, momentum)
+    if recipe.average == "all":
+        keep_mean(state)
     watch(state, losses)
     state.step += 1
     return losses | {"momentum": momentum}
+
+
+def keep_mean(state: State) -> None:
+    """The student's mean over the last fifth of the steps (Izmailov et al. 2018), carried along in the state."""
+    count = state.step - (state.schedule.steps - max(1, state.schedule.steps // LAST))
+    if count >= 0:
+        now = {MEAN + name: value.clone() for name, value in state.student.state_dict().items()}
+        before = now if count == 0 else {name: state.extra[name] for name in now}
+        state.extra |= running_mean(before, now, count)
+
+
+def take_mean(state: State) -> Weights:
+    """The mean that `keep_mean` left; the state carries it no longer."""
+    return {name.removeprefix(MEAN): state.extra.pop(name) for name in [*state.extra] if name.startswith(MEAN)}
 
 
 def supervised(state: State, batch: Batch, part: slice) -> Terms:

@@ -76,7 +76,8 @@ class Recipe:
     label_weight: float = 1.0
     replay: float = 0.0  # weight of distillation from the champion (the parent's model)
     refit: str = "none"  # the last correction: "none", "linear" (class head refitted on frozen features) or "graph"
-    average: str = "ema"  # candidates: "ema" = teacher, student; "wise" = half-way from the champion; "all"
+    average: str = "ema"  # candidates: "ema" = teacher, student; "wise" = half-way from the champion; "all",
+    # which adds their soup, the student's mean over the last fifth of the steps ("swa") and other shares of the champion
     # -- pseudo-label (Martins & Silva) and kd (Ho & Gwak)
     kappa: float = 0.75  # share of films that get a pseudo-label, surest first
     finetune_epochs: int = 15

@@ -9,6 +9,7 @@ import torch
 
 from learner import tokens
 from learner.__main__ import main
+from learner.average import settle
 from learner.backbone import read_weights
 from learner.checkpoint import read_file
 from learner.data import label_table
@@ -58,7 +59,7 @@ def test_every_signal_is_in_the_step(evolved):
 
 
 def test_the_chosen_candidate_is_named_and_is_what_is_served_and_kept(evolved):
-    assert card(evolved)["candidate"] in ("teacher", "student", "soup", "wise 0.25", "wise 0.5", "wise 0.75")
+    assert card(evolved)["candidate"] in ("teacher", "student", "soup", "swa", "wise 0.25", "wise 0.5", "wise 0.75")
     assert card(evolved)["serve"] == "student"
 
 
@@ -75,7 +76,7 @@ def test_caches_are_gone_after_the_round(evolved):
     assert not (evolved / "shard").exists()
 
 
-@pytest.mark.parametrize("overrides", [ALL, {"targets": "teacher", "align": True, "refit": "linear"}])
+@pytest.mark.parametrize("overrides", [{**ALL, "epochs": 4}, {"targets": "teacher", "align": True, "refit": "linear"}])
 def test_h_stopping_after_every_single_step_changes_no_bit(tmp_path, monkeypatch, overrides):
     whole, folder = make(tmp_path / "whole", **overrides), make(tmp_path / "r", **overrides)
     assert main([str(whole)]) == 0
@@ -89,10 +90,63 @@ def test_h_stopping_after_every_single_step_changes_no_bit(tmp_path, monkeypatch
     starts = 0
     while (code := main([str(folder)])) == 75:
         starts += 1
-    assert (code, starts) == (0, 2 + 3)
-    for name in ("t0", "final"):
-        one, other = (read_file(f / name / "state.safetensors")[0] for f in (whole, folder))
+    assert (code, starts) == (0, 2 + 3 * overrides.get("epochs", 1))
+    for name in ("t0/state", "checkpoint/evolve", "final/state"):
+        one, other = (read_file(f / f"{name}.safetensors")[0] for f in (whole, folder))
         assert all(torch.equal(value.nan_to_num(9), other[key].nan_to_num(9)) for key, value in one.items()), name
+
+
+def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps(tmp_path, monkeypatch):
+    students, step = [], Teller.step
+
+    def watched(teller, state, losses):
+        if state.phase == "evolve":
+            students.append({key: value.clone() for key, value in state.student.state_dict().items()})
+        step(teller, state, losses)
+
+    monkeypatch.setattr(Teller, "step", watched)
+    folder = make(tmp_path / "r", average="all", epochs=4)
+    assert main([str(folder)]) == 0
+    assert len(students) == 12
+    kept = read_file(folder / "checkpoint/evolve.safetensors")[0]
+    for key, value in students[-1].items():
+        torch.testing.assert_close(kept[f"extra.swa.{key}"], (students[-2][key] + value) / 2)
+    assert not torch.equal(kept["extra.swa.head.last_layer.weight_v"], students[-1]["head.last_layer.weight_v"])
+    assert not any(key.startswith("extra.") for key in read_file(folder / "final/state.safetensors")[0])
+
+
+def test_the_running_mean_is_served_where_validation_prefers_it(tmp_path):
+    run = Run(load(make(tmp_path / "r", films={"validation": 24}, refit="none", average="all")))
+    final = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    champion = run.network()
+    champion.load_state_dict(final.student.state_dict())
+    answer = evolve.linear.fit(
+        run.embeddings(champion, run.round.of("validation")), label_table(run.round.of("validation")), 0.1
+    )
+    evolve.set_head(final.student, answer)
+    final.extra = {f"swa.{key}": value.clone() for key, value in final.student.state_dict().items()}
+    for network in (champion, final.teacher, final.student):
+        network.cls_head.load_state_dict({k: -v for k, v in final.student.cls_head.state_dict().items()})
+    assert evolve.choose(run, final, champion) == "swa"
+    torch.testing.assert_close(final.student.cls_head.mlp[-1].weight.double(), answer.weight)
+    assert final.extra == {}
+    run.teller.close()
+
+
+def test_batch_norm_of_averaged_weights_is_measured_on_the_films(tmp_path):
+    folder = make(tmp_path / "r", arch="test_resnet", average="all", refit="none", lam=0.0, prototypes=0, local_views=0)
+    assert main([str(folder)]) == 0, result(folder)
+    run = Run(load(folder))
+    backbone = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3)).student.backbone
+    norm = next(module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    came = []
+    norm.register_forward_hook(lambda _, given, __: came.append(given[0].detach()))
+    settle(backbone, evolve.originals(run))
+    torch.testing.assert_close(norm.running_mean, came[0].mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, came[0].var((0, 2, 3)))
+    assert (len(came), len(came[0])) == (1, 14)
+    assert (norm.momentum, norm.training) == (0.1, True)
+    run.teller.close()
 
 
 def test_bank_holds_what_the_frozen_blocks_answer(tmp_path):

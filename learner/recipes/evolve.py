@@ -5,23 +5,24 @@ learns these soft answers beside self-distillation, with labelled films in every
 an anchor. At the end the class head is fitted anew, and validation patients choose among the averages of weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from learner import linear
-from learner.average import soup, wise
+from learner.average import settle, soup, wise
 from learner.calibrate import auc
 from learner.correct import supervise
 from learner.data import label_table
-from learner.evolve import evolve
+from learner.evolve import evolve, take_mean
 from learner.graph import pseudo_labels
 from learner.heads import Network
 from learner.round_dir import Film
-from learner.run import Run
+from learner.run import SCORED, Run
 from learner.step import State
 from learner.targets import agreement, class_thresholds, outside, shrunk_prevalence
 
@@ -128,11 +129,11 @@ def refit(run: Run, network: Network) -> None:
 
 
 def choose(run: Run, final: State, champion: Network) -> str:
-    """Student, teacher, their averages with the champion: the best on validation patients becomes the student."""
+    """Student, teacher, their averages over time and with the champion: the best on validation becomes the student."""
     before, student, teacher = (net.state_dict() for net in (champion, final.student, final.teacher))
     kinds = {"teacher": teacher, "student": student}
     if run.recipe.average == "all":
-        kinds["soup"] = soup([student, teacher])
+        kinds |= {"soup": soup([student, teacher]), "swa": take_mean(final)}
         kinds |= {f"wise {a:g}": wise(before, teacher, a) for a in MIXES}
     if run.recipe.average == "wise":
         kinds = {"wise 0.5": wise(before, teacher, 0.5)}
@@ -142,6 +143,8 @@ def choose(run: Run, final: State, champion: Network) -> str:
     name, kept = "", student
     for kind, weights in kinds.items():
         final.student.load_state_dict({k: v.clone() for k, v in weights.items()})
+        if kind not in ("student", "teacher"):
+            settle(final.student.backbone, originals(run))
         refit(run, final.student)
         value = quality(run, final.student, films, labels) if enough else 0.0
         if value > best:
@@ -152,6 +155,12 @@ def choose(run: Run, final: State, champion: Network) -> str:
         name, kept = "champion", before  # the round did harm: the gate will see the same model again
     final.student.load_state_dict(kept)
     return name
+
+
+def originals(run: Run) -> Iterator[Tensor]:
+    """All train films without noise, in even batches."""
+    feed, films = run.feed(run.round.unlabelled, "plain", 0, True), len(run.round.unlabelled)
+    yield from (feed.originals(rows) for rows in np.array_split(np.arange(films), -(-films // SCORED)))
 
 
 def quality(run: Run, network: Network, films: Sequence[Film], labels: Tensor) -> float:
