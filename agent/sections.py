@@ -10,9 +10,10 @@ from zoneinfo import available_timezones
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from agent.peers import parse
+
 FINDING = re.compile(r"[A-Za-z][A-Za-z0-9_ -]{0,63}")
 WINDOW = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
-PEER = re.compile(r"([ -\[\]-~]{1,16})@([^@\s]+):(\d{1,5})")
 
 
 class Section(BaseModel):
@@ -62,7 +63,9 @@ class NodeKeys(Section):
     tls_key: str = Field("", description="private key (PEM) of tls_cert, readable by the node alone")
     tls_ca: str = Field("", description="certificates (PEM) whose holders may connect: mutual TLS; empty = any peer")
     peers: tuple[str, ...] = Field(
-        (), description='who else is there, "AET@host:port": answers storage commitment, `cxrloop pull` asks them'
+        (),
+        description='who else is there, "AET@host:port" or, over TLS, "AET@host:port/tls": '
+        "gets the reports of storage commitment, is asked by `cxrloop pull`",
     )
 
     @field_validator("peers")
@@ -161,7 +164,7 @@ class ResultsKeys(Section):
 
     sr: bool = Field(False, description="send a structured report (TID 1500) for each scored film")
     sc: bool = Field(False, description="send a heatmap (Secondary Capture) for each scored film")
-    destination: str = Field("", description='where they go, "AET@host:port"; empty = nowhere')
+    destination: str = Field("", description='where they go, "AET@host:port" or "AET@host:port/tls"; empty = nowhere')
 
     @field_validator("destination")
     @classmethod
@@ -186,8 +189,6 @@ class RetentionKeys(Section):
 
 
 def peer(text: str) -> str:
-    """`text` when it is AET@host:port; raises ValueError."""
-    found = PEER.fullmatch(text)
-    if not found or not 1 <= int(found[3]) <= 65535:
-        raise ValueError(f'"AET@host:port", the AE title of 1 to 16 characters; {text!r} is not')
+    """`text` when it names a peer; raises ValueError."""
+    parse(text)
     return text

@@ -61,6 +61,7 @@ class Unreadable(ValueError):
 class Envelope:
     transfer_syntax: str
     offset: int  # bytes before the data set
+    sop_uid: str = ""  # MediaStorageSOPInstanceUID (0002,0003), as the file claims
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def open_envelope(stream: BinaryIO) -> Envelope:
         raise Unreadable("empty file")
     if head[128:] != b"DICM":
         raise Unreadable("no DICM prefix: not a DICOM file")
-    syntax = ""
+    syntax = sop_uid = ""
     while True:
         offset = stream.tell()
         start = stream.read(8)
@@ -103,10 +104,12 @@ def open_envelope(stream: BinaryIO) -> Envelope:
         value = _exactly(stream, length)
         if element == 0x0010:
             syntax = value.decode("latin-1").strip("\0 ")
+        elif element == 0x0003:
+            sop_uid = value.decode("latin-1").strip("\0 ")
     if not is_uid(syntax):
         raise Unreadable(f"TransferSyntaxUID (0002,0010) = {shown(syntax)}: missing or not a UID")
     stream.seek(offset)
-    return Envelope(syntax, offset)
+    return Envelope(syntax, offset, sop_uid)
 
 
 def _exactly(stream: BinaryIO, length: int) -> bytes:
