@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from learner import linear
 from learner.average import settle, soup, wise
 from learner.calibrate import auc
-from learner.correct import supervise
 from learner.data import label_table
 from learner.evolve import evolve, take_mean
 from learner.graph import pseudo_labels
@@ -24,6 +23,7 @@ from learner.heads import Network
 from learner.round_dir import Film
 from learner.run import SCORED, Run
 from learner.step import State
+from learner.supervised import learn_labels
 from learner.targets import agreement, class_thresholds, outside, shrunk_prevalence
 
 MIXES = (0.25, 0.5, 0.75)  # of champion and candidate, beside the two themselves
@@ -36,14 +36,7 @@ CHOICE = 5  # validation films of each class below which the average is taken as
 def run(run: Run) -> None:
     """T=0 when there is no parent, then one round on every train film."""
     recipe = run.recipe
-    start = run.from_parent
-    if run.first:
-        films = run.labelled("t0")
-        schedule = run.schedule(films, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
-        t0 = run.train("t0", schedule, partial(probe, run), lambda state: supervise(state, films))
-        t0.teacher.load_state_dict(t0.student.state_dict())
-        run.export("t0", t0, "student")
-        start = run.from_student(t0)
+    start = run.from_student(learn_labels(run, partial(probe, run))) if run.first else run.from_parent
     table = run.once("targets", lambda: targets(run, begun(run, start)))
     unlabelled, labelled = run.unlabelled(), run.labelled("labelled") if run.round.labelled else None
     schedule = run.schedule(unlabelled, recipe.epochs, recipe.lr)

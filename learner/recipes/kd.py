@@ -23,6 +23,7 @@ from learner.recipe import Recipe
 from learner.round_dir import ManifestError
 from learner.run import Run
 from learner.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of
+from learner.supervised import learn_labels
 
 DEFECTIVE = 4  # one in so many epochs: the published 50 of 200
 
@@ -41,10 +42,7 @@ def run(run: Run) -> None:
     plan, weights = other_network(recipe) if strategy not in ("base", "self") else (run.plan, None)
     if strategy == "reversed" and not run.first:
         raise ManifestError('kd_strategy = "reversed" changes networks and has no parent; use "standard" from now on')
-    t0 = run.train("t0", alone, run.from_backbone, learn) if run.first else None
-    if t0:
-        t0.teacher.load_state_dict(t0.student.state_dict())
-        run.export("t0", t0, "student")
+    t0 = learn_labels(run, run.from_backbone) if run.first else None
     if strategy == "base":
         final = t0 or run.train("kd", alone, run.from_parent, learn)
         return run.export("final", final, "student")

@@ -10,12 +10,12 @@ from functools import partial
 from safetensors.torch import save
 
 from learner.backbone import weights_of
-from learner.correct import supervise
 from learner.evolve import evolve
 from learner.recipes.evolve import fit_head
 from learner.round_dir import write_atomic
 from learner.run import Run
 from learner.step import State
+from learner.supervised import learn_labels
 
 
 def run(run: Run) -> None:
@@ -26,12 +26,7 @@ def run(run: Run) -> None:
     start = run.from_backbone if run.first else run.from_parent
     seen = run.train("pretrain", schedule, start, lambda state: evolve(state, films, None, {}))
     keep_backbone(run, seen)
-    labelled = run.labelled("t0")
-    schedule = run.schedule(labelled, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
-    final = run.train("t0", schedule, partial(from_teacher, run, seen), lambda state: supervise(state, labelled))
-    final.teacher.load_state_dict(final.student.state_dict())
-    if run.first:
-        run.export("t0", final, "student")
+    final = learn_labels(run, partial(from_teacher, run, seen))
     run.export("final", final, "student")
 
 
