@@ -8,6 +8,7 @@ import queue
 import ssl
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydicom import dcmwrite
@@ -28,6 +29,16 @@ LARGEST_PDU = 131072
 MAX_CONTEXTS = 128  # PS3.8: odd identifiers from 1 to 255
 TIMEOUT = 30  # seconds for an answer
 TRANSFER = "Sta6"  # PS3.8 9.2.1: association established, ready for data transfer
+UNREADABLE, NO_ASSOCIATION, NO_CONTEXT, NO_ANSWER = "unreadable", "no association", "no accepted context", "no answer"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of one item: its C-STORE status, or None and in `why` what was missing."""
+
+    item: Path | Dataset
+    status: int | None
+    why: str = ""
 
 
 class _Film:
@@ -70,18 +81,33 @@ def send(
     calling_aet: str = "CXRSEND",
     tls: ssl.SSLContext | None = None,
 ) -> Iterator[tuple[Path | Dataset, int | None]]:
-    """Each item with its C-STORE status; None when it could not be read, or was not accepted or answered.
+    """Each item with its C-STORE status; None when it could not be read, or was not accepted or answered."""
+    for sent in deliver(items, host, port, called_aet, calling_aet, tls):
+        yield sent.item, sent.status
+
+
+def deliver(
+    items: Iterable[Path | Dataset],
+    host: str,
+    port: int,
+    called_aet: str,
+    calling_aet: str = "CXRSEND",
+    tls: ssl.SSLContext | None = None,
+    kinds: Iterable[tuple[str, str]] = (),
+) -> Iterator[Sent]:
+    """What became of each item, in order; a refused or unanswered one does not keep the next from being sent.
 
     One association for as long as it lasts and its contexts fit; each syntax is proposed in a context of its own.
+    `kinds` are the (SOP class, syntax) to be proposed from the start, where they are known.
     """
     association: Association | None = None
-    proposed: list[tuple[str, str]] = []
+    proposed = list(kinds)
     try:
         for item in items:
             try:
                 film = _Film(item)
             except (Unreadable, OSError):
-                yield item, None
+                yield Sent(item, None, UNREADABLE)
                 continue
             kind = (film.sop_class, film.syntax)
             if association is None or not association.is_established or kind not in proposed:
@@ -89,7 +115,7 @@ def send(
                     association.release()
                 proposed = (proposed if kind in proposed else [*proposed, kind])[-MAX_CONTEXTS:]
                 association = _associate(host, port, called_aet, calling_aet, proposed, tls)
-            yield item, _store(association, film) if association.is_established else None
+            yield Sent(item, *_store(association, film))
     finally:
         if association is not None and association.is_established:
             association.release()
@@ -144,20 +170,27 @@ def _associate(
     return entity.associate(host, port, contexts=contexts, ae_title=called, ext_neg=roles, tls_args=wire)
 
 
-def _store(association: Association, film: _Film) -> int | None:
-    """Send the film's own bytes: the library's send_c_store would decode and encode them again."""
+def _store(association: Association, film: _Film) -> tuple[int | None, str]:
+    """Status, or why there is none. The film's own bytes go: the library's send_c_store would decode and encode them."""
+    # a peer that accepts no context at all is left by the library, and what it answered stays
+    if not association.is_established:
+        return (
+            None,
+            NO_CONTEXT if association.rejected_contexts and not association.accepted_contexts else NO_ASSOCIATION,
+        )
     accepted = [
         context
         for context in association.accepted_contexts
         if context.abstract_syntax == film.sop_class and str(context.transfer_syntax[0]) == film.syntax
     ]
     if not accepted or accepted[0].context_id is None:
-        return None
+        return None, NO_CONTEXT
     request = C_STORE()
     request.MessageID, request.Priority = 1, 2
     request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = UID(film.sop_class), UID(film.sop_uid)
     request.DataSet = io.BytesIO(film.data)
-    return _exchange(association, request, accepted[0].context_id)
+    status = _exchange(association, request, accepted[0].context_id)
+    return status, "" if status is not None else NO_ANSWER
 
 
 def _exchange(association: Association, request: C_STORE | N_EVENT_REPORT, context: int) -> int | None:

@@ -1,12 +1,13 @@
 """The small sender: bytes as they are, a status for each."""
 
 import pytest
+from answers import Archive
 from pacs import film, free_port, save
 
 from dicom.inbox import Inbox
 from dicom.listener import Listener, Node
 from dicom.part10 import EXPLICIT_LE, IMPLICIT_LE
-from dicom.sender import echo, send
+from dicom.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, deliver, echo, send
 from dicom.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 
 
@@ -52,3 +53,24 @@ def test_results_come_while_sending(node):
     assert next(sending)[1] == 0
     assert len(inbox.waiting()) == 1
     assert [status for _, status in sending] == [0, 0]
+
+
+def test_each_item_says_why_it_has_no_status(tmp_path, node):
+    listener, _ = node
+    ct = film(1)
+    ct.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    said = [sent.why for sent in deliver([tmp_path / "gone.dcm", ct, film(2)], "127.0.0.1", listener.port, "CXRLOOP")]
+    assert said == [UNREADABLE, NO_CONTEXT, ""]
+    assert [sent.why for sent in deliver([film(1)], "127.0.0.1", listener.port, "WRONG")] == [NO_ASSOCIATION]
+    assert [sent.why for sent in deliver([film(1)], "127.0.0.1", free_port(), "CXRLOOP")] == [NO_ASSOCIATION]
+
+
+def test_kinds_named_beforehand_are_sent_over_one_association():
+    films = [film(n, transfer_syntax=syntax) for n, syntax in enumerate((EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_LE))]
+    kinds = [(films[0].SOPClassUID, EXPLICIT_LE), (films[0].SOPClassUID, IMPLICIT_LE)]
+    with Archive(free_port(), classes=(films[0].SOPClassUID,)) as archive:
+        sent = list(deliver(films, "127.0.0.1", archive.port, "PACS", kinds=kinds))
+        assert [one.status for one in sent] == [0, 0, 0]
+        assert archive.associations == 1
+        list(deliver(films, "127.0.0.1", archive.port, "PACS"))
+        assert archive.associations == 3  # one more for the second syntax

@@ -1,0 +1,49 @@
+"""The PACS that our answers go to, in tests: a real Storage SCP in this process that keeps, counts, and refuses on demand."""
+
+from collections.abc import Callable
+
+from pydicom.dataset import Dataset
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import (  # pyright: ignore[reportAttributeAccessIssue]
+    ComprehensiveSRStorage,
+    SecondaryCaptureImageStorage,
+)
+
+
+class Archive:
+    """Start it with `with`; `held` maps SOP Instance UIDs to data sets, `arrivals` counts every C-STORE."""
+
+    def __init__(
+        self,
+        port: int,
+        verdict: Callable[[Dataset], int] = lambda ds: 0,
+        classes: tuple[str, ...] = (ComprehensiveSRStorage, SecondaryCaptureImageStorage),
+    ):
+        self.port, self.verdict, self.classes = port, verdict, classes
+        self.held: dict[str, Dataset] = {}
+        self.arrivals: list[str] = []
+        self.associations = 0
+
+    def __enter__(self) -> "Archive":
+        entity = AE("PACS")
+        entity.require_called_aet = True
+        for name in self.classes:
+            entity.add_supported_context(name, ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"])
+        handlers = [(evt.EVT_C_STORE, self._store), (evt.EVT_ACCEPTED, self._accepted)]
+        self.server = entity.start_server(("127.0.0.1", self.port), block=False, evt_handlers=handlers)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+
+    def _accepted(self, event: evt.Event) -> None:
+        self.associations += 1
+
+    def _store(self, event: evt.Event) -> int:
+        ds = event.dataset
+        ds.file_meta = event.file_meta
+        self.arrivals.append(str(ds.SOPInstanceUID))
+        status = self.verdict(ds)
+        if status == 0 or status >> 12 == 0xB:
+            self.held[str(ds.SOPInstanceUID)] = ds
+        return status
