@@ -26,12 +26,7 @@ SYNTAX = IMPLICIT_LE  # the one that every receiver must take (PS3.5 10.1)
 SERIES_NUMBERS = {"sr": 7427, "sc": 7428}  # far above what a modality counts to, and ours in every study
 
 # Patient, General Study and Patient Study modules (PS3.3 C.7.1.1, C.7.2.1, C.7.2.2); sequences stay behind
-IDENTIFYING = (
-    "PatientID",
-    "PatientName",
-    "IssuerOfPatientID",
-    "AccessionNumber",
-)  # the PACS matches on these: as they are
+IDENTIFYING = ("PatientID", "IssuerOfPatientID", "AccessionNumber")  # the PACS matches on these: as they are
 EMPTY_IF_UNKNOWN = (  # type 2
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
     "ReferringPhysicianName",
@@ -52,7 +47,7 @@ _VALID = {
     "TM": re.compile(r"([01]\d|2[0-3])([0-5]\d([0-5]\d(\.\d{1,6})?)?)?"),
     "SH": re.compile(r"[^\\\x00-\x1a\x1c-\x1f]{1,16}"),  # ESC changes the character set (PS3.5 6.1.2.5)
     "LO": re.compile(r"[^\\\x00-\x1a\x1c-\x1f]{1,64}"),
-    "PN": re.compile(r"[^\\\x00-\x1a\x1c-\x1f]+"),
+    "PN": re.compile(r"[^\x00-\x1a\x1c-\x1f]+"),
 }
 _ANY = re.compile(r".+", re.S)
 
@@ -181,6 +176,9 @@ def _value(film: Dataset, keyword: str) -> bytes:
         text = text if text in ("M", "F", "O") else ""
     elif vr in ("SH", "LO") and not value.isascii():
         text = _characters(film, value)
+    elif vr == "PN" and b"\x1b" not in value and not header.text(film, "SpecificCharacterSet").startswith("GB"):
+        value = value.split(b"\\")[0].strip()  # one name; in code extensions and GB a backslash is half a character
+        text = value.decode("latin-1")
     valid = _ANY if keyword in IDENTIFYING else _VALID.get(vr, _ANY)
     if not valid.fullmatch(text):
         return b""
@@ -204,3 +202,5 @@ def _clock(result: Dataset, film: Dataset, at: datetime) -> None:
     day, clock = at.strftime("%Y%m%d"), at.strftime("%H%M%S")
     result.ContentDate = result.InstanceCreationDate = day
     result.ContentTime = result.InstanceCreationTime = clock
+    for maker in result.get("ContributingEquipmentSequence", ()):  # the library that helped, at the time it really was
+        maker.ContributionDateTime = day + clock
