@@ -3,6 +3,8 @@
 Turns settings into what `dicom` takes. Opens no port by itself and knows no film.
 """
 
+import ipaddress
+import logging
 import ssl
 
 from pydicom import Dataset
@@ -13,6 +15,8 @@ from agent.site import Site
 from dicom import tls
 from dicom.listener import Node
 from dicom.sender import echo, report_commitment
+
+log = logging.getLogger("cxrloop")
 
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what is listened on everywhere is asked at home
 
@@ -51,11 +55,19 @@ def node(site: Site) -> Node:
         host=keys.host,
         port=keys.port,
         allow_aet=(*keys.allow_aet, keys.aet) if keys.allow_aet else (),
-        allow_ip=(*keys.allow_ip, "127.0.0.1", "::1") if keys.allow_ip else (),
+        allow_ip=(*keys.allow_ip, *_ours(site)) if keys.allow_ip else (),
         max_associations=keys.max_associations,
         max_per_peer=keys.max_per_peer,
         context=tls.serving(us) if us else None,
     )
+
+
+def _ours(site: Site) -> set[str]:
+    """The addresses that our own C-ECHO may come from."""
+    try:
+        return {"127.0.0.1", "::1", str(ipaddress.ip_address(address(site)))}
+    except ValueError:  # a host name
+        return {"127.0.0.1", "::1"}
 
 
 def address(site: Site) -> str:
@@ -96,5 +108,10 @@ def report(site: Site, aet: str, information: Dataset, event_type: int) -> bool:
     peer = peers(site).get(aet)
     if peer is None:
         return False
-    ours, context = site.config.node.aet, wire(site, peer)
-    return report_commitment(information, event_type, peer.host, peer.port, peer.aet, ours, context) == 0
+    ours = site.config.node.aet
+    try:
+        status = report_commitment(information, event_type, peer.host, peer.port, peer.aet, ours, wire(site, peer))
+    except (OSError, Problem) as why:  # socket.gaierror: no such host; or our certificate has gone bad
+        log.warning("%s@%s:%d: %s", peer.aet, peer.host, peer.port, why)
+        return False
+    return status == 0

@@ -14,7 +14,7 @@ from deploy.keys import new_keys
 from dicom.inbox import Inbox
 from dicom.store import Store
 
-FOLDERS = ("inbox", "drop", "store", "rounds", "models", "run", "keys")
+FOLDERS = ("inbox", "node", "drop", "store", "rounds", "models", "run", "keys")
 
 
 @dataclass(frozen=True)

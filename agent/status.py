@@ -4,15 +4,17 @@ import shutil
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from agent import predict, release, rounds
+from agent import network, predict, release, rounds
 from agent.clockwork import next_window
 from agent.config import zone
+from agent.errors import Problem
 from agent.ledger import Ledger, utc
 from agent.site import Site
 from deploy import registry
 from deploy.client import Client
-from dicom.sender import echo
+from dicom import refusals
 
+RENEW_DAYS = 30  # a hospital's certificate authority takes its time
 NOTICE_DAYS = 7  # how long a notice stays in the alerts
 
 
@@ -35,6 +37,7 @@ def status(site: Site, ledger: Ledger) -> dict[str, Any]:
             "stored": counters["stored"],
             "rejected": counters["rejected"],
             "quarantined": counters["quarantined"],
+            "refused": sum(refusals.kept(site.root / "node" / "refused.json").values()),
             "predicted": counters["predicted"],
             "returned": counters["returned"],
             "labelled": counters["labelled"],
@@ -79,14 +82,14 @@ def _alerts(
     keys = site.config.node
     if free < keys.min_free_mb << 20:
         found.append(("disk", f"{free >> 20} MB free, films are refused under {keys.min_free_mb} MB", True))
-    host = "127.0.0.1" if keys.host in ("0.0.0.0", "::") else keys.host
-    node_up = echo(host, keys.port, keys.aet, calling_aet=keys.aet)
+    host, node_up = network.address(site), network.answers(site)
     if not node_up and server is None:
         found.append(("not running", "neither the node nor the model server answers: `cxrloop serve`", False))
     elif not node_up:
         found.append(("node down", f"no C-ECHO from {keys.aet}@{host}:{keys.port}", True))
     elif server is None:
         found.append(("server down", f"no answer from {site.infer_url}; films wait unscored", True))
+    found += _certificate(site)
     current = release.in_service(ledger)
     if not current:
         found.append(("no model", "films are stored and wait; label some, then `cxrloop round run --now`", False))
@@ -97,6 +100,17 @@ def _alerts(
     for row in ledger.rows("SELECT * FROM notice WHERE at > ? ORDER BY id DESC LIMIT 20", week):
         found.append((row["kind"], row["detail"], False))
     return [{"kind": kind, "detail": detail} for kind, detail, _ in found], any(bad for *_, bad in found)
+
+
+def _certificate(site: Site) -> list[tuple[str, str, bool]]:
+    """Whether the node's certificate ends soon, or can't be used any more."""
+    try:
+        days = network.days_left(site)
+    except Problem as wrong:
+        return [("certificate", str(wrong), True)]
+    if days is None or days > RENEW_DAYS:
+        return []
+    return [("certificate", f"node.tls_cert ends in {days} days; renew it and restart the node", False)]
 
 
 def _pointer(site: Site, current: dict | None, server: dict | None) -> list[tuple[str, str, bool]]:

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent import committed, network
 from agent.clockwork import Agent
 from agent.config import config_path
 from agent.errors import Problem
@@ -22,8 +23,8 @@ from deploy.client import Client
 from deploy.parent import die_with_parent
 from deploy.runtime import NoRuntime, ProviderRefused, require
 from deploy.server import main as serve_models
-from dicom.listener import Listener, Node
-from dicom.sender import echo
+from dicom.commitment import Commitment, Pending
+from dicom.listener import Listener
 
 log = logging.getLogger("cxrloop")
 
@@ -56,6 +57,8 @@ def serve(site: Site, settings: Path | None, only: tuple[str, ...], parent: int 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     parts = only or PARTS
+    if "listen" in parts:
+        network.days_left(site)  # a certificate that can't be used is said now, not by a part that keeps dying
     if "infer" in parts:
         check_runtime(site)
     if len(parts) == 1:
@@ -90,16 +93,7 @@ def command(name: str, settings: Path | None) -> list[str]:
 def run_part(site: Site, name: str, stop: threading.Event) -> None:
     """Run one part in this process until `stop`."""
     if name == "listen":
-        keys = site.config.node
-        # Our own AE title and loopback always pass: `status` and the supervisor ask the node with C-ECHO.
-        aets = (*keys.allow_aet, keys.aet) if keys.allow_aet else ()
-        addresses = (*keys.allow_ip, "127.0.0.1") if keys.allow_ip else ()
-        node = Node(keys.aet, keys.host, keys.port, aets, addresses, keys.max_associations, keys.max_per_peer)
-        listener = Listener(node, site.inbox)
-        listener.start()
-        _ready("listen", f"{keys.aet}@{keys.host}:{listener.port}")
-        stop.wait()
-        listener.stop()
+        listen(site, stop)
     elif name == "infer":
         keys = site.config.infer
         where = ["--site", str(site.root), "--host", keys.host, "--port", str(keys.port), "--provider", keys.provider]
@@ -114,6 +108,25 @@ def run_part(site: Site, name: str, stop: threading.Event) -> None:
         os._exit(0)  # a round may run in a thread for hours: its learner is told to checkpoint by our death
     else:
         raise Problem(f"--only {name}: parts are {', '.join(PARTS)} (the web console is not in this version)")
+
+
+def listen(site: Site, stop: threading.Event) -> None:
+    """The DICOM node in this process until `stop`: C-ECHO, C-STORE, storage commitment."""
+    node, folder = network.node(site), site.root / "node"
+    commitment = Commitment(
+        Pending(folder / "commitment"),
+        frozenset(network.peers(site)),
+        lambda references: committed.held(site, references),
+        lambda *report: network.report(site, *report),
+    )
+    listener = Listener(node, site.inbox, services=(commitment.service,))
+    listener.refusals.keep(folder / "refused.json")
+    listener.start()
+    commitment.start()
+    _ready("listen", f"{node.aet}@{node.host}:{listener.port}")
+    stop.wait()
+    listener.stop()
+    commitment.stop()
 
 
 def _ready(name: str, what: str) -> None:
@@ -157,9 +170,7 @@ def _keep_alive(part: Part) -> None:
 
 def _answers(site: Site, names: set[str]) -> bool:
     """True when the port answers C-ECHO and the model server is up (with or without a model)."""
-    keys = site.config.node
-    host = "127.0.0.1" if keys.host in ("0.0.0.0", "::") else keys.host
-    if "listen" in names and not echo(host, keys.port, keys.aet, calling_aet=keys.aet):
+    if "listen" in names and not network.answers(site):
         return False
     if "infer" in names:
         with Client(site.infer_url) as client:

@@ -11,7 +11,7 @@ import ssl
 import threading
 from collections import Counter
 from dataclasses import dataclass
-from socket import socket
+from socket import MSG_PEEK, socket
 from typing import Any
 
 from pynetdicom import AE
@@ -78,8 +78,14 @@ class Port(ThreadedAssociationServer):
         """In the connection's own thread: handshake, first byte, and only then an association with its threads."""
         peer = client_address[0]
         try:
-            wire = self._shaken(request)
-            if _speaks(wire):
+            wire, heard = request, _speaks(request)
+            if heard and not request.recv(1, MSG_PEEK):  # hung up without a word: a health check, no refusal
+                self.shutdown_request(request)
+                return
+            if heard and self._tls:
+                wire = self._shaken(request, self._tls)
+                heard = _speaks(wire)
+            if heard:
                 self.finish_request(wire, client_address)
                 return
             self._refusals.note(peer, "silent", f"nothing said within {ARTIM} s")
@@ -116,12 +122,10 @@ class Port(ThreadedAssociationServer):
         mapped = getattr(address, "ipv4_mapped", None)
         return not self._networks or any((mapped or address) in network for network in self._networks)
 
-    def _shaken(self, request: socket) -> socket:
-        """The connection itself, or its TLS side once the peer has shaken hands. Raises OSError, ssl.SSLError."""
-        if self._tls is None:
-            return request
-        request.settimeout(ARTIM)
-        wire = self._tls.wrap_socket(request, server_side=True)
+    def _shaken(self, request: socket, context: ssl.SSLContext) -> socket:
+        """The connection's TLS side, once the peer has shaken hands. Raises OSError, ssl.SSLError."""
+        request.settimeout(ARTIM)  # of the whole handshake
+        wire = context.wrap_socket(request, server_side=True)
         wire.settimeout(None)
         return wire
 

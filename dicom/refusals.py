@@ -3,12 +3,15 @@
 Knows nothing of DICOM: a peer is an address, a kind is a short fixed word, a reason is a sentence without a patient.
 """
 
+import json
 import logging
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 WINDOW = 60  # seconds; the first refusal of a peer is logged at once, those that follow are summed up over this
+KEEP_EVERY = 1  # seconds between two writes of the counts: a flood must not become a flood of writes
 MOST_PEERS = 1024  # entries; refusals of peers beyond this are counted, not logged
 
 
@@ -19,10 +22,19 @@ class Refusals:
         self._log, self._lock = log, threading.Lock()
         self._totals: Counter[str] = Counter()
         self._open: dict[str, tuple[float, Counter[str]]] = {}  # peer -> (since when, what was not logged)
+        self._file: Path | None = None
+        self._written: tuple[float, int] = (0.0, 0)  # (when, how many in all)
+
+    def keep(self, path: Path) -> None:
+        """Go on from the counts in the file at `path`, and keep them there."""
+        with self._lock:
+            self._file = path
+            self._totals.update(kept(path))
+            self._written = (0.0, self._totals.total())
 
     @property
     def totals(self) -> dict[str, int]:
-        """How often each kind was refused since the start."""
+        """How often each kind was refused, since the start or since the counts are kept."""
         with self._lock:
             return dict(self._totals)
 
@@ -43,6 +55,7 @@ class Refusals:
     def flush(self, now: float | None = None) -> None:
         """Log what has waited for a minute; called by the port's loop, so that a flood's last count is said too."""
         now = time.monotonic() if now is None else now
+        self._write(now)
         with self._lock:
             due = [(peer, counted) for peer, (since, counted) in self._open.items() if now - since >= WINDOW]
             for peer, counted in due:
@@ -54,3 +67,25 @@ class Refusals:
             if counted:
                 kinds = ", ".join(f"{times} x {kind}" for kind, times in counted.most_common())
                 self._log.warning("refused %d more from %s: %s", counted.total(), peer, kinds)
+
+    def _write(self, now: float) -> None:
+        with self._lock:
+            when, written = self._written
+            total = self._totals.total()
+            if self._file is None or total == written or now - when < KEEP_EVERY:
+                return
+            self._written = (now, total)
+            temp = self._file.with_suffix(".tmp")
+            try:
+                temp.write_text(json.dumps(self._totals), "utf-8")
+                temp.rename(self._file)
+            except OSError as error:  # a count is worth no connection
+                self._log.warning("refusals not counted on disk: %s", error.strerror)
+
+
+def kept(path: Path) -> dict[str, int]:
+    """The counts in a file that `Refusals.keep` wrote, by kind; none where there is no file, or a power cut hit it."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}

@@ -36,8 +36,9 @@ def check(identity: Identity, now: datetime | None = None) -> int:
     now = now or datetime.now(UTC)
     own = certificates(identity.cert)[0]
     _in_time(own, identity.cert, now)
+    private = _read(identity.key)
     try:
-        key = load_pem_private_key(_read(identity.key), None)
+        key = load_pem_private_key(private, None)
     except TypeError:
         raise BadCertificate(
             f"{identity.key}: protected by a pass phrase; write the key without one, mode 0600"
@@ -88,8 +89,9 @@ def to_peers(identity: Identity) -> ssl.SSLContext:
 
 def certificates(path: Path) -> list[x509.Certificate]:
     """The certificates of a PEM file, in order. Raises BadCertificate when it holds none."""
+    text = _read(path)
     try:
-        return x509.load_pem_x509_certificates(_read(path))
+        return x509.load_pem_x509_certificates(text)
     except ValueError:
         raise BadCertificate(f"{path}: not a certificate (PEM)") from None
 

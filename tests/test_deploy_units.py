@@ -109,7 +109,7 @@ def test_only_what_computes_sees_the_gpu_and_only_the_agent_writes_the_site():
     assert listen["PrivateDevices"] == ["yes"] and "DeviceAllow" not in listen
     for unit in (infer, learn):
         assert unit["DevicePolicy"] == ["closed"] and unit["DeviceAllow"] == ["char-nvidia* rw"]
-    assert listen["ReadWritePaths"] == ["/var/lib/cxrloop/inbox"]
+    assert listen["ReadWritePaths"] == ["/var/lib/cxrloop/inbox /var/lib/cxrloop/node"]
     assert "ReadWritePaths" not in infer
     assert learn["ReadWritePaths"] == ["/var/lib/cxrloop"]
 

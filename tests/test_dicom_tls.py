@@ -1,0 +1,346 @@
+"""TLS on the port: which certificates are taken at the start, which peers get in, and that no silent one holds up others."""
+
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+
+import pytest
+from appliance import Appliance
+from certificates import DAY, Usage, authority
+from conftest import make_site
+from pacs import film, save, wait_for
+
+from agent import network
+from agent.config import load
+from agent.errors import Problem
+from agent.site import Site
+from deploy import health
+from dicom import tls
+from dicom.inbox import Inbox
+from dicom.listener import Listener, Node
+from dicom.sender import echo, send
+from dicom.tls import BadCertificate, Identity, check
+
+
+@pytest.fixture
+def hospital(tmp_path):
+    return authority(tmp_path)
+
+
+@pytest.fixture
+def node(tmp_path):
+    """A listener with an identity, and its inbox."""
+    running = []
+
+    def start(identity, **settings):
+        inbox = Inbox(tmp_path / "inbox", 0)
+        listener = Listener(Node(port=0, context=tls.serving(identity), **settings), inbox)
+        listener.start()
+        running.append(listener)
+        return listener, inbox
+
+    yield start
+    for listener in running:
+        listener.stop()
+
+
+def asks(port, context):
+    return echo("127.0.0.1", port, "CXRLOOP", tls=context)
+
+
+def call(*command):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
+# What is wrong with a certificate is said at the start
+
+
+def test_a_good_pair_says_how_many_days_it_has_left(hospital):
+    assert check(hospital.issue("node", ends=90 * DAY)) in (89, 90)
+
+
+def test_each_thing_that_can_be_wrong_with_a_certificate_has_its_own_words(hospital, tmp_path):
+    good, other = hospital.issue("good"), hospital.issue("other")
+    words = tmp_path / "words.pem"
+    words.write_text("these are words")
+    locked = hospital.issue("locked", password=b"secret")
+    wrong = {
+        "No such file": Identity(tmp_path / "missing.crt", good.key),
+        "not a certificate": Identity(words, good.key),
+        "not a private key": Identity(good.cert, words),
+        "is not the key of": Identity(good.cert, other.key),
+        "pass phrase": locked,
+        "expired on": hospital.issue("old", ends=-DAY),
+        "both extended key usages": hospital.issue("half", ca=hospital.pem, uses=(Usage.SERVER_AUTH,)),
+        "words.pem: not a certificate": Identity(good.cert, good.key, words),
+    }
+    for said, identity in wrong.items():
+        with pytest.raises(BadCertificate, match=said):
+            check(identity)
+
+
+def test_a_certificate_of_next_year_is_a_matter_of_the_clock(hospital):
+    with pytest.raises(BadCertificate, match="is the clock right"):
+        check(hospital.issue("node"), datetime(2020, 1, 1, tzinfo=UTC))
+
+
+def test_a_server_certificate_will_do_where_no_client_certificates_are_asked_for(hospital):
+    assert check(hospital.issue("half", uses=(Usage.SERVER_AUTH,))) > 0
+
+
+@pytest.mark.parametrize("part", [("--only", "listen"), ()])
+def test_serve_refuses_a_certificate_that_does_not_match_its_key(tmp_path, hospital, part):
+    one, two = hospital.issue("one"), hospital.issue("two")
+    site = make_site(tmp_path / "site", node={"tls_cert": str(one.cert), "tls_key": str(two.key)})
+    settings = str(site.root / "appliance.toml")
+    code, said = call(sys.executable, "-m", "agent.cli", "serve", *part, "--config", settings)
+    assert code == 1
+    assert said.strip().endswith("name the pair that was made together")
+
+
+# Who gets in
+
+
+def test_films_arrive_over_tls_as_they_were_sent(node, hospital, tmp_path):
+    us = hospital.issue("node")
+    listener, inbox = node(us)
+    path = save(film(side=700, bits=12), tmp_path / "film.dcm")
+    items = [path, *(film(n, side=300) for n in range(4))]
+    assert [status for _, status in send(items, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.to_ourselves(us))] == [
+        0
+    ] * 5
+    assert path.read_bytes()[-900_000:] in [one.read_bytes()[-900_000:] for one in inbox.waiting()]
+
+
+def test_a_node_that_speaks_tls_speaks_nothing_else(node, hospital):
+    listener, _ = node(hospital.issue("node"))
+    assert not echo("127.0.0.1", listener.port, "CXRLOOP")
+    assert wait_for(lambda: listener.refusals.totals.get("TLS") == 1)
+
+
+def test_with_authorities_only_their_holders_get_in(node, hospital, tmp_path):
+    us = hospital.issue("node", ca=hospital.pem)
+    stranger = authority(tmp_path, "elsewhere").issue("pacs", ca=hospital.pem)
+    listener, _ = node(us)
+    nobody = ssl.create_default_context(cafile=hospital.pem)
+    assert asks(listener.port, tls.to_peers(hospital.issue("pacs", ca=hospital.pem)))
+    assert not asks(listener.port, tls.to_peers(stranger))
+    assert not asks(listener.port, nobody)
+    assert wait_for(lambda: listener.refusals.totals.get("TLS") == 2)
+
+
+def test_one_devices_own_certificate_can_be_the_whole_list(node, hospital):
+    pacs, other = hospital.issue("pacs"), hospital.issue("other")
+    us = hospital.issue("node", ca=pacs.cert)
+    listener, _ = node(us)
+    assert asks(listener.port, tls.to_peers(Identity(pacs.cert, pacs.key, hospital.pem)))
+    assert not asks(listener.port, tls.to_peers(Identity(other.cert, other.key, hospital.pem)))
+
+
+def test_we_ask_our_own_node_whoever_issued_its_certificate(node, hospital, tmp_path):
+    us = authority(tmp_path, "elsewhere").issue("node", ca=hospital.pem)
+    listener, _ = node(us)
+    assert asks(listener.port, tls.to_ourselves(us))
+
+
+def test_we_take_no_other_certificate_for_our_own_node(node, hospital):
+    us, impostor = hospital.issue("node"), hospital.issue("impostor")
+    listener, _ = node(impostor)
+    assert not asks(listener.port, tls.to_ourselves(us))
+
+
+def test_a_peer_must_hold_a_certificate_of_the_authority_for_its_own_host_name(node, hospital, tmp_path):
+    us = hospital.issue("us", ca=hospital.pem)
+    listener, _ = node(hospital.issue("pacs"))
+    assert asks(listener.port, tls.to_peers(us))
+    assert not echo("127.0.0.2", listener.port, "CXRLOOP", tls=tls.to_peers(us))
+    listener, _ = node(authority(tmp_path, "elsewhere").issue("pacs"))
+    assert not asks(listener.port, tls.to_peers(us))
+
+
+# Versions and ciphers
+
+
+def shaken(port, **limits):
+    """The protocol that a client limited so ends up with; None when it is refused."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_ciphers(limits.pop("ciphers", "ALL") + ":@SECLEVEL=0")
+    for name, value in limits.items():
+        setattr(context, name, value)
+    with socket.create_connection(("127.0.0.1", port), 5) as plain:
+        try:
+            with context.wrap_socket(plain) as wire:
+                return wire.version()
+        except (ssl.SSLError, ConnectionResetError):
+            return None
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+def test_tls_1_3_is_preferred_1_2_is_spoken_and_1_1_is_refused(node, hospital):
+    listener, _ = node(hospital.issue("node"))
+    assert shaken(listener.port) == "TLSv1.3"
+    assert shaken(listener.port, maximum_version=ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
+    old = {"minimum_version": ssl.TLSVersion.TLSv1, "maximum_version": ssl.TLSVersion.TLSv1_1}
+    assert shaken(listener.port, **old) is None
+
+
+@pytest.mark.parametrize("ciphers", ["ECDHE+AESGCM", "ECDHE+CHACHA20"])
+def test_a_cipher_of_the_profile_is_spoken(node, hospital, ciphers):
+    listener, _ = node(hospital.issue("node"))
+    assert shaken(listener.port, ciphers=ciphers, maximum_version=ssl.TLSVersion.TLSv1_2)
+
+
+@pytest.mark.parametrize("ciphers", ["ECDHE+AES+SHA", "ECDHE+AES+SHA256:ECDHE+AES+SHA384:!AESGCM", "aNULL", "kRSA"])
+def test_a_cipher_outside_the_profile_is_refused(node, hospital, ciphers):
+    listener, _ = node(hospital.issue("node"))
+    assert shaken(listener.port, ciphers=ciphers, maximum_version=ssl.TLSVersion.TLSv1_2) is None
+
+
+# Nobody waits for a silent one
+
+
+def test_a_client_that_connects_and_says_nothing_does_not_delay_the_others(node, hospital):
+    us = hospital.issue("node")
+    listener, _ = node(us)
+    address = ("127.0.0.1", listener.port)
+    silent = [socket.create_connection(address) for _ in range(10)]
+    half = [socket.create_connection(address) for _ in range(10)]
+    for one in half:
+        one.sendall(b"\x16\x03\x01\x02\x00\x01")  # a ClientHello that goes no further
+    began = time.monotonic()
+    assert asks(listener.port, tls.to_ourselves(us))
+    assert time.monotonic() - began < 2  # seconds; one that waited for them would take 10
+    for one in silent + half:
+        one.close()
+
+
+def test_a_handshake_that_stops_half_way_is_ended_by_the_deadline(node, hospital, monkeypatch):
+    monkeypatch.setattr("dicom.port.ARTIM", 0.5)
+    listener, _ = node(hospital.issue("node"))
+    with socket.create_connection(("127.0.0.1", listener.port), 5) as half:
+        half.sendall(b"\x16\x03\x01\x02\x00\x01")
+        assert half.recv(1) == b""
+    assert wait_for(lambda: listener.refusals.totals == {"TLS": 1})
+
+
+def test_a_health_check_that_connects_and_leaves_is_no_refusal(node, hospital):
+    us = hospital.issue("node")
+    listener, _ = node(us)
+    assert health.main(["--tcp", f"127.0.0.1:{listener.port}"]) == 0
+    assert asks(listener.port, tls.to_ourselves(us))
+    assert listener.refusals.totals == {}
+
+
+def test_many_senders_at_once_over_tls_lose_nothing(node, hospital):
+    us = hospital.issue("node", ca=hospital.pem)
+    listener, inbox = node(us)
+    statuses: list[int | None] = []
+
+    def modality(first):
+        films = [film(n, side=200) for n in range(first, first + 4)]
+        sent = send(films, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.to_peers(us))
+        statuses.extend(status for _, status in sent)
+
+    threads = [threading.Thread(target=modality, args=(100 * n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [0] * 16
+    assert len(inbox.waiting()) == 16
+
+
+# The whole appliance
+
+
+def settled(tmp_path, us, **more):
+    keys = {"tls_cert": str(us.cert), "tls_key": str(us.key), "tls_ca": str(us.ca or "")}
+    return make_site(tmp_path / "site", node=keys | more)
+
+
+def test_serve_is_ready_and_status_finds_the_node_up_with_mutual_tls(tmp_path, hospital):
+    us = authority(tmp_path, "elsewhere").issue("node", ca=hospital.pem)
+    site = settled(tmp_path, us)
+    with Appliance(site) as appliance:
+        assert network.answers(site)
+        said = appliance.ask("status")
+        assert said["ingest"]["refused"] == 0
+        assert not {"node down", "not running", "certificate"} & {alert["kind"] for alert in said["alerts"]}
+        assert not echo("127.0.0.1", site.config.node.port, "CXRLOOP")
+        assert wait_for(lambda: appliance.ask("status")["ingest"]["refused"] == 1)
+
+
+def test_a_certificate_that_ends_soon_is_an_alert(tmp_path, hospital):
+    site = settled(tmp_path, hospital.issue("node", ends=9 * DAY))
+    alerts = Appliance(site).ask("status")["alerts"]
+    assert "ends in 8 days" in next(alert["detail"] for alert in alerts if alert["kind"] == "certificate")
+
+
+def test_a_peer_over_tls_needs_a_certificate_of_ours(tmp_path):
+    site = make_site(tmp_path / "site", node={"peers": ["PACS@10.0.0.1:2762/tls"]})
+    with pytest.raises(Problem, match="needs our own certificate"):
+        network.days_left(site)
+
+
+def test_paths_of_certificates_count_from_the_site_folder(tmp_path):
+    settings = make_site(tmp_path / "site").root / "appliance.toml"
+    text = settings.read_text().replace('tls_cert = ""', 'tls_cert = "keys/node.crt"')
+    settings.write_text(text.replace('tls_key = ""', 'tls_key = "keys/node.key"'))
+    identity = network.identity(Site(settings.parent, load(settings)))
+    assert identity == Identity(settings.parent / "keys/node.crt", settings.parent / "keys/node.key")
+
+
+# dcmtk
+
+
+@pytest.fixture
+def dcmtk(node, hospital, tmp_path):
+    """A node with mutual TLS, and dcmtk's options for a right, a wrong and no client certificate."""
+    listener, inbox = node(hospital.issue("node", ca=hospital.pem))
+    right, wrong = hospital.issue("pacs"), authority(tmp_path, "elsewhere").issue("pacs")
+    options = {
+        "right": ("+tls", right.key, right.cert, "+cf", hospital.pem),
+        "wrong": ("+tls", wrong.key, wrong.cert, "+cf", hospital.pem),
+        "none": ("+tla", "+cf", hospital.pem),
+        "no TLS": (),
+    }
+    return listener, inbox, options
+
+
+@pytest.mark.peer("dcmtk")
+@pytest.mark.parametrize("profile", ["+py", "+px", "+pz"])  # non-downgrading, plain and extended BCP 195
+def test_echoscu_gets_in_with_the_right_certificate_in_every_bcp_195_profile(dcmtk, profile):
+    listener, _, options = dcmtk
+    code, said = call("echoscu", *options["right"], profile, "-aec", "CXRLOOP", "127.0.0.1", listener.port)
+    assert code == 0, said
+
+
+@pytest.mark.peer("dcmtk")
+@pytest.mark.parametrize("certificate", ["wrong", "none", "no TLS"])
+def test_echoscu_stays_out_without_the_right_certificate(dcmtk, certificate):
+    listener, _, options = dcmtk
+    code, said = call("echoscu", *options[certificate], "-aec", "CXRLOOP", "127.0.0.1", listener.port)
+    assert code != 0, said
+    assert wait_for(lambda: listener.refusals.totals == {"TLS": 1})
+
+
+@pytest.mark.peer("dcmtk")
+def test_echoscu_with_the_old_aes_profile_is_refused(dcmtk):
+    listener, _, options = dcmtk
+    code, said = call("echoscu", *options["right"], "+pa", "-aec", "CXRLOOP", "127.0.0.1", listener.port)
+    assert code != 0, said
+
+
+@pytest.mark.peer("dcmtk")
+def test_storescu_delivers_over_tls(dcmtk, tmp_path):
+    listener, inbox, options = dcmtk
+    films = [save(film(n, side=400, bits=12), tmp_path / f"{n}.dcm") for n in range(3)]
+    code, said = call("storescu", *options["right"], "-aec", "CXRLOOP", "127.0.0.1", listener.port, *films)
+    assert code == 0, said
+    assert len(inbox.waiting()) == 3
