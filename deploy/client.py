@@ -3,6 +3,7 @@
 Refuses to know bundles' content and the pointer; an answer names the bundle that gave it.
 """
 
+import base64
 import io
 
 import httpx
@@ -32,11 +33,19 @@ class Client:
 
     def predict(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray]:
         """(bundle, findings, probabilities float64 [N, F]) of plates uint8 [N, 512, 512]; ServerRefused, ServerDown."""
-        body = io.BytesIO()
-        np.lib.format.write_array(body, np.ascontiguousarray(plates), allow_pickle=False)
-        answer = self._ask("POST", "/predict", content=body.getvalue())
-        scores = np.array(answer["probabilities"], float).reshape(len(plates), -1)
-        return answer["bundle"], tuple(answer["findings"]), scores
+        answer = self._ask("POST", "/predict", content=_npy(plates))
+        return answer["bundle"], tuple(answer["findings"]), _scores(answer, plates)
+
+    def explain(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray, np.ndarray]:
+        """What `predict` says, and the heatmaps float32 [N, F, g, g] of the same run."""
+        answer = self._ask("POST", "/predict?heatmaps=1", content=_npy(plates))
+        maps = np.frombuffer(base64.b64decode(answer["heatmaps"]["float32"]), "<f4")
+        return (
+            answer["bundle"],
+            tuple(answer["findings"]),
+            _scores(answer, plates),
+            maps.reshape(answer["heatmaps"]["shape"]),
+        )
 
     def state(self) -> dict | None:
         """What /readyz says, ready or not; None where nothing answers."""
@@ -81,3 +90,13 @@ class Client:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _npy(plates: np.ndarray) -> bytes:
+    body = io.BytesIO()
+    np.lib.format.write_array(body, np.ascontiguousarray(plates), allow_pickle=False)
+    return body.getvalue()
+
+
+def _scores(answer: dict, plates: np.ndarray) -> np.ndarray:
+    return np.array(answer["probabilities"], float).reshape(len(plates), -1)

@@ -4,6 +4,7 @@ Refuses to know the ledger, DICOM, and why a bundle was put in service.
 """
 
 import asyncio
+import base64
 import contextlib
 import logging
 import time
@@ -85,7 +86,11 @@ class Infer:
         self.meters.films.labels(held.id).inc(len(plates))
         self.meters.seconds.observe(time.perf_counter() - started)
         findings = list(held.session.bundle.findings)
-        return JSONResponse({"bundle": held.id, "findings": findings, "probabilities": answer.probabilities.tolist()})
+        said = {"bundle": held.id, "findings": findings, "probabilities": answer.probabilities.tolist()}
+        if request.query_params.get("heatmaps") == "1":
+            maps = answer.heatmap.astype("<f4")
+            said["heatmaps"] = {"shape": maps.shape, "float32": base64.b64encode(maps.tobytes()).decode()}
+        return JSONResponse(said)
 
     async def healthz(self, request: Request) -> Response:
         return JSONResponse({"ok": True})

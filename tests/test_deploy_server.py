@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from deploy.client import Client, ServerDown, ServerRefused
-from tests.deploy_site import FINDINGS, ROOT, Site, plates, serving
+from tests.deploy_site import FINDINGS, GRID, ROOT, Site, plates, serving
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,16 @@ def test_an_answer_names_the_bundle_and_a_probability_for_each_finding(site, ser
     bundle, findings, probabilities = server.predict(plates(3))
     assert (bundle, findings, probabilities.shape) == (site.a, FINDINGS, (3, len(FINDINGS)))
     assert ((probabilities > 0) & (probabilities < 1)).all()
+
+
+def test_heatmaps_come_with_the_answer_where_they_are_asked_for_and_not_else(site, server):
+    films = plates(3)
+    bundle, findings, probabilities, heatmaps = server.explain(films)
+    assert (bundle, findings, heatmaps.shape) == (site.a, FINDINGS, (3, len(FINDINGS), GRID, GRID))
+    assert (probabilities == server.predict(films)[2]).all()
+    cells = films.reshape(3, GRID, 512 // GRID, GRID, 512 // GRID).mean((2, 4)) / 255
+    assert np.allclose(heatmaps[:, 0], cells, atol=1e-4)
+    assert set(post(server, "/predict", content=npy(films)).json()) == {"bundle", "findings", "probabilities"}
 
 
 def test_readiness_says_bundle_provider_and_since(site, server):
