@@ -1,10 +1,12 @@
-"""Does the loop pay? Experiment A on real films: few labels, a stream without labels, rounds T=0..3, eight paired draws.
+"""Does the loop pay? Real films: few labels, a stream without labels, rounds T=0..3, paired draws.
 
-    python bench/evolution.py --data DIR --backbone FILE --work DIR [--shares 0.01 0.02] [--draws 8] [--arms ...]
+    python bench/evolution.py --data DIR --backbone FILE --work DIR [--experiment A B C] [--shares 0.01 0.02] [--draws ...]
 
-DIR/kermany224 and DIR/nih1000_64 hold a manifest.csv and pictures (see bench/evolution_films.py); FILE is a ViT in
-timm's key names. Resumable: each finished cell is a line of bench/results/evolution.jsonl and isn't run again. The
-scores of each cell stay in the work folder, for the intervals; they and the films are never committed.
+A: children's films, 1 and 2 % labelled. B: 80 labelled films of adults at 64 px, another hospital's stream. C: as A,
+and B's stream joins from T=2 on (drift). DIR/kermany224, nih1000_64 and mednist_cxr64 hold a manifest.csv and pictures
+(see bench/evolution_films.py); FILE is a ViT in timm's key names. Resumable: each finished cell is a line of
+bench/results/evolution.jsonl and isn't run again. The scores of each cell stay in the work folder, for the intervals;
+they and the films are never committed.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from evolution_arms import (
+    Banks,
     Frozen,
     Scores,
     Site,
@@ -27,26 +30,27 @@ from evolution_arms import (
     pseudo_label,
     supervised,
 )
-from evolution_films import Draw, draw, read_pool
+from evolution_films import FAR, NEAR, Draw, draw, read_pool
 from evolution_table import report
 from floor_of_films import pixel_floor, view_floor
 
 from learner.auc import auc
 from learner.recipe import Recipe
-from learner.round_dir import Round
+from learner.round_dir import Film, Round
 from learner.run import Run
+from learner.tokens import Bank
 
 RESULTS = Path(__file__).parent / "results"
 # Sizes that two cores can train: ViT-S/14 at 140 px, eleven of its twelve blocks frozen, two noised versions of a film.
 SIZES = {
     "image_size": 140, "local_size": 70, "local_views": 2, "cached_views": 2, "frozen_blocks": 11, "mean": 0.45,
     "std": 0.226, "pos_embed": "timm", "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "class_hidden": 0,
-    "pool": "cls", "threads": 1, "device": "cpu", "precision": "bf16", "rotate": 10.0, "global_scale": (0.7, 1.0),
+    "pool": "both", "components": 32, "threads": 1, "device": "cpu", "precision": "bf16", "rotate": 10.0, "global_scale": (0.7, 1.0),
     "global_noise": 0.2, "local_noise": 0.3, "checkpoint_seconds": 86400, "drop_path": 0.0, "batch": 32, "epochs": 1,
     "t0_epochs": 1, "warmup_epochs": 0,
 }  # fmt: skip
 EVOLVE = {
-    "t0_lr": 1e-6, "lr": 3e-4, "lam": 1.0, "ema_base": 0.99, "targets": "graph", "components": 32, "replay": 0.25,
+    "t0_lr": 1e-6, "lr": 3e-4, "lam": 1.0, "ema_base": 0.99, "targets": "graph", "replay": 0.25,
     "refit": "graph", "average": "wise",
 }  # fmt: skip
 EMA = {**EVOLVE, "average": "ema"}  # serves the teacher itself instead of half-way to the model before the round
@@ -84,72 +88,78 @@ def main() -> None:
     asked.add_argument("--data", type=Path, required=True)
     asked.add_argument("--backbone", type=Path, required=True)
     asked.add_argument("--work", type=Path, required=True)
-    asked.add_argument("--bank", type=Path, help="folder of a bank of tokens made before (WORK/bank by default)")
     asked.add_argument(
         "--cells", type=Path, help="folder of rounds under way (WORK/cells by default; quicker in memory)"
     )
+    asked.add_argument("--experiment", nargs="*", choices=("A", "B", "C"), default=["A", "B", "C"])
     asked.add_argument("--shares", type=float, nargs="*", default=[0.01, 0.02])
     asked.add_argument("--draws", type=int, nargs="*", default=list(range(8)))
     asked.add_argument("--arms", nargs="*", default=list(ARMS))
-    asked.add_argument("--ladder", action="store_true", help="the ablation ladder, T=1 only, instead of the arms")
+    asked.add_argument("--ladder", action="store_true", help="the ablation ladder (A, T=1), instead of the arms")
     asked.add_argument("--report", action="store_true", help="only print and draw what there is")
     given = asked.parse_args()
     torch.set_num_threads(1)
-    pool = read_pool(given.data, given.work, ("kermany224", "nih1000_64"))
+    pool = read_pool(given.data, given.work, NEAR + FAR)
     recipe = Recipe().override({**SIZES, "backbone": str(given.backbone)})
     scores = given.work / "scores"
     scores.mkdir(exist_ok=True)
     if not given.report:
-        site = Site(
-            pool,
-            open_bank_of(pool, recipe, given.bank or given.work / "bank"),
-            recipe,
-            given.cells or given.work / "cells",
-        )
+        near = sum(film.plate.name.startswith(NEAR) for film in pool.films)
+        banks = [open_bank_of(pool.films[:near], recipe, given.work / "bank")]
+        if set(given.experiment) & {"B", "C"}:
+            banks.append(open_bank_of(pool.films[near:], recipe, given.work / "bank_far"))
+        pool = pool.first(sum(len(bank.row) for bank in banks))
+        site = Site(pool, Banks(banks), recipe, given.cells or given.work / "cells")
         frozen = frozen_features(site)
-        for share in given.shares:
+        for experiment, share in asked_for(given):
             for seed in given.draws:
-                division = draw(pool, pool.at("kermany-train"), share, seed)
+                division = draw(pool, experiment, share, seed)
                 for arm in list(LADDER) if given.ladder else given.arms:
-                    cell(site, frozen, division, arm, share, seed, scores, given.ladder)
-        floors = {"pixels": pixel_floor(pool, given.shares, given.draws), "view": view_floor(given.data)}
-        (RESULTS / "evolution_floors.json").write_text(json.dumps(floors, indent=1) + "\n")
-    report(pool, scores, RESULTS)
+                    cell(site, frozen, division, "ladder" if given.ladder else experiment, arm, share, seed, scores)
+        floors = {"pixels": pixel_floor(pool, asked_for(given), given.draws), "view": view_floor(given.data)}
+        (given.work / "floors.json").write_text(json.dumps(floors, indent=1) + "\n")
+    report(pool, scores, RESULTS, given.work / "floors.json")
 
 
-def open_bank_of(pool, recipe: Recipe, folder: Path):
-    """Tokens of all films, made once by the product's own code."""
+def asked_for(given: argparse.Namespace) -> list[tuple[str, float]]:
+    """Experiments and their shares of labelled films; B has one number of films, C the first share."""
+    shares = {"A": given.shares, "B": [0.0], "C": given.shares[:1]}
+    return [(one, share) for one in (["A"] if given.ladder else given.experiment) for share in shares[one]]
+
+
+def open_bank_of(films: tuple[Film, ...], recipe: Recipe, folder: Path) -> Bank:
+    """Tokens of these films, made once by the product's own code."""
     folder.mkdir(parents=True, exist_ok=True)
-    work = Run(Round(folder, "bank", ("abnormal",), recipe, None, None, None, pool.films, "bank"))
+    work = Run(Round(folder, "bank", ("abnormal",), recipe, None, None, None, films, "bank"))
     bank = work.bank
     work.teller.close()
     return bank
 
 
 def cell(
-    site: Site, frozen: Frozen, division: Draw, arm: str, share: float, seed: int, scores: Path, ladder: bool
+    site: Site, frozen: Frozen, division: Draw, experiment: str, arm: str, share: float, seed: int, scores: Path
 ) -> None:
     """One arm on one draw, unless it is there already; one line a round."""
-    name = f"{'ladder' if ladder else 'A'}-{arm}-{share}-{seed}".replace(" ", "_").replace("/", "_")
+    name = f"{experiment}-{arm}-{share}-{seed}".replace(" ", "_").replace("/", "_")
     if (scores / f"{name}.npz").exists():
         return
     started, lines, kept = time.monotonic(), [], {}
 
     def tell(number: int, said: Scores) -> None:
         truth = site.pool.truth
-        places = site.tests() | {"validation": division.validation}
+        places = division.tests | {"validation": division.validation}
         measured = {k: round(auc(said[k].astype(float), truth[at].astype(float)), 5) for k, at in places.items()}
         chosen = str(said.get("chosen", ""))
         labelled, arrived = len(division.labelled), sum(len(r) for r in division.rounds[:number])
         lines.append(
-            {"experiment": "ladder" if ladder else "A", "arm": arm, "share": share, "draw": seed, "round": number,
+            {"experiment": experiment, "arm": arm, "share": share, "draw": seed, "round": number,
              **measured, "chosen": chosen, "labelled": labelled, "unlabelled": arrived,
              "seconds": round(time.monotonic() - started, 1)}
         )  # fmt: skip
-        kept.update({f"{k}-{number}": said[k].astype(np.float32) for k in site.tests()})
+        kept.update({f"{k}-{number}": said[k].astype(np.float32) for k in division.tests})
         print(json.dumps(lines[-1]), flush=True)
 
-    if ladder:
+    if experiment == "ladder":
         learn(site, division, "evolve", {**EVOLVE, **LADDER[arm]}, name, tell, rounds=1)
     else:
         ARMS[arm](site, frozen, division, tell, name)

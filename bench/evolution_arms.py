@@ -5,7 +5,7 @@ scores instead of exporting ONNX. The other arms are the product's own functions
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,16 +43,35 @@ class Site:
     recipe: Recipe
     cells: Path  # folder of rounds under way, best in memory: nothing here outlives its cell
 
-    def tests(self) -> dict[str, np.ndarray]:
-        return {"internal": self.pool.at("kermany-test"), "external": self.pool.at("nih")}
+
+class Banks(Bank):
+    """Several banks of tokens as one; a film is looked up where it is."""
+
+    def __init__(self, banks: Sequence[Bank]) -> None:
+        self.banks = banks
+        self.home = {film: number for number, bank in enumerate(banks) for film in bank.row}
+
+    def originals(self, films: Sequence[Film]) -> Tensor:
+        return self._gathered(films, lambda bank, some, at: [bank.originals(some)])[0]
+
+    def views(self, films: Sequence[Film], numbers: Tensor, local_views: int) -> list[Tensor]:
+        return self._gathered(films, lambda bank, some, at: bank.views(some, numbers[at], local_views))
+
+    def _gathered(self, films: Sequence[Film], ask: Callable[[Bank, list[Film], Tensor], list[Tensor]]) -> list[Tensor]:
+        """What each bank says of its own films, put back into the order that was asked for."""
+        home = torch.tensor([self.home[film.image] for film in films])
+        places = [at for n in range(len(self.banks)) if len(at := (home == n).nonzero()[:, 0])]
+        said = [ask(self.banks[int(home[at[0]])], [films[i] for i in at], at) for at in places]
+        back = torch.cat(places).argsort()
+        return [torch.cat(parts)[back] for parts in zip(*said, strict=True)]
 
 
 class CellRun(Run):
     """A round of the product that keeps its weights for the next one and scores the tests instead of exporting."""
 
-    def __init__(self, round_: Round, site: Site, tell: Callable[[str, Scores], None]) -> None:
+    def __init__(self, round_: Round, site: Site, tests: dict, tell: Callable[[str, Scores], None]) -> None:
         super().__init__(round_)
-        self.site, self.tell = site, tell
+        self.site, self.tests, self.tell = site, tests, tell
 
     @property
     def bank(self) -> Bank:
@@ -64,7 +83,7 @@ class CellRun(Run):
         self.tell(name, self.scores(network) | {"chosen": np.array(chosen or "")})
 
     def scores(self, network: Network) -> Scores:
-        places = self.site.tests() | {"validation": np.array([f.image for f in self.round.of("validation")])}
+        places = self.tests | {"validation": np.array([f.image for f in self.round.of("validation")])}
         return {name: self.answers(network, [self.site.pool.films[i] for i in at]) for name, at in places.items()}
 
     def answers(self, network: Network, films: list[Film]) -> np.ndarray:
@@ -95,7 +114,7 @@ def learn(
         films += as_films(site.pool, draw.validation, "validation", True)
         round_ = Round(here, f"r{number}", ("abnormal",), recipe, parent and "parent", parent, None, tuple(films), name)
         said = {"t0": 0, "final": number}
-        work = CellRun(round_, site, lambda which, scores, said=said: tell(said[which], scores))
+        work = CellRun(round_, site, draw.tests, lambda which, scores, said=said: tell(said[which], scores))
         run_of(work)
         work.teller.close()
         parent = here / "final.safetensors"
@@ -128,7 +147,7 @@ def frozen_features(site: Site) -> Frozen:
         site.pool.films,
         "frozen",
     )
-    work = CellRun(round_, site, lambda *_: None)
+    work = CellRun(round_, site, {}, lambda *_: None)
     state = evolve.begun(work, work.from_backbone)
     features = work.embeddings(state.student, site.pool.films)
     work.teller.close()
@@ -136,7 +155,7 @@ def frozen_features(site: Site) -> Frozen:
 
 
 def score_linear(site: Site, frozen: Frozen, draw: Draw, answer: linear.Linear) -> Scores:
-    places = site.tests() | {"validation": draw.validation}
+    places = draw.tests | {"validation": draw.validation}
     return {name: answer(frozen[at]).float()[:, 0].numpy() for name, at in places.items()}
 
 
@@ -147,8 +166,8 @@ def supervised(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scor
 
 
 def fully_labelled(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
-    """The ceiling: every film of the train range labelled."""
-    places = np.concatenate([draw.labelled, *draw.rounds])
+    """The ceiling: every film of the train range labelled (in B those of the site's own half: MedNIST has no labels)."""
+    places = np.concatenate([draw.labelled, draw.ceiling])
     labels = label_table(as_films(site.pool, places, "train", True))
     tell(3, score_linear(site, frozen, draw, linear.fit(frozen[places], labels, FULL_PENALTY)))
 

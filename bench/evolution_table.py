@@ -5,11 +5,12 @@ the same draws and the same patients.
 """
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from evolution_films import Pool
+from evolution_films import SEEDS_B, Pool, draw
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -22,8 +23,7 @@ COLOURS = dict(zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#e08e79"
 class Paired:
     """AUC of many cells on one test, for weights of its films: each cell is a matrix of won pairs."""
 
-    def __init__(self, pool: Pool, source: str, seed: int = 7) -> None:
-        at = pool.at(source)
+    def __init__(self, pool: Pool, at: np.ndarray, seed: int = 7) -> None:
         self.positive, self.negative = pool.truth[at] == 1, pool.truth[at] == 0
         patients = np.unique([pool.films[i].patient for i in at], return_inverse=True)[1]
         rng = np.random.default_rng(seed)
@@ -39,12 +39,23 @@ class Paired:
         return ((p @ won) * n).sum(1) / np.maximum(p.sum(1) * n.sum(1), 1)
 
 
-def report(pool: Pool, scores: Path, results: Path) -> None:
+def pairings(pool: Pool) -> Callable[[str, float, int, str], Paired]:
+    """The test of a cell, by experiment, share, draw and name; cells that share a test share its resampling."""
+    made: dict[bytes, Paired] = {}
+
+    def paired(experiment: str, share: float, seed: int, test: str) -> Paired:
+        at = draw(pool, experiment, share, seed).tests[test]
+        return made.setdefault(at.tobytes(), Paired(pool, at))
+
+    return paired
+
+
+def report(pool: Pool, scores: Path, results: Path, floors: Path) -> None:
     """Print the tables; write evolution.json and evolution.png."""
     lines = [json.loads(line) for line in (results / "evolution.jsonl").read_text().splitlines()]
-    tests = {"internal": Paired(pool, "kermany-test"), "external": Paired(pool, "nih")}
-    floors = results / "evolution_floors.json"
-    said = {"A": arms(lines, scores, tests), "ladder": ladder(lines, scores, tests)}
+    paired = pairings(pool)
+    said: dict = {one: arms(one, lines, scores, paired) for one in ("A", "B", "C")}
+    said["ladder"] = ladder(lines, scores, paired)
     said |= {"floors": json.loads(floors.read_text()) if floors.exists() else None}
     (results / "evolution.json").write_text(json.dumps(said, indent=1) + "\n")
     show(said)
@@ -74,14 +85,19 @@ def interval(differences: np.ndarray, seed: int = 11) -> tuple[float, list[float
     return round(float(differences[:, 0].mean()), 4), [round(float(v), 4) for v in np.percentile(means, [2.5, 97.5])]
 
 
-def arms(lines: list[dict], scores: Path, tests: dict[str, Paired]) -> dict:
+def arms(experiment: str, lines: list[dict], scores: Path, paired: Callable) -> dict:
     """By share, test and arm: AUC by round, its spread over draws, the paired difference to supervised only, the gap closed."""
     said: dict = {}
-    for share in sorted({line["share"] for line in lines if line["experiment"] == "A"}):
-        found = cells(lines, "A", share)
-        for test, paired in tests.items():
+    for share in sorted({line["share"] for line in lines if line["experiment"] == experiment}):
+        found = cells(lines, experiment, share)
+        for test in ("internal", "external"):
             last = {
-                arm: {d: paired.auc(read(scores, "A", arm, share, d, test, max(rounds))) for d, rounds in of.items()}
+                arm: {
+                    d: paired(experiment, share, d, test).auc(
+                        read(scores, experiment, arm, share, d, test, max(rounds))
+                    )
+                    for d, rounds in of.items()
+                }
                 for arm, of in found.items()
             }
             table = said.setdefault(str(share), {}).setdefault(test, {})
@@ -115,7 +131,7 @@ def arms(lines: list[dict], scores: Path, tests: dict[str, Paired]) -> dict:
     return said
 
 
-def ladder(lines: list[dict], scores: Path, tests: dict[str, Paired]) -> list[dict]:
+def ladder(lines: list[dict], scores: Path, paired: Callable) -> list[dict]:
     """Each rung at T=1: AUC on validation, on which parts are kept, and on the tests; the change to the whole recipe."""
     found = cells(lines, "ladder", 0.01)
     whole = "+ half-way = evolve"
@@ -132,9 +148,10 @@ def ladder(lines: list[dict], scores: Path, tests: dict[str, Paired]) -> list[di
                 round(float(np.mean(change)), 4),
                 round(float(np.std(change, ddof=1) / len(both) ** 0.5), 4),
             ]
+            test = {d: paired("A", 0.01, d, "internal") for d in both}
             differences = [
-                tests["internal"].auc(read(scores, "ladder", arm, 0.01, d, "internal", 1))
-                - tests["internal"].auc(read(scores, "ladder", whole, 0.01, d, "internal", 1))
+                test[d].auc(read(scores, "ladder", arm, 0.01, d, "internal", 1))
+                - test[d].auc(read(scores, "ladder", whole, 0.01, d, "internal", 1))
                 for d in both
             ]
             row["internal minus evolve"] = dict(zip(("mean", "ci"), interval(np.array(differences)), strict=True))
@@ -142,24 +159,36 @@ def ladder(lines: list[dict], scores: Path, tests: dict[str, Paired]) -> list[di
     return said
 
 
+def panels(said: dict) -> Iterator[tuple[str, str, str, dict]]:
+    """Experiment, share, test and its arms, of all that was run."""
+    for experiment in ("A", "B", "C"):
+        for share, by_test in said[experiment].items():
+            for test, table in by_test.items():
+                yield experiment, share, test, table
+
+
+def title(experiment: str, share: str) -> str:
+    return (
+        f"{experiment}, {SEEDS_B} labelled films" if experiment == "B" else f"{experiment}, {float(share):.0%} labelled"
+    )
+
+
 def show(said: dict) -> None:
-    for share, by_test in said["A"].items():
-        for test, table in by_test.items():
-            print(f"\n{float(share):.0%} labelled, {test} test")
+    """The tables, as a person reads them."""
+    for experiment, share, test, table in panels(said):
+        print(f"\n{title(experiment, share)}, {test} test")
+        print(
+            f"{'arm':17} {'n':>2}  {'T=0':>6} {'T=1':>6} {'T=2':>6} {'T=3':>6}  spread   minus supervised only        gap closed"
+        )
+        for arm, row in table.items():
+            by = [f"{row['auc_by_round'][n]:.3f}" if n in row["auc_by_round"] else "" for n in range(4)]
+            paired = row.get("minus supervised only")
+            text = f"{paired['mean']:+.3f} [{paired['ci'][0]:+.3f}, {paired['ci'][1]:+.3f}]" if paired else ""
+            gap = f"{row['gap_closed']:.2f}" if "gap_closed" in row else ""
+            spread = f"{row['spread']:.3f}" if row["spread"] is not None else ""
             print(
-                f"{'arm':17} {'n':>2}  {'T=0':>6} {'T=1':>6} {'T=2':>6} {'T=3':>6}  spread   minus supervised only        gap closed"
+                f"{arm:17} {row['draws']:2}  " + " ".join(f"{v:>6}" for v in by) + f"  {spread:>6}   {text:27} {gap:>6}"
             )
-            for arm, row in table.items():
-                by = [f"{row['auc_by_round'][n]:.3f}" if n in row["auc_by_round"] else "" for n in range(4)]
-                paired = row.get("minus supervised only")
-                text = f"{paired['mean']:+.3f} [{paired['ci'][0]:+.3f}, {paired['ci'][1]:+.3f}]" if paired else ""
-                gap = f"{row['gap_closed']:.2f}" if "gap_closed" in row else ""
-                spread = f"{row['spread']:.3f}" if row["spread"] is not None else ""
-                print(
-                    f"{arm:17} {row['draws']:2}  "
-                    + " ".join(f"{v:>6}" for v in by)
-                    + f"  {spread:>6}   {text:27} {gap:>6}"
-                )
     if said["ladder"]:
         print("\nladder, 1 % labelled, T=1 (kept or not by validation)")
         for row in said["ladder"]:
@@ -172,28 +201,27 @@ def show(said: dict) -> None:
 
 
 def draw_figure(lines: list[dict], said: dict, target: Path) -> None:
-    """AUC by round for each share and test, one line an arm, its draws as thin lines."""
-    shares = list(said["A"])
-    figure, axes = plt.subplots(2, len(shares), figsize=(5.2 * len(shares), 7), sharex=True, squeeze=False)
-    for column, share in enumerate(shares):
-        found = cells(lines, "A", float(share))
-        for row, test in enumerate(("internal", "external")):
-            ax = axes[row][column]
-            for arm, result in said["A"][share][test].items():
-                by = result["auc_by_round"]
-                if len(by) == 1:
-                    ax.axhline(next(iter(by.values())), color=COLOURS[arm], ls="--", lw=1.4, label=arm)
-                    continue
-                for rounds in found[arm].values():
-                    ax.plot(list(rounds), [r[test] for r in rounds.values()], color=COLOURS[arm], lw=0.6, alpha=0.25)
-                ax.plot(list(by), list(by.values()), color=COLOURS[arm], lw=2.2, marker="o", ms=4, label=arm)
-            floor = (said["floors"] or {}).get("pixels", {}).get(share)
-            if floor:
-                ax.axhline(floor[test], color="#000000", ls=":", lw=1, label="raw 24x24 pixels")
-            ax.set_title(f"{float(share):.0%} labelled, {test}", fontsize=10)
-            ax.set_ylabel("AUC")
-            ax.grid(alpha=0.25)
-            ax.set_xticks(range(4), [f"T={n}" for n in range(4)])
-    axes[0][0].legend(fontsize=7, loc="lower right")  # the share that every arm ran on
+    """AUC by round for each experiment and test, one line an arm, its draws as thin lines."""
+    columns = list(dict.fromkeys((experiment, share) for experiment, share, _, _ in panels(said)))
+    figure, axes = plt.subplots(2, len(columns), figsize=(4.6 * len(columns), 7), sharex=True, squeeze=False)
+    for experiment, share, test, table in panels(said):
+        ax = axes[test == "external"][columns.index((experiment, share))]
+        found = cells(lines, experiment, float(share))
+        for arm, result in table.items():
+            by = result["auc_by_round"]
+            if len(by) == 1:
+                ax.axhline(next(iter(by.values())), color=COLOURS[arm], ls="--", lw=1.4, label=arm)
+                continue
+            for rounds in found[arm].values():
+                ax.plot(list(rounds), [r[test] for r in rounds.values()], color=COLOURS[arm], lw=0.6, alpha=0.25)
+            ax.plot(list(by), list(by.values()), color=COLOURS[arm], lw=2.2, marker="o", ms=4, label=arm)
+        floor = (said["floors"] or {}).get("pixels", {}).get(f"{experiment} {share}")
+        if floor:
+            ax.axhline(floor[test], color="#000000", ls=":", lw=1, label="raw 24x24 pixels")
+        ax.set_title(f"{title(experiment, share)}, {test}", fontsize=10)
+        ax.set_ylabel("AUC")
+        ax.grid(alpha=0.25)
+        ax.set_xticks(range(4), [f"T={n}" for n in range(4)])
+    axes[0][0].legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(target, dpi=130)

@@ -10,19 +10,20 @@ from learner import floor
 from learner.auc import auc
 
 
-def pixel_floor(pool: Pool, shares: list[float], draws: list[int]) -> dict[str, dict[str, float]]:
-    """Mean AUC over the draws by share, on both tests."""
+def pixel_floor(pool: Pool, asked: list[tuple[str, float]], draws: list[int]) -> dict[str, dict[str, float]]:
+    """Mean AUC over the draws by "experiment share", on both tests."""
     small = np.concatenate([floor.thumbnails(np.load(film.plate)[None]) for film in pool.films])
     said = {}
-    for share in shares:
+    for experiment, share in asked:
         rows = []
         for seed in draws:
-            labelled = draw(pool, pool.at("kermany-train"), share, seed).labelled
-            fitted = floor.fit(small[labelled], pool.truth[labelled][:, None].astype(float))
-            places = [pool.at("kermany-test"), pool.at("nih")]
+            division = draw(pool, experiment, share, seed)
+            labels = pool.truth[division.labelled][:, None].astype(float)
+            fitted = floor.fit(small[division.labelled], labels)
+            places = [division.tests[name] for name in ("internal", "external")]
             rows.append([auc(fitted.scores(small[at])[:, 0], pool.truth[at].astype(float)) for at in places])
         internal, external = np.mean(rows, 0)
-        said[str(share)] = {"internal": round(float(internal), 4), "external": round(float(external), 4)}
+        said[f"{experiment} {share}"] = {"internal": round(float(internal), 4), "external": round(float(external), 4)}
     return said
 
 
