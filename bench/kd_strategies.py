@@ -44,6 +44,7 @@ LABELLED, UNLABELLED, SEEDS = 300, 700, 3
 PAIR = ("mobilenetv3_small_050", "resnet18")  # .6 and 11 million weights
 RECIPE = {
     "image_size": 64, "epochs": 8, "t0_epochs": 8, "lr": 1e-3, "t0_lr": 1e-3, "threads": 1, "clip": 3.0,
+    "balance": "none",  # as the committed cells were made
 }  # fmt: skip
 # strategy, the one of the recipe, whether the unlabelled films are there; a cell's base has the network that is served
 ROWS = {

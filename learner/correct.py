@@ -8,6 +8,7 @@ from typing import Protocol
 
 from learner.distill import correcting, distilling
 from learner.optim import move_average
+from learner.pseudo import Balance
 from learner.recipe import Recipe
 from learner.step import Batch, Losses, State, optimise, watch
 
@@ -31,9 +32,9 @@ def correction_due(recipe: Recipe, step: int) -> bool:
     return bool(recipe.correct_every) and step % recipe.correct_every == 0 and (step > 0 or recipe.correct_first)
 
 
-def supervise(state: State, labelled: Feed) -> Losses:
+def supervise(state: State, labelled: Feed, balance: Balance | None = None) -> Losses:
     """One step of T=0: labels only. The published code averages a teacher here too and discards it; this one doesn't."""
-    losses = optimise(state, [(next_batch(labelled, state.step), correcting(0.0, 1.0))])
+    losses = optimise(state, [(next_batch(labelled, state.step), correcting(0.0, 1.0, balance))])
     state.step += 1
     return losses
 

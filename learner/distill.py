@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from learner.pseudo import label_loss, self_training_loss
+from learner.pseudo import Balance, label_loss, self_training_loss
 from learner.step import Batch, Objective, State, Terms, full, share_of
 
 
@@ -51,7 +51,7 @@ def distilling(lam: float, class_weight: float) -> Objective:
     return objective
 
 
-def correcting(lam: float, class_weight: float) -> Objective:
+def correcting(lam: float, class_weight: float, balance: Balance | None = None) -> Objective:
     """lam L_dino + class_weight L_label on labelled films; with lam = 0 only the noised view is looked at."""
 
     def objective(state: State, batch: Batch, part: slice) -> Terms:
@@ -59,7 +59,9 @@ def correcting(lam: float, class_weight: float) -> Objective:
         labels, known = batch.labels[part], batch.known
 
         def hard(student: Tensor, _: Tensor) -> Tensor:
-            return label_loss(student, labels, known)  # already a share: divided by the whole batch's known labels
+            return label_loss(
+                student, labels, known, **(balance or {})
+            )  # already a share: divided by the whole batch's known labels
 
         if lam:
             return _both(state, batch, part, lam, class_weight, hard)

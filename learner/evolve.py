@@ -17,7 +17,7 @@ from learner.correct import Feed, next_batch
 from learner.distill import autocast
 from learner.heads import Network
 from learner.kd import bernoulli_kl
-from learner.pseudo import label_loss
+from learner.pseudo import Balance, label_loss
 from learner.selfsup import MASK_NUMBERS, block_masks, koleo
 from learner.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of, watch
 from learner.targets import MeanAnswer, align, ramp
@@ -28,7 +28,9 @@ LAST = 5  # one in so many steps, the last ones, are in the running mean of weig
 MEAN = "swa."  # its names among what a state carries along
 
 
-def evolve(state: State, unlabelled: Feed, labelled: Feed | None, table: dict[str, Tensor]) -> Losses:
+def evolve(
+    state: State, unlabelled: Feed, labelled: Feed | None, table: dict[str, Tensor], balance: Balance | None = None
+) -> Losses:
     """One step: unlabelled films and labelled ones together, then the teacher follows, and its buffers are copied.
 
     table: `soft` (N, F) targets and `weight` (N, F) by film of the unlabelled feed, or neither (the teacher's answers);
@@ -37,7 +39,7 @@ def evolve(state: State, unlabelled: Feed, labelled: Feed | None, table: dict[st
     recipe = state.recipe
     work: list[tuple[Batch, Objective]] = [(next_batch(unlabelled, state.step), unsupervised(table))]
     if labelled is not None and recipe.label_weight:
-        work.append((next_batch(labelled, state.step), supervised))
+        work.append((next_batch(labelled, state.step), supervised(balance or {})))
     losses = optimise(state, work, freeze_last=state.epoch < recipe.freeze_last)
     momentum = float(state.schedule.momentum[state.step])
     follow(state.teacher, state.student, momentum)
@@ -62,14 +64,18 @@ def take_mean(state: State) -> Weights:
     return {name.removeprefix(MEAN): state.extra.pop(name) for name in [*state.extra] if name.startswith(MEAN)}
 
 
-def supervised(state: State, batch: Batch, part: slice) -> Terms:
+def supervised(balance: Balance) -> Objective:
     """label_weight L_label on the noised view."""
-    assert batch.labels is not None
-    views = batch.views(part)
-    with autocast(state, views[0]):
-        logits = full(state.student.classify(views[1]))
-    cost = label_loss(logits, batch.labels[part], batch.known)
-    return Terms(state.recipe.label_weight * cost, {"labels": cost})
+
+    def objective(state: State, batch: Batch, part: slice) -> Terms:
+        assert batch.labels is not None
+        views = batch.views(part)
+        with autocast(state, views[0]):
+            logits = full(state.student.classify(views[1]))
+        cost = label_loss(logits, batch.labels[part], batch.known, **balance)
+        return Terms(state.recipe.label_weight * cost, {"labels": cost})
+
+    return objective
 
 
 def unsupervised(table: dict[str, Tensor]) -> Objective:

@@ -4,10 +4,12 @@ Knows logits and labels; nan means unknown in both (a finding the teacher never 
 softmax over findings that Ho & Gwak (2020) print forces their probabilities to sum to 1 and is not used.
 """
 
+from typing import Unpack
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from learner.pseudo import label_loss
+from learner.pseudo import Balance, label_loss
 
 
 def bernoulli_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -29,12 +31,15 @@ def kd_loss(
     labels: Tensor,
     alpha: float = 0.5,
     temperature: float = 2.0,
-    class_weights: Tensor | None = None,
-) -> Tensor:
-    """(1 - alpha) label loss, weighted by finding (F,), + alpha `bernoulli_kl`; all (B, F), a whole batch at once.
+    known_in_batch: Tensor | None = None,
+    share: float = 1.0,
+    **balance: Unpack[Balance],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(1 - alpha) label loss + alpha `bernoulli_kl`, and the two by themselves; all (B, F).
 
-    In parts, take the two terms by themselves: `label_loss` with the batch's number of known labels, `bernoulli_kl`
-    times the part's share of films.
+    Of a part of a batch: `known_in_batch` counts the whole batch's known labels, `share` is the part's of the films.
+    `balance`: weights of `label_loss`.
     """
-    hard = label_loss(student, labels, class_weights=class_weights)
-    return (1 - alpha) * hard + alpha * bernoulli_kl(student, teacher, temperature)
+    hard = label_loss(student, labels, known_in_batch, **balance)
+    soft = bernoulli_kl(student, teacher, temperature) * share
+    return (1 - alpha) * hard + alpha * soft, hard, soft

@@ -4,8 +4,17 @@ Both are means over known (film, finding) pairs of one binary cross-entropy; the
 it be summed in parts. Knows no film and no schedule; weights for rare findings come in as tensors.
 """
 
+from typing import TypedDict
+
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Balance(TypedDict, total=False):
+    """Weights (F,) by the names that `label_loss` has for them; empty = all labels alike."""
+
+    class_weights: Tensor
+    positive_weights: Tensor
 
 
 def self_training_loss(student: Tensor, teacher: Tensor, poisoned: bool = False) -> Tensor:
@@ -55,3 +64,21 @@ def effective_weights(labels: Tensor, beta: float = 0.999) -> Tensor:
     positive, negative = ((labels == side).sum(0).clamp(min=1).double() for side in (1, 0))
     weights = negative / positive if beta == 1 else (1 - beta**negative) / (1 - beta**positive)
     return weights.to(labels.dtype)
+
+
+def balanced(labels: Tensor) -> Balance:
+    """`effective_weights` of the positives of labels (N, F), and findings weighed so that each keeps its own sum.
+
+    A finding's known labels weigh 1 on average as without balance: a rare one isn't louder than the others, and a
+    step isn't longer. A finding of one class, or that nobody has labelled, is as it was.
+    """
+    weights, positive, known = effective_weights(labels), (labels == 1).sum(0), (~labels.isnan()).sum(0)
+    total = weights * positive + (known - positive)
+    return {"positive_weights": weights, "class_weights": known.clamp(min=1) / total.clamp(min=1)}
+
+
+def weight_table(labels: Tensor, balance: Balance) -> Tensor | None:
+    """The weight (N, F) that `label_loss` gives each of these labels; None = all alike."""
+    if "class_weights" not in balance or "positive_weights" not in balance:
+        return None
+    return balance["class_weights"] * balance["positive_weights"].expand_as(labels).where(labels == 1, 1.0)

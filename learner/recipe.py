@@ -85,6 +85,10 @@ class Recipe:
     kd_strategy: str = "standard"  # "base", "standard", "reversed", "defective" or "self"
     kd_temperature: float = 2.0
     kd_alpha: float = 0.5  # share of the teacher's answer; 1 - alpha is labels
+    # -- labels
+    balance: str = (
+        "none"  # "effective": a finding's rare class weighs more (Cui et al. 2019), the finding as a whole not
+    )
     # -- views
     global_scale: tuple[float, float] = (0.75, 1.0)
     local_scale: tuple[float, float] = (0.2, 0.6)
@@ -135,6 +139,7 @@ CHOICES = {
     "agree": ("none", "teacher", "heads"),
     "refit": ("none", "linear", "graph"),
     "average": ("ema", "wise", "all"),
+    "balance": ("none", "effective"),
     "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
 }
 MAY_BE_ZERO = {
@@ -170,11 +175,11 @@ RECIPES: dict[str, Recipe] = {
     "pseudo-label": Recipe(**{  # Martins & Silva, but no mirroring
         **_ALONE, **_GREY, "name": "pseudo-label", "method": "pseudo-label", "arch": "densenet121", "epochs": 10,
         "t0_epochs": 25, "lr": 1e-4, "t0_lr": 1e-4, "weight_decay": 1e-5, "clip": 0.0, "warmup_epochs": 0,
-        "rotate": 25.0,
+        "rotate": 25.0, "balance": "effective",
     }),
     "kd": Recipe(**{  # Ho & Gwak's pair; AdamW needs fewer epochs than their SGD's 200
         **_ALONE, **_GREY, "name": "kd", "method": "kd", "arch": "mobilenetv3_large_100", "image_size": 224,
-        "epochs": 30, "t0_epochs": 30, "lr": 3e-4, "t0_lr": 3e-4,
+        "epochs": 30, "t0_epochs": 30, "lr": 3e-4, "t0_lr": 3e-4, "balance": "effective",
     }),
 }  # fmt: skip
 
@@ -257,6 +262,10 @@ def _checked(recipe: Recipe) -> Recipe:
         low, high = getattr(recipe, key)
         if not 0 < low <= high <= 1:
             raise RecipeError(f"recipe: {key} = [{low}, {high}]: needs 0 < low <= high <= 1")
+    if recipe.method == "distl" and recipe.balance != "none":
+        raise RecipeError(
+            f'recipe: balance = "{recipe.balance}": distl weighs all labels alike, as published; use evolve'
+        )
     if recipe.local_views and recipe.local_size >= recipe.image_size:
         raise RecipeError(f"recipe: local_size {recipe.local_size} must be below image_size {recipe.image_size}")
     return recipe

@@ -126,9 +126,9 @@ def test_teacher_of_kd_stands_still_in_eval_mode(tmp_path):
     folder, seen = make_round(tmp_path / "r", **KD, validation=0, calibration=0), []
     step = kd.be_taught
 
-    def watched(state, teacher, feeds):
+    def watched(state, teacher, feeds, balance):
         before = copy_of(teacher)
-        losses = step(state, teacher, feeds)
+        losses = step(state, teacher, feeds, balance)
         seen.append(not teacher.training and same(before, copy_of(teacher)))
         return losses
 
@@ -189,7 +189,7 @@ def test_loss_is_the_bernoulli_form_on_the_same_view(tmp_path):
     state.student.eval()
     batch: Batch = feed.batch(0, 0)
     everything = slice(0, batch.size)
-    terms = kd.teaching(teacher, 1.0)(state, batch, everything)
+    terms = kd.teaching(teacher, 1.0, {})(state, batch, everything)
     view = batch.views(everything)[1]
     guess, told = state.student.classify(view), teacher.classify(view)
     expected = 0.5 * label_loss(guess, batch.labels) + 0.5 * bernoulli_kl(guess, told, 2.0)
@@ -225,8 +225,8 @@ def in_train_mode(network, mode=True):
     return network.train()
 
 
-def unshared(teacher, share):
-    return TEACHING(teacher, 1.0)
+def unshared(teacher, share, balance):
+    return TEACHING(teacher, 1.0, balance)
 
 
 TEACHING = kd.teaching
@@ -236,12 +236,12 @@ MUTATIONS = [
     ("test_step_in_parts_costs_what_the_whole_costs", "learner.recipes.kd.share_of", lambda batch, part: 1.0),
     (
         "test_loss_is_the_bernoulli_form_on_the_same_view",
-        "learner.recipes.kd.bernoulli_kl",
+        "learner.kd.bernoulli_kl",
         lambda student, teacher, temperature: bernoulli_kl(student, teacher, 1.0),
     ),
     (
         "test_without_the_teachers_share_a_step_is_one_on_labels",
-        "learner.recipes.kd.label_loss",
+        "learner.kd.label_loss",
         lambda guess, labels, known: label_loss(guess, 1 - labels, known),
     ),
     ("test_defective_teacher_has_a_quarter_of_the_epochs_at_their_own_rates", "learner.recipes.kd.defective", lambda whole: whole),

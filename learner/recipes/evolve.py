@@ -20,10 +20,11 @@ from learner.data import label_table
 from learner.evolve import evolve, take_mean
 from learner.graph import pseudo_labels
 from learner.heads import Network
+from learner.pseudo import weight_table
 from learner.round_dir import Film
 from learner.run import SCORED, Run
 from learner.step import State
-from learner.supervised import learn_labels
+from learner.supervised import balance_of, learn_labels
 from learner.targets import agreement, class_thresholds, outside, shrunk_prevalence
 
 MIXES = (0.25, 0.5, 0.75)  # of champion and candidate, beside the two themselves
@@ -39,8 +40,8 @@ def run(run: Run) -> None:
     start = run.from_student(learn_labels(run, partial(probe, run))) if run.first else run.from_parent
     table = run.once("targets", lambda: targets(run, begun(run, start)))
     unlabelled, labelled = run.unlabelled(), run.labelled("labelled") if run.round.labelled else None
-    schedule = run.schedule(unlabelled, recipe.epochs, recipe.lr)
-    final = run.train("evolve", schedule, start, lambda state: evolve(state, unlabelled, labelled, table))
+    schedule, balance = run.schedule(unlabelled, recipe.epochs, recipe.lr), balance_of(run)
+    final = run.train("evolve", schedule, start, lambda state: evolve(state, unlabelled, labelled, table, balance))
     champion = begun(run, start).student
     chosen = choose(run, final, champion)
     run.export("final", final, "student", chosen)
@@ -98,8 +99,12 @@ def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
 def fit_head(run: Run, network: Network) -> None:
     """A linear class head := the logistic regression of the labels on what this network sees."""
     if run.recipe.class_hidden == 0:
-        films = run.round.labelled
-        set_head(network, linear.fit(run.embeddings(network, films), label_table(films), FEW_PENALTY))
+        films, labels = run.round.labelled, label_table(run.round.labelled)
+        weights = weight_table(labels.to(run.device), balance_of(run))
+        set_head(
+            network,
+            linear.fit(run.embeddings(network, films), labels, FEW_PENALTY, None if weights is None else weights.cpu()),
+        )
 
 
 def set_head(network: Network, answer: linear.Linear) -> None:

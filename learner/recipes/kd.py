@@ -15,15 +15,15 @@ from learner.backbone import Backbone, build, open_backbone
 from learner.correct import Feed, next_batch, supervise
 from learner.distill import autocast
 from learner.heads import Network
-from learner.kd import bernoulli_kl
+from learner.kd import kd_loss
 from learner.optim import Schedule
 from learner.plan import BackboneError, Plan
-from learner.pseudo import label_loss
+from learner.pseudo import Balance
 from learner.recipe import Recipe
 from learner.round_dir import ManifestError
 from learner.run import Run
 from learner.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of
-from learner.supervised import learn_labels
+from learner.supervised import balance_of, learn_labels
 
 DEFECTIVE = 4  # one in so many epochs: the published 50 of 200
 
@@ -33,11 +33,11 @@ def run(run: Run) -> None:
     recipe, strategy = run.recipe, run.recipe.kd_strategy
     if not run.round.labelled:
         raise ManifestError("manifest: no labelled train film: kd trains on labels; label some, or use recipe distl")
-    labelled = run.labelled("t0")
+    labelled, balance = run.labelled("t0"), balance_of(run)
     alone = run.schedule(labelled, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
 
     def learn(state: State) -> Losses:
-        return supervise(state, labelled)
+        return supervise(state, labelled, balance)
 
     plan, weights = other_network(recipe) if strategy not in ("base", "self") else (run.plan, None)
     if strategy == "reversed" and not run.first:
@@ -59,7 +59,7 @@ def run(run: Run) -> None:
     rest = [film for film in run.round.unlabelled if not film.labelled]
     feeds = [labelled, run.feed(rest, "unlabelled", 0, False)] if rest and recipe.kd_alpha else [labelled]
     schedule = run.schedule(labelled, recipe.epochs, recipe.lr, recipe.t0_steps)
-    final = run.train("kd", schedule, start, lambda state: be_taught(state, teacher, feeds), own)
+    final = run.train("kd", schedule, start, lambda state: be_taught(state, teacher, feeds, balance), own)
     final.teacher.load_state_dict(final.student.state_dict())
     run.export("final", final, "student", plan=own)
 
@@ -85,16 +85,16 @@ def defective(schedule: Schedule) -> Schedule:
     return replace(schedule, lr=schedule.lr[:steps])
 
 
-def be_taught(state: State, teacher: Network, feeds: Sequence[Feed]) -> Losses:
+def be_taught(state: State, teacher: Network, feeds: Sequence[Feed], balance: Balance | None = None) -> Losses:
     """One step on a batch of each feed, labels and answers together."""
     batches = [next_batch(feed, state.step) for feed in feeds]
     films = sum(batch.whole for batch in batches)
-    losses = optimise(state, [(batch, teaching(teacher, batch.whole / films)) for batch in batches])
+    losses = optimise(state, [(batch, teaching(teacher, batch.whole / films, balance or {})) for batch in batches])
     state.step += 1
     return losses
 
 
-def teaching(teacher: Network, share: float) -> Objective:
+def teaching(teacher: Network, share: float, balance: Balance) -> Objective:
     """(1 - alpha) label loss + alpha T^2 KL to the teacher, which sees the same noised view; `share` of the step's films.
 
     Films without a label add nothing to the first term.
@@ -107,8 +107,10 @@ def teaching(teacher: Network, share: float) -> Objective:
             with torch.no_grad():
                 told = full(teacher.classify(view))
             guess = full(state.student.classify(view))
-        classes = label_loss(guess, batch.labels[part], batch.known)
-        taught = bernoulli_kl(guess, told, recipe.kd_temperature) * share * share_of(batch, part)
-        return Terms((1 - recipe.kd_alpha) * classes + recipe.kd_alpha * taught, {"classes": classes, "taught": taught})
+        loss, classes, taught = kd_loss(
+            guess, told, batch.labels[part], recipe.kd_alpha, recipe.kd_temperature, batch.known,
+            share * share_of(batch, part), **balance,
+        )  # fmt: skip
+        return Terms(loss, {"classes": classes, "taught": taught})
 
     return objective

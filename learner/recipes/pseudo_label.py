@@ -21,6 +21,7 @@ from learner.optim import Schedule
 from learner.round_dir import PLATE_SHAPE, Film, ManifestError
 from learner.run import Run
 from learner.step import Losses, State
+from learner.supervised import balance_of
 from learner.targets import kappa_labels, ten_crop
 from learner.views import normalise, resize_matrix, to_image
 
@@ -66,10 +67,10 @@ def run(run: Run) -> None:
 def learn(run: Run, phase: str, feed: Feed, schedule: Schedule, start: Callable[[State], None]) -> State:
     """A phase on labels, ending with the weights of its best epoch: macro AUC on validation patients, else the last."""
     films = [film for film in run.round.of("validation") if film.labelled]
-    labels = label_table(films).numpy()
+    labels, balance = label_table(films).numpy(), balance_of(run)
 
     def tick(state: State) -> Losses:
-        losses = supervise(state, feed)
+        losses = supervise(state, feed, balance)
         if films and state.step % schedule.steps_per_epoch == 0:
             value = ranks.by_first(lambda: macro_auc(answers(run, state.student, films).numpy(), labels))
             if value is not None:
