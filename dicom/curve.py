@@ -40,8 +40,12 @@ def brightness(ds: Dataset, lowest: int, counts: np.ndarray, windowed: bool = Tr
     return np.where(padding, 0.0, shown)
 
 
+def _is_signed(ds: Dataset) -> bool:
+    return header.short(ds, "PixelRepresentation") == 1
+
+
 def _signed(ds: Dataset, value: int) -> int:
-    return value - 0x10000 if value > 0x7FFF and header.short(ds, "PixelRepresentation") == 1 else value
+    return value - 0x10000 if value > 0x7FFF and _is_signed(ds) else value
 
 
 def _padding(ds: Dataset, stored: np.ndarray) -> np.ndarray:
@@ -67,10 +71,16 @@ def _lookup(ds: Dataset, item: Dataset, values: np.ndarray) -> np.ndarray:
     descriptor = header.shorts(item, "LUTDescriptor")
     if len(descriptor) != 3:
         raise ValueError("LUTDescriptor (0028,3002) does not have three values")
-    size, first = descriptor[0] or 0x10000, _signed(ds, descriptor[1])
+    size, first = descriptor[0] or 0x10000, descriptor[1]
+    vr = getattr(item.get_item(0x00283002), "VR", None)  # None or "US or SS" where the file does not say
+    if first > 0x7FFF and (vr == "SS" or values.min() < 0 or (vr != "US" and _is_signed(ds))):
+        first -= 0x10000  # the sign is that of the values that come in, not of the stored ones (C.11.2.1.1)
     raw = item.get_item(0x00283006)
     if raw is not None and isinstance(raw.value, bytes) and len(raw.value) < 2 * size:
-        table = np.frombuffer(raw.value, "u1").astype(np.float64)  # 8-bit entries, packed in pairs
+        packed = np.frombuffer(raw.value, "u1")  # 8-bit entries, two in a word
+        if not getattr(raw, "is_little_endian", True) and raw.VR == "OW":
+            packed = packed[: len(packed) // 2 * 2].reshape(-1, 2)[:, ::-1].ravel()
+        table = packed.astype(np.float64)
     else:
         table = np.array(header.shorts(item, "LUTData"), np.float64)
     if len(table) < size:
@@ -88,9 +98,10 @@ def _voi(ds: Dataset, values: np.ndarray) -> np.ndarray | None:
         centre, width = header.number(ds, "WindowCenter"), header.number(ds, "WindowWidth")
     except ValueError:
         return None
-    if centre is None or width is None or width <= 1:
-        return None
     function = header.text(ds, "VOILUTFunction").upper()
+    least = 0 if function in ("SIGMOID", "LINEAR_EXACT") else 1  # LINEAR divides by width - 1
+    if centre is None or width is None or width <= least:
+        return None
     if function == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
     if function == "LINEAR_EXACT":

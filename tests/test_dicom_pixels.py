@@ -5,6 +5,7 @@ import pytest
 from pacs import chest, film, save
 from PIL import Image as Picture
 from pydicom import dcmread
+from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
@@ -151,6 +152,79 @@ def test_nothing_but_padding_is_blank():
     ds = plain(np.full((64, 64), 7, np.uint8), PixelPaddingValue=7)
     with pytest.raises(Blank):
         to_plate(ds)
+
+
+def test_overlays_are_not_burnt_into_the_plate(tmp_path):
+    bare, drawn, old = plain(RAMP12), plain(RAMP12), plain(RAMP12)
+    ones = b"\xff" * (512 * 512 // 8)
+    for group in (0x6000, 0x601E):
+        drawn.add_new((group, 0x0010), "US", 512)
+        drawn.add_new((group, 0x0011), "US", 512)
+        drawn.add_new((group, 0x0040), "CS", "G")
+        drawn.add_new((group, 0x0100), "US", 1)
+        drawn.add_new((group, 0x3000), "OW", ones)
+    old.add_new((0x6000, 0x0100), "US", 16)  # in the bits above the stored ones, as films before 2004 have them
+    old.add_new((0x6000, 0x0102), "US", 12)
+    old.PixelData = (RAMP12 | np.uint16(0xF000)).tobytes()
+    for ds in (drawn, old):
+        assert (to_plate(again(ds, tmp_path)) == to_plate(bare)).all()
+
+
+@pytest.mark.parametrize(("function", "width"), [("LINEAR_EXACT", 0.5), ("SIGMOID", 0.5), ("LINEAR_EXACT", 1)])
+def test_a_window_narrower_than_one_is_one_where_the_rescale_makes_small_numbers(function, width):
+    ds = plain(RAMP12, RescaleSlope=str(1 / 4096), WindowCenter="0.5", WindowWidth=str(width), VOILUTFunction=function)
+    distance = (RAMP12 * float(ds.RescaleSlope) - 0.5) / width
+    expected = np.clip(distance + 0.5, 0, 1) if function == "LINEAR_EXACT" else 1 / (1 + np.exp(-4 * distance))
+    assert close(to_plate(ds), expected * 255)
+
+
+@pytest.mark.parametrize("name", ["explicit", "implicit"])
+def test_a_voi_lut_over_rescaled_values_begins_below_zero(tmp_path, name):
+    table = (np.linspace(0, 1, 4096) ** 2 * 65535).astype(int)
+    syntax = {"explicit": "1.2.840.10008.1.2.1", "implicit": "1.2.840.10008.1.2"}[name]
+    ds = wrap(RAMP12, "P1", bits=12, transfer_syntax=syntax)
+    del ds.WindowCenter, ds.WindowWidth
+    ds.RescaleSlope, ds.RescaleIntercept, ds.VOILUTSequence = "1", "-1024", lut(0, table)
+    ds.VOILUTSequence[0].add_new(0x00283002, "SS", [4096, -1024, 16])
+    assert close(to_plate(again(ds, tmp_path)), table[RAMP12] / 65535 * 255)
+
+
+def test_a_signed_film_has_a_signed_first_entry(tmp_path):
+    values = (RAMP12.astype(np.int32) - 2048).astype(np.int16)
+    table = np.arange(4096)[::-1]
+    ds = plain(np.zeros((512, 512), np.uint16), bits=16, PixelRepresentation=1, ModalityLUTSequence=lut(0, table))
+    ds.PixelData = values.tobytes()
+    ds.ModalityLUTSequence[0].add_new(0x00283002, "SS", [4096, -2048, 16])
+    ds.WindowCenter, ds.WindowWidth = 2048, 4096
+    assert close(to_plate(again(ds, tmp_path)), np.clip((table[RAMP12] - 2047.5) / 4095 + 0.5, 0, 1) * 255)
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"])
+def test_eight_bit_lut_entries_are_two_in_a_word(tmp_path, syntax):
+    table = (np.linspace(0, 1, 4096) ** 2 * 255).astype(np.uint8)
+    ds = wrap(RAMP12, "P1", bits=12, transfer_syntax=syntax)
+    del ds.WindowCenter, ds.WindowWidth
+    packed = table.view("<u2").byteswap() if syntax.endswith(".2.2") else table
+    item = lut(0, [0], 8)
+    item[0].add_new(0x00283002, "US", [4096, 0, 8])
+    item[0].add_new(0x00283006, "OW", packed.tobytes())
+    ds.VOILUTSequence = item
+    assert close(to_plate(again(ds, tmp_path)), table[RAMP12].astype(float))
+
+
+def test_values_outside_a_lut_take_its_ends(tmp_path):
+    ds = plain(RAMP12, VOILUTSequence=lut(1000, np.arange(100, 2100)))
+    expected = np.clip(RAMP12.astype(int) - 1000, 0, 1999) + 100
+    assert close(to_plate(again(ds, tmp_path)), expected / 2099 * 255)
+
+
+def test_real_look_up_tables_are_read_as_pydicom_reads_them():
+    ds = dcmread(get_testdata_file("vlut_04.dcm", download=False))
+    assert close(to_plate(ds), apply_voi_lut(ds.pixel_array, ds) / 65535 * 255)
+    ds = dcmread(get_testdata_file("mlut_18.dcm", download=False))  # signed, no window: the film's own range
+    values = apply_modality_lut(ds.pixel_array, ds).astype(float)
+    low, high = np.quantile(values, (0.005, 0.995), method="inverted_cdf")
+    assert close(to_plate(ds), np.clip((values - low) / (high - low), 0, 1) * 255)
 
 
 # Letterbox
