@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from agent.filing import filing
 from agent.ledger import Ledger, Row, utc
 from agent.ranges import fix_shares, range_of
 from agent.site import Site
 from dicom.image import Examined, Image
 from dicom.ingest import Admission
 from dicom.pixels import PLATE_VERSION
+from dicom.privacy import refusal
 from dicom.worker import Examiner
 
 BATCH = 64  # files of one step: small enough to be scored soon, large enough to keep the worker busy
@@ -39,9 +41,11 @@ def step(site: Site, ledger: Ledger, pool: Examiner) -> int:
     if files:
         fix_shares(ledger, site.config.patients)
     for path, examined in pool.examine(files):
+        if not path.exists():  # forgotten meanwhile
+            continue
         received = utc(datetime.fromtimestamp(path.stat().st_mtime, UTC))
         take(site, ledger, path, examined, received, receipt=path.name)
-        path.unlink()
+        path.unlink(missing_ok=True)
     return len(files)
 
 
@@ -61,19 +65,42 @@ def take(
     """
     if receipt and (done := ledger.value("SELECT outcome FROM receipt WHERE name = ?", receipt)):
         return done
-    kept = {} if _twin(ledger, examined) else _keep(site, path, examined)
+    with filing(site):  # no film is forgotten or dropped between its files and its row
+        return _file(site, ledger, path, examined, received_at, receipt, file)
+
+
+def _file(
+    site: Site, ledger: Ledger, path: Path, examined: Examined, received_at: str, receipt: str | None, file: str | None
+) -> str:
+    unwanted = refused(site, ledger, examined.patient_key)
+    twin = _twin(ledger, examined)
+    again = bool(twin and twin["dropped_at"] and twin["sha256"] == examined.sha256)
+    kept = {} if unwanted or (twin and not again) else _keep(site, path, examined)
     with ledger.transaction():
-        twin = _twin(ledger, examined)
-        if twin:
+        if unwanted:
+            outcome, image_id = "rejected", None  # and not a word more
+        elif twin:
             outcome, image_id = "duplicate", twin["id"]
             if file and not twin["file"]:
                 ledger.run("UPDATE image SET file = ? WHERE id = ?", file, image_id)
+            if again:  # retention dropped it, the sender has it once more: its time begins anew
+                kind = "original" if twin["plate"] else "aside"
+                ledger.run("UPDATE image SET dropped_at = NULL WHERE id = ?", image_id)
+                ledger.run("INSERT OR REPLACE INTO kept_file VALUES (?, ?, ?)", image_id, kind, utc())
         else:
             outcome = {"admitted": "stored"}.get(examined.outcome, examined.outcome)
             image_id = _insert(site, ledger, examined, outcome, kept, received_at, file)
         if receipt:
             ledger.insert("receipt", name=receipt, image=image_id, outcome=outcome, at=utc())
     return outcome
+
+
+def refused(site: Site, ledger: Ledger, patient_key: str | None) -> bool:
+    """Whether this patient was forgotten for good: `forget --and-refuse`."""
+    if not patient_key or not ledger.value("SELECT 1 FROM refused_patient LIMIT 1"):
+        return False
+    hashed = refusal(site.key("pseudonym.key"), patient_key)
+    return bool(ledger.value("SELECT 1 FROM refused_patient WHERE hash = ?", hashed))
 
 
 def _twin(ledger: Ledger, examined: Examined) -> Row | None:

@@ -10,6 +10,7 @@ from sqlite_utils import Database, Migrations
 
 migrations = Migrations("cxrloop")
 
+FORGOTTEN = "forgotten"  # the reason of a row whose film was forgotten; nothing else of it is left
 APPEND_ONLY = (
     "prediction",
     "label",
@@ -130,14 +131,7 @@ END;
 @migrations()
 def first(db: Database) -> None:
     """Version 0.1: everything."""
-    # Not executescript: it would commit the migration's own transaction.
-    statement = ""
-    for line in TABLES.splitlines():
-        if not line.strip().startswith("--"):
-            statement += line + "\n"
-        if complete(statement):
-            db.execute(statement)
-            statement = ""
+    run(db, TABLES)
     for table in APPEND_ONLY:
         for verb in ("UPDATE", "DELETE"):
             db.execute(
@@ -146,7 +140,131 @@ def first(db: Database) -> None:
             )
 
 
+KEEPING = """
+-- When the film's file was dropped (retention, forget); set before the unlink: what a reader sees is always safe.
+ALTER TABLE image ADD COLUMN dropped_at TEXT;
+-- Files that may be dropped, and since when their time runs: originals since their score, others since they came.
+-- `dropping` is the intent row of an unlink; the row is gone when the file is.
+CREATE TABLE kept_file (
+  image INTEGER PRIMARY KEY REFERENCES image(id), kind TEXT NOT NULL CHECK (kind IN ('original','aside','dropping')),
+  since TEXT NOT NULL
+) STRICT;
+CREATE INDEX kept_file_since ON kept_file(kind, since);
+INSERT INTO kept_file SELECT id, 'aside', stored_at FROM image WHERE plate IS NULL;
+INSERT INTO kept_file SELECT image, 'original', min(at) FROM prediction GROUP BY image;
+CREATE TRIGGER aside_kept AFTER INSERT ON image WHEN NEW.plate IS NULL BEGIN
+  INSERT INTO kept_file VALUES (NEW.id, 'aside', NEW.stored_at);
+END;
+CREATE TRIGGER original_kept AFTER INSERT ON prediction BEGIN
+  INSERT OR IGNORE INTO kept_file SELECT id, 'original', NEW.at FROM image WHERE id = NEW.image AND dropped_at IS NULL;
+END;
+INSERT INTO counter VALUES ('dropped', 0);
+"""
+
+FORGETTING = """
+-- One row a `forget`; the pseudonyms (JSON) go with the films. files: something may still be on disk, bytes: only in
+-- the database's own free space, done: nowhere.
+CREATE TABLE forget (
+  id INTEGER PRIMARY KEY, state TEXT NOT NULL CHECK (state IN ('files','bytes','done')), patient_keys TEXT NOT NULL,
+  sop_uids TEXT NOT NULL, by TEXT NOT NULL, reason TEXT NOT NULL, at TEXT NOT NULL, done_at TEXT
+) STRICT;
+-- The films of an open `forget` and where their files are; only their rows may leave the append-only tables.
+CREATE TABLE forgetting (image INTEGER PRIMARY KEY, forget INTEGER NOT NULL REFERENCES forget(id), original TEXT NOT NULL, plate TEXT) STRICT;
+-- Keyed hashes of patients whose later films are refused.
+CREATE TABLE refused_patient (hash TEXT PRIMARY KEY, at TEXT NOT NULL) STRICT;
+-- A frozen golden set that lost films says so.
+CREATE TABLE golden_loss (version INTEGER NOT NULL, films INTEGER NOT NULL, at TEXT NOT NULL) STRICT;
+"""
+
+
+@migrations()
+def retention_and_forget(db: Database) -> None:
+    """Files that may go after their time, and films that may go at all."""
+    run(db, KEEPING + FORGETTING)
+    for table in ("prediction", "label", "golden_film"):
+        db.execute(f"DROP TRIGGER {table}_no_delete")
+        db.execute(
+            f"CREATE TRIGGER {table}_no_delete BEFORE DELETE ON {table} "
+            f"WHEN OLD.image NOT IN (SELECT image FROM forgetting) "
+            f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+        )
+        # a score or label that was under way when its film was forgotten
+        db.execute(
+            f"CREATE TRIGGER {table}_forgotten BEFORE INSERT ON {table} "
+            f"WHEN (SELECT reason FROM image WHERE id = NEW.image) = '{FORGOTTEN}' BEGIN SELECT RAISE(IGNORE); END"
+        )
+
+
+def run(db: Database, text: str) -> None:
+    """Execute the statements of a text one by one (executescript would commit the migration's own transaction)."""
+    statement = ""
+    for line in text.splitlines():
+        if not line.strip().startswith("--"):
+            statement += line + "\n"
+        if complete(statement):
+            db.execute(statement)
+            statement = ""
+
+
 def complete(statement: str) -> bool:
     """True when `statement` is one whole SQL statement (a trigger holds several semicolons)."""
 
     return bool(statement.strip()) and sqlite3.complete_statement(statement)
+
+
+@migrations()
+def pulled_studies(db: Database) -> None:
+    """Which studies of which archive `cxrloop pull` is done with, so that a restart need not look through them again."""
+    db.execute(
+        "CREATE TABLE pulled (source TEXT NOT NULL, study_uid TEXT NOT NULL, modalities TEXT NOT NULL, "
+        "instances INTEGER NOT NULL, films INTEGER NOT NULL, at TEXT NOT NULL, "
+        "PRIMARY KEY (source, study_uid, modalities)) STRICT"
+    )
+
+
+OUTBOX = """
+-- What is to be sent to the PACS, one row a result, written with the score. A row stays; its heatmap until Success.
+CREATE TABLE outbox (
+  id INTEGER PRIMARY KEY, image INTEGER NOT NULL REFERENCES image(id), bundle TEXT NOT NULL,
+  kind TEXT NOT NULL CHECK (kind IN ('sr','sc')), heatmap BLOB,
+  state TEXT NOT NULL CHECK (state IN ('waiting','sent','failed','withdrawn')), attempts INTEGER NOT NULL DEFAULT 0,
+  due TEXT NOT NULL, why TEXT, at TEXT NOT NULL, sent_at TEXT, UNIQUE (image, bundle, kind)
+) STRICT;
+CREATE INDEX outbox_due ON outbox(due, id) WHERE state = 'waiting';
+CREATE INDEX outbox_open ON outbox(state, id) WHERE state IN ('waiting','failed');
+-- Films that a person wants scored once more; new films go first.
+CREATE TABLE score_again (image INTEGER PRIMARY KEY REFERENCES image(id)) STRICT;
+ALTER TABLE image ADD COLUMN returned_at TEXT;
+INSERT INTO counter VALUES ('outbox waiting',0), ('outbox sent',0), ('outbox failed',0), ('outbox withdrawn',0);
+CREATE TRIGGER outbox_in AFTER INSERT ON outbox BEGIN
+  UPDATE counter SET n = n + 1 WHERE name = 'outbox ' || NEW.state;
+END;
+CREATE TRIGGER outbox_out AFTER DELETE ON outbox BEGIN
+  UPDATE counter SET n = n - 1 WHERE name = 'outbox ' || OLD.state;
+END;
+CREATE TRIGGER outbox_moved AFTER UPDATE OF state ON outbox WHEN OLD.state != NEW.state BEGIN
+  UPDATE counter SET n = n + 1 WHERE name = 'outbox ' || NEW.state;
+  UPDATE counter SET n = n - 1 WHERE name = 'outbox ' || OLD.state;
+  -- Returned: every result of the film had its Success.
+  UPDATE image SET returned_at = NEW.sent_at, state = CASE state WHEN 'predicted' THEN 'returned' ELSE state END
+    WHERE NEW.state = 'sent' AND id = NEW.image AND returned_at IS NULL
+    AND NOT EXISTS (SELECT 1 FROM outbox WHERE image = NEW.image AND state IN ('waiting','failed'));
+END;
+CREATE TRIGGER image_returned AFTER UPDATE OF returned_at ON image WHEN OLD.returned_at IS NULL AND NEW.returned_at IS NOT NULL BEGIN
+  UPDATE counter SET n = n + 1 WHERE name = 'returned';
+END;
+-- A result under a corrected header's old name must not reach the PACS any more; a forgotten film has no results.
+CREATE TRIGGER outbox_withdrawn AFTER UPDATE OF superseded_by ON image WHEN NEW.superseded_by IS NOT NULL BEGIN
+  UPDATE outbox SET state = 'withdrawn', heatmap = NULL WHERE image = NEW.id AND state IN ('waiting','failed');
+END;
+CREATE TRIGGER outbox_forgotten AFTER UPDATE OF reason ON image WHEN NEW.reason = 'forgotten' BEGIN
+  DELETE FROM outbox WHERE image = NEW.id;
+  DELETE FROM score_again WHERE image = NEW.id;
+END;
+"""
+
+
+@migrations()
+def answers_to_the_pacs(db: Database) -> None:
+    """The outbox of results, and what makes a film `returned`."""
+    run(db, OUTBOX)
