@@ -53,7 +53,7 @@ def current(ledger: Ledger) -> int | None:
 
 
 def show(site: Site, ledger: Ledger) -> dict[str, Any]:
-    """Version, hash and sizes of the frozen set; raises Problem before there is one."""
+    """Version, hash and sizes of the frozen set, and how many films it lost to `forget`; raises Problem before there is one."""
     version = current(ledger)
     if version is None:
         raise Problem("no golden set is frozen: label films of the golden range, then `cxrloop golden freeze`")
@@ -63,10 +63,16 @@ def show(site: Site, ledger: Ledger) -> dict[str, Any]:
         "version": version,
         "sha256": ledger.value("SELECT sha256 FROM golden_set WHERE version = ?", version),
         "images": len(labels),
+        "lost": lost(ledger, version),
         "patients": len(set(golden.patients)),
         "positives": {name: int((labels[:, i] == 1).sum()) for i, name in enumerate(golden.findings)},
         "negatives": {name: int((labels[:, i] == 0).sum()) for i, name in enumerate(golden.findings)},
     }
+
+
+def lost(ledger: Ledger, version: int) -> int:
+    """Films that a frozen set lost to `forget`: its hash is that of the whole, what it judges is the rest."""
+    return ledger.value("SELECT coalesce(sum(films), 0) FROM golden_loss WHERE version = ?", version)
 
 
 def films(site: Site, ledger: Ledger, version: int) -> tuple[Golden, list[str]]:
@@ -77,6 +83,8 @@ def films(site: Site, ledger: Ledger, version: int) -> tuple[Golden, list[str]]:
         version,
     )
     images = list(dict.fromkeys(row["image"] for row in rows))
+    if not images:
+        raise Problem(f"golden set version {version} has lost every film to `forget`: `cxrloop golden freeze`")
     place = {image: n for n, image in enumerate(images)}
     labels = np.full((len(images), len(site.findings)), np.nan)
     patients, plates = [""] * len(images), [""] * len(images)

@@ -41,7 +41,8 @@ def take(site: Site, ledger: Ledger, name: str) -> Verdict:
     if rounds.get(ledger, name)["state"] != "scored":
         with ledger.transaction():
             rounds.advance(ledger, name, "scored")
-    said = {**verdict.to_json(), "golden": paid["golden"], "alpha": paid["alpha"]}
+    lost = golden.lost(ledger, paid["golden"])
+    said = {**verdict.to_json(), "golden": paid["golden"], "golden_lost": lost, "alpha": paid["alpha"]}
     with ledger.transaction():
         ledger.insert("verdict", look=paid["id"], outcome=verdict.outcome, json=canonical(said), at=utc())
         why = verdict.line.removeprefix(verdict.outcome.replace("_", " ") + ": ")  # the state says it already
@@ -53,8 +54,11 @@ def _why_not(site: Site, ledger: Ledger, row: Row) -> str | None:
     """Why this round gets no look, or None."""
     if not row["look"]:
         return f"no look is due ({site.config.gate.looks_per_year} a year); `--look` spends one"
-    if golden.current(ledger) is None:
+    version = golden.current(ledger)
+    if version is None:
         return "no golden set is frozen; `cxrloop golden freeze`"
+    if not ledger.value("SELECT 1 FROM golden_film WHERE version = ? LIMIT 1", version):
+        return "the golden set has lost every film to `forget`; `cxrloop golden freeze`"
     if release.in_service(ledger) is None or _baseline(ledger) is None:
         return "nothing is in service to compare with"
     if rounds.budget(site, ledger, datetime.now(UTC))["looks_left"] <= 0:

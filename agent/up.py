@@ -19,6 +19,7 @@ from agent.clockwork import Agent
 from agent.config import config_path
 from agent.errors import Problem
 from agent.site import Site
+from agent.watermark import Watermark, free_bytes
 from deploy.client import Client
 from deploy.parent import die_with_parent
 from deploy.runtime import NoRuntime, ProviderRefused, require
@@ -119,7 +120,8 @@ def listen(site: Site, stop: threading.Event) -> None:
         lambda references: committed.held(site, references),
         lambda *report: network.report(site, *report),
     )
-    listener = Listener(node, site.inbox, services=(commitment.service,))
+    full = Watermark(lambda: free_bytes(site.root), site.config.retention.refuse_free_mb)
+    listener = Listener(node, site.inbox, services=(commitment.service,), full=full)
     listener.refusals.keep(folder / "refused.json")
     listener.start()
     commitment.start()

@@ -1,0 +1,346 @@
+"""Originals go after their time and their rows stay; the node refuses associations before the disk is full."""
+
+import logging
+import os
+import shutil
+import sqlite3
+import subprocess
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlite_utils import Database
+
+from agent import committed, explain, golden, labels, predict, retention, schema
+from agent.clockwork import housekeeping
+from agent.errors import Problem
+from agent.ledger import Ledger, utc
+from agent.site import Site
+from agent.status import status
+from agent.watermark import Watermark, free_bytes
+from dicom.commitment import NO_SUCH_INSTANCE
+from dicom.image import DIGITAL_XRAY_PRESENTATION
+from dicom.inbox import Inbox
+from dicom.listener import Listener, Node
+from dicom.reception import OUT_OF_RESOURCES
+from dicom.sender import echo
+from tests.conftest import make_site
+from tests.crash_line import DIED, count_steps, in_child, write_labels
+from tests.deploy_site import FINDINGS
+from tests.films import film, put, take_in
+from tests.models import Served, add_model
+from tests.pacs import associate, data_set, send_once, store_raw
+
+NOW = datetime.now(UTC)
+DAY = timedelta(days=1)
+
+
+def a_site(folder, **sections) -> Site:
+    keys = {"originals_days": 30, "aside_days": 10}
+    return make_site(folder, site={"findings": list(FINDINGS)}, retention=keys, **sections)
+
+
+@pytest.fixture
+def site(tmp_path):
+    return a_site(tmp_path / "site")
+
+
+def scored(site: Site, ledger: Ledger, *seeds: int) -> list[dict]:
+    """Films taken in and scored now; their rows."""
+    for seed in seeds:
+        put(site, film(seed), f"{seed}.dcm")
+    take_in(site, ledger)
+    if not ledger.value("SELECT 1 FROM bundle"):
+        add_model(site, ledger, 1)
+    while predict.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+        pass
+    return ledger.rows("SELECT * FROM image ORDER BY id")
+
+
+def here(site: Site, row: dict) -> bool:
+    return site.store.path(row["original"]).exists()
+
+
+def test_an_original_goes_after_its_days_and_all_that_was_made_of_it_stays(site):
+    with site.ledger() as ledger:
+        (row,) = scored(site, ledger, 1)
+        assert retention.step(site, ledger, NOW + 29 * DAY) == 0
+        assert here(site, row)
+        assert retention.step(site, ledger, NOW + 31 * DAY) == 1
+        after = ledger.rows("SELECT * FROM image")[0]
+        assert not here(site, row)
+        assert after["dropped_at"] == utc(NOW + 31 * DAY)
+        assert {**after, "dropped_at": None} == row
+        assert site.store.plate(after["plate"]).shape == (512, 512)
+        assert ledger.value("SELECT count(*) FROM prediction") == 1
+        assert ledger.counters()["dropped"] == 1
+        assert retention.step(site, ledger, NOW + 60 * DAY) == 0
+
+
+def test_a_film_without_a_score_keeps_its_original_however_old(site):
+    put(site, film(1))
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+        assert retention.step(site, ledger, NOW + 3000 * DAY) == 0
+
+
+def test_zero_days_keep_everything(tmp_path):
+    site = make_site(tmp_path / "site", site={"findings": list(FINDINGS)})
+    with site.ledger() as ledger:
+        scored(site, ledger, 1)
+        site.inbox.put(b"not DICOM")
+        take_in(site, ledger)
+        assert retention.step(site, ledger, NOW + 3000 * DAY) == 0
+
+
+def test_a_film_of_a_golden_set_keeps_its_original(tmp_path):
+    site = a_site(
+        tmp_path / "site", patients={"golden": 0.9, "golden_next": 0.0, "calibration": 0.0, "validation": 0.0}
+    )
+    with site.ledger() as ledger:
+        rows = scored(site, ledger, *range(1, 9))
+        chosen = [row for row in rows if row["range"] == "golden"][:2]
+        write_labels(site.root / "labels.csv", [(row["sop_uid"], FINDINGS[0], n) for n, row in enumerate(chosen)])
+        labels.import_csv(site, ledger, site.root / "labels.csv", "test")
+        golden.freeze(site, ledger, "test")
+        assert retention.step(site, ledger, NOW + 31 * DAY) == len(rows) - 2
+        kept = [row["id"] for row in rows if here(site, row)]
+        assert kept == [row["id"] for row in chosen]
+
+
+def test_an_original_waits_until_its_results_have_reached_the_pacs(tmp_path):
+    site = a_site(tmp_path / "site", results={"sr": True, "destination": "PACS@127.0.0.1:1"})
+    with site.ledger() as ledger:
+        scored(site, ledger, 1)
+        assert ledger.value("SELECT state FROM outbox") == "waiting"
+        assert retention.step(site, ledger, NOW + 31 * DAY) == 0
+        with ledger.transaction():
+            ledger.run("UPDATE outbox SET state = 'sent', sent_at = ?", utc())
+        assert retention.step(site, ledger, NOW + 31 * DAY) == 0  # looked at once a day
+        assert retention.step(site, ledger, NOW + 33 * DAY) == 1
+
+
+def test_a_file_set_aside_goes_after_its_days_and_its_reason_stays(site):
+    site.inbox.put(b"not DICOM at all")
+    put(site, film(1, view="LL"))
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+        rows = ledger.rows("SELECT * FROM image")
+        assert retention.step(site, ledger, NOW + 9 * DAY) == 0
+        assert retention.step(site, ledger, NOW + 11 * DAY) == 2
+        assert not any(here(site, row) for row in rows)
+        assert {row["state"] for row in rows} == {"rejected", "quarantined"}
+        after = ledger.rows("SELECT reason, sha256 FROM image")
+        assert after == [{"reason": row["reason"], "sha256": row["sha256"]} for row in rows]
+
+
+def test_a_tick_drops_a_bounded_number_and_the_next_goes_on(site, monkeypatch):
+    monkeypatch.setattr(retention, "BATCH", 3)
+    with site.ledger() as ledger:
+        scored(site, ledger, *range(1, 8))
+        assert [retention.step(site, ledger, NOW + 31 * DAY) for _ in range(4)] == [3, 3, 1, 0]
+
+
+def test_no_step_looks_at_films_that_are_not_due(site):
+    with site.ledger() as ledger:
+        for sql in (
+            "SELECT image FROM kept_file WHERE kind = 'original' AND since < '2026' ORDER BY since LIMIT 3",
+            "SELECT image, original FROM kept_file JOIN image ON image.id = kept_file.image WHERE kind = 'dropping'",
+        ):
+            plan = " ".join(row["detail"] for row in ledger.rows(f"EXPLAIN QUERY PLAN {sql}"))
+            assert "kept_file_since" in plan
+            assert "SCAN" not in plan and "TEMP B-TREE" not in plan
+
+
+def test_the_agent_s_housekeeping_drops_what_is_due(site):
+    with site.ledger() as ledger:
+        (row,) = scored(site, ledger, 1)
+    assert housekeeping(site, NOW + 31 * DAY) == "done"
+    assert not here(site, row)
+
+
+def drop_until(root, k):
+    site = Site.open(root / "appliance.toml")
+    with site.ledger() as ledger:
+        count_steps(k)
+        retention.step(site, ledger, NOW + 31 * DAY)
+
+
+def recover(root):
+    site = Site.open(root / "appliance.toml")
+    with site.ledger() as ledger:
+        retention.step(site, ledger, NOW + 31 * DAY)
+
+
+def test_a_death_at_any_step_leaves_no_row_without_its_file_and_the_next_tick_ends_it(tmp_path):
+    base = a_site(tmp_path / "base")
+    with base.ledger() as ledger:
+        scored(base, ledger, 1, 2)
+        base.inbox.put(b"not DICOM")
+        take_in(base, ledger)
+    for k in range(1, 30):
+        root = tmp_path / f"k{k}"
+        shutil.copytree(base.root, root)
+        code = in_child(drop_until, root, k)
+        site = Site.open(root / "appliance.toml")
+        with site.ledger() as ledger:
+            assert all(here(site, row) for row in ledger.rows("SELECT * FROM image WHERE dropped_at IS NULL"))
+        assert in_child(recover, root) == 0
+        with site.ledger() as ledger:
+            assert [here(site, row) for row in ledger.rows("SELECT * FROM image")] == [False] * 3
+            assert ledger.value("SELECT count(*) FROM kept_file") == 0
+            assert ledger.counters()["dropped"] == 3
+        if code == 0:
+            break
+        assert code == DIED
+    assert k > 6  # two intents, three unlinks, two confirmations
+
+
+def test_a_film_that_comes_again_is_kept_again_and_its_time_begins_anew(site):
+    with site.ledger() as ledger:
+        (row,) = scored(site, ledger, 1)
+        retention.step(site, ledger, NOW + 31 * DAY)
+        put(site, film(1))
+        take_in(site, ledger)
+        assert ledger.value("SELECT count(*) FROM image") == 1
+        assert here(site, row)
+        assert ledger.value("SELECT dropped_at FROM image") is None
+        assert retention.step(site, ledger, NOW + 29 * DAY) == 0
+        assert retention.step(site, ledger, NOW + 31 * DAY) == 1
+
+
+def test_a_film_that_comes_again_between_the_intent_and_the_unlink_stays(site):
+    with site.ledger() as ledger:
+        (row,) = scored(site, ledger, 1)
+        retention.intend(ledger, "original", NOW + 31 * DAY, 30 * DAY)
+        put(site, film(1))
+        take_in(site, ledger)
+        assert retention.finish(site, ledger) == 0
+        assert here(site, row)
+
+
+def test_commitment_says_failure_once_the_original_is_dropped(site):
+    with site.ledger() as ledger:
+        (row,) = scored(site, ledger, 1)
+        reference = (DIGITAL_XRAY_PRESENTATION, row["sop_uid"])
+        assert committed.held(site, [reference]) == [0]
+        retention.step(site, ledger, NOW + 31 * DAY)
+        assert committed.held(site, [reference]) == [NO_SUCH_INSTANCE]
+
+
+def test_a_map_is_still_drawn_from_the_plate_and_what_needs_the_original_says_so(site, tmp_path):
+    with site.ledger() as ledger:
+        (row,) = scored(site, ledger, 1)
+        retention.step(site, ledger, NOW + 31 * DAY)
+        after = ledger.rows("SELECT * FROM image")[0]
+        said = explain.explain(site, ledger, row["sop_uid"], None, "heatmap", None, tmp_path / "map.png")
+        assert 0 <= said["probability"] <= 1
+        with pytest.raises(Problem, match="original was dropped on"):
+            retention.original(site, after)
+
+
+def test_films_of_an_older_ledger_are_counted_from_their_score(tmp_path):
+    path = tmp_path / "ledger.db"
+    connection = sqlite3.connect(path, isolation_level=None)
+    schema.migrations.apply(Database(connection), stop_before="retention_and_forget")
+    insert = (
+        "INSERT INTO image (id, sha256, state, received_at, stored_at, original, plate) VALUES (?, ?, ?, ?, ?, ?, ?)"
+    )
+    connection.execute(insert, (1, "a", "stored", "2026-01-01", "2026-01-01", "originals/a", "plates/a"))
+    connection.execute(insert, (2, "b", "rejected", "2026-01-02", "2026-01-02", "aside/b", None))
+    connection.execute(insert, (3, "c", "stored", "2026-01-03", "2026-01-03", "originals/c", "plates/c"))
+    connection.execute("INSERT INTO prediction VALUES (1, 1, 'x', '{}', '2026-02-01'), (2, 1, 'y', '{}', '2026-03-01')")
+    connection.close()
+    with Ledger(path) as ledger:
+        assert [tuple(row.values()) for row in ledger.rows("SELECT * FROM kept_file ORDER BY image")] == [
+            (1, "original", "2026-02-01"),
+            (2, "aside", "2026-01-02"),
+        ]
+
+
+# Watermarks
+
+
+class Disk:
+    """Free bytes that a test sets."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+    def __call__(self) -> int:
+        return self.free
+
+
+def test_the_mark_turns_once_and_back_only_with_room_to_spare(caplog):
+    disk = Disk(101 << 20)
+    full = Watermark(disk, 100)
+    assert full() is None
+    disk.free = 99 << 20
+    with caplog.at_level(logging.INFO, "cxrloop.listen"):
+        said = [full() for _ in range(5)]
+        disk.free = 101 << 20
+        assert full() is not None
+        disk.free = 107 << 20
+        assert full() is None
+    assert "99 MB free" in said[0] and "under 100 MB" in said[0]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+
+
+def test_a_mark_of_zero_refuses_nobody():
+    assert Watermark(Disk(0), 0)() is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 40 MB, where the system lets us have one, else a file system whose size a test can't change."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(place)], capture_output=True
+        ).returncode
+        == 0
+    )
+    yield place, mounted
+    if mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_associations_are_refused_before_the_disk_is_full_and_taken_again_without_a_restart(small_disk):
+    place, real = small_disk
+    disk = Disk(40 << 20)
+    free = (lambda: free_bytes(place)) if real else disk
+    inbox = Inbox(place / "inbox", 4 << 20)
+    listener = Listener(Node(port=0), inbox, full=Watermark(free, 16))
+    listener.start()
+    ds, ballast = film(1), place / "ballast"
+    sent = (data_set(ds), ds.SOPInstanceUID, ds.SOPClassUID)
+    try:
+        running = associate(listener.port, [(ds.SOPClassUID, ds.file_meta.TransferSyntaxUID)])
+        ballast.write_bytes(bytes(26 << 20))
+        disk.free = 14 << 20
+        refused = associate(listener.port, [(ds.SOPClassUID, ds.file_meta.TransferSyntaxUID)])
+        answer = refused.acceptor.primitive
+        assert refused.is_rejected
+        assert (answer.result, answer.result_source, answer.diagnostic) == (2, 3, 1)  # transient, congestion
+        assert echo("127.0.0.1", listener.port, "CXRLOOP")  # a monitor is still answered
+        assert store_raw(running, *sent) == 0  # who is in already is served
+        if real:
+            ballast.write_bytes(bytes(38 << 20))
+            assert store_raw(running, *sent) == OUT_OF_RESOURCES  # down to node.min_free_mb
+        running.release()
+        ballast.unlink()
+        disk.free = 40 << 20
+        assert send_once(listener.port, *sent) == 0
+    finally:
+        listener.stop()
+
+
+def test_status_says_that_associations_are_refused_and_is_degraded(tmp_path):
+    free_mb = free_bytes(tmp_path) >> 20
+    site = make_site(tmp_path / "site", retention={"refuse_free_mb": free_mb + 4096})
+    with site.ledger() as ledger:
+        said = status(site, ledger)
+    alert = next(alert for alert in said["alerts"] if alert["kind"] == "disk")
+    assert "retention.refuse_free_mb" in alert["detail"]
+    assert said["degraded"]
