@@ -121,7 +121,7 @@ def status_command(settings: Config = None, json_out: Json = False) -> None:
 
 def _print_status(said: dict) -> None:
     films, serving, last = said["ingest"], said["serving"], said["rounds"]["last"]
-    kinds = ("inbox", "stored", "predicted", "labelled", "rejected", "quarantined")
+    kinds = ("inbox", "stored", "predicted", "returned", "labelled", "rejected", "quarantined")
     wait = f", p50 {films['p50_s']} s, p95 {films['p95_s']} s to a score" if films["p50_s"] is not None else ""
     model = "none"
     if serving:

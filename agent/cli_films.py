@@ -83,6 +83,27 @@ def studies_ls(
         )  # fmt: skip
 
 
+@studies_app.command("rerun")
+def studies_rerun(
+    uid: Annotated[str | None, typer.Argument(metavar="UID", help="SOP Instance UID or image number")] = None,
+    state: Annotated[str | None, typer.Option(help=f"all films in one of {', '.join(studies.SCORABLE)}")] = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="results that the PACS refused, sent again as they are")
+    ] = False,
+    by: By = "studies rerun",
+    settings: Config = None,
+    json_out: Json = False,
+) -> None:
+    """Score films again with the model in service and send their results (if [results] says so)."""
+    with out.errors(), opened(settings) as (_, ledger):
+        said = studies.rerun(ledger, uid, state, failed, by)
+        if json_out:
+            return out.as_json(said)
+        out.people.print(
+            f"{said['films']} films to be scored again, {said['results']} refused results to be sent again"
+        )
+
+
 @labels_app.command("import")
 def labels_import(
     file: Annotated[Path, typer.Argument(metavar="FILE.csv", help="columns sop_uid or file, finding, value")],

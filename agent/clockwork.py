@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from agent import audit, intake, predict, release, rounds, training
+from agent import audit, forget, intake, outbox, predict, release, retention, rounds, training
 from agent.config import zone
 from agent.errors import Problem, Refused
 from agent.ledger import Ledger, utc
@@ -118,26 +118,38 @@ def tick(site: Site, now: datetime) -> str:
         return f"error: {error}"
 
 
+def housekeeping(site: Site, now: datetime) -> str:
+    """What the scheduler calls beside the night: finish what was to be forgotten, drop what is past its time."""
+    try:
+        with site.ledger() as ledger:
+            retention.step(site, ledger, now)
+            waits = forget.finish(site, ledger)
+        return f"error: forget: {waits}" if waits else "done"
+    except (Problem, OSError) as error:
+        return f"error: {error}"
+
+
 class Agent:
     """Intake, scoring and the night, each in a thread of its own, until `stop`."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.stopping = threading.Event()
-        self.said = ""
+        self.said: dict[Callable[[Site, datetime], str], str] = {}
         self.drop = Drop(site.root / "drop", site.inbox)
         self.scheduler = BackgroundScheduler(timezone=UTC)
-        self.threads = [threading.Thread(target=self._intake), threading.Thread(target=self._scores)]
+        self.threads = [threading.Thread(target=work) for work in (self._intake, self._scores, self._answers)]
 
     def start(self) -> None:
         """Start everything; returns at once."""
         self.drop.start()
         for thread in self.threads:
             thread.start()
-        self.scheduler.add_job(
-            self._tick, "interval", seconds=TICK_S, next_run_time=datetime.now(UTC),
-            coalesce=True, max_instances=1, misfire_grace_time=None,
-        )  # fmt: skip
+        for step in (tick, housekeeping):  # apart: a night lasts hours
+            self.scheduler.add_job(
+                self._tick, "interval", (step,), seconds=TICK_S, next_run_time=datetime.now(UTC),
+                coalesce=True, max_instances=1, misfire_grace_time=None,
+            )  # fmt: skip
         self.scheduler.start()
 
     def stop(self) -> None:
@@ -148,11 +160,11 @@ class Agent:
         for thread in self.threads:
             thread.join(STOP_S)
 
-    def _tick(self) -> None:
-        said = tick(self.site, datetime.now(UTC))
-        if said != self.said and said.startswith("error"):
+    def _tick(self, step: Callable[[Site, datetime], str]) -> None:
+        said = step(self.site, datetime.now(UTC))
+        if said != self.said.get(step) and said.startswith("error"):
             log.error("%s", said)  # once, not every few seconds
-        self.said = said
+        self.said[step] = said
 
     def _intake(self) -> None:
         with intake.examiner(self.site) as pool:
@@ -161,6 +173,10 @@ class Agent:
     def _scores(self) -> None:
         with Client(self.site.infer_url) as client:
             self._loop("scoring", lambda ledger: predict.step(self.site, ledger, client))
+
+    def _answers(self) -> None:
+        line = outbox.Line(self.site)
+        self._loop("answering", lambda ledger: outbox.step(self.site, ledger, line, datetime.now(UTC)))
 
     def _loop(self, what: str, step: Callable[[Ledger], int]) -> None:
         with self.site.ledger() as ledger:

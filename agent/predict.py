@@ -1,13 +1,16 @@
-"""Scores every stored film that has no score, oldest first: the new ones and the backlog alike.
+"""Scores every stored film that has no score, oldest first: the new ones and the backlog alike; then the ones to redo.
 
-Asks `deploy.server` over loopback; when it is not up or has no model, the films simply wait.
+Asks `deploy.server` over loopback; when it is not up or has no model, the films simply wait. Where results are sent to
+the PACS, the rows of the outbox are written with the score: both or neither.
 """
 
+import io
 import json
 
 import numpy as np
 
-from agent.ledger import Ledger, utc
+from agent import outbox
+from agent.ledger import Ledger, Row, utc
 from agent.site import Site
 from deploy.client import Client, ServerDown
 
@@ -16,20 +19,21 @@ BATCH = 16  # films of one request: 4 MB, under a second on two cores
 
 def step(site: Site, ledger: Ledger, client: Client) -> int:
     """Score at most BATCH waiting films; how many were scored (0 when there is nothing, or nobody, to ask)."""
-    waiting = ledger.rows(
-        "SELECT image.id, plate FROM unscored JOIN image ON image.id = unscored.image ORDER BY unscored.image LIMIT ?",
-        BATCH,
-    )
+    waiting = _waiting(ledger, "unscored") or _waiting(ledger, "score_again")
     if not waiting:
         return 0
     plates = np.stack([site.store.plate(row["plate"]) for row in waiting])
+    kinds = outbox.kinds(site)
     try:
-        bundle, findings, probabilities = client.predict(plates)
+        if "sc" in kinds:
+            bundle, findings, probabilities, maps = client.explain(plates)
+        else:
+            (bundle, findings, probabilities), maps = client.predict(plates), None
     except ServerDown:
         return 0
     at = utc()
     with ledger.transaction():
-        for row, scores in zip(waiting, probabilities, strict=True):
+        for n, (row, scores) in enumerate(zip(waiting, probabilities, strict=True)):
             named = {name: round(float(p), 6) for name, p in zip(findings, scores, strict=True)}
             ledger.run(
                 "INSERT OR IGNORE INTO prediction (image, bundle, probabilities, at) VALUES (?, ?, ?, ?)",
@@ -38,7 +42,25 @@ def step(site: Site, ledger: Ledger, client: Client) -> int:
                 json.dumps(named),
                 at,
             )
+            outbox.put(ledger, row["id"], bundle, kinds, pack(maps[n]) if maps is not None else None, at)
+            ledger.run("DELETE FROM score_again WHERE image = ?", row["id"])
     return len(waiting)
+
+
+def _waiting(ledger: Ledger, table: str) -> list[Row]:
+    return ledger.rows(
+        f"SELECT image.id, plate FROM {table} JOIN image ON image.id = {table}.image ORDER BY {table}.image LIMIT ?",
+        BATCH,
+    )
+
+
+def pack(heat: np.ndarray) -> bytes:
+    """.npy of uint8 [F, g, g] from float [F, g, g]: each map over its own range, which is all that a picture shows."""
+    low, high = heat.min((1, 2), keepdims=True), heat.max((1, 2), keepdims=True)
+    scaled = (heat - low) / np.where(high > low, high - low, 1)
+    body = io.BytesIO()
+    np.save(body, np.round(scaled * 255).astype(np.uint8), allow_pickle=False)
+    return body.getvalue()
 
 
 def latency(ledger: Ledger, last: int = 200) -> tuple[float | None, float | None]:

@@ -4,7 +4,7 @@ import shutil
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from agent import network, predict, release, rounds
+from agent import network, outbox, predict, release, rounds
 from agent.clockwork import next_window
 from agent.config import zone
 from agent.errors import Problem
@@ -44,6 +44,7 @@ def status(site: Site, ledger: Ledger) -> dict[str, Any]:
             "p50_s": p50,
             "p95_s": p95,
         },
+        "outbox": outbox.state(ledger),
         "serving": _serving(ledger, server),
         "rounds": {
             "next": utc(upcoming) if upcoming else None,
@@ -90,6 +91,7 @@ def _alerts(
     elif server is None:
         found.append(("server down", f"no answer from {site.infer_url}; films wait unscored", True))
     found += _certificate(site)
+    found += outbox.alerts(site, ledger, now)
     current = release.in_service(ledger)
     if not current:
         found.append(("no model", "films are stored and wait; label some, then `cxrloop round run --now`", False))

@@ -4,10 +4,13 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+from agent import audit
+from agent.errors import Problem
 from agent.ledger import Ledger, utc
 from agent.site import Site
 
 STATES = ("received", "stored", "predicted", "returned", "labelled", "rejected", "quarantined")
+SCORABLE = ("stored", "predicted", "returned", "labelled")
 
 
 def ls(site: Site, ledger: Ledger, state: str | None, limit: int) -> list[dict[str, Any]]:
@@ -39,6 +42,51 @@ def ls(site: Site, ledger: Ledger, state: str | None, limit: int) -> list[dict[s
         }
         for row in rows
     ]
+
+
+def rerun(ledger: Ledger, uid: str | None, state: str | None, failed: bool, by: str) -> dict[str, int]:
+    """`{"films", "results"}`: films to be scored and answered once more, refused results to be sent once more.
+
+    One of: `uid` (SOP Instance UID or image number), `state` (all films in it), `failed` (what the PACS refused, as it
+    is). New films keep going first. Raises Problem for an unknown film, one that was set aside, and a state without scores.
+    """
+    if sum((uid is not None, state is not None, failed)) != 1:
+        raise Problem("studies rerun: give one of UID, --state or --failed")
+    if state and state not in SCORABLE:
+        raise Problem(f"--state {state}: films are scored again in one of {', '.join(SCORABLE)}")
+    film = _film(ledger, uid) if uid is not None else None
+    with ledger.transaction():
+        before = ledger.counters()["outbox waiting"]
+        if not failed:
+            ledger.run(
+                "INSERT OR IGNORE INTO score_again SELECT id FROM image WHERE (id = ? OR state = ?) "
+                "AND plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL",
+                film, state,
+            )  # fmt: skip
+        films = 0 if failed else ledger.value("SELECT changes()")
+        ledger.run(
+            "UPDATE outbox SET state = 'waiting', attempts = 0, due = ?, why = NULL WHERE state = 'failed' "
+            "AND (? OR image IN (SELECT image FROM score_again))",
+            utc(), failed,
+        )  # fmt: skip
+        results = ledger.counters()["outbox waiting"] - before
+        asked = f"image {film}" if film else f"state {state}" if state else "failed results"
+        audit.append(ledger, by, "studies rerun", asked, after={"films": films, "results": results})
+    return {"films": films, "results": results}
+
+
+def _film(ledger: Ledger, uid: str) -> int:
+    row = ledger.row(
+        "SELECT * FROM image WHERE sop_uid = ? OR id = ? ORDER BY plate IS NULL, superseded_by IS NOT NULL, id DESC LIMIT 1",
+        uid, int(uid) if uid.isdigit() else -1,
+    )  # fmt: skip
+    if not row:
+        raise Problem(f"studies rerun {uid}: no film with this SOP Instance UID or image number")
+    if row["plate"] is None:
+        raise Problem(f"studies rerun {uid}: {row['state']}, so it is never scored ({row['reason']})")
+    if row["heartbeat"]:
+        raise Problem(f"studies rerun {uid}: a heartbeat film, whose results go nowhere")
+    return row["id"]
 
 
 def _received(site: Site, limit: int) -> list[dict[str, Any]]:

@@ -47,3 +47,13 @@ class Archive:
         if status == 0 or status >> 12 == 0xB:
             self.held[str(ds.SOPInstanceUID)] = ds
         return status
+
+
+def text_of(item: Dataset) -> list[str]:
+    """Every text, code and number of a content tree."""
+    said = [str(item.get("TextValue", ""))]
+    said += [code.CodeMeaning for code in item.get("ConceptCodeSequence", [])]
+    said += [str(number.NumericValue) for number in item.get("MeasuredValueSequence", [])]
+    for child in item.get("ContentSequence", []):
+        said += text_of(child)
+    return [one for one in said if one]

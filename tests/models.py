@@ -34,7 +34,11 @@ class Served:
         self.site, self.ledger = site, ledger
 
     def predict(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray]:
+        return self.explain(plates)[:3]
+
+    def explain(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray, np.ndarray]:
         current = release.in_service(self.ledger)
         assert current is not None
         bundle = look.opened(self.site, current["id"])
-        return bundle.id, bundle.findings, Session(bundle, "cpu", 1).predict(plates).probabilities
+        answer = Session(bundle, "cpu", 1).predict(plates)
+        return bundle.id, bundle.findings, answer.probabilities, answer.heatmap

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
 import pytest
+from answers import text_of
 from pacs import KEY, film, save
 from pydicom import dcmread
 from pydicom.dataset import Dataset
@@ -53,16 +54,6 @@ def header_of(tmp_path, **raw: bytes | None) -> Dataset:
     path = tmp_path / "film.dcm"
     path.write_bytes(elements(film(), **raw))
     return read_film(path)
-
-
-def text_of(item: Dataset) -> list[str]:
-    """Every text, code and number of a content tree."""
-    said = [str(item.get("TextValue", ""))]
-    said += [code.CodeMeaning for code in item.get("ConceptCodeSequence", [])]
-    said += [str(number.NumericValue) for number in item.get("MeasuredValueSequence", [])]
-    for child in item.get("ContentSequence", []):
-        said += text_of(child)
-    return [one for one in said if one]
 
 
 def test_both_are_in_the_films_study_and_of_its_patient_each_in_a_series_of_its_own(tmp_path):

@@ -1,0 +1,303 @@
+"""The outbox: every result arrives once, whatever happens on the way, and what is refused for good is kept and shown."""
+
+import random
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+
+import pytest
+from answers import Archive, text_of
+from pacs import free_port
+
+from agent import outbox, predict, status, studies
+from agent.errors import Problem
+from agent.schema import FORGOTTEN
+from dicom.image import COMPREHENSIVE_SR, HEARTBEAT_ID, RESULT_UID_ROOT
+from tests.conftest import make_site
+from tests.films import film, put, take_in
+from tests.models import FINDINGS, Served, add_model
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)  # after every real `due` of the rows
+
+
+@pytest.fixture
+def port():
+    return free_port()
+
+
+@pytest.fixture
+def site(tmp_path, port):
+    """A site that answers with SR and SC, with a first model in service."""
+    made = make_site(
+        tmp_path / "site",
+        site={"findings": list(FINDINGS)},
+        results={"sr": True, "sc": True, "destination": f"PACS@127.0.0.1:{port}"},
+    )
+    with made.ledger() as ledger:
+        put(made, film(0))
+        take_in(made, ledger)
+        add_model(made, ledger, 1)
+    return made
+
+
+@contextmanager
+def answering(site, films=1, first=100):
+    """The site's ledger with so many films taken in and scored, and a line that was never used."""
+    with site.ledger() as ledger:
+        for seed in range(first, first + films - 1):
+            put(site, film(seed), f"{seed}.dcm")
+        take_in(site, ledger)
+        score(site, ledger)
+        yield ledger, outbox.Line(site, random.Random(1))
+
+
+def score(site, ledger):
+    while predict.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+        pass
+
+
+def states(ledger):
+    return [(row["kind"], row["state"]) for row in ledger.rows("SELECT * FROM outbox ORDER BY id")]
+
+
+def test_results_are_queued_with_the_score_and_arrive_over_one_association(site, port):
+    with answering(site, films=3) as (ledger, line), Archive(port) as pacs:
+        assert states(ledger) == [("sr", "waiting"), ("sc", "waiting")] * 3
+        assert outbox.step(site, ledger, line, NOW) == 6
+        assert outbox.step(site, ledger, line, NOW) == 0
+        assert (len(pacs.held), len(pacs.arrivals), pacs.associations) == (6, 6, 1)
+        assert {ds.Modality for ds in pacs.held.values()} == {"SR", "OT"}
+        assert all(uid.startswith(RESULT_UID_ROOT) for uid in pacs.held)
+        studies_there = {ds.StudyInstanceUID for ds in pacs.held.values()}
+        assert studies_there == {row["study_uid"] for row in ledger.rows("SELECT study_uid FROM image")}
+        assert ledger.value("SELECT count(*) FROM outbox WHERE heatmap IS NOT NULL") == 0
+
+
+def test_what_is_sent_says_what_the_ledger_holds(site, port):
+    with answering(site) as (ledger, line), Archive(port) as pacs:
+        outbox.step(site, ledger, line, NOW)
+        row = studies.ls(site, ledger, None, 1)[0]
+        report = next(ds for ds in pacs.held.values() if ds.Modality == "SR")
+        text = " ".join(text_of(report))
+        assert f"bundle {row['bundle']}" in text
+        for finding, probability in row["predictions"].items():
+            assert f"{finding} {probability:.4f}" in text
+        capture = next(ds for ds in pacs.held.values() if ds.Modality == "OT")
+        assert capture.pixel_array[:512, :512].std() > 1
+        assert row["bundle"] in capture.ImageComments
+
+
+def test_with_the_pacs_away_for_an_hour_everything_arrives_once_and_tries_grow_rarer(site, port):
+    with answering(site, films=3) as (ledger, line):
+        tries, now = [], NOW
+        while now < NOW + timedelta(hours=1):
+            tries.append(now)
+            assert outbox.step(site, ledger, line, now) == 0
+            assert line.shut_until is not None
+            assert outbox.step(site, ledger, line, line.shut_until - timedelta(seconds=0.001)) == 0  # not even tried
+            now = line.shut_until
+        gaps = [(b - a).total_seconds() for a, b in pairwise(tries)]
+        assert gaps[0] <= 2
+        assert 150 <= max(gaps) <= outbox.LONGEST_S
+        assert len(tries) < 40
+        assert outbox.state(ledger)["waiting"] == 6
+        with Archive(port) as pacs:
+            assert outbox.step(site, ledger, line, now) == 6
+            assert sorted(pacs.arrivals) == sorted(pacs.held)
+            assert len(pacs.held) == 6
+
+
+def test_a_new_process_tries_at_once_and_loses_nothing(site, port):
+    with answering(site) as (ledger, line):
+        outbox.step(site, ledger, line, NOW)
+        assert line.shut_until is not None
+    with site.ledger() as ledger, Archive(port) as pacs:
+        assert outbox.step(site, ledger, outbox.Line(site), NOW) == 2
+        assert len(pacs.held) == 2
+
+
+def test_an_answer_that_was_lost_is_asked_for_again_and_makes_no_second_object(site, port):
+    with answering(site) as (ledger, line), Archive(port) as pacs:
+        outbox.step(site, ledger, line, NOW)
+        first = dict(pacs.held)
+        with ledger.transaction():  # as if the process had died between Success and its row
+            ledger.run("UPDATE outbox SET state = 'waiting', sent_at = NULL WHERE kind = 'sr'")
+        outbox.step(site, ledger, outbox.Line(site), NOW)
+        assert len(pacs.arrivals) == 3
+        assert {uid: str(ds) for uid, ds in pacs.held.items()} == {uid: str(ds) for uid, ds in first.items()}
+
+
+@pytest.mark.parametrize(("status_word", "becomes"), [
+    (0x0000, "sent"), (0xB000, "sent"), (0xB007, "sent"), (0x0111, "sent"),
+    (0xA700, "waiting"), (0x0110, "waiting"),
+    (0xA900, "failed"), (0xC000, "failed"), (0x0122, "failed"), (0x0124, "failed"),
+])  # fmt: skip
+def test_a_status_means(site, port, status_word, becomes):
+    with answering(site) as (ledger, line), Archive(port, verdict=lambda ds: status_word):
+        assert outbox.step(site, ledger, line, NOW) == 2
+        assert {state for _, state in states(ledger)} == {becomes}
+
+
+def test_one_refused_object_blocks_no_other_and_is_shown_until_it_is_sent_again(site, port):
+    def refuses_the_first(ds):
+        return 0xC000 if str(ds.SOPInstanceUID) == pacs.arrivals[0] else 0
+
+    with answering(site, films=3) as (ledger, line):
+        with Archive(port, verdict=refuses_the_first) as pacs:
+            outbox.step(site, ledger, line, NOW)
+            assert len(pacs.held) == 5
+        assert outbox.state(ledger)["failed"] == 1
+        said = outbox.alerts(site, ledger, NOW)
+        assert [kind for kind, *_ in said] == ["results refused"]
+        assert "status C000" in said[0][1]
+        assert status.status(site, ledger)["outbox"]["failed"] == 1
+        assert studies.rerun(ledger, None, None, True, "test") == {"films": 0, "results": 1}
+        with Archive(port) as later:
+            outbox.step(site, ledger, line, NOW)
+            assert list(later.held) == pacs.arrivals[:1]
+        assert outbox.alerts(site, ledger, NOW) == []
+
+
+def test_a_full_pacs_is_asked_again_later(site, port):
+    with answering(site) as (ledger, line):
+        with Archive(port, verdict=lambda ds: 0xA700):
+            assert outbox.step(site, ledger, line, NOW) == 2
+        with Archive(port) as pacs:
+            assert outbox.step(site, ledger, line, NOW) == 0  # not due yet
+            assert outbox.step(site, ledger, line, NOW + timedelta(seconds=3)) == 2
+            assert len(pacs.held) == 2
+
+
+def test_a_pacs_that_takes_no_reports_still_gets_the_heatmaps(site, port):
+    from dicom.image import SECONDARY_CAPTURE
+
+    with answering(site, films=2) as (ledger, line):
+        with Archive(port, classes=(SECONDARY_CAPTURE,)) as pacs:
+            outbox.step(site, ledger, line, NOW)
+            assert len(pacs.held) == 2
+        assert sorted(set(states(ledger))) == [("sc", "sent"), ("sr", "failed")]
+        assert "no accepted context" in outbox.alerts(site, ledger, NOW)[0][1]
+
+
+def test_a_pacs_that_takes_neither_refuses_both_for_good(site, port):
+    with answering(site) as (ledger, line), Archive(port, classes=("1.2.840.10008.1.1",)):
+        outbox.step(site, ledger, line, NOW)
+        assert {state for _, state in states(ledger)} == {"failed"}
+
+
+def test_an_object_at_which_the_pacs_hangs_up_lets_the_others_pass(site, port):
+    def hang_up_at_reports(ds):
+        if ds.Modality == "SR":
+            pacs.server.active_associations[0].abort()
+        return 0
+
+    with answering(site, films=2) as (ledger, line), Archive(port, verdict=hang_up_at_reports) as pacs:
+        outbox.step(site, ledger, line, NOW)
+        assert sorted(set(states(ledger))) == [("sc", "sent"), ("sr", "waiting")]
+
+
+def test_a_film_whose_original_is_gone_is_shown_and_blocks_no_other(site, port):
+    with answering(site, films=2) as (ledger, line), Archive(port) as pacs:
+        site.store.path(ledger.value("SELECT original FROM image ORDER BY id LIMIT 1")).unlink()
+        outbox.step(site, ledger, line, NOW)
+        assert states(ledger) == [("sr", "failed"), ("sc", "failed"), ("sr", "sent"), ("sc", "sent")]
+        assert len(pacs.held) == 2
+        assert "not in the store" in outbox.alerts(site, ledger, NOW)[0][1]
+
+
+def test_heartbeats_films_set_aside_and_corrected_versions_get_no_answer(site, port):
+    old = film(50, patient="WRONG")
+    same = {"sop_uid": old.SOPInstanceUID, "study_uid": old.StudyInstanceUID}
+    with answering(site) as (ledger, line):
+        put(site, film(51, patient=HEARTBEAT_ID), "heartbeat.dcm")
+        put(site, film(52, view="LL"), "lateral.dcm")
+        put(site, old, "old.dcm")
+        take_in(site, ledger)
+        score(site, ledger)
+        assert outbox.state(ledger)["waiting"] == 4  # the first film's and the wrong name's
+        put(site, film(50, patient="RIGHT", **same), "right.dcm")
+        take_in(site, ledger)
+        score(site, ledger)
+        assert outbox.state(ledger)["waiting"] == 4  # the first film's and the right name's
+        with Archive(port) as pacs:
+            outbox.step(site, ledger, line, NOW)
+            assert "WRONG" not in {ds.PatientID for ds in pacs.held.values()}
+            assert len(pacs.held) == 4
+
+
+def test_a_forgotten_film_leaves_nothing_in_the_outbox(site):
+    with answering(site) as (ledger, _):
+        with ledger.transaction():
+            ledger.run("UPDATE image SET reason = ? WHERE id = 1", FORGOTTEN)
+        assert states(ledger) == []
+        assert outbox.state(ledger) == {"waiting": 0, "failed": 0, "oldest": None}
+
+
+def test_results_that_wait_long_are_an_alert_that_names_why(site, port):
+    with answering(site) as (ledger, line):
+        assert outbox.alerts(site, ledger, datetime.now(UTC)) == []
+        outbox.step(site, ledger, line, NOW)
+        (kind, detail, degraded), *_ = outbox.alerts(site, ledger, NOW)
+        assert (kind, degraded) == ("results wait", True)
+        assert f"no association with PACS@127.0.0.1:{port}" in detail
+        assert "P0000" not in detail
+
+
+def test_nothing_is_queued_while_results_are_off_and_rerun_queues_it_later(tmp_path, port):
+    off = make_site(tmp_path / "off", site={"findings": list(FINDINGS)})
+    with off.ledger() as ledger:
+        put(off, film(0))
+        take_in(off, ledger)
+        add_model(off, ledger, 1)
+        score(off, ledger)
+        assert states(ledger) == []
+    keys = off.config.results.model_copy(update={"sr": True, "destination": f"PACS@127.0.0.1:{port}"})
+    on = type(off)(off.root, off.config.model_copy(update={"results": keys}))
+    with on.ledger() as ledger, Archive(port) as pacs:
+        score(on, ledger)
+        assert states(ledger) == []  # films from now on, older ones when asked
+        assert studies.rerun(ledger, None, "predicted", False, "test") == {"films": 1, "results": 0}
+        score(on, ledger)
+        outbox.step(on, ledger, outbox.Line(on), NOW)
+        assert [ds.SOPClassUID for ds in pacs.held.values()] == [COMPREHENSIVE_SR]
+        assert ledger.value("SELECT count(*) FROM prediction") == 1  # one model, one score
+
+
+def test_rerun_after_a_new_model_sends_its_answer_beside_the_old_one(site, port):
+    with answering(site) as (ledger, line), Archive(port) as pacs:
+        outbox.step(site, ledger, line, NOW)
+        with ledger.transaction():
+            ledger.run("UPDATE bundle SET state = 'retired'")
+            ledger.run("UPDATE bundle SET is_baseline = 0")
+        add_model(site, ledger, 2)
+        studies.rerun(ledger, "1", None, False, "test")
+        score(site, ledger)
+        outbox.step(site, ledger, line, NOW)
+        assert len(pacs.held) == 4
+        assert ledger.value("SELECT count(*) FROM prediction") == 2
+
+
+def test_rerun_refuses_what_it_can_not_do(site):
+    with answering(site) as (ledger, _):
+        put(site, film(9, view="LL"), "lateral.dcm")
+        take_in(site, ledger)
+        lateral = ledger.row("SELECT * FROM image WHERE state = 'rejected'")
+        for arguments, why in [
+            ((None, None, False), "one of UID"),
+            (("1", "predicted", False), "one of UID"),
+            (("1.2.3", None, False), "no film"),
+            ((lateral["sop_uid"], None, False), "rejected, so it is never scored"),
+            ((None, "rejected", False), "scored again in one of"),
+        ]:
+            with pytest.raises(Problem, match=why):
+                studies.rerun(ledger, *arguments, "test")
+
+
+def test_new_films_are_scored_before_those_to_be_scored_again(site):
+    with answering(site) as (ledger, _):
+        studies.rerun(ledger, "1", None, False, "test")
+        put(site, film(77))
+        take_in(site, ledger)
+        predict.step(site, ledger, Served(site, ledger))  # type: ignore[arg-type]
+        assert ledger.value("SELECT max(image) FROM prediction") == 2
+        assert ledger.value("SELECT count(*) FROM score_again") == 1
