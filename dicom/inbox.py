@@ -5,12 +5,15 @@ Temp + fsync + rename + directory fsync. Names are random; knows no DICOM, no se
 
 import errno
 import fcntl
+import io
 import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 BLOCK = 1 << 20
+MOST_PARTS = 1024  # IOV_MAX of Linux
 
 
 def sync_folder(folder: Path) -> None:
@@ -28,13 +31,25 @@ class Incoming:
     def __init__(self, inbox: "Inbox"):
         self._inbox = inbox
         self._temp = inbox.folder / ".tmp" / uuid.uuid4().hex
-        self._file = self._temp.open("xb", buffering=0)
+        self._file = self._temp.open("x+b", buffering=0)
         fcntl.flock(self._file, fcntl.LOCK_EX)  # a sweep leaves alone what a living writer holds
 
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view[: 8 * BLOCK]) :]
+    def write(self, *parts: bytes | memoryview) -> None:
+        """Append the parts, in one call to the kernel where it takes them all. Raises OSError, also when disk is short."""
+        self._inbox.require_room(sum(len(part) for part in parts))
+        left = [memoryview(part) for part in parts if len(part)]
+        while left:
+            written = os.writev(self._file.fileno(), left[:MOST_PARTS])
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if left:
+                left[0] = left[0][written:]
+
+    def reader(self, offset: int) -> BinaryIO:
+        """What was written so far, from `offset` on; for reading only, and closed apart from the file."""
+        stream = io.BufferedReader(io.FileIO(self._file.fileno(), closefd=False), BLOCK >> 4)
+        stream.seek(offset)
+        return stream
 
     def commit(self) -> Path:
         """fsync, rename into the inbox, fsync the folder; only now is the file in. Raises OSError."""
@@ -66,10 +81,14 @@ class Inbox:
 
     def begin(self, size: int = 0) -> Incoming:
         """A new incoming file of about `size` bytes. Raises OSError(ENOSPC) when too little disk would be left."""
+        self.require_room(size)
+        return Incoming(self)
+
+    def require_room(self, size: int) -> None:
+        """Raises OSError(ENOSPC) when `size` bytes more would leave less than `min_free_bytes` of disk."""
         room = os.statvfs(self.folder)
         if room.f_bavail * room.f_frsize - size < self.min_free_bytes:
             raise OSError(errno.ENOSPC, f"less than {self.min_free_bytes >> 20} MiB would be free")
-        return Incoming(self)
 
     def put(self, data: bytes) -> Path:
         """Take in one file; returns its path once it is durable. Raises OSError, leaving nothing."""

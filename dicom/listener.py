@@ -3,7 +3,6 @@
 No ledger, no pixels, no judgement of content. Log lines name inbox files, sizes and peers, never a patient.
 """
 
-import io
 import logging
 import threading
 import time
@@ -14,22 +13,22 @@ from typing import Any, cast
 
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
-from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.events import Event
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.sop_class import Verification  # pyright: ignore[reportAttributeAccessIssue]
 
+from dicom.command import Command
 from dicom.image import SOP_CLASSES
 from dicom.inbox import Inbox
-from dicom.part10 import IMPLEMENTATION_NAME, IMPLEMENTATION_UID, file_meta
+from dicom.part10 import IMPLEMENTATION_NAME, IMPLEMENTATION_UID
 from dicom.port import ARTIM, Node, Port
-from dicom.reception import OUT_OF_RESOURCES, SUCCESS, answer
+from dicom.reception import Answer, Reception
 from dicom.refusals import Refusals
+from dicom.stream import LARGEST_PDU, Stream
 from dicom.syntaxes import SYNTAXES
 
 __all__ = ["Listener", "Node", "Service"]
 
-LARGEST_PDU = 131072  # bytes; the most that dcmtk senders use, 8 times the default, and several times its speed
 IDLE = 60  # seconds without a byte before an association is dropped
 GRACE = 3  # seconds that transfers get to end when the listener stops
 TRANSIENT, PRESENTATION, CONGESTION, LOCAL_LIMIT = 2, 3, 1, 2  # A-ASSOCIATE-RJ (PS3.8 table 9-21)
@@ -82,9 +81,9 @@ class Listener:
         for library in ("pynetdicom", "pydicom"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", category=UserWarning, module="pydicom")
-        handlers = [
+        handlers: list[Any] = [
             (evt.EVT_REQUESTED, self._admit),
-            (evt.EVT_C_STORE, self._store),
+            (evt.EVT_CONN_OPEN, self._connected),
             (evt.EVT_REJECTED, self._rejected),
         ]
         for service in self._services:
@@ -126,6 +125,9 @@ class Listener:
             entity.add_supported_context(service.sop_class, list(service.syntaxes))
         return entity
 
+    def _connected(self, event: Event) -> None:
+        Stream(event.assoc, self).install()
+
     def _admit(self, event: Event) -> None:
         """Seat an association, or reject it as long as there is no seat or no room (PS3.8 9.3.4)."""
         association, peer = event.assoc, str(event.assoc.requestor.address)
@@ -151,25 +153,21 @@ class Listener:
         title = "called or calling AE title not allowed"
         self.refusals.note(str(peer.address), "association 1/1", f"{title}, calling {peer.ae_title!r}")
 
-    def _store(self, event: Event) -> int:
-        """Status for one C-STORE: what the header says, then what the disk says."""
-        request, peer = cast(C_STORE, event.request), event.assoc.requestor
-        syntax = str(event.context.transfer_syntax)
-        sop_class, sop_uid = str(request.AffectedSOPClassUID or ""), str(request.AffectedSOPInstanceUID or "")
-        received = request.DataSet or io.BytesIO()
-        received.seek(0)
-        status, why = answer(received, syntax, sop_class, sop_uid)
-        if status != SUCCESS:
-            self._log.warning("refused %04X from %r %s: %s", status, peer.ae_title, peer.address, why)
-            return status
-        data = received.getbuffer()
-        try:
-            path = self._inbox.put_parts([file_meta(sop_class.strip("\0 "), sop_uid.strip("\0 "), syntax), data])
-        except OSError as error:
-            self._log.error("refused %04X from %r: disk: %s", OUT_OF_RESOURCES, peer.ae_title, error.strerror)
-            return OUT_OF_RESOURCES
-        self._log.info("received %s, %d bytes, from %r %s", path.name, len(data), peer.ae_title, peer.address)
-        return SUCCESS
+    # The desk of the streams (dicom/stream.py)
+
+    def begin(self, command: Command, sop_class: str, syntax: str) -> Reception:
+        return Reception(self._inbox, command, sop_class, syntax)
+
+    def answered(self, association: Association, answer: Answer, size: int) -> None:
+        peer = association.requestor
+        if answer.path:
+            self._log.info("received %s, %d bytes, from %r %s", answer.path.name, size, peer.ae_title, peer.address)
+        else:
+            self.refusals.note(str(peer.address), f"{answer.status:04X}", f"{answer.why}, from {peer.ae_title!r}")
+
+    def lost(self, association: Association, size: int, why: str) -> None:
+        peer = association.requestor
+        self.refusals.note(str(peer.address), "unfinished", f"{why} after {size} bytes, from {peer.ae_title!r}")
 
 
 def _sits(association: Association) -> bool:

@@ -135,15 +135,15 @@ def content_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def inflate(deflated: bytes, limit: int = MAX_INFLATED, keep: int = MAX_INFLATED) -> tuple[bytes, int]:
+def inflate(stream: BinaryIO, limit: int = MAX_INFLATED, keep: int = MAX_INFLATED) -> tuple[bytes, int]:
     """The first `keep` bytes of an inflated data set (raw deflate, PS3.5 A.5) and its whole length.
 
     Raises Unreadable beyond `limit` bytes or when cut short. Never holds much more than `keep`.
     """
     engine, kept, total = zlib.decompressobj(-zlib.MAX_WBITS), [], 0
     try:
-        for at in range(0, len(deflated), 1 << 12):  # deflate grows 1032 times at most
-            piece = engine.decompress(deflated[at : at + (1 << 12)])
+        while (block := stream.read(1 << 12)) and not engine.eof:  # deflate grows 1032 times at most
+            piece = engine.decompress(block)
             if total < keep:
                 kept.append(piece)
             total += len(piece)
@@ -165,7 +165,7 @@ def read_header(stream: BinaryIO, syntax: str, pixels: bool = True) -> Header:
     """
     uid, size = UID(syntax), _size(stream)
     if syntax == DEFLATED_LE:
-        head, size = inflate(stream.read(), keep=MAX_INFLATED if pixels else HEAD)
+        head, size = inflate(stream, keep=MAX_INFLATED if pixels else HEAD)
         stream = BytesIO(head)
     implicit, little = syntax == IMPLICIT_LE, syntax != EXPLICIT_BE
     if not uid.is_transfer_syntax and not uid.is_private:

@@ -1,0 +1,82 @@
+"""The C-STORE command on the wire: a request's elements read, a response written (PS3.7 6.3.1, 9.3.1; PS3.8 9.3.5).
+
+Bytes in, bytes out, always Implicit VR Little Endian; knows no socket, no data set and no judgement.
+"""
+
+import struct
+from dataclasses import dataclass
+
+C_STORE_RQ, C_STORE_RSP = 0x0001, 0x8001  # Command Field (0000,0100)
+NO_DATA_SET = 0x0101  # Command Data Set Type (0000,0800)
+MOST = 1 << 16  # bytes of a command; the longest real ones have a few hundred
+P_DATA_TF = 0x04
+IS_COMMAND, IS_LAST = 1, 2  # bits of a PDV's control header (PS3.8 E.2)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a C-STORE-RQ asks; of other commands only `field` and `has_data` mean anything."""
+
+    field: int
+    has_data: bool
+    message_id: int | None
+    sop_class: str
+    sop_uid: str
+
+
+def parse(command: bytes | bytearray) -> Command:
+    """Read a command set. Raises ValueError when it is cut short, out of order, or has no command field."""
+    found: dict[int, bytes] = {}
+    at, last = 0, -1
+    while at < len(command):
+        if at + 8 > len(command):
+            raise ValueError("command set cut short")
+        group, element, length = struct.unpack_from("<HHL", command, at)
+        value = bytes(command[at + 8 : at + 8 + length])
+        if group != 0 or element <= last or len(value) < length:
+            raise ValueError("command set not readable")
+        found[element], last = value, element
+        at += 8 + length
+
+    def number(element: int) -> int | None:
+        value = found.get(element, b"")
+        return struct.unpack("<H", value)[0] if len(value) == 2 else None
+
+    def text(element: int) -> str:
+        return found.get(element, b"").decode("latin-1").strip("\0 ")
+
+    field, kind = number(0x0100), number(0x0800)
+    if field is None or kind is None:
+        raise ValueError("command set without command field or data set type")
+    return Command(field, kind != NO_DATA_SET, number(0x0110), text(0x0002), text(0x1000))
+
+
+def store_response(command: Command, status: int, comment: str = "") -> bytes:
+    """The C-STORE-RSP to `command` (PS3.7 table 9.3-2); `comment` says why in at most 64 ASCII characters."""
+
+    def element(number: int, value: bytes) -> bytes:
+        return struct.pack("<HHL", 0, number, len(value)) + value
+
+    def padded(text: str, padding: bytes) -> bytes:
+        value = text.encode("latin-1", "replace")
+        return value + padding * (len(value) % 2)
+
+    body = element(0x0002, padded(command.sop_class, b"\0"))
+    body += element(0x0100, struct.pack("<H", C_STORE_RSP))
+    body += element(0x0120, struct.pack("<H", command.message_id or 0))
+    body += element(0x0800, struct.pack("<H", NO_DATA_SET))
+    body += element(0x0900, struct.pack("<H", status))
+    if comment:
+        body += element(0x0902, padded(comment[:64].encode("ascii", "replace").decode(), b" "))
+    body += element(0x1000, padded(command.sop_uid, b"\0"))
+    return element(0, struct.pack("<L", len(body))) + body
+
+
+def pdv(context: int, control: int, data: bytes) -> bytes:
+    """One presentation data value item."""
+    return struct.pack(">LBB", len(data) + 2, context, control) + data
+
+
+def p_data(items: bytes) -> bytes:
+    """The P-DATA-TF PDU around presentation data value items."""
+    return struct.pack(">BBL", P_DATA_TF, 0, len(items)) + items
