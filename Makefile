@@ -24,14 +24,15 @@ bench: .venv/ready
 	$(BIN)/python bench/train_speed.py
 	$(BIN)/python bench/growth_films.py
 
-# The programs that tests marked `peer` talk to: dcmtk, orthanc, dicom3tools, systemd-analyze.
+# The programs that tests marked `peer` talk to: dcmtk, orthanc with DICOMweb, dicom3tools, systemd-analyze.
 peers:
 	@if command -v dcmsend >/dev/null && { command -v Orthanc || test -x /usr/sbin/Orthanc; } >/dev/null \
+	  && test -e /usr/share/orthanc/plugins/libOrthancDicomWeb.so \
 	  && command -v dciodvfy >/dev/null && command -v systemd-analyze >/dev/null && command -v sqlite3 >/dev/null; then echo "peers: all here"; \
 	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	  apt-get update -q && DEBIAN_FRONTEND=noninteractive \
-	  apt-get install -q -y --no-install-recommends dcmtk orthanc dicom3tools systemd sqlite3; \
-	else echo "peers: need root and apt: apt-get install dcmtk orthanc dicom3tools systemd sqlite3"; fi
+	  apt-get install -q -y --no-install-recommends dcmtk orthanc orthanc-dicomweb dicom3tools systemd sqlite3; \
+	else echo "peers: need root and apt: apt-get install dcmtk orthanc orthanc-dicomweb dicom3tools systemd sqlite3"; fi
 
 # One stamp: the environment is rebuilt when pyproject.toml changes, and only then.
 .venv/ready: pyproject.toml

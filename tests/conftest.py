@@ -13,6 +13,7 @@ from agent.site import Site, init
 PEERS = {
     "dcmtk": ("dcmsend", "storescu", "echoscu"),
     "orthanc": ("Orthanc",),
+    "orthanc-dicomweb": ("/usr/share/orthanc/plugins/libOrthancDicomWeb.so",),
     "dicom3tools": ("dciodvfy",),
     "systemd": ("systemd-analyze",),
     "sqlite3": ("sqlite3",),
@@ -24,7 +25,10 @@ not_run: list[str] = []
 def missing_peers(wanted: tuple[str, ...]) -> list[str]:
     """Which of these Debian packages are not here (all of them when none is named)."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    return [n for n in wanted or tuple(PEERS) if not all(shutil.which(program, path=path) for program in PEERS[n])]
+    return [
+        n for n in wanted or tuple(PEERS)
+        if not all(shutil.which(program, os.F_OK, path) for program in PEERS[n])
+    ]  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
