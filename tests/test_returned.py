@@ -1,0 +1,133 @@
+"""A film is `returned` when the PACS has all its results; and the whole way there and back, with Orthanc as the PACS."""
+
+import httpx
+import pytest
+from answers import Archive
+from pacs import free_port, wait_for
+
+from agent import labels, outbox, predict, status, studies
+from dicom.phantom import draw
+from dicom.sender import send
+from dicom.wrap import wrap
+from tests.appliance import Appliance, kill
+from tests.conftest import make_site
+from tests.deploy_site import write_model
+from tests.films import film, put, take_in
+from tests.models import FINDINGS, Served, add_model
+from tests.orthanc import Orthanc
+from tests.test_outbox import NOW
+
+FILMS = 5
+
+
+@pytest.fixture
+def port():
+    return free_port()
+
+
+@pytest.fixture
+def scored(tmp_path, port):
+    """The ledger of a site whose two films are scored and have nothing sent yet."""
+    results = {"sr": True, "sc": True, "destination": f"PACS@127.0.0.1:{port}"}
+    site = make_site(tmp_path / "site", site={"findings": list(FINDINGS)}, results=results)
+    with site.ledger() as ledger:
+        for seed in range(2):
+            put(site, film(seed), f"{seed}.dcm")
+        take_in(site, ledger)
+        add_model(site, ledger, 1)
+        while predict.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+            pass
+        yield site, ledger
+
+
+def states(site, ledger):
+    return [row["state"] for row in reversed(studies.ls(site, ledger, None, 10))]
+
+
+def test_a_film_is_returned_when_all_its_results_had_success_and_not_before(scored, port):
+    site, ledger = scored
+    with Archive(port, verdict=lambda ds: 0xA700 if ds.Modality == "OT" else 0):
+        outbox.step(site, ledger, outbox.Line(site), NOW)
+    assert states(site, ledger) == ["predicted", "predicted"]
+    assert ledger.counters()["returned"] == 0
+    with ledger.transaction():
+        ledger.run("UPDATE outbox SET due = '2000'")
+    with Archive(port):
+        outbox.step(site, ledger, outbox.Line(site), NOW)
+    assert states(site, ledger) == ["returned", "returned"]
+    said = status.status(site, ledger)
+    assert (said["ingest"]["returned"], said["ingest"]["predicted"]) == (2, 2)
+    assert said["outbox"] == {"waiting": 0, "failed": 0, "oldest": None}
+
+
+def test_a_labelled_film_stays_labelled_and_counts_as_returned_once(scored, port, tmp_path):
+    site, ledger = scored
+    sop_uid = ledger.value("SELECT sop_uid FROM image WHERE id = 1")
+    (tmp_path / "labels.csv").write_text(f"sop_uid,finding,value\n{sop_uid},{FINDINGS[0]},1\n")
+    labels.import_csv(site, ledger, tmp_path / "labels.csv", "test")
+    with Archive(port):
+        outbox.step(site, ledger, outbox.Line(site), NOW)
+        assert states(site, ledger) == ["labelled", "returned"]
+        studies.rerun(ledger, "1", None, False, "test")
+        predict.step(site, ledger, Served(site, ledger))  # type: ignore[arg-type]
+        assert outbox.state(ledger)["waiting"] == 2
+        assert outbox.step(site, ledger, outbox.Line(site), NOW) == 2
+    assert ledger.counters()["returned"] == 2
+
+
+def test_a_film_with_a_refused_result_is_not_returned(scored, port):
+    site, ledger = scored
+    with Archive(port, verdict=lambda ds: 0xA900 if ds.Modality == "SR" else 0):
+        outbox.step(site, ledger, outbox.Line(site), NOW)
+    assert states(site, ledger) == ["predicted", "predicted"]
+    assert outbox.state(ledger) == {"waiting": 0, "failed": 2, "oldest": None}
+
+
+@pytest.mark.peer("orthanc")
+def test_a_late_orthanc_gets_everything_once_through_kills_and_what_it_sends_back_is_refused(tmp_path):
+    node = free_port()
+    orthanc = Orthanc(tmp_path / "orthanc", port=node)
+    site = make_site(
+        tmp_path / "site",
+        site={"findings": list(FINDINGS)},
+        node={"port": node},
+        results={"sr": True, "sc": True, "destination": orthanc.peer},
+    )
+    model = write_model(tmp_path / "model.onnx", 1)
+    with Appliance(site) as appliance:
+        appliance.ask("models", "import", str(model))
+        films = [wrap(one.pixels(), one.patient, one.view) for one in draw(FILMS, 5, repeat=0)]
+        assert [code for _, code in send(films, "127.0.0.1", node, "CXRLOOP")] == [0] * FILMS
+        said = appliance.until("ingest", predicted=FILMS, returned=0)
+        assert said["outbox"]["waiting"] == 2 * FILMS
+        kill(appliance.children()["learn"])
+        with orthanc:
+            assert wait_for(lambda: count(orthanc) > 0, 60)
+            kill(appliance.children()["learn"])  # in the middle of it
+            appliance.until("ingest", returned=FILMS)
+            assert count(orthanc) == 2 * FILMS
+            assert [row["state"] for row in appliance.ask("studies", "ls")] == ["returned"] * FILMS
+            assert studies_of(orthanc) == {str(one.StudyInstanceUID): {"SR", "OT"} for one in films}
+            back = httpx.get(orthanc.url + "/instances").json()
+            for one in back:  # SR find no context at our node, captures are taken and refused as ours
+                httpx.post(f"{orthanc.url}/modalities/node/store", content=one, timeout=30)
+            said = appliance.until("ingest", rejected=FILMS)
+            assert {row["reason"].split(": ")[1] for row in appliance.ask("studies", "ls", "--state", "rejected")} == {
+                "one of our own results"
+            }
+            assert (said["ingest"]["predicted"], said["outbox"]["waiting"]) == (FILMS, 0)
+
+
+def count(orthanc):
+    return httpx.get(orthanc.url + "/statistics").json()["CountInstances"]
+
+
+def studies_of(orthanc):
+    """Study Instance UIDs and the modalities of their series."""
+    return {
+        study["MainDicomTags"]["StudyInstanceUID"]: {
+            httpx.get(f"{orthanc.url}/series/{series}").json()["MainDicomTags"]["Modality"]
+            for series in study["Series"]
+        }
+        for study in httpx.get(orthanc.url + "/studies?expand").json()
+    }
