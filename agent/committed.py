@@ -4,14 +4,17 @@ Reads only, also where the site folder is mounted read-only (the listener's unit
 """
 
 import json
+import logging
 import sqlite3
 from collections import defaultdict
 from pathlib import Path
 from urllib.parse import quote
 
 from agent.site import Site
-from dicom.commitment import NO_SUCH_INSTANCE, Reference, Unavailable
+from dicom.commitment import NO_SUCH_INSTANCE, PROCESSING_FAILURE, Reference, Unavailable
 from dicom.known import intact, waiting
+
+log = logging.getLogger("cxrloop.commitment")
 
 BUSY_S = 5  # readers of a WAL never wait for its writer; only a recovery takes a moment
 
@@ -32,7 +35,10 @@ def held(site: Site, references: list[Reference]) -> list[int]:
     rows = _rows(site.root / "ledger.db", {sop_uid for _, sop_uid in references})
     for reference in references:
         for sha256, original in rows.get(reference[1], []):
-            found[reference].append(intact(site.root / "store" / original, reference, sha256))
+            reason = intact(site.root / "store" / original, reference, sha256)
+            if reason == PROCESSING_FAILURE:
+                log.error("store/%s is damaged: its bytes are not those that came in; let it be sent again", original)
+            found[reference].append(reason)
     return [max(found[reference], default=NO_SUCH_INSTANCE) for reference in references]
 
 

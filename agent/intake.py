@@ -15,6 +15,7 @@ from agent.ranges import fix_shares, range_of
 from agent.site import Site
 from dicom.image import Examined, Image
 from dicom.ingest import Admission
+from dicom.part10 import content_sha256
 from dicom.pixels import PLATE_VERSION
 from dicom.privacy import refusal
 from dicom.worker import Examiner
@@ -76,6 +77,7 @@ def _file(
     twin = _twin(ledger, examined)
     again = bool(twin and twin["dropped_at"] and twin["sha256"] == examined.sha256)
     kept = {} if unwanted or (twin and not again) else _keep(site, path, examined)
+    mended = bool(twin and not unwanted and not again and _mend(site, path, examined, twin))
     with ledger.transaction():
         if unwanted:
             outcome, image_id = "rejected", None  # and not a word more
@@ -87,12 +89,27 @@ def _file(
                 kind = "original" if twin["plate"] else "aside"
                 ledger.run("UPDATE image SET dropped_at = NULL WHERE id = ?", image_id)
                 ledger.run("INSERT OR REPLACE INTO kept_file VALUES (?, ?, ?)", image_id, kind, utc())
+            if mended:
+                _notice(ledger, "damaged", f"image {image_id}: its file was damaged; what came again replaced it")
         else:
             outcome = {"admitted": "stored"}.get(examined.outcome, examined.outcome)
             image_id = _insert(site, ledger, examined, outcome, kept, received_at, file)
         if receipt:
             ledger.insert("receipt", name=receipt, image=image_id, outcome=outcome, at=utc())
     return outcome
+
+
+def _mend(site: Site, path: Path, examined: Examined, twin: Row) -> bool:
+    """The bytes of a film came once more: they take the place of a stored file that is not what came first."""
+    if twin["dropped_at"] or twin["sha256"] != examined.sha256:
+        return False
+    stored = site.store.path(twin["original"])
+    if stored.exists() and content_sha256(stored) == twin["sha256"]:
+        return False
+    stored.unlink(missing_ok=True)
+    keep = site.store.keep_original if twin["original"].startswith("originals/") else site.store.keep_aside
+    keep(path, examined.sha256)
+    return True
 
 
 def refused(site: Site, ledger: Ledger, patient_key: str | None) -> bool:

@@ -198,6 +198,20 @@ def test_an_intact_copy_in_the_inbox_does_not_hide_a_damaged_one_in_the_store(ke
     assert committed.held(site, [reference]) != [SUCCESS]
 
 
+def test_a_damaged_film_that_is_sent_again_is_whole_again_and_said(kept, caplog):
+    site, reference, path = kept
+    sent = path.read_bytes()
+    path.write_bytes(sent[:-7])
+    assert committed.held(site, [reference]) == [PROCESSING_FAILURE]
+    assert f"originals/{path.parent.name}/{path.name} is damaged" in caplog.text
+    site.inbox.put(sent)
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+        notices = [row["kind"] for row in ledger.rows("SELECT kind FROM notice")]
+    assert committed.held(site, [reference]) == [SUCCESS]
+    assert notices == ["damaged"]
+
+
 def test_films_are_found_at_every_moment_of_their_intake(site):
     films = [film(n) for n in range(40)]
     for n, ds in enumerate(films):
