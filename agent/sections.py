@@ -85,6 +85,9 @@ class AdmissionKeys(Section):
 
     children: bool = Field(False, description="admit films whose header says the patient is under 18")
     min_side: int = Field(64, description="smallest side of a film in pixels", ge=32, le=4096)
+    quality: bool = Field(
+        True, description="also ask the pixels: no chest film, inverted, rotated, saturated or empty is kept aside"
+    )
     decode_seconds: int = Field(60, description="longest time one film may take to decode", ge=1, le=600)
     decode_memory_mb: int = Field(3072, description="most memory one film may take to decode", ge=512)
 

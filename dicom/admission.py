@@ -30,10 +30,14 @@ HARMLESS = {"ERECT", "UPRIGHT", "SUPINE", "SITTING", "STANDING", "PORTABLE", "MO
 
 @dataclass(frozen=True)
 class Admission:
-    """The site's rules. `children` False refuses films whose header says that the patient is under 18."""
+    """The site's rules. `children` False refuses films whose header says that the patient is under 18.
+
+    `quality` True also asks the pixels (dicom.quality), once the header has nothing against the film.
+    """
 
     children: bool = False
     min_side: int = 64  # pixels
+    quality: bool = False
 
 
 class Refused(Exception):

@@ -17,6 +17,7 @@ from dicom.part10 import HOSTILE, PIXEL_DATA, Header, Unreadable, content_sha256
 from dicom.part10 import shown as short_and_plain
 from dicom.pixels import Blank, decode, pixel_sha256, render
 from dicom.privacy import patient_key
+from dicom.quality import fault
 
 __all__ = ["Admission", "examine"]
 
@@ -55,6 +56,8 @@ def _judge(found: Header, syntax: str, sha256: str, key: bytes, rules: Admission
     try:
         view = check_header(found, syntax, rules)
         stored, plate = _develop(found, syntax)
+        if rules.quality and (why := fault(plate)):
+            raise Refused(why)
     except Refused as refusal:
         return aside("rejected", str(refusal))
     except Blank as blank:
