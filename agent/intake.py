@@ -28,7 +28,7 @@ IDENTITY = ("study_uid", "patient_key", "view")  # a change in one of these is a
 def examiner(site: Site) -> Iterator[Examiner]:
     """The bounded decoding process, with the site's admission rules."""
     keys = site.config.admission
-    rules = Admission(children=keys.children, min_side=keys.min_side)
+    rules = Admission(children=keys.children, min_side=keys.min_side, quality=keys.quality)
     memory = keys.decode_memory_mb << 20
     with Examiner(
         site.key("pseudonym.key"), rules, workers=1, timeout_s=keys.decode_seconds, memory_bytes=memory
