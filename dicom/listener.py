@@ -21,7 +21,7 @@ from dicom.command import Command
 from dicom.image import SOP_CLASSES
 from dicom.inbox import Inbox
 from dicom.part10 import IMPLEMENTATION_NAME, IMPLEMENTATION_UID
-from dicom.port import ARTIM, Node, Port
+from dicom.port import Node, Port
 from dicom.reception import Answer, Reception
 from dicom.refusals import Refusals
 from dicom.stream import LARGEST_PDU, Stream
@@ -29,7 +29,6 @@ from dicom.syntaxes import SYNTAXES
 
 __all__ = ["Listener", "Node", "Service"]
 
-IDLE = 60  # seconds without a byte before an association is dropped
 GRACE = 3  # seconds that transfers get to end when the listener stops
 TRANSIENT, PRESENTATION, CONGESTION, LOCAL_LIMIT = 2, 3, 1, 2  # A-ASSOCIATE-RJ (PS3.8 table 9-21)
 
@@ -115,7 +114,8 @@ class Listener:
         entity.require_calling_aet = list(self._node.allow_aet)
         entity.maximum_associations = 1 << 16  # counted by _admit: the library counts silent connections too
         entity.maximum_pdu_size = LARGEST_PDU
-        entity.acse_timeout, entity.dimse_timeout, entity.network_timeout = ARTIM, IDLE, IDLE
+        entity.acse_timeout = self._node.artim
+        entity.dimse_timeout = entity.network_timeout = self._node.idle
         entity.implementation_class_uid = IMPLEMENTATION_UID
         entity.implementation_version_name = IMPLEMENTATION_NAME
         entity.add_supported_context(Verification)
@@ -126,7 +126,7 @@ class Listener:
         return entity
 
     def _connected(self, event: Event) -> None:
-        Stream(event.assoc, self).install()
+        Stream(event.assoc, self, self._node.stall).install()
 
     def _admit(self, event: Event) -> None:
         """Seat an association, or reject it as long as there is no seat or no room (PS3.8 9.3.4)."""

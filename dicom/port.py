@@ -19,7 +19,6 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from dicom.refusals import Refusals
 
-ARTIM = 10  # seconds that a peer has to say who it is, TLS handshake included (PS3.8 9.1.5)
 HALF_OPEN = 128  # connections at once that have not said who they are; a waiting one costs a sleeping thread
 HALF_OPEN_PEER = 96  # of one address, so that one peer alone can't shut the others out
 
@@ -36,6 +35,9 @@ class Node:
     max_associations: int = 32
     max_per_peer: int = 32  # associations at once from one address
     context: ssl.SSLContext | None = None  # with one, the port speaks TLS only
+    artim: float = 10  # seconds that a peer has to say who it is, TLS handshake included (PS3.8 9.1.5)
+    idle: float = 60  # seconds without a byte before an association is dropped
+    stall: float = 30  # seconds in which a message must bring PACE bytes (dicom/wire.py)
 
     def __post_init__(self) -> None:
         self.networks()  # a wrong address is said at the start, not at the first connection
@@ -53,7 +55,7 @@ class Port(ThreadedAssociationServer):
 
     def __init__(self, node: Node, entity: AE, refusals: Refusals, log: logging.Logger, handlers: list[Any]):
         self._networks = node.networks()
-        self._tls, self._refusals, self._log = node.context, refusals, log
+        self._tls, self._artim, self._refusals, self._log = node.context, node.artim, refusals, log
         self._half_open: Counter[str] = Counter()
         self._counting = threading.Lock()
         super().__init__(
@@ -78,17 +80,17 @@ class Port(ThreadedAssociationServer):
         """In the connection's own thread: handshake, first byte, and only then an association with its threads."""
         peer = client_address[0]
         try:
-            wire, heard = request, _speaks(request)
+            wire, heard = request, _speaks(request, self._artim)
             if heard and not request.recv(1, MSG_PEEK):  # hung up without a word: a health check, no refusal
                 self.shutdown_request(request)
                 return
             if heard and self._tls:
                 wire = self._shaken(request, self._tls)
-                heard = _speaks(wire)
+                heard = _speaks(wire, self._artim)
             if heard:
                 self.finish_request(wire, client_address)
                 return
-            self._refusals.note(peer, "silent", f"nothing said within {ARTIM} s")
+            self._refusals.note(peer, "silent", f"nothing said within {self._artim:g} s")
             self.shutdown_request(wire)
         except OSError as error:  # ssl.SSLError is one
             kind = "TLS" if self._tls else "connection"
@@ -124,16 +126,16 @@ class Port(ThreadedAssociationServer):
 
     def _shaken(self, request: socket, context: ssl.SSLContext) -> socket:
         """The connection's TLS side, once the peer has shaken hands. Raises OSError, ssl.SSLError."""
-        request.settimeout(ARTIM)  # of the whole handshake
+        request.settimeout(self._artim)  # of the whole handshake
         wire = context.wrap_socket(request, server_side=True)
         wire.settimeout(None)
         return wire
 
 
-def _speaks(wire: socket) -> bool:
-    """True as soon as there is something to read, False when there is nothing within ARTIM."""
+def _speaks(wire: socket, seconds: float) -> bool:
+    """True as soon as there is something to read, False when there is nothing within `seconds`."""
     if isinstance(wire, ssl.SSLSocket) and wire.pending():
         return True
     waiting = select.poll()
     waiting.register(wire, select.POLLIN)
-    return bool(waiting.poll(ARTIM * 1000))
+    return bool(waiting.poll(seconds * 1000))

@@ -24,7 +24,7 @@ MOST_PASSED = 8 << 20  # bytes of any other message; the library keeps those in 
 AWAKE = 1.0  # seconds in which the library polls at its own 1 kHz, after it was given something to do
 SLOW = 0.25  # seconds between its polls otherwise
 
-AWAITING_RQ, READY, CLOSING = "Sta2", "Sta6", "Sta13"  # states of PS3.8 9.2.1
+READY = "Sta6"  # association established (PS3.8 9.2.1)
 WHOLE_COMMAND = dimse.IS_COMMAND | dimse.IS_LAST
 
 
@@ -49,9 +49,9 @@ class Desk(Protocol):
 class Stream:
     """What one association's peer says; `desk` None leaves C-STORE to the library too."""
 
-    def __init__(self, association: Association, desk: Desk | None):
+    def __init__(self, association: Association, desk: Desk | None, stall: float = 30):
         self._association, self._dul, self._desk = association, association.dul, desk
-        self._wire = Wire(association)
+        self._wire = Wire(association, stall)
         self._command = bytearray()  # as far as it came
         self._context = 0  # presentation context of the message
         self._open = False  # a data set is awaited or under way
@@ -240,8 +240,8 @@ class Stream:
 
     def _abort(self, reason: int) -> None:
         self._deaf = True
-        if self._dul.state_machine.current_state in (AWAITING_RQ, CLOSING):
-            return self._tell("Evt19")
+        if reason == UNRECOGNISED_PDU or self._dul.state_machine.current_state != READY:
+            return self._tell("Evt19")  # which the state machine knows; it says "no reason" to the peer
         primitive = A_P_ABORT()
         primitive.provider_reason = reason
         self._dul.to_provider_queue.put(primitive)  # to the peer, by action AA-1

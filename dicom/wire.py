@@ -14,8 +14,7 @@ from pynetdicom.association import Association
 
 BUFFER = 1 << 20  # bytes an association reads into; full, it is written out in one call
 MOST_PARTS = 512  # fragments that are gathered for one write
-STALL = 30  # seconds; a message that brings less than PACE bytes in them comes from a sender that would hold its seat
-PACE = 32 << 10  # bytes; a kilobyte a second, an eighth of a modem's
+PACE = 32 << 10  # bytes that a message must bring in each `stall` seconds: in 30, an eighth of a modem's speed
 TICK = 1.0  # seconds of waiting for bytes between looks at clock and abort
 REST = 0.05  # seconds between looks at what the rest of the association wants, while the peer says nothing
 
@@ -41,10 +40,10 @@ class Stopped(Exception):
 
 
 class Wire:
-    """The reading side of an association's socket."""
+    """The reading side of an association's socket; a message slower than PACE in `stall` seconds is broken off."""
 
-    def __init__(self, association: Association):
-        self._association, self._dul = association, association.dul
+    def __init__(self, association: Association, stall: float):
+        self._association, self._dul, self._stall = association, association.dul, stall
         self._buffer = memoryview(bytearray(BUFFER))
         self._start = self._end = 0  # of what was read and not yet taken
         self._parts: list[memoryview] = []  # of the buffer: poured and not yet written
@@ -151,9 +150,9 @@ class Wire:
         if self._association.is_aborted or self._dul._kill_thread or self._dul.artim_timer.expired:
             raise Stopped
         now = time.monotonic()
-        if now - self._marked_at > STALL:
+        if now - self._marked_at > self._stall:
             if self._received - self._mark < PACE:
-                raise Broken(NO_REASON, f"less than {PACE >> 10} kB in {STALL} s")
+                raise Broken(NO_REASON, f"less than {PACE >> 10} kB in {self._stall:g} s")
             self._mark, self._marked_at = self._received, now
 
     def _socket(self) -> socket.socket:

@@ -220,9 +220,8 @@ def test_a_client_that_connects_and_says_nothing_does_not_delay_the_others(node,
         one.close()
 
 
-def test_a_handshake_that_stops_half_way_is_ended_by_the_deadline(node, hospital, monkeypatch):
-    monkeypatch.setattr("dicom.port.ARTIM", 0.5)
-    listener, _ = node(hospital.issue("node"))
+def test_a_handshake_that_stops_half_way_is_ended_by_the_deadline(node, hospital):
+    listener, _ = node(hospital.issue("node"), artim=0.5)
     with socket.create_connection(("127.0.0.1", listener.port), 5) as half:
         half.sendall(b"\x16\x03\x01\x02\x00\x01")
         assert half.recv(1) == b""
