@@ -11,7 +11,6 @@ from dicom.sender import send
 from dicom.wrap import wrap
 from tests.appliance import Appliance, kill
 from tests.conftest import make_site
-from tests.deploy_site import write_model
 from tests.films import film, put, take_in
 from tests.models import FINDINGS, Served, add_model
 from tests.orthanc import Orthanc
@@ -93,29 +92,28 @@ def test_a_late_orthanc_gets_everything_once_through_kills_and_what_it_sends_bac
         node={"port": node},
         results={"sr": True, "sc": True, "destination": orthanc.peer},
     )
-    model = write_model(tmp_path / "model.onnx", 1)
-    with Appliance(site) as appliance:
-        appliance.ask("models", "import", str(model))
-        films = [wrap(one.pixels(), one.patient, one.view) for one in draw(FILMS, 5, repeat=0)]
+    with site.ledger() as ledger:
+        add_model(site, ledger, 1)
+    films = [wrap(one.pixels(), one.patient, one.view) for one in draw(FILMS, 5, repeat=0)]
+    with Appliance(site) as appliance, site.ledger() as ledger:
         assert [code for _, code in send(films, "127.0.0.1", node, "CXRLOOP")] == [0] * FILMS
-        said = appliance.until("ingest", predicted=FILMS, returned=0)
-        assert said["outbox"]["waiting"] == 2 * FILMS
+        assert wait_for(lambda: ledger.counters()["predicted"] == FILMS, 60)
+        assert outbox.state(ledger)["waiting"] == 2 * FILMS
         kill(appliance.children()["learn"])
         with orthanc:
             assert wait_for(lambda: count(orthanc) > 0, 60)
             kill(appliance.children()["learn"])  # in the middle of it
-            appliance.until("ingest", returned=FILMS)
+            assert wait_for(lambda: ledger.counters()["returned"] == FILMS, 60)
             assert count(orthanc) == 2 * FILMS
-            assert [row["state"] for row in appliance.ask("studies", "ls")] == ["returned"] * FILMS
+            assert states(site, ledger) == ["returned"] * FILMS
             assert studies_of(orthanc) == {str(one.StudyInstanceUID): {"SR", "OT"} for one in films}
             back = httpx.get(orthanc.url + "/instances").json()
-            for one in back:  # SR find no context at our node, captures are taken and refused as ours
+            for one in back:  # reports find no context at our node; captures are taken, and refused as ours
                 httpx.post(f"{orthanc.url}/modalities/node/store", content=one, timeout=30)
-            said = appliance.until("ingest", rejected=FILMS)
-            assert {row["reason"].split(": ")[1] for row in appliance.ask("studies", "ls", "--state", "rejected")} == {
-                "one of our own results"
-            }
-            assert (said["ingest"]["predicted"], said["outbox"]["waiting"]) == (FILMS, 0)
+            assert wait_for(lambda: ledger.counters()["rejected"] == FILMS, 60)
+            refused = studies.ls(site, ledger, "rejected", 10)
+            assert {row["reason"].split(": ")[1] for row in refused} == {"one of our own results"}
+            assert (ledger.counters()["predicted"], outbox.state(ledger)["waiting"]) == (FILMS, 0)
 
 
 def count(orthanc):
