@@ -141,12 +141,11 @@ def test_shares_cannot_change_after_the_first_film(tmp_path):
             fix_shares(ledger, site.config.patients.model_copy(update={"golden": 0.2}))
 
 
-def test_import_takes_dicom_and_pictures_through_the_same_intake(tmp_path):
+def test_import_takes_dicom_and_pictures_through_the_same_intake(site, tmp_path):
     from PIL import Image
 
     from agent.importer import import_folder
 
-    site = make_site(tmp_path / "site", admission={"quality": False})  # these pictures show no chests
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     save(film(1), folder / "a.dcm")

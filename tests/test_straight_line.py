@@ -18,6 +18,7 @@ def line(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("line")
     site = make_site(
         folder / "site",
+        admission={"quality": True},
         learn={"recipe": "tiny.toml", "window": ""},
         gate={"min_class": 10, "looks_per_year": 2, "require_better": False},
         release={"probation_days": 0},
