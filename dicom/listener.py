@@ -132,7 +132,7 @@ class Listener:
         """Seat an association, or reject it as long as there is no seat or no room (PS3.8 9.3.4)."""
         association, peer = event.assoc, str(event.assoc.requestor.address)
         proposed = cast(A_ASSOCIATE, association.requestor.primitive).presentation_context_definition_list
-        stores = any(context.abstract_syntax != Verification for context in proposed)
+        stores = any(context.abstract_syntax in SOP_CLASSES for context in proposed)
         why, reason = self._full() if stores else None, CONGESTION
         with self._seating:
             self._seated = [one for one in self._seated if _sits(one)]

@@ -77,7 +77,7 @@ def test_every_command_and_every_setting_is_documented():
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in ("README.md", "docs/operating.md", "docs/decisions.md", "CHANGELOG.md"):
+    for page in ("README.md", "docs/operating.md", "docs/conformance.md", "docs/decisions.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / page).read_text("utf-8")):
             if not target.startswith(("http:", "https:")):
                 assert ((ROOT / page).parent / target).exists(), (page, target)
