@@ -4,12 +4,13 @@ import shutil
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from agent import network, outbox, predict, release, rounds
+from agent import golden, network, outbox, predict, release, rounds
 from agent.clockwork import next_window
 from agent.config import zone
 from agent.errors import Problem
 from agent.ledger import Ledger, utc
 from agent.site import Site
+from agent.watermark import too_full
 from deploy import registry
 from deploy.client import Client
 from dicom import refusals
@@ -83,6 +84,9 @@ def _alerts(
     keys = site.config.node
     if free < keys.min_free_mb << 20:
         found.append(("disk", f"{free >> 20} MB free, films are refused under {keys.min_free_mb} MB", True))
+    elif full := too_full(free, site.config.retention.refuse_free_mb):
+        found.append(("disk", full, True))
+    found += _forgotten(ledger)
     host, node_up = network.address(site), network.answers(site)
     if not node_up and server is None:
         found.append(("not running", "neither the node nor the model server answers: `cxrloop serve`", False))
@@ -102,6 +106,19 @@ def _alerts(
     for row in ledger.rows("SELECT * FROM notice WHERE at > ? ORDER BY id DESC LIMIT 20", week):
         found.append((row["kind"], row["detail"], False))
     return [{"kind": kind, "detail": detail} for kind, detail, _ in found], any(bad for *_, bad in found)
+
+
+def _forgotten(ledger: Ledger) -> list[tuple[str, str, bool]]:
+    """A `forget` that is not done yet, and what the frozen golden set has lost to one."""
+    found: list[tuple[str, str, bool]] = []
+    since = ledger.value("SELECT min(at) FROM forget WHERE state != 'done'")
+    if since:
+        found.append(("forget", f"begun {since}, not done yet; the agent goes on by itself (`cxrloop serve`)", True))
+    version = golden.current(ledger)
+    if version and (lost := golden.lost(ledger, version)):
+        detail = f"version {version} lost {lost} films to `forget`; verdicts are on the rest: `cxrloop golden freeze`"
+        found.append(("golden set", detail, False))
+    return found
 
 
 def _certificate(site: Site) -> list[tuple[str, str, bool]]:
