@@ -23,9 +23,16 @@ class DinoLoss(nn.Module):
         self.student_temp, self.teacher_temp, self.momentum = student_temp, teacher_temp, momentum
         self.register_buffer("centre", torch.zeros(1, prototypes))
 
-    def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float | None = None) -> Tensor:
-        """Student (V B, K) and teacher (2 B, K) logits, view-major -> scalar; the centre stays (see `move`)."""
-        targets = ((teacher - self.centre) / (teacher_temp or self.teacher_temp)).softmax(-1).detach().chunk(2)
+    def forward(
+        self, student: Tensor, teacher: Tensor, teacher_temp: float | None = None, assigned: Tensor | None = None
+    ) -> Tensor:
+        """Student (V B, K) and teacher (2 B, K) logits, view-major -> scalar; the centre stays (see `move`).
+
+        `assigned` (2 B, K): the teacher's answers balanced elsewhere (`selfsup.sinkhorn`) in place of centred ones.
+        """
+        if assigned is None:
+            assigned = ((teacher - self.centre) / (teacher_temp or self.teacher_temp)).softmax(-1)
+        targets = assigned.detach().chunk(2)
         films = targets[0].shape[0]
         guesses = (student / self.student_temp).log_softmax(-1).split(films)
         terms = [

@@ -4,6 +4,7 @@ Each objective says what a part of a batch costs; weights and choices come from 
 table made before the phase (`graph`), or from the teacher as it goes. Knows no file and no clock.
 """
 
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from learner import ranks
 from learner.average import Weights, follow, running_mean
 from learner.backbone import Backbone
 from learner.correct import Feed, next_batch
@@ -18,14 +20,16 @@ from learner.distill import autocast
 from learner.heads import Network
 from learner.kd import bernoulli_kl
 from learner.pseudo import Balance, label_loss
-from learner.selfsup import MASK_NUMBERS, block_masks, koleo
-from learner.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of, watch
-from learner.targets import MeanAnswer, align, ramp
+from learner.selfsup import MASK_NUMBERS, block_masks, koleo, sinkhorn
+from learner.step import Batch, Losses, Objective, State, Terms, full, optimise, parts, share_of, watch
+from learner.targets import MeanAnswer, align, class_thresholds, ramp, soft_weights
+from learner.whole import Ahead, koleo_slope, together, with_slope
 
 RAMP = 0.3  # share of the phase after which pseudo-labels count fully
 LATE = 0.9  # from here on self-supervision counts half: the last word is the classes'
 LAST = 5  # one in so many steps, the last ones, are in the running mean of weights
 MEAN = "swa."  # its names among what a state carries along
+SCORES = "scores"  # and that of the teacher's newest logit of each unlabelled film (N, F)
 
 
 def evolve(
@@ -37,10 +41,15 @@ def evolve(
     `champion` (N, F), logits of the model before this round; `prevalence` (F,).
     """
     recipe = state.recipe
-    work: list[tuple[Batch, Objective]] = [(next_batch(unlabelled, state.step), unsupervised(table))]
+    batch, said = next_batch(unlabelled, state.step), []
+    work: list[tuple[Batch, Objective]] = [(batch, unsupervised(table, look_ahead(state, batch), said))]
+    if recipe.agree == "soft" and recipe.targets == "teacher":
+        state.extra.setdefault(SCORES, table["champion"].clone())
     if labelled is not None and recipe.label_weight:
         work.append((next_batch(labelled, state.step), supervised(balance or {})))
     losses = optimise(state, work, freeze_last=state.epoch < recipe.freeze_last)
+    if SCORES in state.extra:
+        remember(state, said)
     momentum = float(state.schedule.momentum[state.step])
     follow(state.teacher, state.student, momentum)
     if recipe.average == "all":
@@ -78,7 +87,42 @@ def supervised(balance: Balance) -> Objective:
     return objective
 
 
-def unsupervised(table: dict[str, Tensor]) -> Objective:
+def look_ahead(state: State, batch: Batch) -> Ahead:
+    """What the parts of a batch need of the whole of it (see `learner.whole`); nothing where one pass has all films."""
+    recipe, pieces = state.recipe, parts(batch.size, state.micro)
+    balanced = recipe.centring == "sinkhorn"
+    if (ranks.world() == 1 and len(pieces) == 1) or not (recipe.koleo or balanced):
+        return {}
+    rows: dict[str, list[Tensor]] = {"dino": [], "ibot": [], "koleo": []}
+    state.student.eval()  # nothing is drawn, no statistic moves
+    for part in pieces:
+        views = batch.views(part)
+        assert batch.index is not None
+        mask = masks(state, batch.index[part], views[0]) if recipe.ibot else None
+        with torch.no_grad(), autocast(state, views[0]):
+            seen, patches = look(state.teacher, views[:2], None, mask)
+            rows["dino"].append(full(state.teacher.head(seen)))
+            rows["ibot"] += [] if patches is None else [full(patches)]
+            first = look(state.student, views[: 1 if mask is None else 2], mask, mask)[0]
+            rows["koleo"].append(full(first[: len(views[0])]))
+    state.student.train()  # also where memory ran out above: the step that is taken again comes by here
+    like = next(state.student.parameters())
+    width, spread = (
+        {"dino": recipe.prototypes, "ibot": recipe.prototypes, "koleo": state.student.backbone.dim},
+        koleo_slope,
+    )
+    wanted = {"koleo": spread} if recipe.koleo else {}
+    if balanced:
+        wanted |= dict.fromkeys(
+            ["dino"] + ["ibot"] * bool(recipe.ibot), partial(sinkhorn, temperature=recipe.teacher_temp)
+        )
+    return {
+        name: dict(zip((part.start for part in pieces), together(rows[name], width[name], make, like), strict=True))
+        for name, make in wanted.items()
+    }
+
+
+def unsupervised(table: dict[str, Tensor], ahead: Ahead, said: list[Tensor]) -> Objective:
     """lam L_dino + ibot L_ibot + koleo L_koleo + pseudo_weight w(t) L_pseudo + replay L_champion."""
 
     def objective(state: State, batch: Batch, part: slice) -> Terms:
@@ -97,20 +141,34 @@ def unsupervised(table: dict[str, Tensor]) -> Objective:
             seen, patches = look(state.student, views, mask, mask)
             classes = full(state.student.cls_head(seen[films : 2 * films]))
             terms = Terms(classes.sum() * 0.0)
+
+            def balanced(name: str, rows: Tensor) -> Tensor | None:
+                if recipe.centring == "centre":
+                    return None
+                return ahead[name][part.start] if name in ahead else sinkhorn(rows, recipe.teacher_temp)
+
             add = lambda name, weight, cost: _add(terms, name, weight, cost * share)  # noqa: E731
             if recipe.lam:
-                add("dino", own * recipe.lam, state.centres["dino"](full(state.student.head(seen)), teacher_head))
+                answer = balanced("dino", teacher_head)
+                guess = full(state.student.head(seen))
+                add("dino", own * recipe.lam, state.centres["dino"](guess, teacher_head, assigned=answer))
                 terms.rows["dino"], terms.seen = teacher_head, taught[:films]
             if mask is not None:
                 assert patches is not None and taught_patches is not None
-                add("ibot", own * recipe.ibot, state.centres["ibot"](full(patches), full(taught_patches), mask))
-                terms.rows["ibot"] = full(taught_patches)
+                there = full(taught_patches)
+                cost = state.centres["ibot"](full(patches), there, mask, assigned=balanced("ibot", there))
+                add("ibot", own * recipe.ibot, cost)
+                terms.rows["ibot"] = there
             if recipe.koleo:
-                add("koleo", own * recipe.koleo, koleo(full(seen[:films])))
+                first = full(seen[:films])
+                near = ahead.get("koleo")
+                add("koleo", own * recipe.koleo, with_slope(first, near[part.start], share) if near else koleo(first))
         if recipe.align:
             terms.rows["answer"] = teacher_class.sigmoid()
         if recipe.targets != "none":
             soft, weight = answers(state, table, index[part], teacher_class)
+            if SCORES in state.extra:
+                said.append(torch.cat([index[part, None].to(teacher_class).double(), teacher_class.double()], 1))
             each = F.binary_cross_entropy_with_logits(classes, soft.nan_to_num(0.5), reduction="none")
             add("pseudo", recipe.pseudo_weight * ramp(time / RAMP), (each * weight).sum() / each.numel())
         if recipe.replay and "champion" in table:
@@ -130,11 +188,22 @@ def answers(state: State, table: dict[str, Tensor], index: Tensor, teacher: Tens
     if "soft" in table:
         soft = table["soft"][index]
         return soft, table["weight"][index] * ~soft.isnan()
+    weight = torch.ones_like(teacher)
+    if SCORES in state.extra:
+        scores = state.extra[SCORES].to(teacher)
+        weight = soft_weights(teacher, scores, class_thresholds(scores, table["prevalence"].to(teacher), 1.0)[1])
     if state.recipe.align:
         mean, prevalence = cast(MeanAnswer, state.centres["answer"]).mean[0], table["prevalence"].to(teacher)
         teacher = align(teacher, torch.where(mean.isnan(), prevalence, mean), prevalence)
     soft = (-teacher if state.recipe.poison_teacher else teacher).sigmoid()
-    return soft, torch.ones_like(soft)
+    return soft, weight
+
+
+def remember(state: State, said: list[Tensor]) -> None:
+    """The teacher's logits of this step's films, of all ranks, take the place of their earlier ones."""
+    findings = state.extra[SCORES].shape[1]
+    rows, _ = ranks.all_rows(torch.cat([state.extra[SCORES].new_empty(0, 1 + findings, dtype=torch.float64), *said]))
+    state.extra[SCORES][rows[:, 0].long()] = rows[:, 1:].to(state.extra[SCORES])
 
 
 def look(

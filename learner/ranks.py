@@ -133,6 +133,16 @@ def mean(rows: Tensor) -> Tensor:
     return total / count
 
 
+def all_rows(rows: Tensor) -> tuple[Tensor, slice]:
+    """The rows (n, ...) of all ranks, in the order of ranks, and where this rank's lie; a rank may have none."""
+    counts = gather(len(rows))
+    mine = slice(sum(counts[: rank()]), sum(counts[: rank() + 1]))
+    table = rows.new_zeros(sum(counts), *rows.shape[1:])
+    table[mine] = rows
+    add_up([table])
+    return table, mine
+
+
 def same(tensors: Iterable[Tensor]) -> None:
     """Every rank takes rank 0's values."""
     if world() > 1:

@@ -57,6 +57,7 @@ class Recipe:
     teacher_temp: float = 0.04
     student_temp: float = 0.1
     centre_momentum: float = 0.9
+    centring: str = "centre"  # of the teacher's answers: a running "centre", or "sinkhorn" (each batch used evenly)
     ema_base: float = 0.9995
     correct_every: int = 500  # unlabelled steps between two passes over the labelled films; 0 = never
     correct_first: bool = True  # also after step 0, whose learning rate is 0 (as published)
@@ -67,9 +68,9 @@ class Recipe:
     targets: str = "teacher"  # whose pseudo-labels: "teacher" (soft answers as they come), "graph", or "none"
     pseudo_weight: float = 1.0  # of the pseudo-label term once ramped up
     align: bool = False  # pseudo-labels' prevalence aligned to the labelled one
-    agree: str = (
-        "none"  # pseudo-labels weighted by agreement: of graph and "teacher", or of two "heads" on half the labels
-    )
+    # pseudo-labels weighted by agreement, of graph and "teacher" or of two "heads" on half the labels, or by how far
+    # beyond the prevalence's cut they are ("soft", SoftMatch)
+    agree: str = "none"
     thresholds: bool = False  # class-wise: only the surest share `kappa` of films has a pseudo-label
     neighbours: int = 10  # of a film in the graph
     components: int = 64  # of the whitened features under it
@@ -136,7 +137,8 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "method": ("distl", "evolve", "pseudo-label", "kd", "pretrain"),
     "targets": ("teacher", "graph", "none"),
-    "agree": ("none", "teacher", "heads"),
+    "agree": ("none", "teacher", "heads", "soft"),
+    "centring": ("centre", "sinkhorn"),
     "refit": ("none", "linear", "graph"),
     "average": ("ema", "wise", "all"),
     "balance": ("none", "effective"),
@@ -262,6 +264,10 @@ def _checked(recipe: Recipe) -> Recipe:
         low, high = getattr(recipe, key)
         if not 0 < low <= high <= 1:
             raise RecipeError(f"recipe: {key} = [{low}, {high}]: needs 0 < low <= high <= 1")
+    if recipe.method == "distl" and recipe.centring != "centre":
+        raise RecipeError(
+            'recipe: centring = "sinkhorn": distl has a running centre, as published; use evolve or pretrain'
+        )
     if recipe.method == "distl" and recipe.balance != "none":
         raise RecipeError(
             f'recipe: balance = "{recipe.balance}": distl weighs all labels alike, as published; use evolve'

@@ -30,14 +30,23 @@ class PatchLoss(nn.Module):
         self.student_temp, self.teacher_temp, self.momentum = student_temp, teacher_temp, momentum
         self.register_buffer("centre", torch.zeros(1, prototypes))
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor, teacher_temp: float | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor,
+        teacher_temp: float | None = None,
+        assigned: Tensor | None = None,
+    ) -> Tensor:
         """Logits (M, K) of the M masked patches, in the order of bool `mask` (images, ...) flattened -> scalar.
 
         A mean over patches within an image, then over images of both global views; an image without a masked patch
-        counts as 0. The centre stays (see `move`), so the parts of a batch add up by their share of images.
+        counts as 0. The centre stays (see `move`), so the parts of a batch add up by their share of images. `assigned`
+        (M, K): the teacher's answers balanced elsewhere (`sinkhorn`) in place of centred ones.
         """
-        target = ((teacher - self.centre) / (teacher_temp or self.teacher_temp)).softmax(-1).detach()
-        each = -(target * (student / self.student_temp).log_softmax(-1)).sum(-1)
+        if assigned is None:
+            assigned = ((teacher - self.centre) / (teacher_temp or self.teacher_temp)).softmax(-1)
+        each = -(assigned.detach() * (student / self.student_temp).log_softmax(-1)).sum(-1)
         mask = mask.flatten(1)
         weight = (mask.to(each.dtype) / mask.sum(1, keepdim=True).clamp(min=1))[mask]
         return (each * weight).sum() / len(mask)
@@ -72,7 +81,7 @@ def block_masks(numbers: Tensor, side: int, ratio: tuple[float, float] = (0.1, 0
 def koleo(embeddings: Tensor) -> Tensor:
     """- mean log distance of each embedding (B, D) to its nearest neighbour, after normalising; 0 for fewer than two.
 
-    Sablayrolles et al. 2019 as DINOv2 uses it: pushes the films of a batch (here: of a part of it) apart.
+    Sablayrolles et al. 2019 as DINOv2 uses it: pushes the films of a batch apart.
     """
     if len(embeddings) < 2:
         return embeddings.sum() * 0.0

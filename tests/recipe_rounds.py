@@ -1,11 +1,15 @@
 """What tests of the recipes pseudo-label and kd share: their rounds, run whole or step by step, and what they left."""
 
+import importlib
 import json
 import os
 import signal
+import sys
+from pathlib import Path
 
 import torch
 
+from learner import ranks
 from learner.__main__ import main
 from learner.progress import Teller
 from learner.round_dir import load
@@ -37,11 +41,12 @@ class Bare(Run):
         pass
 
 
-def phases_of(folder, recipe):
-    """All phases of a recipe on a round folder."""
-    run = Bare(load(folder))
+def phases_of(folder):
+    """All phases of a round folder's recipe."""
+    round_ = load(folder)
+    run = Bare(round_)
     try:
-        recipe.run(run)
+        importlib.import_module(f"learner.recipes.{round_.recipe.method.replace('-', '_')}").run(run)
     finally:
         run.teller.close()
 
@@ -108,3 +113,9 @@ def check_killed_and_restarted(reference, folder):
     assert main([str(folder)]) == 0
     assert same_weights(reference / "final/state.safetensors", folder / "final/state.safetensors")
     assert len(rows_of(folder)) == len(rows_of(reference))
+
+
+if __name__ == "__main__":  # under torchrun: the phases of several rounds, one after the other
+    with ranks.joined():
+        for name in sys.argv[1:]:
+            phases_of(Path(name))

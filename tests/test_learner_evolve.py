@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from learner import evolve as steps
 from learner import tokens
 from learner.__main__ import main
 from learner.average import settle
@@ -28,6 +29,10 @@ SMALL = {**TINY, "class_hidden": 0, "pool": "both", "neighbours": 3, "components
 ALL = {  # every term, blocks frozen
     "arch": "vit_tiny_patch8_depth2", "frozen_blocks": 1, "cached_views": 2, "ibot": 0.5, "koleo": 0.1, "agree": "heads",
     "thresholds": True, "average": "all",
+}  # fmt: skip
+
+SOFT = {  # the teacher's answers, weighed and balanced
+    "targets": "teacher", "align": True, "agree": "soft", "centring": "sinkhorn", "ibot": 0.5, "koleo": 0.1, "refit": "linear",
 }  # fmt: skip
 
 
@@ -76,7 +81,7 @@ def test_caches_are_gone_after_the_round(evolved):
     assert not (evolved / "shard").exists()
 
 
-@pytest.mark.parametrize("overrides", [{**ALL, "epochs": 4}, {"targets": "teacher", "align": True, "refit": "linear"}])
+@pytest.mark.parametrize("overrides", [{**ALL, "epochs": 4}, SOFT])
 def test_h_stopping_after_every_single_step_changes_no_bit(tmp_path, monkeypatch, overrides):
     whole, folder = make(tmp_path / "whole", **overrides), make(tmp_path / "r", **overrides)
     assert main([str(whole)]) == 0
@@ -94,6 +99,62 @@ def test_h_stopping_after_every_single_step_changes_no_bit(tmp_path, monkeypatch
     for name in ("t0/state", "checkpoint/evolve", "final/state"):
         one, other = (read_file(f / f"{name}.safetensors")[0] for f in (whole, folder))
         assert all(torch.equal(value.nan_to_num(9), other[key].nan_to_num(9)) for key, value in one.items()), name
+
+
+@pytest.mark.parametrize("missing", ["", "koleo", "sinkhorn"])
+def test_a_step_in_parts_equals_the_whole_only_by_looking_ahead(tmp_path, monkeypatch, missing):
+    """KoLeo's neighbours and Sinkhorn's columns are those of the batch; without the look ahead the test would notice."""
+    overrides = {**SOFT, "drop_path": 0.0, "centring": "centre" if missing == "koleo" else "sinkhorn"}
+    run = Run(load(make(tmp_path / "r", **overrides)))
+    if missing:
+        monkeypatch.setattr(steps, "look_ahead", lambda state, batch: {})
+    told, states = [], []
+    for micro in (0, 3):
+        state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+        run.from_backbone(state)
+        state.micro = micro
+        table = {"champion": torch.randn(14, 2, generator=torch.Generator().manual_seed(0))}
+        told.append(steps.evolve(state, run.unlabelled(), None, table | {"prevalence": torch.tensor([0.4, 0.4])}))
+        states.append(state)
+    run.teller.close()
+    same = all(
+        torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+        for one, other in zip(*(state.student.parameters() for state in states), strict=True)
+        if one.grad is not None
+    ) and all(told[0][key] == pytest.approx(told[1][key], rel=1e-4) for key in ("dino", "ibot", "koleo", "pseudo"))
+    assert same == (not missing)
+    assert torch.equal(states[0].extra["scores"].isnan(), states[1].extra["scores"].isnan())
+    torch.testing.assert_close(states[0].extra["scores"], states[1].extra["scores"], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_are_the_teachers_newest_and_those_of_other_films_stay(tmp_path):
+    run = Run(load(make(tmp_path / "r", **SOFT)))
+    state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    run.from_backbone(state)
+    before = torch.randn(14, 2)
+    batch = run.unlabelled().batch(0, 0)
+    with torch.no_grad():
+        newest = state.teacher.classify(batch.views(slice(0, 4))[0])
+    steps.evolve(state, run.unlabelled(), None, {"champion": before, "prevalence": torch.tensor([0.4, 0.4])})
+    expected = before.clone()
+    expected[batch.index] = newest
+    torch.testing.assert_close(state.extra["scores"], expected)
+    run.teller.close()
+
+
+def test_soft_weights_of_the_graph_grow_with_the_distance_from_the_cut(tmp_path):
+    folder = make(tmp_path / "r", agree="soft")
+    run = Run(load(folder))
+    table = evolve.targets(run, evolve.begun(run, run.from_backbone))
+    hidden = label_table(run.round.unlabelled).isnan()[:, 0]
+    far = (torch.logit(table["soft"][hidden, 0])).abs()
+    weight = table["weight"][hidden, 0]
+    assert ((weight >= 0) & (weight <= 1)).all()
+    assert weight.min() < 1 == weight.max()
+    for side in (table["soft"][hidden, 0] > 0.5, table["soft"][hidden, 0] < 0.5):
+        order = far[side].argsort()
+        assert (weight[side][order].diff() >= 0).all()
+    run.teller.close()
 
 
 def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_kd_goes_on_from_a_parent(whole, tmp_path, strategy):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Teller, "step", watched)
-        phases_of(folder, kd)
+        phases_of(folder)
     served = {k.removeprefix("student."): v for k, v in read_file(state)[0].items() if k.startswith("student.")}
     assert same(begun[0], served) == (strategy != "self")
     assert {row["phase"] for row in rows_of(folder)} == {"kd"} | ({"teacher"} if strategy == "standard" else set())
@@ -134,7 +134,7 @@ def test_teacher_of_kd_stands_still_in_eval_mode(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kd, "be_taught", watched)
-        phases_of(folder, kd)
+        phases_of(folder)
     assert seen == [True] * 4
 
 

@@ -72,7 +72,7 @@ def test_what_the_teacher_labelled_is_told_and_its_quality_is_not_made_up(whole)
 
 def test_round_without_an_unlabelled_film_finetunes_its_teacher(tmp_path):
     folder = make_round(tmp_path / "r", train=(6, 0), validation=0, calibration=0, **PSEUDO)
-    phases_of(folder, pseudo_label)
+    phases_of(folder)
     assert {row["phase"] for row in rows_of(folder)} == {"t0", "finetune"}
 
 
@@ -142,7 +142,7 @@ def test_student_learns_pseudo_labels_alone_and_of_unlabelled_films_alone(tmp_pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "feed", watched)
-        phases_of(folder, pseudo_label)
+        phases_of(folder)
     films, labels = fed["pseudo"]
     made = read_file(folder / "checkpoint/pseudo-labels.safetensors")[0]["labels"]
     assert not any(film.labelled for film in films)

@@ -25,7 +25,7 @@ from learner.round_dir import Film
 from learner.run import SCORED, Run
 from learner.step import State
 from learner.supervised import balance_of, learn_labels
-from learner.targets import agreement, class_thresholds, outside, shrunk_prevalence
+from learner.targets import agreement, class_thresholds, outside, shrunk_prevalence, soft_weights
 
 MIXES = (0.25, 0.5, 0.75)  # of champion and candidate, beside the two themselves
 PENALTY = 0.02  # ridge of a class head fitted on many soft answers
@@ -76,6 +76,10 @@ def targets(run: Run, state: State) -> dict[str, Tensor]:
             weight = agreement(torch.logit(soft, 1e-4), logits)
         elif recipe.agree == "heads":
             weight = agreement(*(linear.fit(seen, half, FEW_PENALTY)(seen).float() for half in halves(labels)))
+        elif recipe.agree == "soft":
+            logit = torch.logit(soft, 1e-4)
+            unsure = logit.where(labels.isnan(), torch.nan)  # a label would stand far out and make all others doubtful
+            weight = soft_weights(logit, unsure, torch.zeros(logit.shape[1]))  # ranks are centred: 0 is the prevalence
         if recipe.thresholds:
             weight = weight * ~outside(soft, *class_thresholds(soft, prevalence, recipe.kappa)).isnan()
         if recipe.poison_teacher:
@@ -135,6 +139,7 @@ def choose(run: Run, final: State, champion: Network) -> str:
         kinds |= {f"wise {a:g}": wise(before, teacher, a) for a in MIXES}
     if run.recipe.average == "wise":
         kinds = {"wise 0.5": wise(before, teacher, 0.5)}
+    final.extra.clear()  # of no use after the round
     films = [film for film in run.round.of("validation") if film.labelled]
     labels, best = label_table(films) if films else torch.empty(0, 1), -1.0
     enough = bool(len(films)) and all(min((c == 0).sum(), (c == 1).sum()) >= CHOICE for c in labels.T)
