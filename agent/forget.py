@@ -130,6 +130,7 @@ def _empty_rows(site: Site, ledger: Ledger, number: int, keys: Collection[str]) 
         ledger.insert("golden_loss", **row, at=utc())
     for table in of_a_film(ledger):
         ledger.run(f"DELETE FROM {table} WHERE image IN ({BURIED})")
+    _drop_names(ledger, images)
     nothing = ", ".join(f"{column} = NULL" for column in EMPTIED)
     for image in images:
         now = utc()
@@ -146,6 +147,22 @@ def of_a_film(ledger: Ledger) -> list[str]:
         "SELECT m.name FROM sqlite_master m JOIN pragma_table_info(m.name) c ON c.name = 'image' WHERE m.type = 'table'"
     )
     return [row["name"] for row in tables if row["name"] != "forgetting"]
+
+
+def _drop_names(ledger: Ledger, images: list[int]) -> None:
+    """Rows of other tables that know a film or study by its UID (`pulled`: which studies an archive was asked for)."""
+    for column in ("sop_uid", "study_uid", "patient_key"):
+        tables = ledger.rows(
+            "SELECT m.name FROM sqlite_master m JOIN pragma_table_info(m.name) c ON c.name = ? "
+            "WHERE m.type = 'table' AND m.name != 'image'",
+            column,
+        )
+        for table in tables:
+            ledger.run(
+                f"DELETE FROM {table['name']} WHERE {column} IN "
+                f"(SELECT {column} FROM image WHERE id IN (SELECT value FROM json_each(?)))",
+                canonical(images),
+            )
 
 
 def finish(site: Site, ledger: Ledger) -> str | None:

@@ -92,6 +92,17 @@ def lived_in(site):
         write_labels(site.root / "run" / "labels.csv", [(uid, FINDINGS[0], n % 2) for n, uid in enumerate(uids)])
         labels.import_csv(site, ledger, site.root / "run" / "labels.csv", "Dr Osei")
         (site.root / "run" / "labels.csv").unlink()
+        with ledger.transaction():
+            for ds in (theirs(1), film(20)):
+                ledger.insert(
+                    "pulled",
+                    source="PACS",
+                    study_uid=str(ds.StudyInstanceUID),
+                    modalities="CR",
+                    instances=1,
+                    films=1,
+                    at="",
+                )
         row = rounds.plan(site, ledger, "now", NOW)
         mine = ledger.rows("SELECT * FROM image WHERE patient_key = ?", the_key(site))
     assert {row["state"] for row in mine} == {"labelled", "predicted", "rejected"}
@@ -137,6 +148,7 @@ def test_no_byte_of_the_patient_is_left_and_the_others_lose_nothing(lived_in):
         assert ledger.rows("SELECT * FROM image WHERE patient_key IS NOT NULL ORDER BY id") == others
         assert all(site.store.path(row["original"]).exists() for row in others)
         assert ledger.value("SELECT count(*) FROM prediction") == scores - said["predictions"] == len(others)
+        assert ledger.value("SELECT study_uid FROM pulled") == str(film(20).StudyInstanceUID)
         gone = [row["id"] for row in ledger.rows("SELECT id FROM image WHERE reason = 'forgotten'")]
         assert len(gone) == said["films"] == 6  # one corrected, one lateral, one unreadable among them
         for table in forget.of_a_film(ledger):
