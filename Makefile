@@ -31,8 +31,8 @@ peers:
 	  && command -v dciodvfy >/dev/null && command -v systemd-analyze >/dev/null && command -v sqlite3 >/dev/null; then echo "peers: all here"; \
 	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	  apt-get update -q && DEBIAN_FRONTEND=noninteractive \
-	  apt-get install -q -y --no-install-recommends dcmtk orthanc orthanc-dicomweb dicom3tools systemd sqlite3; \
-	else echo "peers: need root and apt: apt-get install dcmtk orthanc orthanc-dicomweb dicom3tools systemd sqlite3"; fi
+	  apt-get install -q -y --no-install-recommends dcmtk orthanc orthanc-dicomweb dicom3tools systemd sqlite3 openssl; \
+	else echo "peers: need root and apt: apt-get install dcmtk orthanc orthanc-dicomweb dicom3tools systemd sqlite3 openssl"; fi
 
 # One stamp: the environment is rebuilt when pyproject.toml changes, and only then.
 .venv/ready: pyproject.toml

@@ -17,6 +17,7 @@ PEERS = {
     "dicom3tools": ("dciodvfy",),
     "systemd": ("systemd-analyze",),
     "sqlite3": ("sqlite3",),
+    "openssl": ("openssl",),
 }
 HINT = "make peers"
 not_run: list[str] = []

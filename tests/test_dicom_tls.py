@@ -1,5 +1,6 @@
 """TLS on the port: which certificates are taken at the start, which peers get in, and that no silent one holds up others."""
 
+import shlex
 import socket
 import ssl
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from appliance import Appliance
@@ -293,6 +295,30 @@ def test_paths_of_certificates_count_from_the_site_folder(tmp_path):
     settings.write_text(text.replace('tls_key = ""', 'tls_key = "keys/node.key"'))
     identity = network.identity(Site(settings.parent, load(settings)))
     assert identity == Identity(settings.parent / "keys/node.crt", settings.parent / "keys/node.key")
+
+
+# The handbook
+
+
+def commands(page):
+    """The words of every `openssl` and `echoscu +tls` line of the operating manual."""
+    lines = [line for line in page.splitlines() if line.startswith(("openssl ", "echoscu +tls"))]
+    assert len(lines) == 2
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.peer("dcmtk", "openssl")
+def test_the_commands_of_the_manual_make_a_certificate_that_serves_and_let_a_pacs_in(node, tmp_path):
+    page = Path(__file__).parent.parent / "docs" / "operating.md"
+    openssl, echoscu = commands(page.read_text("utf-8"))
+    for name in ("node", "pacs"):
+        mine = [word.replace("node.", f"{name}.") for word in openssl]
+        subprocess.run(mine, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    us = Identity(tmp_path / "node.crt", tmp_path / "node.key", tmp_path / "pacs.crt")
+    assert check(us) > 800
+    listener, _ = node(us)
+    here = ["127.0.0.1", str(listener.port)]
+    subprocess.run([*echoscu[:-2], *here], cwd=tmp_path, check=True, capture_output=True, timeout=60)
 
 
 # dcmtk
