@@ -40,7 +40,7 @@ def decode(ds: Dataset) -> np.ndarray:
     parts = items(ds["PixelData"].value)
     frame = b"".join(parts[1:])  # the first item is the offset table
     if syntax == RLE:
-        return _integers(decode_rle(frame, rows, columns, allocated), bits, aligned, signed)
+        return _integers(_rle(ds, frame, rows, columns, allocated), bits, aligned, signed)
     if syntax not in DECODERS:
         raise ValueError(f"TransferSyntaxUID (0002,0010) = {syntax}: a syntax we don't decode")
     values = _codestream(ds, frame, syntax, rows, columns)
@@ -60,6 +60,17 @@ def _native(ds: Dataset, syntax: str, rows: int, columns: int, allocated: int) -
         data = np.frombuffer(data[: needed + needed % 2], "<u2").byteswap().tobytes()
     dtype = "u1" if allocated == 8 else ">u2" if big else "<u2"
     return np.frombuffer(data, dtype, rows * columns).reshape(rows, columns)
+
+
+def _rle(ds: Dataset, frame: bytes, rows: int, columns: int, allocated: int) -> np.ndarray:
+    try:
+        return decode_rle(frame, rows, columns, allocated)
+    except (RuntimeError, ValueError):  # sloppy encoders leave more in a segment than fits, which pydicom cuts off;
+        # pylibjpeg-rle panics there, and a panic is no Exception
+        try:
+            return pixel_array(ds, raw=True, decoding_plugin="pydicom").reshape(rows, columns)
+        except HOSTILE as error:
+            raise ValueError("PixelData (7FE0,0010): no decoder could read the RLE frame") from error
 
 
 def _codestream(ds: Dataset, frame: bytes, syntax: str, rows: int, columns: int) -> np.ndarray:

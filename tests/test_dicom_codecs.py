@@ -1,5 +1,6 @@
 """Stored values out of every syntax: against other decoders, and against what was encoded."""
 
+import struct
 import subprocess
 
 import imagecodecs
@@ -175,6 +176,26 @@ def test_rle_that_is_too_short_is_refused():
     ds.Rows = ds.Columns = 128
     with pytest.raises(ValueError):
         decode(ds)
+
+
+def rle_frame(segments, tail=b""):
+    """An RLE frame of these segments (PS3.5 G), its header first."""
+    starts = np.cumsum([64, *(len(segment) for segment in segments)])[:-1].tolist()
+    return struct.pack("<16L", len(segments), *starts, *[0] * (15 - len(segments))) + b"".join(segments) + tail
+
+
+@pytest.mark.parametrize(
+    ("extra", "tail"), [(b"", b""), (b"\0\0", b""), (b"\x80\x80", b""), (b"\xf0\0", b""), (b"", b"\0" * 10)]
+)
+def test_rle_segments_that_hold_more_than_fits_are_read_as_far_as_they_fit(tmp_path, extra, tail):
+    ds = film(1, 96, 12)
+    ds.compress(RLELossless, generate_instance_uid=False)
+    frame = items(ds.PixelData)[1]
+    first, second = struct.unpack("<LL", frame[4:12])
+    sloppy = rle_frame([frame[first:second] + extra, frame[second:] + extra], tail)
+    assert (decode(again(encapsulated(ds, RLE, sloppy), tmp_path)) == chest(96, 1, 12)).all()
+    with pytest.raises(ValueError, match="no decoder could read the RLE frame"):
+        decode(encapsulated(ds, RLE, rle_frame([frame[first:second], frame[second:-400]])))
 
 
 def test_bits_outside_the_stored_ones_are_cut_off():
