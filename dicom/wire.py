@@ -90,9 +90,10 @@ class Wire:
         self._parts = []
 
     def discard(self) -> None:
-        """Read and forget whatever there is. Raises Gone."""
-        self._start = self._end = 0
-        self._parts = []
+        """Forget what was read; where that is nothing, read and forget what there is. Raises Gone."""
+        if self.pending:
+            self._start = self._end = 0
+            return
         try:
             if not self._socket().recv_into(self._buffer):
                 raise Gone
