@@ -55,9 +55,9 @@ def _waiting(ledger: Ledger, table: str) -> list[Row]:
 
 
 def pack(heat: np.ndarray) -> bytes:
-    """.npy of uint8 [F, g, g] from float [F, g, g]: each map over its own range, which is all that a picture shows."""
-    low, high = heat.min((1, 2), keepdims=True), heat.max((1, 2), keepdims=True)
-    scaled = (heat - low) / np.where(high > low, high - low, 1)
+    """.npy of uint8 [F, g, g] from float [F, g, g]: what speaks for each finding, over its own largest value."""
+    speaks_for = np.nan_to_num(heat).clip(min=0)
+    scaled = speaks_for / np.maximum(speaks_for.max((1, 2), keepdims=True), np.finfo(np.float32).tiny)
     body = io.BytesIO()
     np.save(body, np.round(scaled * 255).astype(np.uint8), allow_pickle=False)
     return body.getvalue()

@@ -66,8 +66,8 @@ def sheet(panels: Sequence[tuple[Score, np.ndarray]], said: Scored) -> np.ndarra
         page.paste(Image.fromarray(pixels), (x, y))
         _line(pen, font, x, y + SIDE, f"{score.finding} {score.probability:.2f}  (threshold {score.threshold:.2f})")
     end = (SIDE + STRIP) * rows
-    _line(pen, font, 0, end, NOTICE, "yellow")
-    _line(pen, font, 0, end + STRIP, f"cxrloop model bundle {said.bundle}; red is where the score comes from")
+    _line(pen, font, 0, end, f"cxrloop: {NOTICE}", "yellow")
+    _line(pen, font, 0, end + STRIP, f"model bundle {said.bundle}; red speaks for the finding")
     return np.asarray(page)
 
 

@@ -1,10 +1,12 @@
 """The outbox: every result arrives once, whatever happens on the way, and what is refused for good is kept and shown."""
 
+import io
 import random
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from answers import Archive, text_of
 from pacs import free_port
@@ -301,3 +303,9 @@ def test_new_films_are_scored_before_those_to_be_scored_again(site):
         predict.step(site, ledger, Served(site, ledger))  # type: ignore[arg-type]
         assert ledger.value("SELECT max(image) FROM prediction") == 2
         assert ledger.value("SELECT count(*) FROM score_again") == 1
+
+
+def test_a_packed_heatmap_keeps_what_speaks_for_a_finding_and_drops_what_speaks_against_it():
+    heat = np.array([[[-5.0, 0.0], [1.0, 2.0]], [[-1.0, -2.0], [-3.0, -4.0]], [[np.nan, 1.0], [1.0, 1.0]]], np.float32)
+    packed = np.load(io.BytesIO(predict.pack(heat)))
+    assert packed.tolist() == [[[0, 0], [128, 255]], [[0, 0], [0, 0]], [[0, 255], [255, 255]]]
