@@ -157,6 +157,21 @@ def test_no_byte_of_the_patient_is_left_and_the_others_lose_nothing(lived_in):
         assert audit.verify(ledger, site.root / "audit.heads", site.key("signing.pub"))["ok"]
 
 
+def test_the_database_s_free_space_holds_nothing_either(site):
+    """Many rows, so that pages become free, and an SQLite that doesn't wipe what it deletes."""
+    key = the_key(site)
+    with site.ledger() as ledger:
+        ledger.db.execute("PRAGMA secure_delete = OFF")
+        with ledger.transaction():
+            for n in range(300):
+                ledger.insert(
+                    "image", sha256=f"{n:064x}", state="stored", sop_uid=f"1.2.77777.{n}", study_uid="1.2.88888.1", patient_key=key,
+                    file=FILE, received_at="", stored_at="", original=f"originals/00/{n:064x}.dcm", plate=f"plates/00/{n:064x}.npy",
+                )  # fmt: skip
+        assert forget.forget(site, ledger, [key], *WHO, refuse=False)["state"] == "done"
+    assert found(site, [b"1.2.77777", b"1.2.88888", FILE.encode(), key.encode(), b"originals/00"]) == []
+
+
 def test_what_went_is_said_before_and_after_in_the_same_numbers(lived_in):
     site, _ = lived_in
     with site.ledger() as ledger:
