@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from agent import __version__, audit, cli_care, cli_films, cli_models, cli_rounds, config, out
+from agent import __version__, audit, cli_care, cli_films, cli_models, cli_pull, cli_rounds, config, out
 from agent.cli_films import Config, Json, opened
 from agent.errors import Problem
 from agent.site import Site, init
@@ -202,6 +202,7 @@ def common(version: Annotated[bool, typer.Option("--version", callback=_version,
 app.add_typer(show, name="config")
 cli_films.register(app)
 cli_care.register(app)
+cli_pull.register(app)
 cli_rounds.register(app)
 cli_models.register(app)
 app.add_typer(trail, name="audit")

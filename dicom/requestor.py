@@ -4,6 +4,7 @@ Knows no service: which contexts are asked for, and what is said on them, is the
 """
 
 import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,26 @@ class Bounds:
         self._taken = 0
 
 
+class Rest:
+    """In place of the library's reactor checkpoint: its thread stays here while we ask.
+
+    Paused by the library's own means it may already be past the checkpoint, and then takes an answer for itself.
+    """
+
+    def __init__(self) -> None:
+        self.arrived, self.over = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        """Called by the reactor, each time round."""
+        self.arrived.set()
+        self.over.wait()
+
+    def set(self) -> None:
+        """Nothing: only the end of the association ends the rest."""
+
+    clear = set
+
+
 @contextmanager
 def associated(
     peer: Peer, contexts: list[PresentationContext], roles: list[Any] | None = None, handlers: list[Any] | None = None
@@ -86,12 +107,18 @@ def associated(
         raise Unreachable(f"{peer}: no address is known for this host name") from None
     if not association.is_established:
         raise _refusal(peer, association, bounds)
+    rest = Rest()
+    association._reactor_checkpoint = cast(Any, rest)
+    while association.is_alive() and not rest.arrived.wait(0.1):
+        pass
     try:
         yield association, bounds
+        association.release()
     except BaseException:
         association.abort()
         raise
-    association.release()
+    finally:
+        rest.over.set()
 
 
 def _refusal(peer: Peer, association: Association, bounds: Bounds) -> Exception:

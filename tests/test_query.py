@@ -398,6 +398,16 @@ def test_a_pdu_of_four_gigabytes_is_not_waited_for():
             to(server.getsockname()[1]).greet()
 
 
+def test_nobody_else_takes_an_answer_while_we_ask(pacs, tmp_path):
+    with to(pacs(get=gets(film())), Inbox(tmp_path, 0)).session() as session:
+        session.fetch(ASKED)
+        queue = session.association.dimse.msg_queue
+        queue.put((1, film()))
+        time.sleep(0.05)  # fifty rounds of the library's reactor, were it not at rest
+        assert queue.qsize() == 1
+        queue.get()
+
+
 # DICOMweb servers that misbehave, over real HTTP
 
 
