@@ -28,7 +28,8 @@ bench: .venv/ready
 peers:
 	@if command -v dcmsend >/dev/null && { command -v Orthanc || test -x /usr/sbin/Orthanc; } >/dev/null \
 	  && test -e /usr/share/orthanc/plugins/libOrthancDicomWeb.so \
-	  && command -v dciodvfy >/dev/null && command -v systemd-analyze >/dev/null && command -v sqlite3 >/dev/null; then echo "peers: all here"; \
+	  && command -v dciodvfy >/dev/null && command -v systemd-analyze >/dev/null && command -v sqlite3 >/dev/null \
+	  && command -v openssl >/dev/null; then echo "peers: all here"; \
 	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	  apt-get update -q && DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -q -y --no-install-recommends dcmtk orthanc orthanc-dicomweb dicom3tools systemd sqlite3 openssl; \

@@ -23,7 +23,7 @@ from dicom import commitment, tls
 from dicom.commitment import CLASS_CONFLICT, NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS, Pending, Request
 from dicom.image import COMPUTED_RADIOGRAPHY, SECONDARY_CAPTURE
 from dicom.part10 import EXPLICIT_LE
-from dicom.sender import COMMITMENT_INSTANCE, STORAGE_COMMITMENT, echo, send
+from dicom.sender import COMMITMENT_INSTANCE, STORAGE_COMMITMENT, echo, report_commitment, send
 
 ABSENT = (SECONDARY_CAPTURE, "1.2.3.4.5.6.7.8.9")
 
@@ -349,6 +349,24 @@ def test_kill_9_between_the_answer_and_the_report_loses_no_request(tmp_path):
         serving.kill()
         serving.wait()
         pacs.close()
+
+
+def test_a_peer_that_hangs_up_at_once_or_refuses_the_role_does_not_hold_up_the_reports(monkeypatch):
+    monkeypatch.setattr("dicom.sender.TIMEOUT", 3)
+    about = commitment.event_information(Request("PACS", "1.2.3", (ABSENT,), 0), [NO_SUCH_INSTANCE])
+    for handlers, roles in (
+        ([(evt.EVT_ESTABLISHED, lambda event: event.assoc.abort())], {"scu_role": False, "scp_role": True}),
+        ([(evt.EVT_N_EVENT_REPORT, lambda event: event.assoc.abort())], {"scu_role": False, "scp_role": True}),
+        ([], {"scu_role": True, "scp_role": False}),
+    ):
+        entity = AE("PACS")
+        entity.add_supported_context(STORAGE_COMMITMENT, EXPLICIT_LE, **roles)
+        server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+        began = time.monotonic()
+        where = ("127.0.0.1", server.server_address[1])
+        assert report_commitment(about, commitment.SOME_FAILED, *where, "PACS", "CXRLOOP") is None
+        assert time.monotonic() - began < 10  # seconds; a wait in vain would have no end
+        server.shutdown()
 
 
 def engine(folder, report, held=lambda references: [SUCCESS] * len(references)):
