@@ -3,6 +3,7 @@
 Bytes in, bytes out, always Implicit VR Little Endian; knows no socket, no data set and no judgement.
 """
 
+import re
 import struct
 from dataclasses import dataclass
 
@@ -67,7 +68,8 @@ def store_response(command: Command, status: int, comment: str = "") -> bytes:
     body += element(0x0800, struct.pack("<H", NO_DATA_SET))
     body += element(0x0900, struct.pack("<H", status))
     if comment:
-        body += element(0x0902, padded(comment[:64].encode("ascii", "replace").decode(), b" "))
+        plain = re.sub(r"[^ -\[\]-~]", "?", comment[:64])  # LO: no backslash, no control characters
+        body += element(0x0902, padded(plain, b" "))
     body += element(0x1000, padded(command.sop_uid, b"\0"))
     return element(0, struct.pack("<L", len(body))) + body
 

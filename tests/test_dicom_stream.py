@@ -1,0 +1,306 @@
+"""The data set's way from socket to file: any cut of the bytes, deadlines, and pynetdicom's own tests over our reading."""
+
+import logging
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pynetdicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pacs import data_set, film, wait_for
+from pydicom.uid import UID as Uid
+from pynetdicom.dimse_messages import C_STORE_RQ, C_STORE_RSP
+from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.dsutils import decode
+from scu import A_ABORT, A_ASSOCIATE_AC, COMMAND, IMPLICIT, LAST, VERIFICATION, Scu, command, echoes
+
+from dicom.command import C_STORE_RQ as STORE
+from dicom.command import Command, p_data, parse, pdv, store_response
+from dicom.image import DIGITAL_XRAY_PRESENTATION as DX
+from dicom.inbox import Inbox
+from dicom.listener import Listener, Node
+from dicom.part10 import EXPLICIT_LE
+from dicom.refusals import WINDOW, Refusals
+
+GOOD = film(3, side=400, bits=12)
+DATA, UID = data_set(GOOD), str(GOOD.SOPInstanceUID)
+
+
+@pytest.fixture
+def node(tmp_path):
+    running = []
+
+    def start(**settings):
+        inbox = Inbox(tmp_path / "inbox", 0)
+        listener = Listener(Node(port=0, **settings), inbox)
+        listener.start()
+        running.append(listener)
+        return listener, inbox
+
+    yield start
+    for listener in running:
+        listener.stop()
+
+
+def everything(inbox):
+    return sorted(path.name for path in inbox.folder.rglob("*") if path.is_file())
+
+
+# The library underneath
+
+
+def test_the_library_is_the_one_whose_reading_was_replaced():
+    assert pynetdicom.__version__ == "3.0.4"  # another one: run its test_dul, test_fsm and test_assoc over our stream
+
+
+def test_pynetdicoms_own_tests_pass_over_our_reading(tmp_path):
+    here, plugins = Path(__file__).parent, ["-p", "stream_everywhere", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *plugins, "--pyargs", "pynetdicom.tests.test_dul"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+# Commands
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 0xFFFF), st.from_regex(r"[12](\.[1-9][0-9]{0,9}){1,5}", fullmatch=True))
+def test_a_request_is_read_as_pynetdicom_writes_it(number, uid):
+    request = C_STORE()
+    request.MessageID, request.Priority = number, 2
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = Uid(DX), Uid(uid)
+    message = C_STORE_RQ()
+    message.primitive_to_message(request)
+    (sent,) = list(message.encode_msg(1, 16384))
+    assert parse(sent.presentation_data_value_list[0][1][1:]) == Command(STORE, False, number, DX, uid)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 0xFFFF), st.sampled_from([0, 0xA700, 0xC000]), st.text(max_size=90))
+def test_a_response_is_what_pynetdicom_reads(number, status, why):
+    message = C_STORE_RSP()
+    message.encoded_command_set.write(store_response(Command(STORE, True, number, DX, "1.2.3"), status, why))
+    message.command_set = decode(message.encoded_command_set, True, True)
+    found = message.command_set
+    assert (found.MessageIDBeingRespondedTo, found.Status, found.CommandField) == (number, status, 0x8001)
+    assert (found.AffectedSOPClassUID, found.AffectedSOPInstanceUID) == (DX, "1.2.3")
+    assert len(found.get("ErrorComment", "") or "") <= 64
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_the_command_reader_fail_otherwise_than_by_a_value_error(noise):
+    try:
+        parse(noise)
+    except ValueError:
+        return
+
+
+# Fragments
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory):
+    """One listener for many small cases, and its inbox."""
+    inbox = Inbox(tmp_path_factory.mktemp("standing"), 0)
+    listener = Listener(Node(port=0), inbox)
+    listener.start()
+    yield listener, inbox
+    listener.stop()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_a_film_arrives_byte_for_byte_however_it_is_cut_into_values_pdus_and_packets(standing, data):
+    listener, inbox = standing
+    whole = command(1, DX, UID)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(DATA)), max_size=6)))
+    edge = data.draw(st.integers(0, len(whole)))
+    values = [pdv(1, 1, whole[:edge]), pdv(1, COMMAND, whole[edge:])]
+    bounds = [0, *cuts, len(DATA)]
+    for n, (first, last) in enumerate(pairwise(bounds)):
+        for at in range(first, max(last, first + 1), 60_000):
+            final = n == len(bounds) - 2 and at + 60_000 >= last
+            values.append(pdv(1, LAST if final else 0, DATA[at : min(at + 60_000, last)]))
+    wire, pack = b"", data.draw(st.integers(1, 2))
+    for at in range(0, len(values), pack):
+        wire += p_data(b"".join(values[at : at + pack]))
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE)])
+        packets = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=4)))
+        for first, last in zip([0, *packets], [*packets, len(wire)], strict=True):
+            scu.say(wire[first:last])
+        assert scu.status() == 0
+    (path,) = inbox.waiting()
+    assert path.read_bytes().endswith(DATA)
+    path.unlink()
+
+
+def test_echo_and_films_share_an_association(node):
+    listener, inbox = node()
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE), (VERIFICATION, IMPLICIT)])
+        for _ in range(3):
+            assert scu.echo(context=3) == 0
+            assert scu.store(DATA, DX, UID) == 0
+        assert scu.release()
+    assert len(inbox.waiting()) == 3
+
+
+def test_requests_sent_before_the_answer_are_answered_in_order(node):
+    listener, inbox = node()
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE), (VERIFICATION, IMPLICIT)])
+        scu.begin(DX, UID)
+        scu.data(DATA)
+        scu.begin(DX, "1.2.3")
+        scu.data(DATA)
+        scu.say(p_data(pdv(3, COMMAND, command(0x30, VERIFICATION, has_data=False))))
+        assert [scu.status(), scu.status(), scu.status()] == [0, 0xA900, 0]
+        assert scu.release()
+    assert len(inbox.waiting()) == 1
+
+
+OUT_OF_TURN = {
+    "data without a command": pdv(1, LAST, b"abc"),
+    "a command within a data set": pdv(1, COMMAND, command(1, DX, UID)) + pdv(1, COMMAND, command(1, DX, UID)),
+    "data of another context": pdv(1, COMMAND, command(1, DX, UID)) + pdv(3, LAST, DATA[:100]),
+    "a command that is no command": pdv(1, COMMAND, b"\1\2\3"),
+    "a context that was not accepted": pdv(99, COMMAND, command(1, DX, UID)),
+    "a value longer than its PDU": struct.pack(">LBB", 500, 1, 0) + b"abc",
+    "a value of no length": struct.pack(">LBB", 0, 1, 0),
+    "bytes after the last value": pdv(1, COMMAND, command(1, DX, UID)) + b"\0\0",
+    "a command without end": pdv(1, 1, b"\0" * 65_000) + pdv(1, 1, b"\0" * 65_000),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_TURN)
+def test_values_out_of_turn_are_an_abort_by_the_provider(node, name):
+    listener, inbox = node()
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE), (DX, EXPLICIT_LE)])
+        scu.say(p_data(OUT_OF_TURN[name]))
+        kind, rest = scu.hear() or (0, b"")
+        assert (kind, rest[2]) == (A_ABORT, 2)
+        assert scu.ends(3)
+    assert wait_for(lambda: everything(inbox) == [])
+    assert echoes(listener.port)
+
+
+def test_a_message_for_the_library_has_a_bound_too(node):
+    listener, _ = node()
+    with Scu(listener.port) as scu:
+        scu.associate([(VERIFICATION, IMPLICIT)])
+        scu.say(p_data(pdv(1, COMMAND, command(0x20, VERIFICATION))))  # a C-FIND without end
+        with pytest.raises(OSError):
+            for _ in range(200):
+                scu.say(p_data(pdv(1, 0, b"x" * 100_000)))
+                time.sleep(0.001)
+    assert echoes(listener.port)
+
+
+# Time
+
+
+def test_a_sender_that_drips_loses_its_seat(node):
+    listener, inbox = node(stall=1, max_associations=1)
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE)])
+        scu.begin(DX, UID)
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - began < 10:
+                scu.say(p_data(pdv(1, 0, b"x")))  # whole PDUs, each in time: it is the pace that is wrong
+                time.sleep(0.1)
+        assert time.monotonic() - began < 5
+    assert wait_for(lambda: echoes(listener.port))
+    assert everything(inbox) == []
+
+
+def test_a_sender_that_stops_in_the_middle_loses_its_seat(node):
+    listener, inbox = node(stall=1)
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE)])
+        scu.begin(DX, UID)
+        scu.data(DATA[:200_000], last=False)
+        assert scu.hear() == (A_ABORT, bytes([0, 0, 2, 0]))
+    assert wait_for(lambda: everything(inbox) == [])
+
+
+def test_a_slow_line_keeps_its_seat(node):
+    listener, inbox = node(stall=1)
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE)])
+        scu.begin(DX, UID)
+        for at in range(0, len(DATA), 20_000):
+            scu.data(DATA[at : at + 20_000], last=at + 20_000 >= len(DATA))
+            time.sleep(0.2)
+        assert scu.status() == 0
+    assert len(inbox.waiting()) == 1
+
+
+def test_an_association_that_says_nothing_is_ended(node):
+    listener, _ = node(idle=1)
+    with Scu(listener.port) as scu:
+        assert scu.associate([(DX, EXPLICIT_LE)]) == A_ASSOCIATE_AC
+        assert scu.store(DATA, DX, UID) == 0
+        assert scu.ends(5)
+
+
+def test_stopping_ends_a_transfer_that_stands_still(node):
+    listener, inbox = node()
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE)])
+        scu.begin(DX, UID)
+        scu.data(DATA[:100_000], last=False)
+        assert wait_for(lambda: everything(inbox))
+        stopping = threading.Thread(target=listener.stop)
+        stopping.start()
+        assert scu.ends(9)
+        stopping.join(9)
+    assert wait_for(lambda: everything(inbox) == [])
+
+
+# Refusals
+
+
+def test_every_refusal_is_counted_and_a_flood_is_two_lines(node, caplog):
+    listener, _ = node()
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE)])
+        assert {scu.store(DATA[:300], DX, UID) for _ in range(100)} == {0xC000}
+    assert wait_for(lambda: listener.refusals.totals == {"C000": 100})
+    assert len(caplog.records) == 1
+    listener.refusals.flush(time.monotonic() + WINDOW)
+    assert "refused 99 more from 127.0.0.1: 99 x C000" in caplog.text
+
+
+def test_a_peer_that_goes_quiet_is_forgotten_and_others_are_heard(caplog):
+    refusals = Refusals(logging.getLogger("cxrloop.listen"))
+    for second in range(3):
+        for peer in ("10.0.0.1", "10.0.0.2"):
+            refusals.note(peer, "A900", "because", now=float(second))
+    assert len(caplog.records) == 2
+    refusals.flush(now=WINDOW + 1.0)
+    refusals.flush(now=2 * WINDOW + 2.0)
+    refusals.note("10.0.0.1", "A900", "because", now=2 * WINDOW + 3.0)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "refused A900 from 10.0.0.1",
+        "refused A900 from 10.0.0.2",
+        "refused 2 more from 10.0.0.1",
+        "refused 2 more from 10.0.0.2",
+        "refused A900 from 10.0.0.1",
+    ]
+    assert refusals.totals == {"A900": 7}
