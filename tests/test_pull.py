@@ -85,6 +85,17 @@ def test_move_without_our_node_says_what_is_missing(site):
     assert "start `cxrloop serve`" in pull(site, "--from", "X@127.0.0.1:9", "--patient", "P1", "--how", "move", code=1)
 
 
+def test_move_from_a_peer_that_our_node_would_refuse_says_which_key(tmp_path):
+    site = make_site(tmp_path / "site", node={"allow_aet": ["CR1"]})
+    node = Listener(Node(port=site.config.node.port), site.inbox)
+    node.start()
+    assert "node.allow_aet lacks X" in pull(site, "--from", "X@127.0.0.1:9", "--patient", "P", "--how", "move", code=1)
+    assert "127.0.0.1 can't be reached from" in pull(
+        site, "--from", "CR1@10.1.2.3:9", "--patient", "P", "--how", "move", code=1
+    )
+    node.stop()
+
+
 def test_a_disk_under_the_watermark_is_not_filled(tmp_path):
     site = make_site(tmp_path / "site", retention={"refuse_free_mb": 1 << 40})
     said = pull(site, "--from", "X@127.0.0.1:9", "--patient", "P1", code=1)

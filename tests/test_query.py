@@ -14,13 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from certificates import authority
 from orthanc import Orthanc
 from pacs import data_set, film, free_port
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_context, evt
 
-from dicom import archive, web
+from dicom import archive, tls, web
 from dicom.archive import Busy, Film, Missing, Unreachable, Wanted
 from dicom.inbox import Inbox
 from dicom.listener import Listener, Node
@@ -408,6 +409,21 @@ def test_nobody_else_takes_an_answer_while_we_ask(pacs, tmp_path):
         queue.get()
 
 
+def test_over_tls_only_an_archive_whose_certificate_we_trust_is_asked(tmp_path):
+    hospital, stranger = authority(tmp_path), authority(tmp_path, "stranger")
+    theirs, ours = hospital.issue("pacs", hospital.pem), hospital.issue("us", hospital.pem)
+    entity = AE("PACS")
+    for model in ("1.2.840.10008.1.1", FIND, GET):
+        entity.add_supported_context(model)
+    server = entity.start_server(("127.0.0.1", 0), block=False, ssl_context=tls.serving(theirs))
+    port = server.socket.getsockname()[1]
+    Pacs(Peer("PACS", "localhost", port, tls=tls.to_peers(ours)), None, "get").greet()  # type: ignore[arg-type]
+    mistrusting = stranger.issue("us", stranger.pem)
+    with pytest.raises(Busy, match="its certificate is not trusted"):
+        Pacs(Peer("PACS", "localhost", port, tls=tls.to_peers(mistrusting)), None, "get").greet()  # type: ignore[arg-type]
+    server.shutdown()
+
+
 # DICOMweb servers that misbehave, over real HTTP
 
 
@@ -416,7 +432,7 @@ def http():
     """A server that answers each GET as a function of its path says: (status, headers, body or chunks)."""
     servers = []
 
-    def start(reply):
+    def start(reply, context=None):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 status, headers, body = reply(self)
@@ -433,6 +449,8 @@ def http():
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
+        if context:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}/dicom-web"
@@ -503,6 +521,15 @@ def test_the_token_is_sent(http):
 
     asks(http(reply), token="abc").greet()
     assert seen == ["Bearer abc"]
+
+
+def test_over_https_only_a_server_of_a_trusted_authority_is_asked(http, tmp_path):
+    hospital, stranger = authority(tmp_path), authority(tmp_path, "stranger")
+    url = http(always(200, JSON, b"[]"), tls.serving(hospital.issue("pacs"))).replace("http:", "https:")
+    asks(url, ca=hospital.pem, token="t").greet()
+    for ca in (stranger.pem, None):
+        with pytest.raises(Unreachable, match="--ca FILE"):
+            asks(url, ca=ca).greet()
 
 
 def study_json(n):
