@@ -39,6 +39,7 @@ def ls(site: Site, ledger: Ledger, state: str | None, limit: int) -> list[dict[s
             "bundle": row["bundle"],
             "file": row["file"],
             "superseded_by": row["superseded_by"],
+            "dropped_at": row["dropped_at"],
         }
         for row in rows
     ]
@@ -91,7 +92,7 @@ def _film(ledger: Ledger, uid: str) -> int:
 
 def _received(site: Site, limit: int) -> list[dict[str, Any]]:
     empty = dict.fromkeys(
-        ("image", "sop_uid", "study_uid", "patient_key", "reason", "view", "range", "bundle", "superseded_by")
+        ("image", "sop_uid", "study_uid", "patient_key", "reason", "view", "range", "bundle", "superseded_by", "dropped_at")
     )
     return [
         {
