@@ -205,7 +205,7 @@ def draw_figure(lines: list[dict], said: dict, target: Path) -> None:
     columns = list(dict.fromkeys((experiment, share) for experiment, share, _, _ in panels(said)))
     figure, axes = plt.subplots(2, len(columns), figsize=(4.6 * len(columns), 7), sharex=True, squeeze=False)
     for experiment, share, test, table in panels(said):
-        ax = axes[test == "external"][columns.index((experiment, share))]
+        ax = axes[int(test == "external")][columns.index((experiment, share))]
         found = cells(lines, experiment, float(share))
         for arm, result in table.items():
             by = result["auc_by_round"]

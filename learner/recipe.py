@@ -77,8 +77,10 @@ class Recipe:
     label_weight: float = 1.0
     replay: float = 0.0  # weight of distillation from the champion (the parent's model)
     refit: str = "none"  # the last correction: "none", "linear" (class head refitted on frozen features) or "graph"
-    average: str = "ema"  # candidates: "ema" = teacher, student; "wise" = half-way from the champion; "all",
-    # which adds their soup, the student's mean over the last fifth of the steps ("swa") and other shares of the champion
+    average: str = (
+        "ema"  # candidates: "ema" = teacher, student; "wise" = half-way from the champion; "least" = the champion
+    )
+    # with its head refitted, half-way, the teacher; "all" adds other shares, the soup and the mean of late steps ("swa")
     # -- pseudo-label (Martins & Silva) and kd (Ho & Gwak)
     kappa: float = 0.75  # share of films that get a pseudo-label, surest first
     finetune_epochs: int = 15
@@ -140,7 +142,7 @@ CHOICES = {
     "agree": ("none", "teacher", "heads", "soft"),
     "centring": ("centre", "sinkhorn"),
     "refit": ("none", "linear", "graph"),
-    "average": ("ema", "wise", "all"),
+    "average": ("ema", "wise", "least", "all"),
     "balance": ("none", "effective"),
     "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
 }
@@ -168,7 +170,7 @@ RECIPES: dict[str, Recipe] = {
     "evolve": Recipe(**{
         **_GREY, "name": "evolve", "method": "evolve", "pool": "both", "class_hidden": 0, "prototypes": 8192,
         "batch": 32, "lr": 5e-5, "t0_lr": 2e-5, "lam": 1.0, "ema_base": 0.99, "targets": "graph", "components": 32,
-        "replay": 0.25, "refit": "graph", "average": "wise", "rotate": 10.0, "pos_embed": "timm",
+        "replay": 0.25, "refit": "graph", "average": "least", "rotate": 10.0, "pos_embed": "timm",
     }),
     "pretrain": Recipe(**{
         **_GREY, "name": "pretrain", "method": "pretrain", "prototypes": 8192, "batch": 32, "lam": 1.0, "ibot": 1.0,

@@ -64,7 +64,9 @@ def test_every_signal_is_in_the_step(evolved):
 
 
 def test_the_chosen_candidate_is_named_and_is_what_is_served_and_kept(evolved):
-    assert card(evolved)["candidate"] in ("teacher", "student", "soup", "swa", "wise 0.25", "wise 0.5", "wise 0.75")
+    assert card(evolved)["candidate"] in (
+        "refit", "teacher", "student", "soup", "swa", "wise 0.25", "wise 0.5", "wise 0.75",
+    )  # fmt: skip
     assert card(evolved)["serve"] == "student"
 
 

@@ -2,7 +2,8 @@
 
 Films that look alike share labels along a neighbour graph of the model's own embeddings, rebuilt every round; a student
 learns these soft answers beside self-distillation, with labelled films in every step and the model before the round as
-an anchor. At the end the class head is fitted anew, and validation patients choose among the averages of weights.
+an anchor. At the end the class head is fitted anew, and the least change is kept that validation patients can't tell from
+the best.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from learner import linear
-from learner.average import settle, soup, wise
-from learner.calibrate import auc
+from learner.auc import Curve
+from learner.average import Weights, settle, soup, wise
+from learner.choice import least_change, macro_curve
 from learner.data import label_table
 from learner.evolve import evolve, take_mean
 from learner.graph import pseudo_labels
@@ -31,7 +33,6 @@ MIXES = (0.25, 0.5, 0.75)  # of champion and candidate, beside the two themselve
 PENALTY = 0.02  # ridge of a class head fitted on many soft answers
 FEW_PENALTY = 0.1  # and of one fitted on the labelled films alone
 LOST = 0.02  # macro AUC on validation: what a round may seem to lose by chance before it is taken back
-CHOICE = 5  # validation films of each class below which the average is taken as the recipe says
 
 
 def run(run: Run) -> None:
@@ -131,33 +132,49 @@ def refit(run: Run, network: Network) -> None:
 
 
 def choose(run: Run, final: State, champion: Network) -> str:
-    """Student, teacher, their averages over time and with the champion: the best on validation becomes the student."""
-    before, student, teacher = (net.state_dict() for net in (champion, final.student, final.teacher))
-    kinds = {"teacher": teacher, "student": student}
-    if run.recipe.average == "all":
-        kinds |= {"soup": soup([student, teacher]), "swa": take_mean(final)}
-        kinds |= {f"wise {a:g}": wise(before, teacher, a) for a in MIXES}
-    if run.recipe.average == "wise":
-        kinds = {"wise 0.5": wise(before, teacher, 0.5)}
+    """The student := the candidate that changes least, of those that validation can't tell from the best; its name.
+
+    Where validation has too few films it is the first; where all seem to do harm it is the champion.
+    """
+    kinds = candidates(run, final, champion)
     final.extra.clear()  # of no use after the round
     films = [film for film in run.round.of("validation") if film.labelled]
-    labels, best = label_table(films) if films else torch.empty(0, 1), -1.0
-    enough = bool(len(films)) and all(min((c == 0).sum(), (c == 1).sum()) >= CHOICE for c in labels.T)
-    name, kept = "", student
-    for kind, weights in kinds.items():
-        final.student.load_state_dict({k: v.clone() for k, v in weights.items()})
-        if kind not in ("student", "teacher"):
+    measured, weights = [], []
+    for kind, start in kinds.items():
+        final.student.load_state_dict({k: v.clone() for k, v in start.items()})
+        if kind not in ("refit", "student", "teacher"):
             settle(final.student.backbone, originals(run))
         refit(run, final.student)
-        value = quality(run, final.student, films, labels) if enough else 0.0
-        if value > best:
-            name, best, kept = kind, value, {k: v.clone() for k, v in final.student.state_dict().items()}
-        if not enough:
-            break  # the teacher: steadier than the student, and nothing here can tell them apart
-    if enough and quality(run, champion, films, labels) > best + LOST:
-        name, kept = "champion", before  # the round did harm: the gate will see the same model again
+        weights.append({k: v.clone() for k, v in final.student.state_dict().items()})
+        seen = quality(run, final.student, films)
+        if seen is None:
+            break
+        measured.append(seen)
+    place = least_change(measured) if measured else 0
+    name, kept = list(kinds)[place], weights[place]
+    if measured:
+        before = quality(run, champion, films)
+        assert before is not None
+        if before.value > max(one.value for one in measured) + LOST:
+            name, kept = "champion", champion.state_dict()  # the round did harm: the gate will see the same model again
     final.student.load_state_dict(kept)
     return name
+
+
+def candidates(run: Run, final: State, champion: Network) -> dict[str, Weights]:
+    """What may be kept, the least change first: see `average` in docs/learning.md."""
+    before, student, teacher = (net.state_dict() for net in (champion, final.student, final.teacher))
+    mixed = {f"wise {a:g}": wise(before, teacher, a) for a in MIXES}
+    match run.recipe.average:
+        case "least":
+            return {"refit": before, "wise 0.5": mixed["wise 0.5"], "teacher": teacher}
+        case "wise":
+            return {"wise 0.5": mixed["wise 0.5"]}
+        case "all":
+            means = {"soup": soup([student, teacher]), "swa": take_mean(final)}
+            return {"refit": before, **mixed, "teacher": teacher, **means, "student": student}
+        case _:
+            return {"teacher": teacher, "student": student}
 
 
 def originals(run: Run) -> Iterator[Tensor]:
@@ -166,8 +183,9 @@ def originals(run: Run) -> Iterator[Tensor]:
     yield from (feed.originals(rows) for rows in np.array_split(np.arange(films), -(-films // SCORED)))
 
 
-def quality(run: Run, network: Network, films: Sequence[Film], labels: Tensor) -> float:
-    """Macro AUC on these films."""
+def quality(run: Run, network: Network, films: Sequence[Film]) -> Curve | None:
+    """Macro AUC on these films with its error; None where a finding has too few of a class to choose by."""
+    if not films:
+        return None
     logits = network.cls_head(run.embeddings(network, films).to(run.device)).detach().cpu().numpy()
-    each = [auc(logits[:, i], labels[:, i].numpy()) for i in range(labels.shape[1])]
-    return sum(value or 0.0 for value in each) / len(each)
+    return macro_curve(logits, label_table(films).numpy(), [film.patient for film in films])
