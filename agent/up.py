@@ -120,7 +120,8 @@ def listen(site: Site, stop: threading.Event) -> None:
         lambda references: committed.held(site, references),
         lambda *report: network.report(site, *report),
     )
-    full = Watermark(lambda: free_bytes(site.root), site.config.retention.refuse_free_mb)
+    places = (site.root / "inbox", site.root / "store")  # one disk, or two
+    full = Watermark(lambda: min(map(free_bytes, places)), site.config.retention.refuse_free_mb)
     listener = Listener(node, site.inbox, services=(commitment.service,), full=full)
     listener.refusals.keep(folder / "refused.json")
     listener.start()
