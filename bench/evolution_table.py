@@ -16,8 +16,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 BOOTSTRAPS = 2000
-ORDER = ("supervised only", "pseudo-label", "frozen graph", "distl", "evolve, EMA", "evolve", "fully labelled")
-COLOURS = dict(zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#e08e79", "#c0392b", "#2e7d32"), strict=True))
+ORDER = ("supervised only", "pseudo-label", "frozen graph", "distl", "evolve", "fully labelled")
+COLOURS = dict(zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#c0392b", "#2e7d32"), strict=True))
 
 
 class Paired:
@@ -134,7 +134,7 @@ def arms(experiment: str, lines: list[dict], scores: Path, paired: Callable) -> 
 def ladder(lines: list[dict], scores: Path, paired: Callable) -> list[dict]:
     """Each rung at T=1: AUC on validation, on which parts are kept, and on the tests; the change to the whole recipe."""
     found = cells(lines, "ladder", 0.01)
-    whole = "+ half-way = evolve"
+    whole = "+ half-way"
     said = []
     for arm, of in found.items():
         draws = sorted(of)
@@ -144,7 +144,7 @@ def ladder(lines: list[dict], scores: Path, paired: Callable) -> list[dict]:
         both = [d for d in draws if arm != whole and d in found.get(whole, {})]
         if len(both) > 1:
             change = [of[d][1]["validation"] - found[whole][d][1]["validation"] for d in both]
-            row["validation minus evolve"] = [
+            row["validation minus the whole"] = [
                 round(float(np.mean(change)), 4),
                 round(float(np.std(change, ddof=1) / len(both) ** 0.5), 4),
             ]
@@ -154,7 +154,7 @@ def ladder(lines: list[dict], scores: Path, paired: Callable) -> list[dict]:
                 - test[d].auc(read(scores, "ladder", whole, 0.01, d, "internal", 1))
                 for d in both
             ]
-            row["internal minus evolve"] = dict(zip(("mean", "ci"), interval(np.array(differences)), strict=True))
+            row["internal minus the whole"] = dict(zip(("mean", "ci"), interval(np.array(differences)), strict=True))
         said.append(row)
     return said
 
@@ -192,7 +192,7 @@ def show(said: dict) -> None:
     if said["ladder"]:
         print("\nladder, 1 % labelled, T=1 (kept or not by validation)")
         for row in said["ladder"]:
-            change = row.get("validation minus evolve")
+            change = row.get("validation minus the whole")
             text = f"{change[0]:+.4f} +- {change[1]:.4f}" if change else ""
             print(
                 f"{row['arm']:34} n {row['draws']}  val {row['validation']:.4f} {text:18} internal {row['internal']:.4f} external {row['external']:.4f}"
