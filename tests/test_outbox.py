@@ -2,9 +2,11 @@
 
 import io
 import random
+import re
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from agent import outbox, predict, status, studies
 from agent.errors import Problem
 from agent.schema import FORGOTTEN
 from dicom.image import COMPREHENSIVE_SR, HEARTBEAT_ID, RESULT_UID_ROOT
+from dicom.sender import Sent
 from tests.conftest import make_site
 from tests.films import film, put, take_in
 from tests.models import FINDINGS, Served, add_model
@@ -309,3 +312,11 @@ def test_a_packed_heatmap_keeps_what_speaks_for_a_finding_and_drops_what_speaks_
     heat = np.array([[[-5.0, 0.0], [1.0, 2.0]], [[-1.0, -2.0], [-3.0, -4.0]], [[np.nan, 1.0], [1.0, 1.0]]], np.float32)
     packed = np.load(io.BytesIO(predict.pack(heat)))
     assert packed.tolist() == [[[0, 0], [128, 255]], [[0, 0], [0, 0]], [[0, 255], [255, 255]]]
+
+
+def test_the_conformance_statement_says_what_is_done_on_each_status():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "conformance.md").read_text("utf-8")
+    rows = re.findall(r"^\| ((?:0x[0-9A-F]{4}(?:, )?)+) \| (sent|waiting|failed)", page, re.M)
+    said = {int(code, 16): outcome for codes, outcome in rows for code in codes.split(", ")}
+    assert len(said) == 12
+    assert said == {code: outbox.judged(Sent(film(1), code))[0] for code in said}
