@@ -1,5 +1,6 @@
 """The PACS that our answers go to, in tests: a real Storage SCP in this process that keeps, counts, and refuses on demand."""
 
+import ssl
 from collections.abc import Callable
 
 from pydicom.dataset import Dataset
@@ -18,8 +19,9 @@ class Archive:
         port: int,
         verdict: Callable[[Dataset], int] = lambda ds: 0,
         classes: tuple[str, ...] = (ComprehensiveSRStorage, SecondaryCaptureImageStorage),
+        context: ssl.SSLContext | None = None,
     ):
-        self.port, self.verdict, self.classes = port, verdict, classes
+        self.port, self.verdict, self.classes, self.context = port, verdict, classes, context
         self.held: dict[str, Dataset] = {}
         self.arrivals: list[str] = []
         self.associations = 0
@@ -30,7 +32,9 @@ class Archive:
         for name in self.classes:
             entity.add_supported_context(name, ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"])
         handlers = [(evt.EVT_C_STORE, self._store), (evt.EVT_ACCEPTED, self._accepted)]
-        self.server = entity.start_server(("127.0.0.1", self.port), block=False, evt_handlers=handlers)
+        self.server = entity.start_server(
+            ("127.0.0.1", self.port), block=False, evt_handlers=handlers, ssl_context=self.context
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

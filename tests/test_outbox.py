@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from answers import Archive, text_of
+from certificates import authority
 from pacs import free_port
 
 from agent import outbox, predict, status, studies
 from agent.errors import Problem
 from agent.schema import FORGOTTEN
+from dicom import tls
 from dicom.image import COMPREHENSIVE_SR, HEARTBEAT_ID, RESULT_UID_ROOT
 from dicom.sender import Sent
 from tests.conftest import make_site
@@ -320,3 +322,25 @@ def test_the_conformance_statement_says_what_is_done_on_each_status():
     said = {int(code, 16): outcome for codes, outcome in rows for code in codes.split(", ")}
     assert len(said) == 12
     assert said == {code: outbox.judged(Sent(film(1), code))[0] for code in said}
+
+
+def test_results_go_over_tls_where_the_destination_says_so_and_to_no_stranger(tmp_path, port):
+    hospital = authority(tmp_path)
+    ours, theirs = hospital.issue("node", ca=hospital.pem), hospital.issue("pacs", ca=hospital.pem)
+    site = make_site(
+        tmp_path / "site",
+        site={"findings": list(FINDINGS)},
+        node={"tls_cert": str(ours.cert), "tls_key": str(ours.key), "tls_ca": str(hospital.pem)},
+        results={"sr": True, "destination": f"PACS@127.0.0.1:{port}/tls"},
+    )
+    stranger = authority(tmp_path, "elsewhere").issue("pacs", ca=hospital.pem)
+    with site.ledger() as ledger:
+        put(site, film(0))
+        take_in(site, ledger)
+        add_model(site, ledger, 1)
+        score(site, ledger)
+        with Archive(port, context=tls.serving(stranger)):
+            assert outbox.step(site, ledger, outbox.Line(site), NOW) == 0
+        with Archive(port, context=tls.serving(theirs)) as pacs:
+            assert outbox.step(site, ledger, outbox.Line(site), NOW) == 1
+            assert len(pacs.held) == 1
