@@ -58,10 +58,9 @@ def score_all(site: Site, ledger: Ledger) -> None:
         pass
 
 
-@pytest.fixture
-def site(tmp_path):
+def a_site(folder: Path) -> Site:
     return make_site(
-        tmp_path / "site",
+        folder,
         site={"findings": list(FINDINGS)},
         results={"sr": True, "sc": True, "destination": "PACS@127.0.0.1:1"},
         patients={"golden": 0.0, "golden_next": 0.0, "calibration": 0.0, "validation": 0.0},
@@ -69,8 +68,22 @@ def site(tmp_path):
 
 
 @pytest.fixture
-def lived_in(site):
-    """A site where the patient's films are in every place that a film can be in; (site, what must not be found after)."""
+def site(tmp_path):
+    return a_site(tmp_path / "site")
+
+
+@pytest.fixture
+def lived_in(whole_life, tmp_path):
+    """A copy of a site where the patient's films are in every place that a film can be in; what must not be found after."""
+    base, bits = whole_life
+    shutil.copytree(base.root, tmp_path / "site")
+    return Site.open(tmp_path / "site" / "appliance.toml"), bits
+
+
+@pytest.fixture(scope="module")
+def whole_life(tmp_path_factory):
+    """The site that `lived_in` copies, made once; (site, bits)."""
+    site = a_site(tmp_path_factory.mktemp("life") / "site")
     with site.ledger() as ledger:
         add_model(site, ledger, 1)
         corrected = theirs(3)
