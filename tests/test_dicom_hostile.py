@@ -25,6 +25,7 @@ from dicom.inbox import Inbox
 from dicom.ingest import Admission, examine
 from dicom.listener import Listener, Node
 from dicom.part10 import DEFLATED_LE, EXPLICIT_LE, IMPLICIT_LE
+from dicom.port import HALF_OPEN_PEER
 from dicom.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 
 DX, CR, CT = DIGITAL_XRAY_PRESENTATION, COMPUTED_RADIOGRAPHY, "1.2.840.10008.5.1.4.1.1.2"
@@ -268,6 +269,16 @@ def test_21_thirty_idle_connections_delay_nobody_and_are_hung_up_on(node):
     for one in idle:
         one.wire.close()
     assert listener.refusals.totals == {"silent": 30}
+
+
+def test_21_one_address_can_only_keep_so_many_silent_connections_and_they_end(node):
+    listener, _ = node(artim=2)
+    idle = [Scu(listener.port) for _ in range(HALF_OPEN_PEER)]
+    with Scu(listener.port) as one_more:
+        assert one_more.ends(1)
+    assert wait_for(lambda: echoes(listener.port))
+    for one in idle:
+        one.wire.close()
 
 
 def test_22_as_many_associations_as_configured_whatever_dead_connections_there_are(node):
