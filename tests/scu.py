@@ -76,12 +76,10 @@ class Scu:
         return data
 
     def associate(self, kinds: list[tuple[str, str]], called: str = "CXRLOOP", calling: str = "SCU") -> int:
-        """The type of the answer: A_ASSOCIATE_AC or A_ASSOCIATE_RJ; `self.answer` keeps the rest of it."""
+        """The type of the answer, 0 when the other side hung up instead; `self.answer` keeps the rest of it."""
         self.say(associate_rq(kinds, called, calling))
-        heard = self.hear()
-        assert heard is not None
-        self.answer = heard[1]
-        return heard[0]
+        kind, self.answer = self.hear() or (0, b"")
+        return kind
 
     def begin(self, sop_class: str, sop_uid: str, context: int = 1) -> None:
         """The command of a C-STORE."""
@@ -141,5 +139,8 @@ class Scu:
 
 def echoes(port: int) -> bool:
     """True when a fresh association gets its C-ECHO answered and its release confirmed."""
-    with Scu(port) as scu:
-        return scu.associate([(VERIFICATION, IMPLICIT)]) == A_ASSOCIATE_AC and scu.echo() == 0 and scu.release()
+    try:
+        with Scu(port) as scu:
+            return scu.associate([(VERIFICATION, IMPLICIT)]) == A_ASSOCIATE_AC and scu.echo() == 0 and scu.release()
+    except ConnectionError:
+        return False
