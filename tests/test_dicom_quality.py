@@ -113,11 +113,9 @@ def test_a_film_with_nothing_on_it_or_burnt_out_is_refused(chest):
     assert "saturated" in quality.fault(np.where(chest > 120, 255, 0).astype(np.uint8))
     assert "saturated" in quality.fault(np.zeros((512, 512), np.uint8))
     assert "noise" in quality.fault(rng.integers(60, 200, (512, 512), dtype=np.uint8))
-
-
-for side in (16, 32, 64):
-    patches = np.kron(rng.integers(60, 200, (side, side)), np.ones((512 // side, 512 // side)))
-    assert quality.fault(patches.astype(np.uint8)) is not None
+    for side in (16, 32, 64):
+        patches = np.kron(rng.integers(60, 200, (side, side)), np.ones((512 // side, 512 // side)))
+        assert quality.fault(patches.astype(np.uint8)) is not None
 
 
 def test_black_borders_do_not_count_as_clipped(chest):
