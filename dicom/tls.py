@@ -5,6 +5,7 @@ Knows no sockets and no DICOM.
 """
 
 import ssl
+import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +48,10 @@ def check(identity: Identity, now: datetime | None = None) -> int:
         raise BadCertificate(f"{identity.key}: not a private key (PEM)") from None
     if key.public_key() != own.public_key():
         raise BadCertificate(f"{identity.key} is not the key of {identity.cert}: name the pair that was made together")
+    if identity.key.stat().st_mode & stat.S_IROTH:
+        raise BadCertificate(
+            f"{identity.key}: every user of this machine can read it; chmod 600 it, and renew the pair"
+        )
     if identity.ca:
         for trusted in certificates(identity.ca):
             _in_time(trusted, identity.ca, now)

@@ -82,4 +82,5 @@ def _write(
     cert.write_bytes(made.public_bytes(Encoding.PEM))
     locked = BestAvailableEncryption(password) if password else NoEncryption()
     private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked))
+    private.chmod(0o600)
     return Identity(cert, private, ca)

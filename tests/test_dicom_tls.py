@@ -86,6 +86,13 @@ def test_each_thing_that_can_be_wrong_with_a_certificate_has_its_own_words(hospi
             check(identity)
 
 
+def test_a_key_that_everyone_can_read_is_refused(hospital):
+    identity = hospital.issue("node")
+    identity.key.chmod(0o644)
+    with pytest.raises(BadCertificate, match="chmod 600"):
+        check(identity)
+
+
 def test_a_certificate_of_next_year_is_a_matter_of_the_clock(hospital):
     with pytest.raises(BadCertificate, match="is the clock right"):
         check(hospital.issue("node"), datetime(2020, 1, 1, tzinfo=UTC))
