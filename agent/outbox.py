@@ -19,11 +19,12 @@ from agent.site import Site
 from deploy.bundle import Bundle, BundleRefused
 from dicom.image import COMPREHENSIVE_SR, SECONDARY_CAPTURE
 from dicom.part10 import HOSTILE, IMPLICIT_LE
-from dicom.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, Sent, deliver
+from dicom.sender import NO_ANSWER, NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, Sent, deliver
 
 KINDS = {"sr": (COMPREHENSIVE_SR, IMPLICIT_LE), "sc": (SECONDARY_CAPTURE, IMPLICIT_LE)}
 BATCH = 32  # results of one association: some seconds' work
 FIRST_S, LONGEST_S = 2.0, 300.0  # back-off: doubled from one to the other
+SILENCES = 3  # results in a row without an answer, 30 seconds each at worst: then it is the PACS, not they
 LATE = timedelta(minutes=10)  # after that a waiting result is an alert
 
 
@@ -75,7 +76,7 @@ def step(site: Site, ledger: Ledger, line: Line, now: datetime) -> int:
         return 0
     due = ledger.rows(
         "SELECT o.*, p.probabilities, p.at AS scored_at, i.sha256, i.original, i.plate, i.reason, i.dropped_at "
-        "FROM outbox o JOIN image i ON i.id = o.image "
+        "FROM outbox o INDEXED BY outbox_due JOIN image i ON i.id = o.image "  # thousands may wait: never sort them
         "JOIN prediction p ON p.image = o.image AND p.bundle = o.bundle "
         "WHERE o.state = 'waiting' AND o.due <= ? ORDER BY o.due, o.id LIMIT ?",
         utc(now), BATCH,
@@ -83,7 +84,7 @@ def step(site: Site, ledger: Ledger, line: Line, now: datetime) -> int:
     if not due:
         return 0
     peer = peers.parse(site.config.results.destination)
-    answered = 0
+    answered = silences = 0
     under_way: list[Row] = []
     try:
         context = network.wire(site, peer)
@@ -94,10 +95,13 @@ def step(site: Site, ledger: Ledger, line: Line, now: datetime) -> int:
             row = under_way.pop()
             if sent.why == NO_ASSOCIATION:
                 return answered + _away(line, ledger, row, f"{NO_ASSOCIATION} with {_named(peer)}", now)
-            line.failures = 0
-            answered += 1
-            state, why = judged(sent)
-            _move(ledger, row, state, why, now, line)
+            _move(ledger, row, *judged(sent), now, line)
+            if sent.why != NO_ANSWER:
+                line.failures = silences = 0
+                answered += 1
+            elif (silences := silences + 1) == SILENCES:
+                line.failed(now)
+                return answered
     except (OSError, Problem) as error:  # no such host; or our certificate has gone bad
         return answered + _away(line, ledger, due[0], f"{_named(peer)}: {error}", now)
     return answered

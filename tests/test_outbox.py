@@ -14,12 +14,13 @@ from answers import Archive, text_of
 from certificates import authority
 from pacs import free_port
 
-from agent import outbox, predict, status, studies
+from agent import audit, outbox, predict, status, studies
 from agent.errors import Problem
 from agent.schema import FORGOTTEN
 from dicom import tls
 from dicom.image import COMPREHENSIVE_SR, HEARTBEAT_ID, RESULT_UID_ROOT
 from dicom.sender import Sent
+from tests.appliance import Appliance
 from tests.conftest import make_site
 from tests.films import film, put, take_in
 from tests.models import FINDINGS, Served, add_model
@@ -203,6 +204,22 @@ def test_an_object_at_which_the_pacs_hangs_up_lets_the_others_pass(site, port):
         assert sorted(set(states(ledger))) == [("sc", "sent"), ("sr", "waiting")]
 
 
+def test_a_pacs_that_hangs_up_at_everything_is_left_alone_for_a_while(site, port):
+    def hang_up(ds):
+        pacs.server.active_associations[0].abort()
+        return 0
+
+    with answering(site, films=3) as (ledger, line):
+        with Archive(port, verdict=hang_up) as pacs:
+            assert outbox.step(site, ledger, line, NOW) == 0
+            assert len(pacs.arrivals) == outbox.SILENCES
+            assert outbox.step(site, ledger, line, NOW) == 0
+            assert len(pacs.arrivals) == outbox.SILENCES
+        with Archive(port) as pacs:
+            assert outbox.step(site, ledger, line, NOW + timedelta(seconds=3)) == 6
+            assert len(pacs.held) == 6
+
+
 def test_a_film_whose_original_is_gone_is_shown_and_blocks_no_other(site, port):
     with answering(site, films=2) as (ledger, line), Archive(port) as pacs:
         site.store.path(ledger.value("SELECT original FROM image ORDER BY id LIMIT 1")).unlink()
@@ -344,3 +361,32 @@ def test_results_go_over_tls_where_the_destination_says_so_and_to_no_stranger(tm
         with Archive(port, context=tls.serving(theirs)) as pacs:
             assert outbox.step(site, ledger, outbox.Line(site), NOW) == 1
             assert len(pacs.held) == 1
+
+
+def test_no_question_about_the_outbox_scans_what_was_sent(site):
+    asked = []
+    with site.ledger() as ledger:
+        ledger.db.conn.set_trace_callback(asked.append)
+        outbox.step(site, ledger, outbox.Line(site), NOW)
+        outbox.alerts(site, ledger, NOW)
+        with ledger.transaction():
+            ledger.run("INSERT INTO outbox VALUES (1, 1, 'b', 'sr', NULL, 'failed', 0, '2000', NULL, '2000', NULL)")
+        outbox.alerts(site, ledger, NOW)
+        studies.rerun(ledger, None, None, True, "test")
+        ledger.db.conn.set_trace_callback(None)
+        questions = [sql for sql in asked if "outbox" in sql and sql.startswith(("SELECT", "UPDATE outbox"))]
+        assert len(questions) >= 5
+        for sql in questions:
+            plan = [row["detail"] for row in ledger.rows(f"EXPLAIN QUERY PLAN {sql}")]
+            assert not [line for line in plan if line.startswith(("SCAN o", "USE TEMP B-TREE"))], (sql, plan)
+
+
+def test_the_commands_say_what_they_did(site):
+    with answering(site) as (ledger, _), ledger.transaction():
+        ledger.run("UPDATE outbox SET state = 'failed', why = 'status C000' WHERE kind = 'sr'")
+    appliance = Appliance(site)
+    assert appliance.ask("studies", "rerun", "--failed") == {"films": 0, "results": 1}
+    assert appliance.ask("studies", "rerun", "1", "--by", "Dr. A") == {"films": 1, "results": 0}
+    assert "give one of UID, --state or --failed" in appliance.ask("studies", "rerun", code=1)
+    with site.ledger() as ledger:
+        assert [entry["who"] for entry in audit.tail(ledger, 2)] == ["studies rerun", "Dr. A"]
