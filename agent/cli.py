@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -212,7 +213,9 @@ def main() -> None:
     """Entry point of the `cxrloop` command."""
     usage = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
     usage.exit_code = 1  # a wrong option is an error; 2 is kept for "refused by policy"
-    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # we say ourselves what a refused association means
+    for library in ("pynetdicom", "pydicom", "highdicom"):  # their messages print UIDs and values; ours don't
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=UserWarning, module="pydicom")
     app()
 
 

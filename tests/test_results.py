@@ -1,7 +1,9 @@
 """Report and heatmap of a scored film: whose they are, what they say, that they never come back, and that they are valid."""
 
 import subprocess
+import sys
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from dicom.ingest import examine
 from dicom.report import report
 from dicom.results import NOTICE, CantSay, Score, Scored, character_set, read_film, result_uid
 
+ROOT = Path(__file__).resolve().parent.parent
 SCORES = (Score("effusion", 0.8312, 0.41), Score("a finding of this site", 0.02, 0.3), Score("opacity", 1e-7, 0.5))
 AT = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
 SAID = Scored("ab" * 32, "0123456789ab", SCORES, AT, "d" * 64, "0.1.0")
@@ -240,3 +243,18 @@ def test_dcmtk_reads_the_report_as_a_valid_structured_report(tmp_path):
     done = subprocess.run(["dsrdump", str(path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Pleural effusion" in done.stdout
+
+
+def test_no_library_prints_a_uid_or_a_name_into_the_log_while_a_result_is_made(tmp_path):
+    header_of(
+        tmp_path, StudyInstanceUID=b"1.2.003.4", PatientName=b"Secret^" + b"x" * 80, PatientID=b"Secret" + b"y" * 70
+    )
+    code = (
+        "import logging; from pathlib import Path; logging.basicConfig(level='INFO')\n"
+        "from agent import cli; from dicom.report import report; from dicom.sender import _Film\n"
+        "from dicom.results import Score, Scored, read_film; from datetime import datetime, UTC\n"
+        "said = Scored('ab', 'b', (Score('effusion', .5, .5),), datetime.now(UTC), 'd', '0')\n"
+        f"cli.app = lambda: _Film(report(read_film(Path({str(tmp_path / 'film.dcm')!r})), said)); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
