@@ -29,7 +29,7 @@ from dicom.listener import Listener, Node
 from dicom.part10 import EXPLICIT_LE
 from dicom.refusals import WINDOW, Refusals
 
-GOOD = film(3, side=400, bits=12)
+GOOD = film(3, side=1000, bits=12)  # 2 MB: twice the buffer
 DATA, UID = data_set(GOOD), str(GOOD.SOPInstanceUID)
 
 
