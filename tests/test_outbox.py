@@ -3,6 +3,7 @@
 import io
 import random
 import re
+import sqlite3
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -79,6 +80,19 @@ def test_results_are_queued_with_the_score_and_arrive_over_one_association(site,
         studies_there = {ds.StudyInstanceUID for ds in pacs.held.values()}
         assert studies_there == {row["study_uid"] for row in ledger.rows("SELECT study_uid FROM image")}
         assert ledger.value("SELECT count(*) FROM outbox WHERE heatmap IS NOT NULL") == 0
+
+
+def test_a_score_and_its_results_are_written_together_or_not_at_all(site):
+    with site.ledger() as ledger:
+        ledger.db.execute(
+            "CREATE TRIGGER broken BEFORE INSERT ON outbox BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+        )
+        with pytest.raises(sqlite3.IntegrityError):
+            score(site, ledger)
+        assert ledger.value("SELECT count(*) FROM prediction") == 0
+        ledger.db.execute("DROP TRIGGER broken")
+        score(site, ledger)
+        assert (ledger.value("SELECT count(*) FROM prediction"), outbox.state(ledger)["waiting"]) == (1, 2)
 
 
 def test_what_is_sent_says_what_the_ledger_holds(site, port):
