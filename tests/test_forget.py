@@ -364,12 +364,14 @@ def test_films_that_the_intake_has_in_hand_are_forgotten_too(site):
                     errors.append(error)
                     return
 
-    worker = threading.Thread(target=take)
+    worker = threading.Thread(target=take, daemon=True)
     worker.start()
     with site.ledger() as ledger:
-        said = forget.forget(site, ledger, [the_key(site)], *WHO, refuse=False)
-        stop.set()
-        worker.join()
+        try:
+            said = forget.forget(site, ledger, [the_key(site)], *WHO, refuse=False)
+        finally:
+            stop.set()
+            worker.join()
         assert errors == []
         assert said["state"] == "done"
         assert ledger.value("SELECT count(*) FROM image WHERE patient_key IS NOT NULL") == 20
