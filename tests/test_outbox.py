@@ -263,6 +263,19 @@ def test_heartbeats_films_set_aside_and_corrected_versions_get_no_answer(site, p
             assert len(pacs.held) == 4
 
 
+def test_a_film_that_was_corrected_before_its_score_is_answered_under_the_new_header_alone(site):
+    old = film(60, patient="WRONG")
+    new = film(60, patient="RIGHT", sop_uid=old.SOPInstanceUID, study_uid=old.StudyInstanceUID)
+    with site.ledger() as ledger:
+        for version in (old, new):
+            put(site, version)
+            take_in(site, ledger)
+        score(site, ledger)
+        superseded = ledger.value("SELECT id FROM image WHERE superseded_by IS NOT NULL")
+        assert superseded not in {row["image"] for row in ledger.rows("SELECT image FROM outbox")}
+        assert outbox.state(ledger)["waiting"] == 4
+
+
 def test_a_forgotten_film_leaves_nothing_in_the_outbox(site):
     with answering(site) as (ledger, _):
         with ledger.transaction():

@@ -121,6 +121,10 @@ def test_what_we_made_is_refused_as_our_own_when_it_comes_back(tmp_path, kind):
     found = examine(save(result, tmp_path / "back.dcm"), KEY, Admission())
     assert found.outcome == "rejected"
     assert "one of our own results" in (found.reason or "")
+    result.ManufacturerModelName = "a router"
+    found = examine(save(result, tmp_path / "rebadged.dcm"), KEY, Admission())
+    assert "one of our own results" in (found.reason or "")
+    result.ManufacturerModelName = "CXRLOOP"
     result.SOPInstanceUID = result.file_meta.MediaStorageSOPInstanceUID = "1.2.3"  # a router gave it a new UID
     found = examine(save(result, tmp_path / "renamed.dcm"), KEY, Admission())
     assert "one of our own results" in (found.reason or "")
