@@ -65,7 +65,7 @@ def put(ledger: Ledger, image: int, bundle: str, wanted: tuple[str, ...], heat: 
             "INSERT INTO outbox (image, bundle, kind, state, heatmap, due, at) SELECT id, ?, ?, 'waiting', ?, ?, ? "
             "FROM image WHERE id = ? AND plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL "
             "ON CONFLICT (image, bundle, kind) DO UPDATE SET "
-            "state = 'waiting', heatmap = excluded.heatmap, attempts = 0, due = excluded.due, why = NULL",
+            "state = 'waiting', heatmap = excluded.heatmap, attempts = 0, due = excluded.due, at = excluded.at, why = NULL",
             bundle, kind, heat if kind == "sc" else None, at, at, image,
         )  # fmt: skip
 
@@ -170,7 +170,7 @@ def state(ledger: Ledger) -> dict[str, Any]:
     return {
         "waiting": counters["outbox waiting"],
         "failed": counters["outbox failed"],
-        "oldest": ledger.value("SELECT at FROM outbox WHERE state = 'waiting' ORDER BY id LIMIT 1"),
+        "oldest": ledger.value("SELECT at FROM outbox WHERE state = 'waiting' ORDER BY at LIMIT 1"),
     }
 
 
@@ -179,11 +179,11 @@ def alerts(site: Site, ledger: Ledger, now: datetime) -> list[tuple[str, str, bo
     found = []
     held = state(ledger)
     if held["oldest"] and now - when(held["oldest"]) > LATE:
-        why = ledger.value("SELECT why FROM outbox WHERE state = 'waiting' ORDER BY id LIMIT 1")
+        why = ledger.value("SELECT why FROM outbox WHERE state = 'waiting' ORDER BY at LIMIT 1")
         where = why or ("no results.destination is set" if not site.config.results.destination else "not yet answered")
         found.append(("results wait", f"{held['waiting']}, the oldest since {held['oldest']}: {where}", True))
     if held["failed"]:
-        last = ledger.row("SELECT * FROM outbox WHERE state = 'failed' ORDER BY id DESC LIMIT 1") or {}
+        last = ledger.row("SELECT * FROM outbox WHERE state = 'failed' ORDER BY at DESC LIMIT 1") or {}
         detail = (
             f"{held['failed']}; the newest, of image {last['image']}: {last['why']}; `cxrloop studies rerun --failed`"
         )

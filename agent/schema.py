@@ -231,7 +231,7 @@ CREATE TABLE outbox (
   due TEXT NOT NULL, why TEXT, at TEXT NOT NULL, sent_at TEXT, UNIQUE (image, bundle, kind)
 ) STRICT;
 CREATE INDEX outbox_due ON outbox(due, id) WHERE state = 'waiting';
-CREATE INDEX outbox_state ON outbox(state, id);
+CREATE INDEX outbox_state ON outbox(state, at);
 -- Films that a person wants scored once more; new films go first.
 CREATE TABLE score_again (image INTEGER PRIMARY KEY REFERENCES image(id)) STRICT;
 ALTER TABLE image ADD COLUMN returned_at TEXT;

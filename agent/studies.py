@@ -66,8 +66,8 @@ def rerun(ledger: Ledger, uid: str | None, state: str | None, failed: bool, by: 
             )  # fmt: skip
         films = 0 if failed else ledger.value("SELECT changes()")
         ledger.run(
-            "UPDATE outbox SET state = 'waiting', attempts = 0, due = ?, why = NULL WHERE state = 'failed' "
-            "AND (? OR image IN (SELECT image FROM score_again))",
+            "UPDATE outbox SET state = 'waiting', attempts = 0, due = ?1, at = ?1, why = NULL WHERE state = 'failed' "
+            "AND (?2 OR image IN (SELECT image FROM score_again))",
             utc(), failed,
         )  # fmt: skip
         results = ledger.counters()["outbox waiting"] - before
@@ -92,7 +92,18 @@ def _film(ledger: Ledger, uid: str) -> int:
 
 def _received(site: Site, limit: int) -> list[dict[str, Any]]:
     empty = dict.fromkeys(
-        ("image", "sop_uid", "study_uid", "patient_key", "reason", "view", "range", "bundle", "superseded_by", "dropped_at")
+        (
+            "image",
+            "sop_uid",
+            "study_uid",
+            "patient_key",
+            "reason",
+            "view",
+            "range",
+            "bundle",
+            "superseded_by",
+            "dropped_at",
+        )
     )
     return [
         {

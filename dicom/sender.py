@@ -20,7 +20,7 @@ from pynetdicom.dimse_primitives import C_STORE, N_EVENT_REPORT
 from pynetdicom.dsutils import encode
 
 from dicom import header
-from dicom.part10 import EXPLICIT_LE, IMPLICIT_LE, Unreadable, open_envelope, read_header
+from dicom.part10 import EXPLICIT_LE, HOSTILE, IMPLICIT_LE, Unreadable, open_envelope, read_header
 
 VERIFICATION = "1.2.840.10008.1.1"
 STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"
@@ -106,7 +106,7 @@ def deliver(
         for item in items:
             try:
                 film = _Film(item)
-            except (Unreadable, OSError):
+            except (*HOSTILE, OSError):  # not DICOM, or a data set that can't be encoded
                 yield Sent(item, None, UNREADABLE)
                 continue
             kind = (film.sop_class, film.syntax)

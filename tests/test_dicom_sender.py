@@ -59,8 +59,12 @@ def test_each_item_says_why_it_has_no_status(tmp_path, node):
     listener, _ = node
     ct = film(1)
     ct.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
-    said = [sent.why for sent in deliver([tmp_path / "gone.dcm", ct, film(2)], "127.0.0.1", listener.port, "CXRLOOP")]
-    assert said == [UNREADABLE, NO_CONTEXT, ""]
+    odd = film(3)
+    odd["Rows"].value = "many"  # can't be encoded
+    said = [
+        sent.why for sent in deliver([tmp_path / "gone.dcm", odd, ct, film(2)], "127.0.0.1", listener.port, "CXRLOOP")
+    ]
+    assert said == [UNREADABLE, UNREADABLE, NO_CONTEXT, ""]
     assert [sent.why for sent in deliver([film(1)], "127.0.0.1", listener.port, "WRONG")] == [NO_ASSOCIATION]
     assert [sent.why for sent in deliver([film(1)], "127.0.0.1", free_port(), "CXRLOOP")] == [NO_ASSOCIATION]
 

@@ -284,6 +284,18 @@ def test_a_forgotten_film_leaves_nothing_in_the_outbox(site):
         assert outbox.state(ledger) == {"waiting": 0, "failed": 0, "oldest": None}
 
 
+def test_a_result_that_is_sent_again_waits_since_then(site, port):
+    with answering(site) as (ledger, line), Archive(port):
+        outbox.step(site, ledger, line, NOW)
+        with ledger.transaction():
+            ledger.run("UPDATE outbox SET at = '2000-01-01T00:00:00.000Z'")
+            ledger.run("UPDATE outbox SET state = 'failed' WHERE kind = 'sr'")
+        studies.rerun(ledger, "1", None, False, "test")
+        score(site, ledger)
+        assert outbox.state(ledger)["waiting"] == 2
+        assert outbox.state(ledger)["oldest"] > "2020"
+
+
 def test_results_that_wait_long_are_an_alert_that_names_why(site, port):
     with answering(site) as (ledger, line):
         assert outbox.alerts(site, ledger, datetime.now(UTC)) == []
