@@ -125,6 +125,7 @@ def test_with_the_pacs_away_for_an_hour_everything_arrives_once_and_tries_grow_r
         assert outbox.state(ledger)["waiting"] == 6
         with Archive(port) as pacs:
             assert outbox.step(site, ledger, line, now) == 6
+            assert line.failures == 0  # the next outage begins with short waits again
             assert sorted(pacs.arrivals) == sorted(pacs.held)
             assert len(pacs.held) == 6
 

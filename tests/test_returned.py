@@ -1,5 +1,7 @@
 """A film is `returned` when the PACS has all its results; and the whole way there and back, with Orthanc as the PACS."""
 
+from datetime import timedelta
+
 import httpx
 import pytest
 from answers import Archive
@@ -67,11 +69,13 @@ def test_a_labelled_film_stays_labelled_and_counts_as_returned_once(scored, port
     with Archive(port):
         outbox.step(site, ledger, outbox.Line(site), NOW)
         assert states(site, ledger) == ["labelled", "returned"]
+        first = ledger.value("SELECT returned_at FROM image WHERE id = 1")
         studies.rerun(ledger, "1", None, False, "test")
         predict.step(site, ledger, Served(site, ledger))  # type: ignore[arg-type]
         assert outbox.state(ledger)["waiting"] == 2
-        assert outbox.step(site, ledger, outbox.Line(site), NOW) == 2
+        assert outbox.step(site, ledger, outbox.Line(site), NOW + timedelta(days=1)) == 2
     assert ledger.counters()["returned"] == 2
+    assert ledger.value("SELECT returned_at FROM image WHERE id = 1") == first
 
 
 def test_a_film_with_a_refused_result_is_not_returned(scored, port):
