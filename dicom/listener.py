@@ -102,7 +102,11 @@ class Listener:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        aborts = [threading.Thread(target=one.abort, daemon=True) for one in server.active_associations]
+        for one in server.active_associations:
+            if not one.is_established and one.dul.socket and one.dul.socket.socket:
+                server.shutdown_request(one.dul.socket.socket)  # it has not said who it is: there is nothing to abort
+        established = [one for one in server.active_associations if one.is_established]
+        aborts = [threading.Thread(target=one.abort, daemon=True) for one in established]
         for abort in aborts:
             abort.start()
         for abort in aborts:

@@ -68,8 +68,10 @@ class Port(ThreadedAssociationServer):
         if not self._allowed(peer):
             self._refusals.note(peer, "address", "not in node.allow_ip")
             return False
+        begun = [str(one.requestor.address) for one in self.active_associations if not one.is_established]
         with self._counting:
-            full = self._half_open.total() >= HALF_OPEN or self._half_open[peer] >= HALF_OPEN_PEER
+            everyone, own = self._half_open.total() + len(begun), self._half_open[peer] + begun.count(peer)
+            full = everyone >= HALF_OPEN or own >= HALF_OPEN_PEER
             if not full:
                 self._half_open[peer] += 1
         if full:

@@ -8,6 +8,8 @@ machine, association control and all other services stay the library's. Knows no
 import struct
 import threading
 import time
+import traceback
+from pathlib import Path
 from typing import Any, Protocol
 
 from pynetdicom.association import Association
@@ -110,6 +112,10 @@ class Stream:
         except Broken as fault:
             self._lose(str(fault))
             self._abort(fault.reason)
+        except Exception as fault:
+            where = traceback.extract_tb(fault.__traceback__)[-1]
+            self._lose(f"{type(fault).__name__} in {Path(where.filename).name}, line {where.lineno}")
+            raise  # the library aborts; its message may hold values, ours does not
         return None
 
     def _pdu(self) -> bool:
@@ -197,8 +203,8 @@ class Stream:
         assert self._desk is not None
         assert self._stored is not None
         self._wire.flush()
-        self._sink, self._open, size = None, False, sink.size
-        answer = sink.end()
+        answer, size = sink.end(), sink.size
+        self._sink, self._open = None, False
         response = store_response(self._stored, answer.status, answer.why)
         self._handed_at = -AWAKE  # back to undisturbed at once
         try:

@@ -4,6 +4,7 @@ Knows one socket, its buffer and the clock; what the bytes mean is the reader's 
 """
 
 import logging
+import mmap
 import select
 import socket
 import ssl
@@ -44,7 +45,7 @@ class Wire:
 
     def __init__(self, association: Association, stall: float):
         self._association, self._dul, self._stall = association, association.dul, stall
-        self._buffer = memoryview(bytearray(BUFFER))
+        self._buffer = memoryview(mmap.mmap(-1, BUFFER))  # takes memory only as far as it was ever filled
         self._start = self._end = 0  # of what was read and not yet taken
         self._parts: list[memoryview] = []  # of the buffer: poured and not yet written
         self._into: Callable[[list[memoryview]], None] | None = None

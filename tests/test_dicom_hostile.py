@@ -271,14 +271,17 @@ def test_21_thirty_idle_connections_delay_nobody_and_are_hung_up_on(node):
     assert listener.refusals.totals == {"silent": 30}
 
 
-def test_21_one_address_can_only_keep_so_many_silent_connections_and_they_end(node):
-    listener, _ = node(artim=2)
+@pytest.mark.parametrize("word", [b"", b"\1"], ids=["nothing", "one byte"])
+def test_21_one_address_can_only_keep_so_many_connections_that_do_not_say_who_they_are(node, word):
+    listener, _ = node(artim=6)
     idle = [Scu(listener.port) for _ in range(HALF_OPEN_PEER)]
+    for one in idle:
+        one.say(word)
     with Scu(listener.port) as one_more:
-        assert one_more.ends(1)
-    assert wait_for(lambda: echoes(listener.port))
+        assert one_more.ends(4)
     for one in idle:
         one.wire.close()
+    assert wait_for(lambda: echoes(listener.port))
 
 
 def test_22_as_many_associations_as_configured_whatever_dead_connections_there_are(node):

@@ -241,11 +241,13 @@ def test_a_sender_that_stops_in_the_middle_loses_its_seat(node):
 
 def test_a_slow_line_keeps_its_seat(node):
     listener, inbox = node(stall=1)
+    ds = film(4, side=350, bits=12)
+    data = data_set(ds)
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
-        scu.begin(DX, UID)
-        for at in range(0, len(DATA), 20_000):
-            scu.data(DATA[at : at + 20_000], last=at + 20_000 >= len(DATA))
+        scu.begin(DX, ds.SOPInstanceUID)
+        for at in range(0, len(data), 20_000):
+            scu.data(data[at : at + 20_000], last=at + 20_000 >= len(data))
             time.sleep(0.2)
         assert scu.status() == 0
     assert len(inbox.waiting()) == 1
@@ -271,6 +273,18 @@ def test_stopping_ends_a_transfer_that_stands_still(node):
         assert scu.ends(9)
         stopping.join(9)
     assert wait_for(lambda: everything(inbox) == [])
+
+
+def test_a_fault_of_ours_costs_one_association_and_is_in_the_log_without_values(node, caplog, monkeypatch):
+    listener, inbox = node()
+    monkeypatch.setattr("dicom.reception.answer", lambda *_: {}["DOE^JANE"])
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE)])
+        assert scu.store(DATA, DX, UID) is None
+    assert wait_for(lambda: "KeyError in test_dicom_stream.py" in caplog.text)
+    assert "DOE" not in caplog.text
+    assert everything(inbox) == []
+    assert echoes(listener.port)
 
 
 # Refusals
