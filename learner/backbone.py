@@ -114,10 +114,6 @@ class Backbone(nn.Module):
         """Weights under timm's key names."""
         self.vit.load_state_dict(weights)
 
-    def attention(self, images: Tensor) -> Tensor:
-        """Attention of the last block: (B, heads, tokens, tokens)."""
-        return self.attentions(images)[-1]
-
     def attentions(self, images: Tensor) -> list[Tensor]:
         """Attention of every block, first to last: each (B, heads, tokens, tokens)."""
         tokens, seen = self.embed(images), []
@@ -268,12 +264,25 @@ def inner(backbone: Backbone | ConvNet) -> nn.Module:
     return backbone.vit if isinstance(backbone, Backbone) else backbone.net
 
 
-def fit_sizes(recipe: Recipe, patch: int) -> Recipe:
-    """The recipe with image sides that this patch divides (256 becomes 252 for a patch of 14), with a warning."""
-    whole, local = round_to(recipe.image_size, patch), round_to(recipe.local_size, patch)
+def fit_sizes(recipe: Recipe, net: Backbone | ConvNet) -> Recipe:
+    """The recipe with image sides that the net's patch divides (256 becomes 252 for a patch of 14), with a warning.
+
+    frozen_blocks = -1 becomes a number: all but the last where pretrained weights are named, else none; said too.
+    """
+    whole, local = round_to(recipe.image_size, net.patch), round_to(recipe.local_size, net.patch)
     if (whole, local) != (recipe.image_size, recipe.local_size):
         warnings.warn(
-            f"patch {patch}: image {recipe.image_size} -> {whole} px, local {recipe.local_size} -> {local} px",
+            f"patch {net.patch}: image {recipe.image_size} -> {whole} px, local {recipe.local_size} -> {local} px",
             stacklevel=2,
         )
-    return replace(recipe, image_size=whole, local_size=local)
+    frozen = recipe.frozen_blocks
+    if frozen < 0:
+        blocks = len(net.vit.blocks) if isinstance(net, Backbone) and recipe.backbone != "random" else 1
+        frozen = blocks - 1
+        if frozen:
+            warnings.warn(
+                f"profile {recipe.profile}: the lower {frozen} of {blocks} blocks stay as they are; a recipe file with "
+                "frozen_blocks = 0 trains all",
+                stacklevel=2,
+            )
+    return replace(recipe, image_size=whole, local_size=local, frozen_blocks=frozen)

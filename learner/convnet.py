@@ -48,11 +48,9 @@ class ConvNet(nn.Module):
         features = self.features(images)
         return features.mean((2, 3)), ConvTrace(features)
 
-    def attention(self, images: Tensor) -> Never:
+    def attentions(self, images: Tensor) -> Never:
         """Refused: there is none."""
         raise BackboneError(f"{self.name} is a convolutional net and has no attention; use another method")
-
-    attentions = attention
 
     def freeze(self, blocks: int) -> "ConvNet":
         """Raises BackboneError for any: a convolutional net has no blocks of equal shape to freeze."""

@@ -37,7 +37,9 @@ class Recipe:
     bottleneck: int = 256
     class_hidden: int = 256  # 0 = the class head is linear
     drop_path: float = 0.1  # of the student only
-    frozen_blocks: int = 0  # lower blocks that stay as they are; their outputs are computed once a round and kept
+    # lower blocks that stay as they are; their outputs are computed once a round and kept. -1 = all but the last of a
+    # pretrained transformer, none of another network
+    frozen_blocks: int = 0
     cached_views: int = 4  # noised global views (and as many times local_views) a film has in that cache
     # -- optimisation
     epochs: int = 5
@@ -148,7 +150,6 @@ CHOICES = {
 }
 MAY_BE_ZERO = {
     "local_views",
-    "frozen_blocks",
     "prototypes",
     "class_hidden",
     "correct_every",
@@ -213,6 +214,12 @@ SIZED: dict[tuple[str, str], dict[str, Any]] = {
     ("kd", "demo"): {**_ALONE, "kd_teacher": "resnet10t", "epochs": 20},
 }  # fmt: skip
 
+# What a recipe sets at a profile when the backbone is pretrained: two cores then train one block, which keeps the bar.
+PRETRAINED: dict[tuple[str, str], dict[str, Any]] = {
+    ("distl", "cpu"): {"frozen_blocks": -1},
+    ("evolve", "cpu"): {"frozen_blocks": -1},
+}
+
 
 def resolve(name: str, profile: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe `name` at the sizes of `profile`, with the site's own keys on top; raises RecipeError."""
@@ -221,7 +228,9 @@ def resolve(name: str, profile: str, overrides: Mapping[str, Any] | None = None)
     if profile not in PROFILES:
         raise RecipeError(f'profile = "{profile}": no such profile; there is {", ".join(PROFILES)}')
     sized = RECIPES[name].override({**PROFILES[profile], **SIZED.get((name, profile), {}), "profile": profile})
-    return sized.override(overrides or {})
+    whole = sized.override(overrides or {})
+    pretrained = PRETRAINED.get((name, profile), {}) if whole.backbone != "random" else {}
+    return whole.override({key: value for key, value in pretrained.items() if key not in (overrides or {})})
 
 
 def _known(key: str) -> str:
@@ -254,7 +263,8 @@ def _checked(recipe: Recipe) -> Recipe:
             raise RecipeError(f'recipe: {key} = "{getattr(recipe, key)}": must be one of {", ".join(allowed)}')
     for f in fields(Recipe):
         value = getattr(recipe, f.name)
-        if isinstance(value, int) and not isinstance(value, bool) and value < (0 if f.name in MAY_BE_ZERO else 1):
+        least = -1 if f.name == "frozen_blocks" else 0 if f.name in MAY_BE_ZERO else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise RecipeError(f"recipe: {f.name} = {value}: too small")
     for key in ("lam", "ema_base", "drop_path", "centre_momentum", "global_noise", "local_noise", "kappa", "kd_alpha"):
         if not 0 <= getattr(recipe, key) <= 1:

@@ -123,11 +123,7 @@ def _films(rows: Any, plates: Path, width: int) -> tuple[Film, ...]:
             raise ManifestError(f"{where}: image {row['image']} is {row['range']}: a golden film is never trained on")
         if row["range"] not in RANGES:
             raise ManifestError(f"{where}: range {row['range']!r}; must be one of {', '.join(RANGES)}")
-        first = range_of.setdefault(row["patient"], row["range"])
-        if first != row["range"]:
-            raise ManifestError(
-                f"{where}: patient {row['patient']} is in {first} and in {row['range']}; split by patient"
-            )
+        _one_range(where, row, range_of)
         if row["image"] in seen:
             raise ManifestError(f"{where}: image {row['image']} appears twice")
         seen.add(row["image"])
@@ -142,6 +138,12 @@ def _films(rows: Any, plates: Path, width: int) -> tuple[Film, ...]:
     if not any(f.range == "train" for f in films):
         raise ManifestError("manifest: no film in range train")
     return tuple(films)
+
+
+def _one_range(where: str, row: dict[str, Any], range_of: dict[str, str]) -> None:
+    first = range_of.setdefault(row["patient"], row["range"])
+    if first != row["range"]:
+        raise ManifestError(f"{where}: patient {row['patient']} is in {first} and in {row['range']}; split by patient")
 
 
 def _parent(raw: Any, folder: Path) -> tuple[str | None, Path | None]:

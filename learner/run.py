@@ -64,7 +64,7 @@ class Run:
         recipe = round_.recipe
         if round_.parent_state:
             recipe = shaped_like(recipe, read_file(round_.parent_state, tensors=False)[1].get("recipe", {}))
-        self.recipe = fit_sizes(recipe, build(self.plan).patch)
+        self.recipe = fit_sizes(recipe, build(self.plan))
         spent, kept = (self.header["seconds"], self.header["metrics_bytes"]) if self.header else (0.0, 0)
         self.teller = Teller(round_.folder, round_.until, spent, kept)
 

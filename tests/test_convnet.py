@@ -82,7 +82,7 @@ def test_every_property_notices_its_mutation(monkeypatch):
 
 def test_attention_is_refused_by_name():
     with pytest.raises(BackboneError, match="resnet10t is a convolutional net and has no attention"):
-        small().attention(torch.rand(1, 1, 64, 64))
+        small().attentions(torch.rand(1, 1, 64, 64))
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mixer_s16_224"])
@@ -104,7 +104,7 @@ def test_settings_of_a_transformer_change_nothing():
 
 def test_image_sides_follow_the_stride():
     with pytest.warns(UserWarning, match="local 48 -> 64 px"):
-        recipe = fit_sizes(resolve("distl", "cpu"), small().patch)
+        recipe = fit_sizes(resolve("distl", "cpu"), small())
     assert (recipe.image_size, recipe.local_size) == (96, 64)
 
 

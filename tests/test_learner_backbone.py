@@ -99,8 +99,31 @@ def test_timm_names_build_too():
 
 def test_image_sides_follow_the_patch():
     with pytest.warns(UserWarning, match="256 -> 252 px"):
-        recipe = fit_sizes(resolve("distl", "gpu"), 14)
+        recipe = fit_sizes(resolve("distl", "gpu"), build(plan_of("vit_tiny_patch14_depth1", 252)))
     assert (recipe.image_size, recipe.local_size) == (252, 126)
+
+
+@pytest.mark.parametrize("name", ["distl", "evolve"])
+def test_profile_cpu_trains_the_last_block_alone_of_a_pretrained_transformer_and_says_so(name):
+    recipe = resolve(name, "cpu", {"backbone": "vit.safetensors"})
+    with pytest.warns(UserWarning, match="profile cpu: the lower 11 of 12 blocks stay as they are"):
+        assert fit_sizes(recipe, build(plan_of("vit_tiny_patch16", 96))).frozen_blocks == 11
+    assert fit_sizes(recipe, build(plan_of("resnet10t", 96))).frozen_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "profile", "keys"),
+    [
+        ("evolve", "cpu", {}),  # random weights have to learn everywhere
+        ("evolve", "cpu", {"backbone": "vit.safetensors", "frozen_blocks": 0}),  # the site's own word
+        ("evolve", "gpu", {"backbone": "vit.safetensors"}),
+        ("pretrain", "cpu", {"backbone": "vit.safetensors"}),
+        ("kd", "cpu", {"backbone": "vit.safetensors"}),
+        ("evolve", "cpu", {"frozen_blocks": -1}),  # "of a pretrained one": here is none
+    ],
+)
+def test_all_blocks_are_trained_elsewhere(name, profile, keys):
+    assert fit_sizes(resolve(name, profile, keys), build(plan_of("vit_tiny_patch16_depth2", 96))).frozen_blocks == 0
 
 
 def test_timm_way_of_resampling_positions_is_timms():

@@ -168,7 +168,7 @@ def test_vision_transformer_output_attention_and_positions_at_three_sizes():
         with torch.no_grad():
             close(backbone.positions(side // 8, side // 8), g[f"pos{side}"])
             close(backbone(g[f"x{side}"]), g[f"cls{side}"])
-            close(backbone.attention(g[f"x{side}"]), g[f"attn{side}"])
+            close(backbone.attentions(g[f"x{side}"])[-1], g[f"attn{side}"])
 
 
 def test_many_crops_come_out_view_major_and_only_globals_are_classified():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from learner.__main__ import main
-from learner.checkpoint import read_file
+from learner.checkpoint import load_state, read_file
 from learner.progress import Teller
 from tests.learner_site import FINDINGS, card, make_round, read_manifest, result, write_manifest
 
@@ -140,10 +140,39 @@ def test_h_stopping_after_every_single_step_changes_no_bit(trained, tmp_path, mo
     monkeypatch.setattr(Teller, "step", step_and_ask)
     while (code := main([str(folder)])) == 75:
         starts += 1
+        assert result(folder)["reason"] == "one step"  # a signal from outside would be a pause too
     assert code == 0
     assert starts == 4 + 6 + 2 * 2  # steps of T=0, of the unlabelled films, and of corrections
     assert same_weights(trained / "t0/state.safetensors", folder / "t0/state.safetensors")
     assert same_weights(trained / "final/state.safetensors", folder / "final/state.safetensors")
+
+
+def forget_moments(saved, state):
+    load_state(saved, state)
+    state.optimiser.state.clear()
+
+
+def forget_the_burst(saved, state):
+    load_state(saved, state)
+    state.burst = None
+
+
+@pytest.mark.parametrize("wrong", [forget_moments, forget_the_burst])
+def test_h_notices_a_resume_that_forgets(trained, tmp_path, monkeypatch, wrong):
+    """Stopped once, within a correction: going on without Adam's moments, or without the rest of the burst."""
+    folder, step = make_round(tmp_path / "r"), Teller.step
+
+    def step_and_ask(teller, state, losses):
+        step(teller, state, losses)
+        if state.burst == 1:
+            teller.asked = "one step"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teller, "step", step_and_ask)
+        assert main([str(folder)]) == 75
+    monkeypatch.setattr("learner.run.load_state", wrong)
+    assert main([str(folder)]) == 0
+    assert not same_weights(trained / "final/state.safetensors", folder / "final/state.safetensors")
 
 
 def test_killed_and_restarted_round_equals_the_uninterrupted_one(trained, tmp_path):

@@ -59,6 +59,20 @@ def test_manifest_is_refused(plain, tmp_path, change, why):
         load(spoiled(plain, tmp_path, change))
 
 
+@pytest.mark.parametrize(("one", "other"), [(0, -1), (0, 14), (14, -1)])
+def test_p_no_patient_is_in_two_ranges_and_the_check_is_what_sees_it(plain, tmp_path, monkeypatch, one, other):
+    """Train, validation and calibration, two by two; without the check the manifest would pass."""
+
+    def change(manifest):
+        manifest["films"][other].update(patient=manifest["films"][one]["patient"])
+
+    assert len({read_manifest(plain)["films"][i]["range"] for i in (one, other)}) == 2
+    with pytest.raises(ManifestError, match="split by patient"):
+        load(spoiled(plain, tmp_path, change))
+    monkeypatch.setattr("learner.round_dir._one_range", lambda where, row, range_of: None)
+    load(tmp_path)
+
+
 def test_window_may_move_without_making_it_another_round(plain, tmp_path):
     later = spoiled(plain, tmp_path, lambda m: m.update(until="2030-01-01T05:00:00+00:00", plates="plates"))
     assert load(later).fingerprint == load(plain).fingerprint

@@ -13,7 +13,7 @@ from learner.heads import make_network
 from learner.optim import Schedule, make_optimiser, move_average
 from learner.pseudo import label_loss, self_training_loss
 from learner.recipe import resolve
-from learner.step import Batch, State, Stopped, walk
+from learner.step import Batch, State, Stopped, optimise, walk
 from tests.learner_site import TINY
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -86,7 +86,7 @@ def test_half_a_batch_at_a_time_gives_the_same_labelled_step():
     assert mine["loss"] == pytest.approx(theirs["loss"])
 
 
-def test_correction_moves_the_centre_but_never_the_teacher():
+def test_g_correction_moves_the_centre_but_never_the_teacher():
     state = make_state()
     before, kept = parameters(state.teacher), centre(state).clone()
     correct(state, make_batch(labels=torch.ones(4, 2).double()))
@@ -94,14 +94,59 @@ def test_correction_moves_the_centre_but_never_the_teacher():
     assert not torch.equal(centre(state), kept)
 
 
-def test_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam():
+def test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam():
     state = make_state()
     state.schedule.lr[:] = 0
     before = parameters(state.student)
     correct(state, make_batch(labels=torch.ones(4, 2).double()))
     assert torch.equal(parameters(state.student), before)
     assert centre(state).any()
-    assert all(moments["step"] == 1 for moments in state.optimiser.state.values())
+    moments = [*state.optimiser.state.values()]
+    assert moments
+    assert all(moment["step"] == 1 for moment in moments)
+
+
+def followed(state, work, freeze_last=False):
+    told = optimise(state, work, freeze_last)
+    move_average(state.teacher, state.student, 0.5)
+    return told
+
+
+def at_some_rate(optimiser, schedule, step):
+    for group in optimiser.param_groups:
+        group["lr"] = 1e-3
+
+
+MUTATIONS = [
+    (test_g_correction_moves_the_centre_but_never_the_teacher, "learner.correct.optimise", followed),
+    (
+        test_g_correction_moves_the_centre_but_never_the_teacher,
+        "learner.distill.DinoLoss.move",
+        lambda dino, mean: None,
+    ),
+    (
+        test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam,
+        "learner.distill.DinoLoss.move",
+        lambda dino, mean: None,
+    ),
+    (
+        test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam,
+        "learner.step.set_rates",
+        at_some_rate,
+    ),
+    (
+        test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam,
+        "torch.optim.AdamW.step",
+        lambda optimiser: None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
+def test_g_notices_its_mutations(monkeypatch, test, attribute, wrong):
+    monkeypatch.setattr(attribute, wrong)
+    with pytest.raises(AssertionError):
+        test()
 
 
 def test_label_only_correction_leaves_the_centre():

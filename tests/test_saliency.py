@@ -128,7 +128,7 @@ def test_attention_is_that_of_the_class_token_or_the_mean_patch():
     images = films()
     for pool in ("cls", "mean"):
         backbone = network(VIT, pool).backbone
-        looks = backbone.attention(images)
+        looks = backbone.attentions(images)[-1]
         row = looks[:, :, 0] if pool == "cls" else looks[:, :, 1:].mean(2)
         made = saliency.attention(backbone, images)
         assert made.shape == (2, 3, 4, 4)
@@ -137,7 +137,7 @@ def test_attention_is_that_of_the_class_token_or_the_mean_patch():
 
 def test_rollout_of_one_block_is_half_its_attention():
     backbone = network({**VIT, "depth": 1}).backbone
-    half = 0.5 * backbone.attention(films()).mean(1)[:, 0, 1:]
+    half = 0.5 * backbone.attentions(films())[-1].mean(1)[:, 0, 1:]
     close(saliency.rollout(backbone, films()).flatten(1), half.detach(), 1e-5, 1e-7)
 
 
@@ -220,12 +220,12 @@ MUTATIONS = [
     (
         "test_attention_is_that_of_the_class_token_or_the_mean_patch",
         "learner.saliency.attention",
-        lambda backbone, images: backbone.attention(images)[:, :, 0, 1:].unflatten(-1, (4, 4)),
+        lambda backbone, images: backbone.attentions(images)[-1][:, :, 0, 1:].unflatten(-1, (4, 4)),
     ),
     (
         "test_rollout_of_one_block_is_half_its_attention",
         "learner.saliency.rollout",
-        lambda backbone, images: backbone.attention(images).mean(1)[:, 0, 1:],
+        lambda backbone, images: backbone.attentions(images)[-1].mean(1)[:, 0, 1:],
     ),
     (
         "test_rollout_follows_two_blocks_in_their_order",
