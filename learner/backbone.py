@@ -20,7 +20,7 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from learner.class_token import class_token
+from learner.class_token import class_token, from_heads, is_plain
 from learner.convnet import ConvNet
 from learner.plan import ARCH, BackboneError, Plan, bare, infer_plan, plan_of, round_to
 from learner.recipe import Recipe
@@ -131,13 +131,16 @@ class Backbone(nn.Module):
 
     def trace(self, images: Tensor) -> tuple[Tensor, Trace]:
         """The embedding (B, D), and what is needed to say which patch brought what into it."""
-        tokens = self.vit.blocks[:-1](self.embed(images))
-        query, key, value = self._qkv(cast(Block, self.vit.blocks[-1]), tokens)
-        look = (query[:, :, :1] @ key.transpose(-2, -1)).softmax(-1)[:, :, 0]  # (B, heads, tokens)
-        last = self.vit.blocks[-1](tokens)
-        patches = self.vit.norm(last)[:, self.vit.num_prefix_tokens :]
+        tokens, block = self.vit.blocks[:-1](self.embed(images)), cast(Block, self.vit.blocks[-1])
+        query, key, value = self._qkv(block, tokens)
+        look = (query[:, :, :1] @ key.transpose(-2, -1)).softmax(-1)  # (B, heads, 1, tokens)
+        # a class token doesn't need the patches behind the last block: a fourteenth of the arithmetic
+        alone = self.pool == "cls" and is_plain(block)
+        last = from_heads(block, tokens[:, :1], look @ value) if alone else block(tokens)
+        normed = self.vit.norm(last)
+        patches = normed[:, self.vit.num_prefix_tokens :]
         grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
-        return self.embedding(self.vit.norm(last)), Trace(self.vit, self.pool, last[:, 0], patches, look, value, grid)
+        return self.embedding(normed), Trace(self.vit, self.pool, last[:, 0], patches, look[:, :, 0], value, grid)
 
 
 def resample_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str) -> Tensor:

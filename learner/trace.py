@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 
 class Trace:
-    """The last block's pass: `last` class token (B, D) before the final norm, `patches` (B, h w, D) after it, `look`
-    (B, heads, tokens) of the class token, `value` (B, heads, tokens, width)."""
+    """The last block's pass: `last` class token (B, D) before the final norm, `patches` (B, h w, D) after it (none
+    where the pool is the class token), `look` (B, heads, tokens) of the class token, `value` (B, heads, tokens, width)."""
 
     def __init__(
         self, vit: VisionTransformer, pool: str, last: Tensor, patches: Tensor, look: Tensor, value: Tensor,
