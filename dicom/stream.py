@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Protocol
 
+from pynetdicom import evt
 from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import A_P_ABORT
 
@@ -71,6 +72,7 @@ class Stream:
         dul, provider = self._dul, self._association.dimse
         self._library_wait, self._library_get = dul._is_transport_event, provider.get_msg
         dul._is_transport_event, dul._read_pdu_data, provider.get_msg = self.wait, self.read, self.get
+        self._association.bind(evt.EVT_CONN_CLOSE, lambda event: self._wire.close())
 
     def get(self, block: bool = False) -> Any:
         """The next message for the association's own loop, which naps while there is nothing for it to do."""

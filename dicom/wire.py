@@ -103,6 +103,12 @@ class Wire:
         except OSError as error:
             raise Gone from error
 
+    def close(self) -> None:
+        """Give the buffer back: the library keeps associations that ended until its next collection."""
+        self.drop()
+        self._start = self._end = 0
+        self._buffer = memoryview(bytearray(1))
+
     def send(self, data: bytes) -> None:
         """Send all of `data`. Raises Gone."""
         try:
