@@ -54,24 +54,22 @@ def copy(alone, tmp_path):
     return folder
 
 
-def difference(one, other, file="final/state.safetensors", within=0.0):
-    """Largest difference of any trained number; but for the biases of keys, which no answer depends on.
+def difference(one, other, file="final/state.safetensors"):
+    """Largest difference of any trained number, relative where it is above 1 (kept logits); but for the biases of keys.
 
-    A bias that all keys share moves every score of a query alike, so softmax drops it: its gradient is rounding noise,
-    and Adam makes steps of noise.
+    A bias that all keys share moves every score of a query alike, so softmax drops it, and no answer depends on it: its
+    gradient is rounding noise, and Adam makes steps of noise.
     """
     mine, theirs = (read_file(folder / file)[0] for folder in (one, other))
     assert mine.keys() == theirs.keys()
-    worst, beyond, count = 0.0, 0, 0
+    worst = 0.0
     for name, value in mine.items():
         assert torch.equal(value.isnan(), theirs[name].isnan()), name
-        gap = (value - theirs[name]).abs().nan_to_num(0.0)
+        gap = ((value - theirs[name]).abs() / value.abs().clamp(min=1)).nan_to_num(0.0)
         if name.endswith("qkv.bias"):
             query, _, key_value = gap.chunk(3)
             gap = torch.cat([query, key_value])
         worst = max(worst, gap.max().item())
-        beyond, count = beyond + int((gap > within).sum()), count + gap.numel()
-    assert not within or count < 1e5 or beyond <= RARE * count, f"{beyond} of {count} numbers"
     return worst
 
 
@@ -107,8 +105,6 @@ def steps(folder):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-# Adam makes up to whole steps of gradients that are rounding noise: so many weights may differ by more, by 1e-4 at most.
-RARE = 1e-4
 EXACT = {**KEYS, "epochs": 1, "t0_epochs": 1}
 SIGNALS = {
     **EXACT, "method": "evolve", "class_hidden": 0, "neighbours": 3, "components": 4, "ibot": 0.5, "koleo": 0.1,
@@ -124,7 +120,10 @@ RECIPES = {
 
 
 def test_two_processes_learn_what_one_learns_by_the_other_recipes(tmp_path):
-    """Transformers without stochastic depth: every sum of these recipes is over the whole batch. Nothing is exported."""
+    """Transformers without stochastic depth: every sum of these recipes is over the whole batch. Nothing is exported.
+
+    Adam's eps is larger than a rounding (see `Bare`): at 1e-8 one weight in 35 000 differs by up to 2e-5.
+    """
     folders = {}
     for side in ("one", "two"):
         folders[side] = [
@@ -140,7 +139,7 @@ def test_two_processes_learn_what_one_learns_by_the_other_recipes(tmp_path):
         phases = {file.name for file in (one / "checkpoint").iterdir()}
         assert phases == {file.name for file in (two / "checkpoint").iterdir()}
         for name in phases - {"state.safetensors"}:
-            assert difference(one, two, f"checkpoint/{name}", within=1e-6) <= 1e-4, f"{one.name}: {name}"
+            assert difference(one, two, f"checkpoint/{name}") <= 1e-6, f"{one.name}: {name}"
         told = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
         for mine, theirs in zip(*told, strict=True):
             numbers = [key for key, value in mine.items() if isinstance(value, float) and key != "seconds"]
