@@ -97,6 +97,7 @@ def test_h_stopping_after_every_single_step_changes_no_bit(tmp_path, monkeypatch
     starts = 0
     while (code := main([str(folder)])) == 75:
         starts += 1
+        assert result(folder)["reason"] == "one step"  # a signal from outside (timeout's SIGTERM) would be a pause too
     assert (code, starts) == (0, 2 + 3 * overrides.get("epochs", 1))
     for name in ("t0/state", "checkpoint/evolve", "final/state"):
         one, other = (read_file(f / f"{name}.safetensors")[0] for f in (whole, folder))
@@ -311,7 +312,7 @@ def test_hidden_labels_are_not_in_the_targets(evolved):
 
 
 def test_pretraining_leaves_a_backbone_that_a_round_can_start_from(tmp_path):
-    folder = make(tmp_path / "r", "pretrain", epochs=2, prototypes=32)
+    folder = make(tmp_path / "r", "pretrain", epochs=2, prototypes=32, arch="vit_tiny_patch8_depth2")
     assert main([str(folder)]) == 0
     plan, weights = read_weights(folder / "backbone.safetensors")
     trained = read_file(folder / "checkpoint/pretrain.safetensors")[0]
@@ -319,8 +320,12 @@ def test_pretraining_leaves_a_backbone_that_a_round_can_start_from(tmp_path):
     assert plan["embed_dim"] == 192
     assert {row["phase"] for row in rows(folder)} == {"pretrain", "t0"}
     assert (folder / "t0").exists()
-    follower = make(tmp_path / "next", backbone=str(folder / "backbone.safetensors"))
+    follower = make(tmp_path / "next", backbone=str(folder / "backbone.safetensors"), frozen_blocks=-1)
     assert main([str(follower)]) == 0
+    assert card(follower)["recipe"]["frozen_blocks"] == 1
+    kept = read_file(follower / "final/state.safetensors")[0]
+    first = {key: value for key, value in weights.items() if key.startswith(("patch_embed", "blocks.0"))}
+    assert all(torch.equal(value, kept[f"student.backbone.vit.{key}"]) for key, value in first.items())
 
 
 def test_a_round_goes_on_from_a_parent_of_another_method_with_its_shapes(tmp_path):
