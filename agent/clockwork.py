@@ -23,7 +23,7 @@ from dicom.drop import Drop
 
 log = logging.getLogger("cxrloop")
 
-IDLE_S = 0.2  # how long a loop that found nothing waits
+IDLE_S = 0.2  # how long a loop that found nothing waits, where nobody in this process wakes it
 STOP_S = 5  # a step at hand may finish in this time; after that stopping is a crash like any other
 TICK_S = 15  # how often the night and the reconciliation look at the ledger
 
@@ -138,6 +138,10 @@ class Agent:
         self.said: dict[Callable[[Site, datetime], str], str] = {}
         self.drop = Drop(site.root / "drop", site.inbox)
         self.scheduler = BackgroundScheduler(timezone=UTC)
+        self.to_score, self.to_answer = (
+            threading.Event(),
+            threading.Event(),
+        )  # the loop before has something for this one
         self.threads = [threading.Thread(target=work) for work in (self._intake, self._scores, self._answers)]
 
     def start(self) -> None:
@@ -154,7 +158,8 @@ class Agent:
 
     def stop(self) -> None:
         """Finish the steps at hand and stop; a round that runs is left to the lock and the next start."""
-        self.stopping.set()
+        for event in (self.stopping, self.to_score, self.to_answer):
+            event.set()
         self.scheduler.shutdown(wait=False)
         self.drop.stop()
         for thread in self.threads:
@@ -168,23 +173,35 @@ class Agent:
 
     def _intake(self) -> None:
         with intake.examiner(self.site) as pool:
-            self._loop("intake", lambda ledger: intake.step(self.site, ledger, pool))
+            self._loop("intake", lambda ledger: intake.step(self.site, ledger, pool), then=self.to_score)
 
     def _scores(self) -> None:
         with Client(self.site.infer_url) as client:
-            self._loop("scoring", lambda ledger: predict.step(self.site, ledger, client))
+            self._loop("scoring", lambda ledger: predict.step(self.site, ledger, client), self.to_score, self.to_answer)
 
     def _answers(self) -> None:
         line = outbox.Line(self.site)
-        self._loop("answering", lambda ledger: outbox.step(self.site, ledger, line, datetime.now(UTC)))
+        self._loop("answering", lambda ledger: outbox.step(self.site, ledger, line, datetime.now(UTC)), self.to_answer)
 
-    def _loop(self, what: str, step: Callable[[Ledger], int]) -> None:
+    def _loop(
+        self,
+        what: str,
+        step: Callable[[Ledger], int],
+        woken: threading.Event | None = None,
+        then: threading.Event | None = None,
+    ) -> None:
+        """Step until `stopping`; after one that did nothing wait for `woken`, after one that did something set `then`."""
+        woken = woken or threading.Event()
         with self.site.ledger() as ledger:
             while not self.stopping.is_set():
+                woken.clear()  # before the look, so that what comes during it isn't missed
                 try:
                     idle = not step(ledger)
                 except Exception:  # the one broad except of this process: log, wait, go on
                     log.exception("%s failed; trying again", what)
                     idle = True
-                if idle:
-                    self.stopping.wait(IDLE_S)
+                if not idle:
+                    if then:
+                        then.set()
+                elif not self.stopping.is_set():  # `stop` may have come before the clear
+                    woken.wait(IDLE_S)

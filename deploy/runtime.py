@@ -8,7 +8,7 @@ import numpy as np
 from deploy.parts import PLATE_SIDE
 
 OUTPUTS = ("logits", "embedding", "heatmap")
-# plates a run: on a CPU one film's activations stay in the cache (8 at once take a tenth longer, bench/inference.py); on a
+# plates a run: on a CPU one film's activations stay in the cache (8 at once: a seventh more work, bench/inference.py); on a
 # GPU enough to fill it, few enough to bound the memory of a request
 BATCH = {"cpu": 1, "cuda": 16}
 NAMES = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}

@@ -1,11 +1,12 @@
 """The night: windows over midnight and clock changes, when a round is worth it, and never two at once."""
 
+import threading
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
 
-from agent import labels, release, rounds, training
+from agent import clockwork, labels, release, rounds, training
 from agent.clockwork import next_window, night_step, window_at
 from tests.appliance import TINY
 from tests.conftest import make_site
@@ -139,3 +140,34 @@ def test_the_budget_is_that_of_the_last_365_days(nightly):
                 ledger.insert("look", round=f"r{number}", bundle="b", golden=1, alpha=0.01, at=f"{when}T00:00:00.000Z")
         said = rounds.budget(nightly, ledger, now)
     assert said == {"spent": 0.02, "left": 0.03, "looks_spent": 2, "looks_left": 50}
+
+
+def test_what_one_loop_did_wakes_the_next_at_once(site, monkeypatch):
+    monkeypatch.setattr(clockwork, "IDLE_S", 60)
+    agent, looked, made, seen = clockwork.Agent(site), threading.Event(), [], threading.Event()
+
+    def make(ledger):
+        assert looked.wait(20)  # the other one has found nothing, and waits
+        if made:
+            return 0
+        made.append("a film")
+        return 1
+
+    def take(ledger):
+        (seen if made else looked).set()
+        return 0
+
+    loops = [
+        threading.Thread(target=agent._loop, args=("making", make, agent.to_answer, agent.to_score)),
+        threading.Thread(target=agent._loop, args=("taking", take, agent.to_score)),
+    ]
+    for loop in loops:
+        loop.start()
+    try:
+        assert seen.wait(20)
+    finally:
+        for event in (agent.stopping, agent.to_score, agent.to_answer):
+            event.set()
+        for loop in loops:
+            loop.join(20)
+    assert not any(loop.is_alive() for loop in loops)
