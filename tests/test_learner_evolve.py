@@ -74,7 +74,7 @@ def test_frozen_blocks_stay_and_the_ones_above_move(evolved):
     before, after = (read_file(evolved / name / "state.safetensors")[0] for name in ("t0", "final"))
     for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"):
         assert torch.equal(before[f"student.backbone.vit.{key}"], after[f"student.backbone.vit.{key}"]), key
-    key = "student.backbone.vit.blocks.1.attn.qkv.weight"
+    key = "teacher.backbone.vit.blocks.1.attn.qkv.weight"  # the student may have been set back: see `choose`
     assert not torch.equal(before[key], after[key])
 
 
