@@ -53,6 +53,7 @@ def base(tmp_path):
     return site.root
 
 
+@pytest.mark.timeout(900)  # some 150 deaths and recoveries, a second each on a free core
 def test_a_death_at_any_durable_step_loses_nothing_and_leaves_one_model_in_service(base, tmp_path):
     (tmp_path / "work").mkdir()
     command = [sys.executable, "-m", "tests.crash_line", str(base), str(tmp_path / "work")]
