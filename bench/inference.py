@@ -100,8 +100,6 @@ def compare(model: Path, int8: Path, threads: int, rounds: int) -> dict[str, dic
         runs: dict[str, Callable[[], object]] = {"eager": in_torch}
         for name, session in sessions.items():
             runs[name] = lambda session=session, plates=plates: runtime.run(session, plates)
-            if batch > 1:
-                runs[f"{name}, all in one run"] = lambda s=session, p=plates: runtime.run(s, p, together=len(p))
         seconds = timed(runs, rounds)
         found[str(batch)] = {
             name: {

@@ -32,7 +32,7 @@ def import_onnx(onnx_file: Path, parts: Path, findings: list[str] | tuple[str, .
     try:
         session = runtime.load(model, "cpu")
         runtime.check_graph(session, len(findings))
-        logits, _, heatmap = runtime.run(session, plates, together=PROBES)
+        logits, _, heatmap = runtime.run(session, plates)
         alone = np.concatenate([runtime.run(session, plate[None])[0] for plate in plates])
     except (ValueError, runtime.NoAnswer) as wrong:
         raise OnnxRefused(f"{onnx_file}: {wrong}") from None

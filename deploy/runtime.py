@@ -8,9 +8,7 @@ import numpy as np
 from deploy.parts import PLATE_SIDE
 
 OUTPUTS = ("logits", "embedding", "heatmap")
-# plates a run: on a CPU one film's activations stay in the cache (8 at once: a seventh more work, bench/inference.py); on a
-# GPU enough to fill it, few enough to bound the memory of a request
-BATCH = {"cpu": 1, "cuda": 16}
+BATCH = 16  # plates a run: bounds the memory of one request whatever its size
 NAMES = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 GPU_HINT = "pip install 'cxrloop[gpu]' in place of onnxruntime, and check the driver with nvidia-smi"
 
@@ -74,11 +72,10 @@ def running(session) -> str:
     return "cuda" if session.get_providers()[0] == NAMES["cuda"] else "cpu"
 
 
-def run(session, plates: np.ndarray, together: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(logits [N, F], embedding [N, D], heatmap [N, F, g, g]) of plates uint8 [N, 512, 512], `together` in one run; NoAnswer."""
-    size = together or BATCH[running(session)]
+def run(session, plates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(logits [N, F], embedding [N, D], heatmap [N, F, g, g]) of plates uint8 [N, 512, 512]; NoAnswer."""
     try:
-        batches = [session.run(OUTPUTS, {"plates": plates[i : i + size]}) for i in range(0, len(plates), size)]
+        batches = [session.run(OUTPUTS, {"plates": plates[i : i + BATCH]}) for i in range(0, len(plates), BATCH)]
     except _runtime_errors() as wrong:
         raise RunFailed(f"onnxruntime failed: {str(wrong).splitlines()[0]}") from None
     logits, embedding, heatmap = (np.concatenate(parts) for parts in zip(*batches, strict=True))
