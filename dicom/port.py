@@ -98,7 +98,7 @@ class Port(ThreadedAssociationServer):
             kind = "TLS" if self._tls else "connection"
             self._refusals.note(peer, kind, getattr(error, "reason", None) or type(error).__name__)
             self.shutdown_request(request)
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001 - one connection's fault must not close the port
             self.handle_error(request, client_address)
             self.shutdown_request(request)
         finally:
