@@ -4,7 +4,6 @@ Knows no service: which contexts are asked for, and what is said on them, is the
 """
 
 import ssl
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pynetdicom.events import Event
 from pynetdicom.presentation import PresentationContext
 
 from dicom.archive import MAX_FILM, Busy, Unreachable
+from dicom.rest import resting
 
 LARGEST_PDU = 131072  # bytes
 CONNECT = 10  # seconds to open a connection, and to accept an association
@@ -66,26 +66,6 @@ class Bounds:
         self._taken = 0
 
 
-class Rest:
-    """In place of the library's reactor checkpoint: its thread stays here while we ask.
-
-    Paused by the library's own means it may already be past the checkpoint, and then takes an answer for itself.
-    """
-
-    def __init__(self) -> None:
-        self.arrived, self.over = threading.Event(), threading.Event()
-
-    def wait(self) -> None:
-        """Called by the reactor, each time round."""
-        self.arrived.set()
-        self.over.wait()
-
-    def set(self) -> None:
-        """Nothing: only the end of the association ends the rest."""
-
-    clear = set
-
-
 @contextmanager
 def associated(
     peer: Peer, contexts: list[PresentationContext], roles: list[Any] | None = None, handlers: list[Any] | None = None
@@ -107,10 +87,7 @@ def associated(
         raise Unreachable(f"{peer}: no address is known for this host name") from None
     if not association.is_established:
         raise _refusal(peer, association, bounds)
-    rest = Rest()
-    association._reactor_checkpoint = cast(Any, rest)
-    while association.is_alive() and not rest.arrived.wait(0.1):
-        pass
+    rest = resting(association)
     try:
         yield association, bounds
         association.release()

@@ -15,12 +15,12 @@ from pydicom import dcmwrite
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pynetdicom import AE, build_context, build_role
-from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE, N_EVENT_REPORT
 from pynetdicom.dsutils import encode
 
 from dicom import header
 from dicom.part10 import EXPLICIT_LE, HOSTILE, IMPLICIT_LE, Unreadable, open_envelope, read_header
+from dicom.rest import resting
 
 VERIFICATION = "1.2.840.10008.1.1"
 STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"
@@ -65,12 +65,11 @@ def echo(
     host: str, port: int, called_aet: str, calling_aet: str = "CXRSEND", tls: ssl.SSLContext | None = None
 ) -> bool:
     """True when the node at host:port answers C-ECHO with Success; over TLS when there is a context."""
-    association = _associate(host, port, called_aet, calling_aet, [(VERIFICATION, IMPLICIT_LE)], tls)
-    if not association.is_established:
-        return False
-    status = association.send_c_echo()
-    association.release()
-    return status.get("Status") == 0
+    line = _Line(host, port, called_aet, calling_aet, [(VERIFICATION, IMPLICIT_LE)], tls)
+    try:
+        return line.up and line.association.send_c_echo().get("Status") == 0
+    finally:
+        line.close()
 
 
 def send(
@@ -100,7 +99,7 @@ def deliver(
     One association for as long as it lasts and its contexts fit; each syntax is proposed in a context of its own.
     `kinds` are the (SOP class, syntax) to be proposed from the start, where they are known.
     """
-    association: Association | None = None
+    line: _Line | None = None
     proposed = list(kinds)
     try:
         for item in items:
@@ -110,15 +109,15 @@ def deliver(
                 yield Sent(item, None, UNREADABLE)
                 continue
             kind = (film.sop_class, film.syntax)
-            if association is None or not association.is_established or kind not in proposed:
-                if association is not None and association.is_established:
-                    association.release()
+            if line is None or not line.up or kind not in proposed:
+                if line is not None:
+                    line.close()
                 proposed = (proposed if kind in proposed else [*proposed, kind])[-MAX_CONTEXTS:]
-                association = _associate(host, port, called_aet, calling_aet, proposed, tls)
-            yield Sent(item, *_store(association, film))
+                line = _Line(host, port, called_aet, calling_aet, proposed, tls)
+            yield Sent(item, *_store(line, film))
     finally:
-        if association is not None and association.is_established:
-            association.release()
+        if line is not None:
+            line.close()
 
 
 def report_commitment(
@@ -132,12 +131,10 @@ def report_commitment(
 ) -> int | None:
     """Status of one N-EVENT-REPORT of storage commitment, sent in the provider's role (PS3.4 J.3.3); None: no answer."""
     kinds = [(STORAGE_COMMITMENT, EXPLICIT_LE), (STORAGE_COMMITMENT, IMPLICIT_LE)]
-    association = _associate(host, port, called_aet, calling_aet, kinds, tls, provider_of=STORAGE_COMMITMENT)
-    if not association.is_established:
-        return None
+    line = _Line(host, port, called_aet, calling_aet, kinds, tls, provider_of=STORAGE_COMMITMENT)
     try:
-        accepted = [context for context in association.accepted_contexts if context.as_scp]
-        if not accepted or accepted[0].context_id is None:
+        accepted = [context for context in line.association.accepted_contexts if context.as_scp]
+        if not line.up or not accepted or accepted[0].context_id is None:
             return None
         request = N_EVENT_REPORT()
         request.MessageID, request.EventTypeID = 1, event_type
@@ -145,39 +142,68 @@ def report_commitment(
         request.AffectedSOPInstanceUID = UID(COMMITMENT_INSTANCE)
         encoded = encode(information, str(accepted[0].transfer_syntax[0]) == IMPLICIT_LE, True)
         request.EventInformation = io.BytesIO(encoded or b"")
-        return _exchange(association, request, accepted[0].context_id)
+        return line.exchange(request, accepted[0].context_id)
     finally:
-        if association.is_established:
-            association.release()
+        line.close()
 
 
-def _associate(
-    host: str,
-    port: int,
-    called: str,
-    calling: str,
-    kinds: list[tuple[str, str]],
-    tls: ssl.SSLContext | None,
-    provider_of: str | None = None,
-) -> Association:
+class _Line:
     """An association, established or not; `provider_of` is a SOP class in which we take the SCP's role (PS3.7 D.3.3.4)."""
-    entity = AE(calling)
-    entity.maximum_pdu_size = LARGEST_PDU
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = entity.connection_timeout = TIMEOUT
-    contexts = [build_context(sop_class, [syntax]) for sop_class, syntax in kinds]
-    roles: list = [build_role(provider_of, scp_role=True)] if provider_of else []
-    wire = (tls, host) if tls else None
-    return entity.associate(host, port, contexts=contexts, ae_title=called, ext_neg=roles, tls_args=wire)
 
-
-def _store(association: Association, film: _Film) -> tuple[int | None, str]:
-    """Status, or why there is none. The film's own bytes go: the library's send_c_store would decode and encode them."""
-    # a peer that accepts no context at all is left by the library, and what it answered stays
-    if not association.is_established:
-        return (
-            None,
-            NO_CONTEXT if association.rejected_contexts and not association.accepted_contexts else NO_ASSOCIATION,
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        called: str,
+        calling: str,
+        kinds: list[tuple[str, str]],
+        tls: ssl.SSLContext | None,
+        provider_of: str | None = None,
+    ):
+        entity = AE(calling)
+        entity.maximum_pdu_size = LARGEST_PDU
+        entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = entity.connection_timeout = TIMEOUT
+        contexts = [build_context(sop_class, [syntax]) for sop_class, syntax in kinds]
+        roles: list = [build_role(provider_of, scp_role=True)] if provider_of else []
+        wire = (tls, host) if tls else None
+        self.association = entity.associate(
+            host, port, contexts=contexts, ae_title=called, ext_neg=roles, tls_args=wire
         )
+        self._rest = resting(self.association) if self.association.is_established else None
+
+    @property
+    def up(self) -> bool:
+        """Whether it can carry a message: the peer neither refused it nor ended it since."""
+        return self.association.is_established and self.association.dul.state_machine.current_state == TRANSFER
+
+    def exchange(self, request: C_STORE | N_EVENT_REPORT, context: int) -> int | None:
+        """Send one request and wait for its answer's status; None when none comes (the association is then aborted)."""
+        self.association.dimse.send_msg(request, context)
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            try:
+                return getattr(self.association.dimse.msg_queue.get(timeout=0.2)[1], "Status", None)
+            except queue.Empty:
+                if not self.up:  # a dead line: the library would wait for the answer in vain
+                    return None
+        self.association.abort()
+        return None
+
+    def close(self) -> None:
+        """Release it, if the peer has not ended it; what the peer said last is then the library's to answer."""
+        if self.up:
+            self.association.release()
+        if self._rest:
+            self._rest.over.set()
+
+
+def _store(line: _Line, film: _Film) -> tuple[int | None, str]:
+    """Status, or why there is none. The film's own bytes go: the library's send_c_store would decode and encode them."""
+    association = line.association
+    # a peer that accepts no context at all is left by the library, and what it answered stays
+    if not line.up:
+        refused = association.rejected_contexts and not association.accepted_contexts
+        return None, NO_CONTEXT if refused else NO_ASSOCIATION
     accepted = [
         context
         for context in association.accepted_contexts
@@ -189,35 +215,5 @@ def _store(association: Association, film: _Film) -> tuple[int | None, str]:
     request.MessageID, request.Priority = 1, 2
     request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = UID(film.sop_class), UID(film.sop_uid)
     request.DataSet = io.BytesIO(film.data)
-    status = _exchange(association, request, accepted[0].context_id)
+    status = line.exchange(request, accepted[0].context_id)
     return status, "" if status is not None else NO_ANSWER
-
-
-def _exchange(association: Association, request: C_STORE | N_EVENT_REPORT, context: int) -> int | None:
-    """Send one request and wait for its answer's status; None when none comes (the association is then aborted)."""
-    association._reactor_checkpoint.clear()  # as the library's send_* do: nobody else may take the answer
-    try:
-        while not association._is_paused:
-            if not association.is_alive():  # the peer hung up first: the library would wait for ever
-                return None
-            time.sleep(0.0001)
-        association.dimse.send_msg(request, context)
-        response = _response(association)
-    finally:
-        association._reactor_checkpoint.set()
-    if response is None:
-        association.abort()
-        return None
-    return getattr(response, "Status", None)
-
-
-def _response(association: Association) -> object | None:
-    """The next message; None when none comes in time or the line is dead (the library would wait for it in vain)."""
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        try:
-            return association.dimse.msg_queue.get(timeout=0.2)[1]
-        except queue.Empty:
-            if association.dul.state_machine.current_state != TRANSFER:
-                break
-    return None

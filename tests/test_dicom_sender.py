@@ -1,8 +1,14 @@
 """The small sender: bytes as they are, a status for each."""
 
+import threading
+import time
+
 import pytest
 from answers import Archive
 from pacs import film, free_port, save
+from pynetdicom import evt
+from pynetdicom.dimse import DIMSEServiceProvider
+from pynetdicom.dimse_messages import C_STORE_RSP
 
 from dicom.inbox import Inbox
 from dicom.listener import Listener, Node
@@ -78,3 +84,35 @@ def test_kinds_named_beforehand_are_sent_over_one_association():
         assert archive.associations == 1
         list(deliver(films, "127.0.0.1", archive.port, "PACS"))
         assert archive.associations == 3  # one more for the second syntax
+
+
+def test_when_the_peer_hangs_up_after_an_answer_the_next_item_goes_over_a_new_association():
+    with Archive(free_port(), classes=(film(0).SOPClassUID,)) as archive:
+
+        def hang_up(event):
+            if isinstance(event.message, C_STORE_RSP):
+                threading.Timer(0.05, event.assoc.abort).start()
+
+        archive.server.bind(evt.EVT_DIMSE_SENT, hang_up)
+        said = []
+        for sent in deliver((film(n) for n in range(6)), "127.0.0.1", archive.port, "PACS"):
+            said.append(sent.status)
+            time.sleep(0.3)  # the abort arrives
+        assert said == [0] * 6
+        assert archive.associations == 6
+
+
+def test_no_answer_is_lost_to_the_librarys_own_thread(monkeypatch):
+    """Its thread, made slow between its checkpoint and its look at the queue, would otherwise take them."""
+    real = DIMSEServiceProvider.get_msg
+
+    def slow(provider, block=False):
+        if not block:
+            time.sleep(0.02)
+        return real(provider, block)
+
+    with Archive(free_port(), classes=(film(0).SOPClassUID,)) as archive:
+        monkeypatch.setattr(DIMSEServiceProvider, "get_msg", slow)
+        statuses = [sent.status for sent in deliver((film(n) for n in range(20)), "127.0.0.1", archive.port, "PACS")]
+        assert statuses == [0] * 20
+        assert archive.associations == 1
