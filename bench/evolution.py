@@ -55,18 +55,25 @@ EVOLVE = {
 }  # fmt: skip
 # Faithful in all but sizes and lengths: so few steps need a faster teacher and more corrections than every 500 steps.
 DISTL = {"pool": "cls", "t0_lr": 1e-3, "t0_steps": 100, "lr": 3e-4, "lam": 0.5, "ema_base": 0.99, "correct_every": 10}
-ARMS: dict[str, Callable] = {
-    "supervised only": lambda site, frozen, draw, tell, name: supervised(site, frozen, draw, tell),
-    "fully labelled": lambda site, frozen, draw, tell, name: fully_labelled(site, frozen, draw, tell),
-    "frozen graph": lambda site, frozen, draw, tell, name: frozen_graph(site, frozen, draw, tell),
-    "pseudo-label": lambda site, frozen, draw, tell, name: pseudo_label(site, frozen, draw, tell),
-    "evolve": lambda site, frozen, draw, tell, name: learn(site, draw, "evolve", EVOLVE, name, tell),
-    "distl": lambda site, frozen, draw, tell, name: learn(site, draw, "distl", DISTL, name, tell),
-}  # fmt: skip
+_PLAIN = {"average": "ema", "replay": 0.0, "refit": "linear"}
+# Trained by the product's recipes; after the first two, what is left of them when one of the signals goes.
+TRAINED = {
+    "distl": ("distl", DISTL),
+    "evolve": ("evolve", EVOLVE),
+    "distl, no correction": ("distl", {**DISTL, "correct_every": 0}),
+    "distl, self-training only": ("distl", {**DISTL, "correct_every": 0, "lam": 0.0}),
+    "distl, self-supervised only": ("distl", {**DISTL, "correct_every": 0, "lam": 1.0}),
+    "same steps, no stream": ("evolve", {**EVOLVE, **_PLAIN, "lam": 0.0, "targets": "none"}),
+}
+FROZEN: dict[str, Callable] = {
+    "supervised only": supervised,
+    "fully labelled": fully_labelled,
+    "frozen graph": frozen_graph,
+    "pseudo-label": pseudo_label,
+}
 # The ladder: what each part of `evolve` is worth; each is `evolve` on the class token with these keys changed. It was
 # climbed before patches joined the embedding and before the least change was kept ("half-way": WiSE at 1/2).
 CLIMBED = {**EVOLVE, "pool": "cls", "average": "wise"}
-_PLAIN = {"average": "ema", "replay": 0.0, "refit": "linear"}
 LADDER = {
     "labels only, same steps": {**_PLAIN, "lam": 0.0, "targets": "none"},
     "+ DINO": {**_PLAIN, "targets": "none"},
@@ -94,7 +101,7 @@ def main() -> None:
     asked.add_argument("--experiment", nargs="*", choices=("A", "B", "C"), default=["A", "B", "C"])
     asked.add_argument("--shares", type=float, nargs="*", default=[0.01, 0.02])
     asked.add_argument("--draws", type=int, nargs="*", default=list(range(8)))
-    asked.add_argument("--arms", nargs="*", default=list(ARMS))
+    asked.add_argument("--arms", nargs="*", default=[*FROZEN, *TRAINED])
     asked.add_argument("--ladder", action="store_true", help="the ablation ladder (A, T=1), instead of the arms")
     asked.add_argument("--report", action="store_true", help="only print and draw what there is")
     given = asked.parse_args()
@@ -161,8 +168,10 @@ def cell(
 
     if experiment == "ladder":
         learn(site, division, "evolve", {**CLIMBED, **LADDER[arm]}, name, tell, rounds=1)
+    elif arm in TRAINED:
+        learn(site, division, *TRAINED[arm], name, tell)
     else:
-        ARMS[arm](site, frozen, division, tell, name)
+        FROZEN[arm](site, frozen, division, tell)
     np.savez(scores / f"{name}.npz", **kept)
     with (RESULTS / "evolution.jsonl").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # several processes may share the grid

@@ -17,7 +17,15 @@ import matplotlib.pyplot as plt
 
 BOOTSTRAPS = 2000
 ORDER = ("supervised only", "pseudo-label", "frozen graph", "distl", "evolve", "fully labelled")
-COLOURS = dict(zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#c0392b", "#2e7d32"), strict=True))
+ABLATIONS = (
+    "distl, no correction",
+    "distl, self-training only",
+    "distl, self-supervised only",
+    "same steps, no stream",
+)  # in the tables, not in the figure
+COLOURS: dict[str, str] = dict(
+    zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#c0392b", "#2e7d32"), strict=True)
+)
 
 
 class Paired:
@@ -101,7 +109,7 @@ def arms(experiment: str, lines: list[dict], scores: Path, paired: Callable) -> 
                 for arm, of in found.items()
             }
             table = said.setdefault(str(share), {}).setdefault(test, {})
-            for arm in [arm for arm in ORDER if arm in found]:
+            for arm in [arm for arm in (*ORDER, *ABLATIONS) if arm in found]:
                 draws = sorted(found[arm])
                 by_round = {
                     n: round(float(np.mean([found[arm][d][n][test] for d in draws if n in found[arm][d]])), 4)
@@ -178,7 +186,7 @@ def show(said: dict) -> None:
     for experiment, share, test, table in panels(said):
         print(f"\n{title(experiment, share)}, {test} test")
         print(
-            f"{'arm':17} {'n':>2}  {'T=0':>6} {'T=1':>6} {'T=2':>6} {'T=3':>6}  spread   minus supervised only        gap closed"
+            f"{'arm':28} {'n':>2}  {'T=0':>6} {'T=1':>6} {'T=2':>6} {'T=3':>6}  spread   minus supervised only        gap closed"
         )
         for arm, row in table.items():
             by = [f"{row['auc_by_round'][n]:.3f}" if n in row["auc_by_round"] else "" for n in range(4)]
@@ -187,7 +195,7 @@ def show(said: dict) -> None:
             gap = f"{row['gap_closed']:.2f}" if "gap_closed" in row else ""
             spread = f"{row['spread']:.3f}" if row["spread"] is not None else ""
             print(
-                f"{arm:17} {row['draws']:2}  " + " ".join(f"{v:>6}" for v in by) + f"  {spread:>6}   {text:27} {gap:>6}"
+                f"{arm:28} {row['draws']:2}  " + " ".join(f"{v:>6}" for v in by) + f"  {spread:>6}   {text:27} {gap:>6}"
             )
     if said["ladder"]:
         print("\nladder, 1 % labelled, T=1 (kept or not by validation)")
@@ -207,7 +215,7 @@ def draw_figure(lines: list[dict], said: dict, target: Path) -> None:
     for experiment, share, test, table in panels(said):
         ax = axes[int(test == "external")][columns.index((experiment, share))]
         found = cells(lines, experiment, float(share))
-        for arm, result in table.items():
+        for arm, result in ((arm, table[arm]) for arm in ORDER if arm in table):
             by = result["auc_by_round"]
             if len(by) == 1:
                 ax.axhline(next(iter(by.values())), color=COLOURS[arm], ls="--", lw=1.4, label=arm)
