@@ -66,8 +66,12 @@ def sha(data: bytes | memoryview) -> str:
 class Sender(threading.Thread):
     """Sends until the node is gone or it is told to stop; `sent` and `acknowledged` map UIDs to hashes."""
 
-    def __init__(self, port: int, films: Films, chance: random.Random, stop: threading.Event, a_while: int = 1 << 30):
+    def __init__(
+        self, port: int, films: Films, chance: random.Random, stop: threading.Event,
+        a_while: int = 1 << 30, pause: float = 0,
+    ):  # fmt: skip
         super().__init__(daemon=True)
+        self._pause = pause  # seconds between two films
         self._port, self._films, self._chance, self._stop_it, self._a_while = port, films, chance, stop, a_while
         self.sent: dict[str, str] = {}
         self.acknowledged: dict[str, str] = {}
@@ -96,6 +100,7 @@ class Sender(threading.Thread):
                     self.acknowledged[film.sop_uid] = digest
                 else:
                     self.refused += 1
+                self._stop_it.wait(self._pause)
             wire.sendall(struct.pack(">BxL4x", 5, 4))
             pdu(wire)
 

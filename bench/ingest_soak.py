@@ -3,7 +3,7 @@
 Senders associate anew every 50 films; beside them others abort in the middle, hang up and say nothing. A taker
 empties the inbox as the intake does, and hashes what it finds.
 
-    python bench/ingest_soak.py [--minutes 60] [--associations 8] [--out bench/results/ingest_soak.json]
+    python bench/ingest_soak.py [--minutes 60] [--associations 8] [--pause 0] [--out bench/results/ingest_soak.json]
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--minutes", type=float, default=60)
     words.add_argument("--associations", type=int, default=8)
+    words.add_argument("--pause", type=float, default=0, help="seconds between two films of an association")
     words.add_argument("--seed", type=int, default=0)
     words.add_argument("--store", type=Path, help="a folder on the disk to use; default: beside this repository")
     words.add_argument("--out", type=Path, default=HERE / "results" / "ingest_soak.json")
@@ -83,7 +84,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=asked.store or HERE.parent) as folder:
         inbox = Path(folder)
         process, port = start(inbox)
-        load = [Sender(port, films, random.Random(chance.random()), stop, A_WHILE) for _ in range(asked.associations)]
+        load = [
+            Sender(port, films, random.Random(chance.random()), stop, A_WHILE, asked.pause)
+            for _ in range(asked.associations)
+        ]
         taker = threading.Thread(target=take, args=(inbox, taken, there))
         trouble = threading.Thread(target=disturb, args=(port, films, random.Random(chance.random()), stop, troubles))
         try:
@@ -110,6 +114,7 @@ def main() -> None:
     result = {
         "minutes": round(seconds / 60, 2),
         "associations": asked.associations,
+        "pause_s": asked.pause,
         "acknowledged": len(acknowledged),
         "lost": sum(there.get(uid, [""])[0] != digest for uid, digest in acknowledged.items()),
         "twice": sum(len(digests) > 1 for digests in there.values()),
