@@ -18,13 +18,13 @@ from pydicom.uid import UID
 
 from dicom import header
 from dicom.admission import Admission, Refused, Suspect, check_header
+from dicom.elements import PIXEL_DATA
 from dicom.image import DIGITAL_XRAY_PRESENTATION, DIGITAL_XRAY_PROCESSING, SECONDARY_CAPTURE
 from dicom.part10 import (
     EXPLICIT_LE,
     HOSTILE,
     IMPLEMENTATION_NAME,
     IMPLEMENTATION_UID,
-    PIXEL_DATA,
     Header,
     Unreadable,
     open_envelope,

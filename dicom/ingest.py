@@ -12,8 +12,9 @@ from pydicom.uid import UID
 
 from dicom import header
 from dicom.admission import Admission, Refused, Suspect, check_header
+from dicom.elements import PIXEL_DATA
 from dicom.image import HEARTBEAT_ID, Examined, Image
-from dicom.part10 import HOSTILE, PIXEL_DATA, Header, Unreadable, content_sha256, is_uid, open_envelope, read_header
+from dicom.part10 import HOSTILE, Header, Unreadable, content_sha256, is_uid, open_envelope, read_header
 from dicom.part10 import shown as short_and_plain
 from dicom.pixels import Blank, decode, pixel_sha256, render
 from dicom.privacy import patient_key

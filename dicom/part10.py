@@ -13,10 +13,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.uid import UID
+
+from dicom.elements import LONG_VRS, UNDEFINED, Unreadable, walk
 
 IMPLICIT_LE = "1.2.840.10008.1.2"
 EXPLICIT_LE = "1.2.840.10008.1.2.1"
@@ -28,11 +29,9 @@ IMPLEMENTATION_UID = "1.2.826.0.1.3680043.8.498.7427.1"
 IMPLEMENTATION_NAME = "CXRLOOP_1"
 MAX_INFLATED = 256 << 20  # bytes; the largest detector is 50 MB a film, a bomb has no business above this
 HEAD = 32 << 20  # bytes of an inflated data set that hold its header, overlays and icons included
-UNDEFINED = 0xFFFFFFFF
-PIXEL_DATA = 0x7FE00010
 ITEM = b"\xfe\xff\x00\xe0"  # (FFFE,E000), always little endian: no compressed syntax is big
-DELIMITER = b"\xfe\xff\xdd\xe0"
-LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
+# who and what: (0008,0005), SOP class and instance, PatientID and its issuer, StudyInstanceUID
+IDENTITY = frozenset((0x00080005, 0x00080016, 0x00080018, 0x00100020, 0x00100021, 0x0020000D))
 
 # What a reader of hostile bytes may raise; anything else is a fault of ours and should be seen.
 HOSTILE = (
@@ -53,10 +52,6 @@ HOSTILE = (
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 
 
-class Unreadable(ValueError):
-    """The bytes are not a readable DICOM file; the message says where they stop making sense."""
-
-
 @dataclass(frozen=True)
 class Envelope:
     transfer_syntax: str
@@ -66,7 +61,7 @@ class Envelope:
 
 @dataclass(frozen=True)
 class Header:
-    """Every element before the pixels, and the pixels' length as the file declares it (None: no pixels)."""
+    """The elements before the pixels, and the pixels' length as the file declares it (None: no pixels)."""
 
     dataset: Dataset
     pixel_length: int | None  # UNDEFINED: encapsulated
@@ -161,7 +156,8 @@ def read_header(stream: BinaryIO, syntax: str, pixels: bool = True) -> Header:
 
     Checks that the first element looks like its syntax, that no value is cut short, and that the declared
     pixel length fits what follows. Costs about a millisecond; reads no pixels (a deflated set is inflated, within
-    bounds; with `pixels` False only its head is kept, and `pixel_bytes` of the result is of no use).
+    bounds). With `pixels` False only the elements of IDENTITY are kept, whatever the size of the others, and
+    `pixel_bytes` of the result is of no use.
     """
     uid, size = UID(syntax), _size(stream)
     if syntax == DEFLATED_LE:
@@ -179,36 +175,15 @@ def read_header(stream: BinaryIO, syntax: str, pixels: bool = True) -> Header:
     looks_explicit = first[4:6].isalpha() and first[4:6].isupper()
     if looks_explicit == implicit or not 0x0004 <= group <= 0x7FE0:
         raise Unreadable("data set does not begin as its transfer syntax says")
+    found = walk(stream, implicit, little, size, IDENTITY)
+    if not pixels:
+        return Header(Dataset(found.kept), found.pixel_length, found.pixel_vr, stream, found.pixel_offset)
+    stream.seek(start)
     try:
         ds = read_dataset(stream, implicit, little, stop_when=lambda tag, vr, length: tag >= 0x7FE00000)
-        for element in ds.values():
-            if isinstance(element, RawDataElement) and len(element.value or b"") < element.length != UNDEFINED:
-                raise Unreadable(f"data set cut short within {element.tag}")
-    except Unreadable:
-        raise
     except HOSTILE as error:
         raise Unreadable(f"data set not readable: {type(error).__name__}") from error
-    length, vr, offset = _pixel_element(stream, implicit, little, size)
-    if length == UNDEFINED:
-        _walk_items(stream)
-    return Header(ds, length, vr, stream, offset)
-
-
-def _walk_items(stream: BinaryIO) -> None:
-    """Check that encapsulated pixels are items up to a delimiter, by seeks alone. Raises Unreadable."""
-    end = _size(stream)
-    while True:
-        start = stream.read(8)
-        if len(start) < 8:
-            raise Unreadable("PixelData (7FE0,0010) is cut short: no sequence delimiter")
-        tag, length = struct.unpack("<4sL", start)
-        if tag == DELIMITER:
-            return
-        if tag != ITEM:
-            raise Unreadable("PixelData (7FE0,0010) of undefined length does not hold items")
-        if stream.tell() + length > end:
-            raise Unreadable("PixelData (7FE0,0010) is cut short within an item")
-        stream.seek(length, os.SEEK_CUR)
+    return Header(ds, found.pixel_length, found.pixel_vr, stream, found.pixel_offset)
 
 
 def items(encapsulated: bytes) -> list[bytes]:
@@ -221,35 +196,6 @@ def items(encapsulated: bytes) -> list[bytes]:
         found.append(encapsulated[at + 8 : at + 8 + length])
         at += 8 + length
     return found
-
-
-def _pixel_element(stream: BinaryIO, implicit: bool, little: bool, end: int) -> tuple[int | None, str, int]:
-    """(declared length or None without pixels, VR, offset of the value); skips other elements of group 7FE0."""
-    order = "<" if little else ">"
-    while True:
-        start = stream.read(8)
-        if not start:
-            return None, "", end
-        if len(start) < 8:
-            raise Unreadable("data set cut short before the pixels")
-        group, element = struct.unpack(order + "HH", start[:4])
-        if implicit:
-            length = struct.unpack(order + "L", start[4:])[0]
-        elif start[4:6] in LONG_VRS:
-            more = stream.read(4)
-            if len(more) < 4:
-                raise Unreadable("data set cut short before the pixels")
-            length = struct.unpack(order + "L", more)[0]
-        else:
-            length = struct.unpack(order + "H", start[6:])[0]
-        offset = stream.tell()
-        if group << 16 | element == PIXEL_DATA:
-            if length != UNDEFINED and offset + length > end:
-                raise Unreadable(f"PixelData (7FE0,0010) has {end - offset} of its {length} bytes")
-            return length, "OW" if implicit else start[4:6].decode("latin-1"), offset
-        if group > 0x7FE0 or length == UNDEFINED or offset + length > end:
-            return None, "", end
-        stream.seek(offset + length)
 
 
 def _size(stream: BinaryIO) -> int:
