@@ -201,10 +201,12 @@ def test_logs_are_followed_until_the_round_rests_and_show_says_what_it_did(label
     running = cxrloop(site, "round", "run", "--now", "--json")
     wait_until((folder / "progress.json").exists, running)
     following = cxrloop(site, "round", "logs", "--follow")
+    running.send_signal(signal.SIGSTOP)  # the round can't come to rest before somebody has left
     leaving = cxrloop(site, "round", "logs", "r0001", "--follow")
     assert leaving.stdout and leaving.stdout.readline()  # it is at it
     leaving.send_signal(signal.SIGINT)
     assert leaving.communicate(timeout=30)[1] == "" and leaving.returncode == 0
+    running.send_signal(signal.SIGCONT)
     log, last = following.communicate(timeout=240)
     assert running.wait(5) == 0  # the follower leaves when the round has come to rest, not before
     assert following.returncode == 0
