@@ -19,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help is plain text: "[/tls]" and "[results]" in it are words, not styles
     help="The closed loop for a hospital's chest X-ray model. Research software, not a medical device.",
 )
 show = typer.Typer(no_args_is_help=True, help="The settings.")

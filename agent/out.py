@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from agent.errors import Problem, Refused
 from agent.lifecycle import IllegalMove
@@ -21,8 +22,11 @@ from deploy.keys import KeyRefused
 from deploy.registry import PointerRefused
 
 WIDE = 160  # columns when the output is a file or a pipe: nothing is cut there
-people = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
-logs = Console(stderr=True, highlight=False, soft_wrap=True)
+# Reasons, names and paths come from outside: "[/tls]" in them is text, neither a style nor an error.
+people = Console(
+    highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE
+)
+logs = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def as_json(value: Any) -> None:
@@ -34,7 +38,7 @@ def pairs(rows: Iterable[tuple[str, Any]]) -> None:
     """Name and value, one a line."""
     grid = Table.grid(padding=(0, 2))
     for name, value in rows:
-        grid.add_row(f"[bold]{name}[/]", "" if value is None else str(value))
+        grid.add_row(Text(name, style="bold"), "" if value is None else str(value))
     people.print(grid)
 
 
@@ -54,13 +58,13 @@ def errors() -> Iterator[None]:
     try:
         yield
     except (Refused, BundleRefused, IllegalMove) as error:
-        logs.print(f"refused: {error}", markup=False)
+        logs.print(f"refused: {error}")
         raise typer.Exit(2) from None
     except (Problem, KeyRefused, PointerRefused, ServerDown, ServerRefused) as error:
-        logs.print(f"error: {error}", markup=False)
+        logs.print(f"error: {error}")
         raise typer.Exit(1) from None
     except OSError as error:
-        logs.print(f"error: {error}", markup=False)
+        logs.print(f"error: {error}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         logs.print("interrupted; what was done is kept, and the same command goes on from there")

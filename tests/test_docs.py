@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from agent import config
 from agent.cli import app
@@ -74,6 +75,15 @@ def test_every_command_and_every_setting_is_documented():
     for name, field in config.Config.model_fields.items():
         for key in field.annotation.model_fields:  # type: ignore[union-attr]
             assert f"\n{key} = " in example, (name, key)
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_the_help_of_every_command_says_all_that_its_page_says(path):
+    done = CliRunner().invoke(app, [*path, "--help"])
+    assert done.exit_code == 0, done.exception
+    said = re.sub(r"\s+", "", done.output)  # lines are broken anywhere
+    options = [p for p in COMMANDS[path].params if not getattr(p, "hidden", False)]
+    assert [p.name for p in options if re.sub(r"\s+", "", getattr(p, "help", None) or "") not in said] == []
 
 
 def test_links_between_pages_lead_somewhere():

@@ -27,7 +27,7 @@ NIGHTS = 3
 ARCHIVE, DAILY = 720, 60  # films on the first day (the archive) and on each later one
 LABELS = 80  # labelled training films: few, so that T=0 is weak
 SEED = 11
-READY_S = 60
+READY_S = 300  # a busy machine needs a minute for the imports alone; one that is dead is noticed at once
 POISONED = """base = "distl"
 # A bad night on purpose: the teacher's class logits are inverted. The gate's code knows nothing of it.
 poison_teacher = true
@@ -119,7 +119,7 @@ def _site(root: Path, films: list[pacs.Film]) -> Demo:
     (root / "poisoned.toml").write_text(POISONED, "utf-8")
     gate = demo.ask("config", "show")["gate"]
     out.people.print(
-        f"[bold]Protocol[/]: findings {', '.join(findings)}; margin {gate['margin']} AUC against the champion and against "
+        f"Protocol: findings {', '.join(findings)}; margin {gate['margin']} AUC against the champion and against "
         f"the frozen baseline; {NIGHTS} looks planned, alpha {gate['alpha']} / {NIGHTS} = {gate['alpha'] / NIGHTS:.4f} each; "
         f"a finding is decided from {gate['min_class']} patients of its smaller class; {LABELS} labelled training films; "
         "night 2 has a poisoned teacher and no correction (site/poisoned.toml)."
@@ -142,8 +142,10 @@ def _free_port() -> int:
 def _wait_ready(demo: Demo, log: Path, appliance: subprocess.Popen) -> None:
     deadline = time.monotonic() + READY_S
     while "\nready" not in "\n" + log.read_text(errors="replace"):
-        if appliance.poll() is not None or time.monotonic() > deadline:
-            raise Problem(f"the appliance did not start; see {log}")
+        if (code := appliance.poll()) is not None:
+            raise Problem(f"the appliance ended with exit code {code} before it was ready; see {log}")
+        if time.monotonic() > deadline:
+            raise Problem(f"the appliance was not ready after {READY_S} s; is this machine busy? See {log}")
         time.sleep(0.2)
     out.people.print(f"The appliance is up: CXRLOOP@127.0.0.1:{demo.port} answers C-ECHO; no model yet.")
 
@@ -219,9 +221,9 @@ def _night(demo: Demo, number: int, later: list[pacs.Film]) -> None:
                 if c["name"].startswith("vs ")
             ],
         )
-        out.people.print(f"[bold]The gate[/]: {said['verdict']['line']}", markup=True)
+        out.people.print(f"The gate: {said['verdict']['line']}")
     else:
-        out.people.print(f"[bold]No verdict[/]: {said['state']}: {said['reason']}")
+        out.people.print(f"No verdict: {said['state']}: {said['reason']}")
     night = {"round": said["round"], "bundle": said["bundle"], "state": said["state"], "poisoned": poisoned}
     with demo.flow(later) as flow:
         if said["bundle"]:
@@ -273,4 +275,4 @@ def _span(ci: list[float] | None) -> str:
 
 
 def _rule(title: str) -> None:
-    out.people.print(f"\n[bold]== {title}[/]")
+    out.people.print(f"\n== {title}", style="bold")
