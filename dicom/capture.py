@@ -47,6 +47,8 @@ def capture(film: Dataset, said: Scored, panels: Sequence[tuple[Score, np.ndarra
     burned = header.text(film, "BurnedInAnnotation")
     if burned in ("YES", "NO"):  # the film's own letters are in the plate; ours name no one
         result.BurnedInAnnotation = burned
+    if header.text(film, "LossyImageCompression") == "01":  # once lossy, always (PS3.3 C.7.6.1.1.5)
+        result.LossyImageCompression = "01"
     result.DerivationDescription = f"Heatmap of cxrloop {said.version}, model bundle {said.bundle}. {NOTICE}."
     result.ImageComments = _comments(said)[:LARGEST_VALUE]
     result.SourceImageSequence = [_source(source)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from pydicom.charset import convert_encodings, python_encoding
+from pydicom.charset import convert_encodings, decode_bytes, python_encoding
 from pydicom.datadict import dictionary_VR, keyword_dict
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
@@ -40,6 +40,8 @@ OPTIONAL = (
     "PatientSize",
     "PatientWeight",
 )
+# PN (PS3.5 6.2.1): at most three groups of 64 characters, each of at most five components
+_GROUP = r"(?=[^=]{0,64}(?:=|\Z))[^=^\x00-\x1a\x1c-\x1f]*(?:\^[^=^\x00-\x1a\x1c-\x1f]*){0,4}"
 _VALID = {
     "AS": re.compile(r"\d{3}[DWMY]"),
     "DA": re.compile(r"\d{8}"),
@@ -47,7 +49,7 @@ _VALID = {
     "TM": re.compile(r"([01]\d|2[0-3])([0-5]\d([0-5]\d(\.\d{1,6})?)?)?"),
     "SH": re.compile(r"[^\\\x00-\x1a\x1c-\x1f]{1,16}"),  # ESC changes the character set (PS3.5 6.1.2.5)
     "LO": re.compile(r"[^\\\x00-\x1a\x1c-\x1f]{1,64}"),
-    "PN": re.compile(r"[^\x00-\x1a\x1c-\x1f]+"),
+    "PN": re.compile(rf"{_GROUP}(?:={_GROUP}){{0,2}}"),
 }
 _ANY = re.compile(r".+", re.S)
 
@@ -138,7 +140,7 @@ def finish(result: Dataset, film: Dataset, said: Scored) -> Dataset:
 
 def character_set(film: Dataset) -> tuple[str, ...]:
     """SpecificCharacterSet for a result: the film's own where it fits its bytes, else what they look like; () is ASCII."""
-    declared = header.values(film, "SpecificCharacterSet")
+    declared = _declared(film)
     raw = b"\n".join(_value(film, keyword) for keyword in (*EMPTY_IF_UNKNOWN, *OPTIONAL))
     if declared and all(name in python_encoding for name in declared):
         if len(declared) > 1 or b"\x1b" in raw:
@@ -148,6 +150,18 @@ def character_set(film: Dataset) -> tuple[str, ...]:
     if raw.isascii():
         return ()
     return ("ISO_IR 192",) if _decodes(raw, "utf-8") else ("ISO_IR 100",)
+
+
+def _declared(film: Dataset) -> tuple[str, ...]:
+    """SpecificCharacterSet as the standard spells it (PS3.3 C.12.1.1.2); GBK is a part of GB18030, which more receivers know."""
+    names = (
+        re.sub(r"^ISO(.2022)?.IR.?(\d+)$", _iso_name, name) for name in header.values(film, "SpecificCharacterSet")
+    )
+    return tuple("GB18030" if name == "GBK" else name for name in names)
+
+
+def _iso_name(found: re.Match[str]) -> str:
+    return f"ISO 2022 IR {found[2]}" if found[1] else f"ISO_IR {found[2]}"
 
 
 def _decodes(raw: bytes, encoding: str) -> bool:
@@ -174,11 +188,11 @@ def _value(film: Dataset, keyword: str) -> bytes:
         text = text.replace(":", "")
     elif keyword == "PatientSex":
         text = text if text in ("M", "F", "O") else ""
-    elif vr in ("SH", "LO") and not value.isascii():
-        text = _characters(film, value)
     elif vr == "PN" and b"\x1b" not in value and not header.text(film, "SpecificCharacterSet").startswith("GB"):
         value = value.split(b"\\")[0].strip()  # one name; in code extensions and GB a backslash is half a character
-        text = value.decode("latin-1")
+        text = _characters(film, value)
+    elif vr in ("SH", "LO", "PN"):
+        text = _characters(film, value)
     valid = _ANY if keyword in IDENTIFYING else _VALID.get(vr, _ANY)
     if not valid.fullmatch(text):
         return b""
@@ -187,9 +201,13 @@ def _value(film: Dataset, keyword: str) -> bytes:
 
 
 def _characters(film: Dataset, value: bytes) -> str:
-    """About as many characters as the value has, for its length alone."""
-    utf8 = "ISO_IR 192" in header.values(film, "SpecificCharacterSet") or _decodes(value, "utf-8")
-    return value.decode("utf-8" if utf8 else "latin-1", errors="replace")
+    """The value's characters, to be counted: in the film's character set, else in the one that they look like."""
+    declared = _declared(film)
+    if value.isascii() and b"\x1b" not in value:
+        return value.decode("ascii")
+    if declared and all(name in python_encoding for name in declared):
+        return decode_bytes(value, convert_encodings(list(declared)), set())
+    return value.decode("utf-8" if _decodes(value, "utf-8") else "latin-1")
 
 
 def _clock(result: Dataset, film: Dataset, at: datetime) -> None:

@@ -193,6 +193,9 @@ NAMES = {  # how it is declared, the bytes, what a reader of the result must see
     "Latin-1, declared as UTF-8": (b"ISO_IR 192", "Müller^Jörg".encode("latin-1"), "Müller^Jörg"),
     "a character set that is none": (b"UTF8", "Müller^Jörg".encode(), "Müller^Jörg"),
     "no name, no character set": (None, None, ""),
+    "Chinese, as GBK": (b"GBK", "Wang^XiaoDong=王^小东".encode("gbk"), "Wang^XiaoDong=王^小东"),
+    "Cyrillic, misspelt": (b"ISO-IR 144", "Люкcемб".encode("iso8859_5"), "Люкcемб"),
+    "Japanese, misspelt": (b"\\ISO_2022_IR_87", KANJI.encode("iso2022_jp"), KANJI),
 }
 
 
@@ -213,6 +216,19 @@ def test_the_films_character_set_is_kept_where_it_fits(tmp_path):
     assert character_set(header_of(tmp_path, SpecificCharacterSet=None)) == ()
 
 
+def test_a_long_text_is_measured_in_characters_and_not_in_bytes(tmp_path):
+    for charset, codec in ((b"\\ISO 2022 IR 87", "iso2022_jp"), (b"GB18030", "gb18030"), (b"ISO_IR 192", "utf-8")):
+        for length, kept in ((64, True), (65, False)):
+            text = ("胸" * length).encode(codec)
+            made = report(header_of(tmp_path, SpecificCharacterSet=charset, StudyDescription=text), SAID)
+            assert ("StudyDescription" in made) == kept, (charset, length)
+
+
+def test_a_heatmap_of_a_film_that_was_once_lossy_says_so(tmp_path):
+    assert capture(header_of(tmp_path, LossyImageCompression=b"01"), SAID, PANELS).LossyImageCompression == "01"
+    assert "LossyImageCompression" not in capture(header_of(tmp_path, LossyImageCompression=b"00"), SAID, PANELS)
+
+
 ODD = {
     **{case: {"SpecificCharacterSet": charset, "PatientName": name} for case, (charset, name, _) in NAMES.items()},
     "nobody": dict.fromkeys(
@@ -226,6 +242,9 @@ ODD = {
     },
     "an offset from UTC": {"TimezoneOffsetFromUTC": b"-0330"},
     "three names": {"PatientName": b"x\\y\\z"},
+    "seven parts of a name": {"PatientName": b"A^B^C^D^E^F^G"},
+    "a name longer than names are": {"PatientName": b"N" * 80, "ReferringPhysicianName": b"R" * 65},
+    "four spellings of a name": {"PatientName": b"a=b=c=d"},
     "letters burned in": {"BurnedInAnnotation": b"YES"},
 }  # fmt: skip
 
