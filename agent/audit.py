@@ -50,14 +50,20 @@ def anchor(ledger: Ledger, heads: Path, signing_key: bytes) -> None:
     with heads.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        lines = file.read().splitlines()
+        lines = whole_lines(file.read())
         if lines and lines[-1].startswith(f"{last['seq']} "):
             return
+        file.truncate(sum(len(line) + 1 for line in lines))
         message = f"{last['seq']} {last['hash']}"
         signature = Ed25519PrivateKey.from_private_bytes(signing_key).sign(message.encode()).hex()
         file.write(f"{message} {signature}\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def whole_lines(heads: str) -> list[str]:
+    """The lines of the file of heads but one that a full disk or a power cut broke off: it is signed anew."""
+    return heads[: heads.rfind("\n") + 1].splitlines()
 
 
 def verify(ledger: Ledger, heads: Path, public_key: bytes, head: str | None = None) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def verify(ledger: Ledger, heads: Path, public_key: bytes, head: str | None = No
 
 
 def _check_heads(heads: Path, hashes: dict[int, str], public_key: bytes) -> str | None:
-    lines = heads.read_text().splitlines() if heads.exists() else []
+    lines = whole_lines(heads.read_text()) if heads.exists() else []
     if hashes and not lines:
         return f"{heads.name} is missing: nothing vouches for the chain"
     key = Ed25519PublicKey.from_public_bytes(public_key)

@@ -24,6 +24,7 @@ from dicom.drop import Drop
 log = logging.getLogger("cxrloop")
 
 IDLE_S = 0.2  # how long a loop that found nothing waits, where nobody in this process wakes it
+FAILED_S = 1  # how long a loop that failed waits: a full disk is not the fuller for it
 STOP_S = 5  # a step at hand may finish in this time; after that stopping is a crash like any other
 TICK_S = 15  # how often the night and the reconciliation look at the ledger
 
@@ -190,18 +191,25 @@ class Agent:
         woken: threading.Event | None = None,
         then: threading.Event | None = None,
     ) -> None:
-        """Step until `stopping`; after one that did nothing wait for `woken`, after one that did something set `then`."""
+        """Step until `stopping`; after one that did nothing wait for `woken`, after one that did something set `then`.
+
+        What fails, opening the ledger too (a full disk), is said once and tried again on a fresh connection.
+        """
         woken = woken or threading.Event()
-        with self.site.ledger() as ledger:
-            while not self.stopping.is_set():
-                woken.clear()  # before the look, so that what comes during it isn't missed
-                try:
-                    idle = not step(ledger)
-                except Exception:  # the one broad except of this process: log, wait, go on
+        said = ""
+        while not self.stopping.is_set():
+            try:
+                with self.site.ledger() as ledger:
+                    while not self.stopping.is_set():
+                        woken.clear()  # before the look, so that what comes during it isn't missed
+                        idle, said = not step(ledger), ""
+                        if not idle:
+                            if then:
+                                then.set()
+                        elif not self.stopping.is_set():  # `stop` may have come before the clear
+                            woken.wait(IDLE_S)
+            except Exception as error:  # the one broad except of this process: log, wait, go on
+                if repr(error) != said:
                     log.exception("%s failed; trying again", what)
-                    idle = True
-                if not idle:
-                    if then:
-                        then.set()
-                elif not self.stopping.is_set():  # `stop` may have come before the clear
-                    woken.wait(IDLE_S)
+                said = repr(error)
+                self.stopping.wait(FAILED_S)

@@ -54,7 +54,8 @@ class Ledger:
         try:
             yield
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.conn.in_transaction:  # SQLite itself has taken back what found the disk full
+                self.db.execute("ROLLBACK")
             raise
         self.db.execute("COMMIT")
 
