@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from learner.backbone import Backbone, build
 from learner.convnet import ConvNet
-from learner.plan import Plan
+from learner.plan import BackboneError, Plan
 from learner.recipe import Recipe
 
 
@@ -118,7 +118,9 @@ def make_network(plan: Plan, recipe: Recipe, findings: int, drop_path: float = 0
         head = DinoHead(backbone.dim, recipe.prototypes, recipe.head_hidden, recipe.bottleneck)
     network = Network(backbone, head, ClassHead(backbone.dim, findings, recipe.class_hidden))
     if recipe.ibot:
-        width = cast(Backbone, backbone).vit.embed_dim
+        if not isinstance(backbone, Backbone):
+            raise BackboneError(f"ibot = {recipe.ibot}: {backbone.name} has no patches to mask; set it to 0")
+        width = backbone.vit.embed_dim
         network.mask = nn.Parameter(torch.zeros(width))
         network.patch_head = DinoHead(width, recipe.prototypes, recipe.head_hidden, recipe.bottleneck)
     return network

@@ -148,6 +148,10 @@ CHOICES = {
     "balance": ("none", "effective"),
     "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
 }
+LARGEST = 1e15  # of any number: a file's slip, not a setting (and nan, which is not below it)
+WEIGHTS = (  # and sizes: below 0 they would turn a step around
+    "lr_min", "weight_decay", "clip", "ibot", "koleo", "pseudo_weight", "label_weight", "replay", "rotate",
+)  # fmt: skip
 MAY_BE_ZERO = {
     "local_views",
     "prototypes",
@@ -245,13 +249,13 @@ def _typed(key: str, value: Any, default: Any) -> Any:
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)
     elif isinstance(default, tuple):
-        fits = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
+        fits = isinstance(value, (list, tuple)) and len(value) == 2 and all(type(v) in (int, float) for v in value)
         value = tuple(float(v) for v in value) if fits else value
     elif isinstance(default, float):
-        fits = isinstance(value, (int, float))
+        fits = isinstance(value, (int, float)) and abs(value) <= LARGEST
         value = float(value) if fits else value
     else:
-        fits = isinstance(value, type(default))
+        fits = isinstance(value, type(default)) and (isinstance(value, str) or abs(value) <= LARGEST)
     if not fits:
         raise RecipeError(f"recipe: {key} = {value!r}: expected {type(default).__name__}")
     return value
@@ -272,6 +276,9 @@ def _checked(recipe: Recipe) -> Recipe:
     for key in ("lr", "t0_lr", "std", "teacher_temp", "student_temp", "kappa", "kd_temperature"):
         if not getattr(recipe, key) > 0:
             raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must be above 0")
+    for key in WEIGHTS:
+        if getattr(recipe, key) < 0:
+            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must not be below 0")
     for key in ("global_scale", "local_scale"):
         low, high = getattr(recipe, key)
         if not 0 < low <= high <= 1:
@@ -284,6 +291,9 @@ def _checked(recipe: Recipe) -> Recipe:
         raise RecipeError(
             f'recipe: balance = "{recipe.balance}": distl weighs all labels alike, as published; use evolve'
         )
+    distils = recipe.method in ("distl", "pretrain") or (recipe.method == "evolve" and (recipe.lam or recipe.ibot))
+    if recipe.prototypes < 2 and (distils or recipe.prototypes):
+        raise RecipeError(f"recipe: prototypes = {recipe.prototypes}: {recipe.method} distils, which takes 2 at least")
     if recipe.local_views and recipe.local_size >= recipe.image_size:
         raise RecipeError(f"recipe: local_size {recipe.local_size} must be below image_size {recipe.image_size}")
     return recipe

@@ -11,9 +11,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,15 @@ from learner.recipe import Recipe, RecipeError
 PLATE_VERSION = 1  # must equal the version of the plates in the manifest; a change of the pixel path raises both
 PLATE_SHAPE = (512, 512)
 RANGES = ("train", "validation", "calibration")
-KEYS = {"version", "round", "plate_version", "findings", "recipe", "seed", "plates", "parent", "until", "films"}
-FILM_KEYS = {"image", "patient", "plate", "range", "labels"}
+KEYS = {  # of the manifest, and the kinds of value that each may have
+    "version": (int,), "round": (str,), "plate_version": (int,), "findings": (list,), "recipe": (dict,), "seed": (int,),
+    "plates": (str,), "parent": (dict, NoneType), "until": (str, NoneType), "films": (list,),
+}  # fmt: skip
+FILM_KEYS = {
+    "image": (int,), "patient": (str, int), "plate": (str,), "range": (str,), "labels": (list, NoneType),
+}  # fmt: skip
+PARENT_KEYS = {"bundle": (str,), "state": (str,)}
+NAMES = {int: "a whole number", str: "a text", list: "a list", dict: "an object", NoneType: "null"}
 
 TRAINED, PAUSED, STOPPED = 0, 75, 3  # exit codes of `python -m learner`
 
@@ -86,7 +94,7 @@ def load(folder: Path) -> Round:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ManifestError(f"{path}: no manifest; the agent writes it before the learner starts") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ManifestError(f"{path}: not JSON ({error})") from None
     _same_keys("manifest", raw, KEYS)
     if raw["version"] != 1:
@@ -97,10 +105,10 @@ def load(folder: Path) -> Round:
             "make the plates again from the originals"
         )
     findings = tuple(raw["findings"])
-    if not findings or len(set(findings)) != len(findings) or not all(isinstance(f, str) and f for f in findings):
+    if not findings or not all(isinstance(f, str) and f for f in findings) or len(set(findings)) != len(findings):
         raise ManifestError(f"manifest: findings {raw['findings']!r}: needs at least one name, each once")
     try:
-        recipe = replace(Recipe.from_dict(raw["recipe"]), seed=int(raw["seed"]))
+        recipe = Recipe.from_dict(raw["recipe"]).override({"seed": raw["seed"]})
     except RecipeError as error:
         raise ManifestError(f"manifest: {error}") from None
     films = _films(raw["films"], folder / raw["plates"], len(findings))
@@ -113,13 +121,13 @@ def load(folder: Path) -> Round:
 
 
 def _films(rows: Any, plates: Path, width: int) -> tuple[Film, ...]:
-    if not isinstance(rows, list) or not rows:
+    if not rows:
         raise ManifestError("manifest: films is empty; a round needs train films")
     films, range_of, seen = [], {}, set()
     for number, row in enumerate(rows):
         where = f"manifest: films[{number}]"
         _same_keys(where, row, FILM_KEYS)
-        if str(row["range"]).startswith("golden"):
+        if row["range"].startswith("golden"):
             raise ManifestError(f"{where}: image {row['image']} is {row['range']}: a golden film is never trained on")
         if row["range"] not in RANGES:
             raise ManifestError(f"{where}: range {row['range']!r}; must be one of {', '.join(RANGES)}")
@@ -134,14 +142,14 @@ def _films(rows: Any, plates: Path, width: int) -> tuple[Film, ...]:
         if relative.is_absolute() or ".." in relative.parts:
             raise ManifestError(f"{where}: plate {row['plate']!r} leaves the plates folder")
         labels = tuple(None if v is None else int(v) for v in labels)
-        films.append(Film(int(row["image"]), str(row["patient"]), plates / relative, row["range"], labels))
+        films.append(Film(row["image"], str(row["patient"]), plates / relative, row["range"], labels))
     if not any(f.range == "train" for f in films):
         raise ManifestError("manifest: no film in range train")
     return tuple(films)
 
 
 def _one_range(where: str, row: dict[str, Any], range_of: dict[str, str]) -> None:
-    first = range_of.setdefault(row["patient"], row["range"])
+    first = range_of.setdefault(str(row["patient"]), row["range"])
     if first != row["range"]:
         raise ManifestError(f"{where}: patient {row['patient']} is in {first} and in {row['range']}; split by patient")
 
@@ -149,11 +157,11 @@ def _one_range(where: str, row: dict[str, Any], range_of: dict[str, str]) -> Non
 def _parent(raw: Any, folder: Path) -> tuple[str | None, Path | None]:
     if raw is None:
         return None, None
-    _same_keys("manifest: parent", raw, {"bundle", "state"})
+    _same_keys("manifest: parent", raw, PARENT_KEYS)
     state = folder / raw["state"]
     if not state.is_file():
         raise ManifestError(f"manifest: parent {raw['bundle']}: {state} is missing; start from null or restore it")
-    return str(raw["bundle"]), state
+    return raw["bundle"], state
 
 
 def _until(raw: Any) -> datetime | None:
@@ -161,25 +169,32 @@ def _until(raw: Any) -> datetime | None:
         return None
     try:
         until = datetime.fromisoformat(raw)
-    except (TypeError, ValueError):
+    except ValueError:
         raise ManifestError(f"manifest: until {raw!r}: not an ISO 8601 time in UTC") from None
     return until if until.tzinfo else until.replace(tzinfo=UTC)
 
 
-def _same_keys(where: str, raw: Any, keys: set[str]) -> None:
+def _same_keys(where: str, raw: Any, kinds: dict[str, tuple[type, ...]]) -> None:
+    """These keys and no others, each of one of its kinds; True is no number here."""
     if not isinstance(raw, dict):
-        raise ManifestError(f"{where}: expected an object with {', '.join(sorted(keys))}")
-    for word, wrong in (("missing", keys - set(raw)), ("unknown", set(raw) - keys)):
+        raise ManifestError(f"{where}: expected an object with {', '.join(sorted(kinds))}")
+    for word, wrong in (("missing", set(kinds) - set(raw)), ("unknown", set(raw) - set(kinds))):
         if wrong:
             raise ManifestError(f"{where}: {word} {', '.join(sorted(wrong))}")
+    for key, allowed in kinds.items():
+        if type(raw[key]) not in allowed:
+            names = " or ".join(NAMES[kind] for kind in allowed)
+            raise ManifestError(f"{where}: {key} = {str(raw[key])[:40]!r}: expected {names}")
 
 
 def read_plate(path: Path) -> np.ndarray:
     """uint8 [512, 512]; raises ManifestError for a missing file or another shape."""
     try:
         plate = np.load(path, allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ManifestError(f"{path}: not a plate ({error})") from None
+    if not isinstance(plate, np.ndarray):
+        raise ManifestError(f"{path}: an archive of arrays; a plate is one array, uint8 {list(PLATE_SHAPE)}")
     if plate.shape != PLATE_SHAPE or plate.dtype != np.uint8:
         raise ManifestError(f"{path}: {plate.dtype} {list(plate.shape)}; a plate is uint8 {list(PLATE_SHAPE)}")
     return plate

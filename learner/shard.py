@@ -96,7 +96,7 @@ def key_of(films: Sequence[Film], size: int) -> str:
         try:
             at = film.plate.stat()
             digest.update(f"{film.image} {film.plate} {at.st_size} {at.st_mtime_ns}\n".encode())
-        except FileNotFoundError:
+        except (OSError, ValueError):  # not there, or no name that a file can have
             read_plate(film.plate)  # says what is missing
     return digest.hexdigest()
 

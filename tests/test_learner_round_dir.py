@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from learner.recipe import RECIPES, Recipe, RecipeError, resolve
-from learner.round_dir import ManifestError, RoundBusy, held, load, whole_folder, write_json
+from learner.round_dir import ManifestError, RoundBusy, held, load, read_plate, whole_folder, write_json
 from tests.learner_site import make_round, read_manifest, write_manifest
 
 
@@ -50,6 +51,11 @@ REFUSED = [
     (lambda m: m.update(parent={"bundle": "abc", "state": "nowhere"}), "is missing"),
     (lambda m: m["recipe"].update(lamb=0.5), "did you mean 'lam'"),
     (lambda m: m["recipe"].update(flip="no"), "expected bool"),
+    (lambda m: m["recipe"].update(clip=-1), "clip = -1.0: must not be below 0"),
+    (lambda m: m["recipe"].update(weight_decay=float("nan")), "weight_decay = nan: expected float"),
+    (lambda m: m["recipe"].update(prototypes=0), "distils, which takes 2 at least"),
+    (lambda m: m.update(seed=-1), "seed = -1: too small"),
+    (lambda m: m["films"][0].update(patient=7) or m["films"][-1].update(patient="7"), "patient 7 is in train and in"),
 ]
 
 
@@ -57,6 +63,49 @@ REFUSED = [
 def test_manifest_is_refused(plain, tmp_path, change, why):
     with pytest.raises(ManifestError, match=why.replace(".", r"\.")):
         load(spoiled(plain, tmp_path, change))
+
+
+ODD = [None, 1, -1, 1.5, float("nan"), 10**400, True, "", "x", [], {}, [[]], [None], {"a": 1}]
+
+
+def test_no_key_of_any_kind_is_more_than_a_round_or_a_refusal(plain, tmp_path):
+    """Whatever stands in a manifest, a person reads why; a crash would be started again and again."""
+    whole = spoiled(plain, tmp_path, lambda m: m.update(parent={"bundle": "abc", "state": "manifest.json"}))
+    sound, refused = read_manifest(whole), set()
+    load(whole)
+    some = {"lr", "flip", "arch", "batch", "global_scale"}  # of the recipe; its other keys are of these kinds
+    for part in (lambda m: m, lambda m: m["films"][2], lambda m: m["recipe"], lambda m: m["parent"]):
+        keys = [key for key in part(sound) if len(part(sound)) < 20 or key in some]
+        for key, value in [(key, value) for key in keys for value in ODD]:
+            manifest = json.loads(json.dumps(sound))
+            part(manifest)[key] = value
+            write_manifest(whole, manifest)
+            try:
+                load(whole)
+            except ManifestError:
+                refused.add(key)
+    assert refused == sound.keys() | sound["films"][0].keys() | {"state", "bundle"} | some
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"null", b"[]", b"\xff\xfe"])
+def test_what_is_no_manifest_at_all_is_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_bytes(text)
+    with pytest.raises(ManifestError):
+        load(tmp_path)
+
+
+def test_what_is_no_plate_is_refused(tmp_path):
+    np.savez(tmp_path / "archive.npy.npz", np.zeros((512, 512), np.uint8))
+    (tmp_path / "archive.npy.npz").rename(tmp_path / "archive.npy")
+    np.save(tmp_path / "small.npy", np.zeros((256, 256), np.uint8))
+    np.save(tmp_path / "float.npy", np.zeros((512, 512), np.float32))
+    whole = (tmp_path / "small.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(whole[:999])
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "folder.npy").mkdir()
+    for name in ("archive", "small", "float", "cut", "empty", "folder", "absent", "\ud800"):
+        with pytest.raises(ManifestError):
+            read_plate(tmp_path / f"{name}.npy")
 
 
 @pytest.mark.parametrize(("one", "other"), [(0, -1), (0, 14), (14, -1)])
