@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+from ingest_echo import echo_table, echoes
 from ingest_films import compressed, uncompressed
 from ingest_receivers import KINDS, Receiver
 from ingest_table import table
@@ -143,12 +144,16 @@ def main() -> None:
     shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
     plan = [("raw", n) for n in loads] + [("dcmsend", n) for n in loads[: 1 if asked.quick else 2]]
     cells: list[dict] = []
+    echoed: list[dict] = []
     with (
         tempfile.TemporaryDirectory(prefix=".ingest-", dir=store) as scratch,
         tempfile.TemporaryDirectory(prefix="ingest-", dir=shared) as memory,
     ):
         sets = {"uncompressed": uncompressed(Path(memory), objects), "compressed": compressed(Path(memory), objects)}
         for turn in range(rounds):
+            asked_first = [kind.name for kind in KINDS]
+            random.Random(turn).shuffle(asked_first)
+            echoed += [{"round": turn, **one} for one in echoes(Path(scratch), asked_first)]
             for label, films in sets.items():
                 for sender, associations in plan:
                     names = [kind.name for kind in KINDS] + ["disk"] * (sender == "raw")
@@ -166,14 +171,12 @@ def main() -> None:
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
     durable = {kind.name: kind.durable for kind in KINDS} | {"disk": True}
     text, summary = table(cells, durable)
-    print("\n" + text)
+    echo_text, echo_summary = echo_table(echoed)
+    print(f"\n{text}\n\n{echo_text}")
     asked.out.parent.mkdir(exist_ok=True)
-    asked.out.write_text(
-        json.dumps(
-            {"rounds": rounds, "objects": objects, "machine": machine, "summary": summary, "cells": cells}, indent=1
-        )
-        + "\n"
-    )
+    found = {"rounds": rounds, "objects": objects, "machine": machine, "summary": summary, "cells": cells}
+    echo_found = {"summary": echo_summary, "cells": echoed}
+    asked.out.write_text(json.dumps(found | {"echo": echo_found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
