@@ -61,6 +61,7 @@ def forget(site: Site, ledger: Ledger, keys: Collection[str], by: str, reason: s
     """
     if not by.strip() or not reason.strip():
         raise Problem("forget: say who (--by) and why (--reason); both are kept, so don't name the patient in them")
+    finish(site, ledger)  # one that died half-way: its rows are nameless, and only this still finds their remains
     said = preview(site, ledger, keys)
     if not (said["films"] or said["waiting"] or refuse):
         raise Problem(

@@ -432,6 +432,18 @@ def test_a_death_at_any_step_is_finished_by_the_next_start(lived_in, tmp_path):
     assert k > 30
 
 
+def test_the_command_that_was_killed_is_finished_by_the_same_command(lived_in):
+    site, bits = lived_in
+    with site.ledger() as ledger:
+        forget.forget(site, ledger, [the_key(site)], *WHO, refuse=False)
+        with ledger.transaction():
+            ledger.run("UPDATE forget SET state = 'bytes'")
+        with pytest.raises(Problem, match="nothing of this patient"):
+            forget.forget(site, ledger, [the_key(site)], *WHO, refuse=False)
+        assert ledger.value("SELECT state FROM forget") == "done"
+    assert found(site, bits) == []
+
+
 def command(site: Site, *words: str, code: int = 0, given: str = "") -> str:
     done = CliRunner().invoke(app, [*words, "--config", str(site.root / "appliance.toml")], input=given)
     assert done.exit_code == code, done.output
