@@ -268,3 +268,11 @@ END;
 def answers_to_the_pacs(db: Database) -> None:
     """The outbox of results, and what makes a film `returned`."""
     run(db, OUTBOX)
+
+
+@migrations()
+def what_is_said_of_a_film(db: Database) -> None:
+    """Indexes by which `forget` finds every row that says something of a film, without reading the others'."""
+    db.execute("CREATE INDEX receipt_image ON receipt(image)")
+    db.execute("CREATE INDEX golden_film_image ON golden_film(image)")
+    db.execute("CREATE INDEX pulled_study ON pulled(study_uid)")

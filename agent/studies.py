@@ -21,8 +21,8 @@ def ls(site: Site, ledger: Ledger, state: str | None, limit: int) -> list[dict[s
     rows = ledger.rows(
         "SELECT i.*, p.probabilities, p.bundle FROM image i "
         "LEFT JOIN prediction p ON p.id = (SELECT max(id) FROM prediction WHERE image = i.id) "
-        "WHERE (? IS NULL OR i.state = ?) ORDER BY i.id DESC LIMIT ?",
-        state, state, limit - len(waiting),
+        f"{'WHERE i.state = ?' if state else ''} ORDER BY i.id DESC LIMIT ?",
+        *([state] if state else []), limit - len(waiting),
     )  # fmt: skip
     return waiting + [
         {
