@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/cxrloop demo $(if $(FROM),--from "$(FROM)")
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     mark = item.get_closest_marker("peer")
     if mark and (missing := missing_peers(mark.args)):
         pytest.fail(f"needs {', '.join(missing)}; bring them with `{HINT}`")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands on what it left out."""
+    if (said := getattr(session.config, "workeroutput", None)) is not None:
+        said["not_run"] = not_run
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    not_run[:] = getattr(node, "workeroutput", {}).get("not_run", not_run)  # each worker leaves out the same
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
