@@ -39,10 +39,15 @@ def export(
             if row["plate"] is None:
                 raise MayNotLeave(f"set aside: {row['reason']}")
             film = deidentify(retention.original(site, row), site.key("pseudonym.key"))
+            name = f"{film.SOPInstanceUID}.dcm"
+            if (folder / name).exists():
+                raise MayNotLeave(
+                    "another film under the same SOP Instance UID leaves already, and one UID is one film"
+                )
         except (MayNotLeave, Problem) as why:
             refused.append({"image": row["id"], "reason": str(why)})
             continue
-        name, data = f"{film.SOPInstanceUID}.dcm", io.BytesIO()
+        data = io.BytesIO()
         film.save_as(data, enforce_file_format=True)
         replace_file(folder / name, data.getvalue())
         exported.append({"image": row["id"], "file": name})

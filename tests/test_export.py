@@ -72,6 +72,21 @@ def test_what_may_not_leave_is_said_and_the_rest_leaves(filled, tmp_path):
     assert "set aside" in why and "Secondary Capture" in why
 
 
+def test_of_two_films_under_one_uid_the_second_is_refused_and_does_not_replace_the_first(filled, tmp_path):
+    site, uids, _ = filled
+    put(site, film(77, patient="ANNA", sop_uid=uids[0]))
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+    out = tmp_path / "out"
+    said = run(site, uids[0], "--out", str(out), code=2)
+    assert [one["image"] for one in said["exported"]] == [1]
+    assert "the same SOP Instance UID" in said["refused"][0]["reason"]
+    run(site, "1", "--out", str(tmp_path / "alone"))
+    assert [path.read_bytes() for path in out.iterdir()] == [
+        path.read_bytes() for path in (tmp_path / "alone").iterdir()
+    ]
+
+
 def test_an_original_that_was_dropped_cannot_leave(filled, tmp_path):
     site, uids, _ = filled
     with site.ledger() as ledger:
