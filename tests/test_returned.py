@@ -11,12 +11,12 @@ from agent import labels, outbox, predict, status, studies
 from dicom.phantom import draw
 from dicom.sender import send
 from dicom.wrap import wrap
+from tests.answering import NOW
 from tests.appliance import Appliance, kill
 from tests.conftest import make_site
 from tests.films import film, put, take_in
 from tests.models import FINDINGS, Served, add_model
 from tests.orthanc import Orthanc
-from tests.test_outbox import NOW
 
 FILMS = 5
 
