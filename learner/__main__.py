@@ -6,6 +6,7 @@ process again that leaves with anything else. Golden films, the ledger and DICOM
 """
 
 import argparse
+import errno
 import importlib
 import sys
 import warnings
@@ -19,7 +20,7 @@ from learner.figure import draw
 from learner.progress import Paused
 from learner.round_dir import PAUSED, STOPPED, TRAINED, ManifestError, RoundBusy, held, load, write_json
 from learner.run import Run
-from learner.step import Stopped
+from learner.step import Stopped, memory_ran_out
 from learner.tokens import remove_caches
 
 CODES = {"trained": TRAINED, "paused": PAUSED, "stopped": STOPPED}
@@ -60,6 +61,11 @@ def run(folder: Path) -> int:
         result["state"], result["reason"] = ranks.last_word("paused", str(pause))
     except REFUSALS as error:
         result["state"], result["reason"] = ranks.last_word("stopped", str(error))
+    except (OSError, RuntimeError, MemoryError) as error:
+        if not (word := ending(error)):
+            raise
+        (folder / "progress.json").unlink(missing_ok=True)  # on a full disk its block becomes the result's
+        result["state"], result["reason"] = ranks.last_word(*word)
     finally:
         if teller:
             result["seconds"] = round(teller.seconds, 1)
@@ -71,6 +77,15 @@ def run(folder: Path) -> int:
         if result["reason"]:
             print(f"{result['state']}: {result['reason']}", file=sys.stderr)
     return 0 if ranks.launched() else CODES[result["state"]]
+
+
+def ending(error: BaseException) -> tuple[str, str] | None:
+    """State and reason where the machine, not the round, is at an end: its disk, or its memory outside of a step."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "paused", f"disk full: {error}; free some space, and the round goes on from its last checkpoint"
+    if memory_ran_out(error) and ranks.world() == 1:  # of several ranks the others don't know: a crash
+        return "stopped", f"out of memory outside of a step: {error}"[:300]
+    return None
 
 
 if __name__ == "__main__":

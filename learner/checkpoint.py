@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -94,10 +94,21 @@ def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -
 
 
 def read_file(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (none unless wanted) and the caller's header."""
-    with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get("header", "{}"))
-        return {key: file.get_tensor(key) for key in (file.keys() if tensors else ())}, header
+    """Tensors (none unless wanted) and the caller's header; raises CheckpointError for a file cut off or of another kind."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            return {key: file.get_tensor(key) for key in (file.keys() if tensors else ())}, header
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it, and what was in it is made again") from None
+
+
+def read_header(path: Path, *keys: str) -> dict[str, Any]:
+    """The caller's header; raises CheckpointError where one of these keys isn't in it."""
+    header = read_file(path, tensors=False)[1]
+    if missing := [key for key in keys if key not in header]:
+        raise CheckpointError(f"{path} is no state of a round: it has no {missing[0]}")
+    return header
 
 
 assert {f.name for f in fields(State)} >= set(CURSOR)

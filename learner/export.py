@@ -28,7 +28,7 @@ from learner.data import label_table, read_plates
 from learner.heads import Network
 from learner.recipe import Recipe
 from learner.round_dir import PLATE_SHAPE, PLATE_VERSION, Film, Round, whole_folder, write_json
-from learner.step import State, Stopped
+from learner.step import State, Stopped, must_be_numbers
 from learner.views import normalise, resize_matrix, to_image
 
 OPSET = 18
@@ -67,6 +67,8 @@ def write_parts(
     """Measure, calibrate, export and check; `target` appears whole or not at all. Raises Stopped when parity fails."""
     device = next(state.student.parameters()).device
     model = Served(state.teacher if serve == "teacher" else state.student, plan, state.recipe).to(device).eval()
+    with torch.no_grad():
+        must_be_numbers("answers to the probe", model(torch.from_numpy(probe_plates()).to(device)))
     metrics = {}
     validation = round_.of("validation")
     logits, labels = score(model, validation), label_table(validation).numpy() if validation else None
@@ -158,7 +160,7 @@ def check_parity(model: Served, session: onnxruntime.InferenceSession, films: Se
             part = plates[low : low + size]
             theirs = torch.from_numpy(session.run(["logits"], {"plates": part.numpy()})[0])
             gap = (theirs.sigmoid() - model(part)[0].sigmoid()).abs().max().item()
-            worst[str(size)] = max(worst[str(size)], gap)
+            worst[str(size)] = float(np.maximum(worst[str(size)], gap))  # Python's max would drop a nan
     if not max(worst.values()) <= PARITY:
         raise Stopped(
             f"parity: onnxruntime and torch differ by {max(worst.values()):.2g} in probability (> {PARITY:g})"

@@ -4,6 +4,7 @@ Also decides when to stop: a signal to any rank, or the end of the window; rank 
 tensor. Time comes in as two clocks.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -179,7 +180,8 @@ class Teller:
             self.wake.close()  # ends the thread's wait
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        self.metrics.close()
+        with contextlib.suppress(OSError):  # on a full disk: the lines after the checkpoint are written again
+            self.metrics.close()
         if self.bars:
             self.bars.stop()
 

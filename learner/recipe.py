@@ -149,9 +149,8 @@ CHOICES = {
     "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
 }
 LARGEST = 1e15  # of any number: a file's slip, not a setting (and nan, which is not below it)
-WEIGHTS = (  # and sizes: below 0 they would turn a step around
-    "lr_min", "weight_decay", "clip", "ibot", "koleo", "pseudo_weight", "label_weight", "replay", "rotate",
-)  # fmt: skip
+# below 0 they would turn a step around
+WEIGHTS = ("lr_min", "weight_decay", "clip", "ibot", "koleo", "pseudo_weight", "label_weight", "replay", "rotate")
 MAY_BE_ZERO = {
     "local_views",
     "prototypes",
@@ -222,6 +221,8 @@ SIZED: dict[tuple[str, str], dict[str, Any]] = {
 PRETRAINED: dict[tuple[str, str], dict[str, Any]] = {
     ("distl", "cpu"): {"frozen_blocks": -1},
     ("evolve", "cpu"): {"frozen_blocks": -1},
+    ("kd", "cpu"): {"t0_steps": 75},  # these two train all blocks, for half as many steps
+    ("pretrain", "cpu"): {"t0_steps": 75},
 }
 
 

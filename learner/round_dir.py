@@ -203,10 +203,14 @@ def read_plate(path: Path) -> np.ndarray:
 def write_atomic(path: Path, data: bytes) -> None:
     """The whole file or none of it: temp, fsync, rename, fsync of the folder."""
     temp = path.with_name(f".{path.name}.tmp")
-    with temp.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temp.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temp.unlink(missing_ok=True)  # a half of it would keep a full disk full
+        raise
     temp.replace(path)
     sync_folder(path.parent)
 
@@ -235,7 +239,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
     temp = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir()
-    yield temp
+    try:
+        yield temp
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)  # a half of it would keep a full disk full
+        raise
     for file in temp.iterdir():
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)

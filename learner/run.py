@@ -23,6 +23,7 @@ from learner.checkpoint import (
     load_networks,
     load_state,
     read_file,
+    read_header,
     save_state,
     save_weights,
     write_file,
@@ -37,7 +38,7 @@ from learner.recipe import Recipe
 from learner.round_dir import Film, ManifestError, Round
 from learner.shard import Shard, open_shard
 from learner.start import from_weights, shaped_like
-from learner.step import Losses, State, Tick, walk
+from learner.step import Losses, State, Tick, must_be_numbers, walk
 from learner.tokens import Bank, TokenFilms, open_bank
 
 SCORED = 64  # films in one pass when only looked at
@@ -58,12 +59,12 @@ class Run:
         if self.header:
             self.plan = self.header["plan"]
         elif round_.parent_state:
-            self.plan = read_file(round_.parent_state, tensors=False)[1]["plan"]
+            self.plan = read_header(round_.parent_state, "plan")["plan"]
         else:
             self.plan, self.weights = open_backbone(round_.recipe)
         recipe = round_.recipe
         if round_.parent_state:
-            recipe = shaped_like(recipe, read_file(round_.parent_state, tensors=False)[1].get("recipe", {}))
+            recipe = shaped_like(recipe, read_header(round_.parent_state, "recipe")["recipe"])
         self.recipe = fit_sizes(recipe, build(self.plan))
         spent, kept = (self.header["seconds"], self.header["metrics_bytes"]) if self.header else (0.0, 0)
         self.teller = Teller(round_.folder, round_.until, spent, kept)
@@ -77,7 +78,7 @@ class Run:
         saved = self.checkpoint / "state.safetensors"
         if not saved.exists():
             return None
-        _, header = read_file(saved, tensors=False)
+        header = read_header(saved, "fingerprint", "plan", "cursor")
         if header["fingerprint"] != self.round.fingerprint:
             raise CheckpointError(f"{saved} belongs to another manifest; remove it, or plan a new round")
         return header
@@ -102,6 +103,7 @@ class Run:
             value for part in (state.student, state.teacher, state.centres) for value in part.state_dict().values()
         )
         self._follow(state, tick)
+        must_be_numbers(f"weights of the student after {phase}", state.student.parameters())
         if ranks.is_first():
             save_weights(over, state, plan or self.plan, self.round.findings)
         return state
@@ -287,6 +289,7 @@ class Run:
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                 rows.append(network.backbone(images).float().cpu())
         network.train(was)
+        must_be_numbers("embeddings of the films", rows)
         return torch.cat(rows)
 
     def schedule(self, feed: Films | TokenFilms, epochs: int, peak: float, least_steps: int = 0) -> Schedule:

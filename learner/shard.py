@@ -81,7 +81,7 @@ def pack(films: Sequence[Film], size: int, target: Path) -> None:
     matrix = views.resize_matrix(PLATE_SHAPE[0], size)
     with target.open("wb") as file, ThreadPoolExecutor(READERS, thread_name_prefix="pack") as pool:
         for plates in _chunks(films, pool):
-            to_levels(views.to_image(plates, matrix)).numpy().tofile(file)
+            file.write(to_levels(views.to_image(plates, matrix)).contiguous().numpy().data)  # tofile hides a full disk
 
 
 def to_levels(images: Tensor) -> Tensor:

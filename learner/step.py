@@ -5,7 +5,7 @@ centres moved. Knows no loss by name, no file and no clock. When memory runs out
 stays the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -100,7 +100,9 @@ def optimise(state: State, work: Sequence[tuple[Batch, Objective]], freeze_last:
     state.optimiser.zero_grad(set_to_none=True)
     try:
         told, rows = _accumulate(state, work)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not memory_ran_out(error):
+            raise
         told, rows = None, {}
     told, rows = _join(state, told, rows)
     if not np.isfinite(told["loss"]):
@@ -159,6 +161,17 @@ def _join(state: State, told: Losses | None, rows: dict[str, Tensor]) -> tuple[L
     return {name: sum(theirs.get(name, 0.0) for theirs in losses) for name in names}, rows
 
 
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether a device's memory ran out, or the machine's, of which torch tells in words alone."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def must_be_numbers(what: str, tensors: Iterable[Tensor]) -> None:
+    """Raises Stopped for a nan or an infinity: the last step of a phase has no loss after it that would tell."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise Stopped(f"non-finite: {what} aren't all numbers; a lower learning rate is the usual cure")
+
+
 def watch(state: State, losses: Losses) -> None:
     """Count how long each collapse monitor has been out of bounds; raises Stopped when one has lost patience."""
     state.watch = collapse.count(state.watch, losses)
@@ -198,8 +211,8 @@ def _halving(state: State, tick: Tick) -> Losses:
             # stochastic depth draws from torch's generator: seeded by place, never saved
             torch.manual_seed(seed_of(state))
             return tick(state)
-        except torch.OutOfMemoryError as error:
-            if ranks.world() > 1 and not isinstance(error, OutOfMemory):
+        except (RuntimeError, MemoryError) as error:
+            if not memory_ran_out(error) or (ranks.world() > 1 and not isinstance(error, OutOfMemory)):
                 raise  # the others don't know: a crash, and all go on from the checkpoint
             size = state.micro or -(-state.recipe.batch // ranks.world())
             if size == 1:

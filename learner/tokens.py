@@ -7,6 +7,7 @@ A cache: made of the same films and recipe it is used again, else made anew. Kno
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -113,11 +114,19 @@ def _fill(
             tokens = tokens.unflatten(0, (len(images), len(rows))).transpose(0, 1)
             if name not in files:
                 shape = (len(films), *tokens.shape[1:])
-                files[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
+                files[name] = memmap(folder / f"{name}.npy", shape)
             files[name][rows] = tokens.numpy()
         said(int(rows[-1]) + 1, len(films))
     if "part" not in files:
         np.save(folder / "part.npy", np.empty((len(films), 0, 1, 1), np.float16))
+
+
+def memmap(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A new float16 array on the disk, whose room is taken now: a full disk is an OSError here, later it would be SIGBUS."""
+    made = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return made
 
 
 class TokenFilms:

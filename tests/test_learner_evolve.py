@@ -160,6 +160,23 @@ def test_soft_weights_of_the_graph_grow_with_the_distance_from_the_cut(tmp_path)
     run.teller.close()
 
 
+@pytest.mark.parametrize("agree", ["none", "teacher", "heads", "soft"])
+def test_a_finding_of_one_class_has_no_pseudo_label_and_weighs_nothing_whoever_has_to_agree(tmp_path, agree):
+    folder = make(tmp_path / "r", agree=agree)
+    manifest = read_manifest(folder)
+    for film in manifest["films"]:
+        film["labels"] = [film["labels"][0], None if film["labels"][0] is None else 0]
+    write_manifest(folder, manifest)
+    run = Run(load(folder))
+    table = evolve.targets(run, evolve.begun(run, run.from_backbone))
+    hidden = label_table(run.round.unlabelled).isnan()
+    assert table["soft"][hidden[:, 1], 1].isnan().all()
+    assert (table["weight"][hidden[:, 1], 1] == 0).all()
+    assert (table["weight"][~hidden] == 1).all()
+    assert not table["weight"].isnan().any()
+    run.teller.close()
+
+
 def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps(tmp_path, monkeypatch):
     students, step = [], Teller.step
 

@@ -186,23 +186,32 @@ def test_corrections_fall_due_at_intervals():
 class Crowded(torch.nn.Module):
     """A backbone on a machine with memory for a given number of images."""
 
-    def __init__(self, backbone, room):
+    def __init__(self, backbone, room, full):
         super().__init__()
-        self.inner, self.room = backbone, room
+        self.inner, self.room, self.full = backbone, room, full
 
     def forward(self, images):
         if len(images) > self.room:
-            raise torch.OutOfMemoryError(f"{len(images)} images")
+            self.full()
         return self.inner(images)
 
 
-def crowd(state, room):
-    state.student.backbone = Crowded(state.student.backbone, room)
+def device_is_full():
+    raise torch.OutOfMemoryError("no room")
 
 
-def test_out_of_memory_halves_the_pass_and_not_the_step():
+def machine_is_full():
+    torch.empty(1 << 60)  # no machine has an exabyte; torch's own words
+
+
+def crowd(state, room, full=device_is_full):
+    state.student.backbone = Crowded(state.student.backbone, room, full)
+
+
+@pytest.mark.parametrize("full", [device_is_full, machine_is_full])
+def test_out_of_memory_halves_the_pass_and_not_the_step(full):
     roomy, crowded = make_state(), make_state()
-    crowd(crowded, 2)  # two views of one film
+    crowd(crowded, 2, full)  # two views of one film
     for state in (roomy, crowded):
         state.schedule = replace(state.schedule, lr=state.schedule.lr[:3])
         distilled(state, make_batch())
@@ -219,6 +228,14 @@ def test_out_of_memory_with_one_film_stops_the_round():
     crowd(state, 1)
     with pytest.raises(Stopped, match="out of memory: one film a pass doesn't fit"):
         distilled(state, make_batch())
+
+
+def test_an_error_of_another_kind_is_no_lack_of_memory():
+    state = make_state()
+    crowd(state, 1, lambda: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        distilled(state, make_batch())
+    assert state.notes == []
 
 
 def test_loss_that_is_no_number_stops_before_the_weights_are_touched():

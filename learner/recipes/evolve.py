@@ -83,6 +83,7 @@ def targets(run: Run, state: State) -> dict[str, Tensor]:
             weight = soft_weights(logit, unsure, torch.zeros(logit.shape[1]))  # ranks are centred: 0 is the prevalence
         if recipe.thresholds:
             weight = weight * ~outside(soft, *class_thresholds(soft, prevalence, recipe.kappa)).isnan()
+        weight = weight.nan_to_num(0.0) * ~soft.isnan()  # a finding without both classes has no target to agree on
         if recipe.poison_teacher:
             soft = torch.where(labels.isnan(), 1 - soft, labels)
         table |= {"soft": soft, "weight": torch.where(labels.isnan(), weight, 1.0)}
