@@ -12,17 +12,37 @@ NO_DATA_SET = 0x0101  # Command Data Set Type (0000,0800)
 MOST = 1 << 16  # bytes of a command; the longest real ones have a few hundred
 P_DATA_TF = 0x04
 IS_COMMAND, IS_LAST = 1, 2  # bits of a PDV's control header (PS3.8 E.2)
+# What each request can't be served without (PS3.7 9.3, 10.3): message ID, class, instance, action, destination.
+# A C-STORE-RQ without class or instance has a status of its own.
+MESSAGE_ID = 0x0110
+_MESSAGE, _AFFECTED, _REQUESTED = (MESSAGE_ID,), (MESSAGE_ID, 0x0002), (MESSAGE_ID, 0x0003, 0x1001)
+NEEDED = {
+    C_STORE_RQ: _MESSAGE,
+    0x0010: _AFFECTED,  # C-GET
+    0x0020: _AFFECTED,  # C-FIND
+    0x0021: (*_AFFECTED, 0x0600),  # C-MOVE
+    0x0030: _AFFECTED,  # C-ECHO
+    0x0100: (*_AFFECTED, 0x1000, 0x1002),  # N-EVENT-REPORT
+    0x0110: _REQUESTED,  # N-GET
+    0x0120: _REQUESTED,  # N-SET
+    0x0130: (*_REQUESTED, 0x1008),  # N-ACTION
+    0x0140: _AFFECTED,  # N-CREATE
+    0x0150: _REQUESTED,  # N-DELETE
+    0x0FFF: (0x0120,),  # C-CANCEL
+}
+RESPONSE = 0x8000  # bit of a Command Field
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a C-STORE-RQ asks; of other commands only `field` and `has_data` mean anything."""
+    """What a C-STORE-RQ asks; of other commands only `field`, `has_data` and `missing` mean anything."""
 
     field: int
     has_data: bool
     message_id: int | None
     sop_class: str
     sop_uid: str
+    missing: str = ""  # why it can't be served
 
 
 def parse(command: bytes | bytearray) -> Command:
@@ -49,7 +69,16 @@ def parse(command: bytes | bytearray) -> Command:
     field, kind = number(0x0100), number(0x0800)
     if field is None or kind is None:
         raise ValueError("command set without command field or data set type")
-    return Command(field, kind != NO_DATA_SET, number(0x0110), text(0x0002), text(0x1000))
+    missing = _missing(field, found)
+    return Command(field, kind != NO_DATA_SET, number(MESSAGE_ID), text(0x0002), text(0x1000), missing)
+
+
+def _missing(field: int, found: dict[int, bytes]) -> str:
+    if field & ~RESPONSE not in NEEDED:
+        return f"no such command: {field:04X}"
+    lengths = {one: len(found.get(one, b"")) for one in NEEDED.get(field, ())}
+    absent = [one for one, length in lengths.items() if length == 0 or (one == MESSAGE_ID and length != 2)]
+    return f"command {field:04X} without (0000,{absent[0]:04X})" if absent else ""
 
 
 def store_response(command: Command, status: int, comment: str = "") -> bytes:

@@ -30,6 +30,8 @@ from dicom.syntaxes import SYNTAXES
 __all__ = ["Listener", "Node", "Service"]
 
 GRACE = 3  # seconds that transfers get to end when the listener stops
+DICOM = "1.2.840.10008.3.1.1.1"  # application context name (PS3.7 A.2.1)
+OTHER_APPLICATION = (1, 1, 2)  # permanent, by the service user: application context name not supported
 TRANSIENT, PRESENTATION, CONGESTION, LOCAL_LIMIT = 2, 3, 1, 2  # A-ASSOCIATE-RJ (PS3.8 table 9-21)
 
 
@@ -135,8 +137,12 @@ class Listener:
     def _admit(self, event: Event) -> None:
         """Seat an association, or reject it as long as there is no seat or no room (PS3.8 9.3.4)."""
         association, peer = event.assoc, str(event.assoc.requestor.address)
-        proposed = cast(A_ASSOCIATE, association.requestor.primitive).presentation_context_definition_list
-        stores = any(context.abstract_syntax in SOP_CLASSES for context in proposed)
+        request = cast(A_ASSOCIATE, association.requestor.primitive)
+        if request.application_context_name != DICOM:
+            self.refusals.note(peer, "association 1/1/2", "another application context than DICOM's")
+            association.acse.send_reject(*OTHER_APPLICATION)
+            return association.kill()
+        stores = any(context.abstract_syntax in SOP_CLASSES for context in request.presentation_context_definition_list)
         why, reason = self._full() if stores else None, CONGESTION
         with self._seating:
             self._seated = [one for one in self._seated if _sits(one)]

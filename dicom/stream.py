@@ -19,6 +19,7 @@ from pynetdicom.pdu_primitives import A_P_ABORT
 from dicom import command as dimse
 from dicom.command import Command, p_data, pdv, store_response
 from dicom.reception import Answer
+from dicom.request import plain
 from dicom.wire import INVALID, UNEXPECTED, UNRECOGNISED_PDU, Broken, Gone, Stopped, Wire, log
 
 LARGEST_PDU = 131072  # bytes; the most that dcmtk senders use, 8 times the default, and several times its speed
@@ -27,6 +28,7 @@ MOST_PASSED = 8 << 20  # bytes of any other message; the library keeps those in 
 AWAKE = 1.0  # seconds in which the library polls at its own 1 kHz, after it was given something to do
 SLOW = 0.25  # seconds between its polls otherwise
 
+A_ASSOCIATE_RQ = 1  # PDU type
 READY = "Sta6"  # association established (PS3.8 9.2.1)
 WHOLE_COMMAND = dimse.IS_COMMAND | dimse.IS_LAST
 
@@ -132,7 +134,7 @@ class Stream:
                 raise Broken(INVALID, f"PDU of {length} bytes")
             body = self._body(length)
             self._lose(f"PDU of type {kind} instead of the rest")
-            self._hand_over(header + body)
+            self._hand_over(kind, body)
             return True
         if length > LARGEST_PDU:
             raise Broken(INVALID, f"PDU of {length} bytes where {LARGEST_PDU} were negotiated")
@@ -144,8 +146,8 @@ class Stream:
             self._value(context, control, size - 2)
         if not self._passing:
             return False
-        passing, self._passing = p_data(bytes(self._passing)), bytearray()
-        self._hand_over(passing)
+        passing, self._passing = bytes(self._passing), bytearray()
+        self._hand_over(dimse.P_DATA_TF, passing)
         return True
 
     def _body(self, length: int) -> bytes:
@@ -187,13 +189,15 @@ class Stream:
             command = dimse.parse(raw)
         except ValueError as error:
             raise Broken(INVALID, str(error)) from None
+        if self._desk is not None and command.missing:
+            raise Broken(INVALID, command.missing)
         if self._desk is None or command.field != dimse.C_STORE_RQ:
             self._open, self._passed = command.has_data, 0
             self._passing += pdv(self._context, WHOLE_COMMAND, raw)
             return
         found = [one for one in self._association.accepted_contexts if one.context_id == self._context]
-        if not found or command.message_id is None:
-            raise Broken(INVALID, "C-STORE without message ID or in no accepted presentation context")
+        if not found:
+            raise Broken(INVALID, "C-STORE in no accepted presentation context")
         self._awake.clear()
         self._open, self._stored = command.has_data, command
         self._sink = self._desk.begin(command, str(found[0].abstract_syntax), str(found[0].transfer_syntax[0]))
@@ -231,10 +235,12 @@ class Stream:
         quiet = time.monotonic() - self._handed_at > AWAKE
         return quiet and not self._deaf and self._dul.state_machine.current_state == READY
 
-    def _hand_over(self, raw: bytes) -> None:
+    def _hand_over(self, kind: int, body: bytes) -> None:
         """One whole PDU to the library's state machine."""
         try:
-            pdu, event = self._dul._decode_pdu(bytearray(raw))
+            body = plain(body) if kind == A_ASSOCIATE_RQ else body
+            pdu, event = self._dul._decode_pdu(bytearray(struct.pack(">BxL", kind, len(body)) + body))
+            _understood(pdu)
         except Exception:  # noqa: BLE001
             log.exception("Unable to decode the received PDU data")  # its decoders raise what they like
             return self._tell("Evt19")
@@ -256,3 +262,11 @@ class Stream:
         self._dul.to_user_queue.put(primitive)  # to the association
         self._handed_at = time.monotonic()
         return self._awake.set()
+
+
+def _understood(pdu: Any) -> None:
+    """Raise what the library would raise later, in a thread that would die of it and leave the connection open."""
+    primitive = pdu.to_primitive()
+    for context in getattr(primitive, "presentation_context_definition_list", ()):
+        if not context.transfer_syntax:
+            raise ValueError(f"presentation context {context.context_id} without a transfer syntax")

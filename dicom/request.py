@@ -1,0 +1,43 @@
+"""An A-ASSOCIATE-RQ as the library can read it: what a receiver must ignore (PS3.8 9.3.1, 9.3.2) is taken out before.
+
+Bytes in, bytes out; negotiates nothing.
+"""
+
+import struct
+from collections.abc import Iterator
+
+APPLICATION_CONTEXT, PRESENTATION_CONTEXT, USER_INFORMATION = 0x10, 0x20, 0x50
+SUB_ITEMS = range(0x51, 0x5A)  # of the user information: PS3.8 D and PS3.7 D.3
+FIXED = 68  # bytes before the first item: version, titles, reserved
+
+
+def plain(body: bytes) -> bytes:
+    """The body of an A-ASSOCIATE-RQ without items that the standard does not define. Raises ValueError when it is cut.
+
+    Of the protocol version only bit 0 counts; titles that devices pad with NUL are padded with blanks.
+    """
+    if len(body) < FIXED:
+        raise ValueError("A-ASSOCIATE-RQ cut short")
+    version = b"\0\1" if body[1] & 1 else body[:2]
+    found = version + body[2:4] + body[4:36].replace(b"\0", b" ") + body[36:FIXED]
+    for kind, value in _items(body[FIXED:]):
+        if kind == USER_INFORMATION:
+            found += _item(kind, b"".join(_item(*sub) for sub in _items(value) if sub[0] in SUB_ITEMS))
+        elif kind in (APPLICATION_CONTEXT, PRESENTATION_CONTEXT):
+            found += _item(kind, value)
+    return found
+
+
+def _items(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at < len(data):
+        kind, length = struct.unpack(">BxH", data[at : at + 4].ljust(4, b"\0"))
+        value = data[at + 4 : at + 4 + length]
+        if at + 4 + length > len(data):
+            raise ValueError(f"A-ASSOCIATE-RQ with an item of type {kind:02X} cut short")
+        yield kind, value
+        at += 4 + length
+
+
+def _item(kind: int, value: bytes) -> bytes:
+    return struct.pack(">BxH", kind, len(value)) + value
