@@ -253,6 +253,17 @@ def test_a_slow_line_keeps_its_seat(node):
     assert len(inbox.waiting()) == 1
 
 
+def test_a_rest_between_films_is_no_slow_film(node):
+    listener, inbox = node(stall=1)
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE)])
+        for seed in range(2):
+            ds = film(seed)  # all that was said is less than the pace asks of a message
+            assert scu.store(data_set(ds), DX, ds.SOPInstanceUID) == 0
+            time.sleep(1.2)
+    assert len(inbox.waiting()) == 2
+
+
 def test_an_association_that_says_nothing_is_ended(node):
     listener, _ = node(idle=1)
     with Scu(listener.port) as scu:
