@@ -1,31 +1,23 @@
-"""TLS on the port: which certificates are taken at the start, which peers get in, and that no silent one holds up others."""
+"""TLS on the port: which peers, versions and ciphers get in, and that no silent one holds up others."""
 
 import shlex
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from appliance import Appliance
-from certificates import DAY, Usage, authority
-from conftest import make_site
+from certificates import authority
 from pacs import film, save, wait_for
 
-from agent import network
-from agent.config import load
-from agent.errors import Problem
-from agent.site import Site
 from deploy import health
 from dicom import tls
 from dicom.inbox import Inbox
 from dicom.listener import Listener, Node
 from dicom.sender import echo, send
-from dicom.tls import BadCertificate, Identity, check
+from dicom.tls import Identity, check
 
 
 @pytest.fixture
@@ -57,59 +49,6 @@ def asks(port, context):
 def call(*command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout + done.stderr
-
-
-# What is wrong with a certificate is said at the start
-
-
-def test_a_good_pair_says_how_many_days_it_has_left(hospital):
-    assert check(hospital.issue("node", ends=90 * DAY)) in (89, 90)
-
-
-def test_each_thing_that_can_be_wrong_with_a_certificate_has_its_own_words(hospital, tmp_path):
-    good, other = hospital.issue("good"), hospital.issue("other")
-    words = tmp_path / "words.pem"
-    words.write_text("these are words")
-    locked = hospital.issue("locked", password=b"secret")
-    wrong = {
-        "No such file": Identity(tmp_path / "missing.crt", good.key),
-        "not a certificate": Identity(words, good.key),
-        "not a private key": Identity(good.cert, words),
-        "is not the key of": Identity(good.cert, other.key),
-        "pass phrase": locked,
-        "expired on": hospital.issue("old", ends=-DAY),
-        "both extended key usages": hospital.issue("half", ca=hospital.pem, uses=(Usage.SERVER_AUTH,)),
-        "words.pem: not a certificate": Identity(good.cert, good.key, words),
-    }
-    for said, identity in wrong.items():
-        with pytest.raises(BadCertificate, match=said):
-            check(identity)
-
-
-def test_a_key_that_everyone_can_read_is_refused(hospital):
-    identity = hospital.issue("node")
-    identity.key.chmod(0o644)
-    with pytest.raises(BadCertificate, match="chmod 600"):
-        check(identity)
-
-
-def test_a_certificate_of_next_year_is_a_matter_of_the_clock(hospital):
-    with pytest.raises(BadCertificate, match="is the clock right"):
-        check(hospital.issue("node"), datetime(2020, 1, 1, tzinfo=UTC))
-
-
-def test_a_server_certificate_will_do_where_no_client_certificates_are_asked_for(hospital):
-    assert check(hospital.issue("half", uses=(Usage.SERVER_AUTH,))) > 0
-
-
-@pytest.mark.parametrize("part", [("--only", "listen"), ()])
-def test_serve_refuses_a_certificate_that_does_not_match_its_key(tmp_path, hospital, part):
-    one, two = hospital.issue("one"), hospital.issue("two")
-    site = make_site(tmp_path / "site", node={"tls_cert": str(one.cert), "tls_key": str(two.key)})
-    settings = str(site.root / "appliance.toml")
-    code, said = call(sys.executable, "-m", "agent.cli", "serve", *part, "--config", settings)
-    assert code == 1
-    assert said.strip().endswith("name the pair that was made together")
 
 
 # Who gets in
@@ -262,46 +201,6 @@ def test_many_senders_at_once_over_tls_lose_nothing(node, hospital):
         thread.join()
     assert statuses == [0] * 16
     assert len(inbox.waiting()) == 16
-
-
-# The whole appliance
-
-
-def settled(tmp_path, us, **more):
-    keys = {"tls_cert": str(us.cert), "tls_key": str(us.key), "tls_ca": str(us.ca or "")}
-    return make_site(tmp_path / "site", node=keys | more)
-
-
-def test_serve_is_ready_and_status_finds_the_node_up_with_mutual_tls(tmp_path, hospital):
-    us = authority(tmp_path, "elsewhere").issue("node", ca=hospital.pem)
-    site = settled(tmp_path, us)
-    with Appliance(site) as appliance:
-        assert network.answers(site)
-        said = appliance.ask("status")
-        assert said["ingest"]["refused"] == 0
-        assert not {"node down", "not running", "certificate"} & {alert["kind"] for alert in said["alerts"]}
-        assert not echo("127.0.0.1", site.config.node.port, "CXRLOOP")
-        assert wait_for(lambda: appliance.ask("status")["ingest"]["refused"] == 1)
-
-
-def test_a_certificate_that_ends_soon_is_an_alert(tmp_path, hospital):
-    site = settled(tmp_path, hospital.issue("node", ends=9 * DAY))
-    alerts = Appliance(site).ask("status")["alerts"]
-    assert "ends in 8 days" in next(alert["detail"] for alert in alerts if alert["kind"] == "certificate")
-
-
-def test_a_peer_over_tls_needs_a_certificate_of_ours(tmp_path):
-    site = make_site(tmp_path / "site", node={"peers": ["PACS@10.0.0.1:2762/tls"]})
-    with pytest.raises(Problem, match="needs our own certificate"):
-        network.days_left(site)
-
-
-def test_paths_of_certificates_count_from_the_site_folder(tmp_path):
-    settings = make_site(tmp_path / "site").root / "appliance.toml"
-    text = settings.read_text().replace('tls_cert = ""', 'tls_cert = "keys/node.crt"')
-    settings.write_text(text.replace('tls_key = ""', 'tls_key = "keys/node.key"'))
-    identity = network.identity(Site(settings.parent, load(settings)))
-    assert identity == Identity(settings.parent / "keys/node.crt", settings.parent / "keys/node.key")
 
 
 # The handbook
