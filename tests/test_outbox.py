@@ -1,5 +1,6 @@
 """The outbox: every result arrives once, whatever happens on the way, and what is refused for good is kept and shown."""
 
+import random
 import re
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -76,6 +77,12 @@ def test_with_the_pacs_away_for_an_hour_everything_arrives_once_and_tries_grow_r
             assert line.failures == 0  # the next outage begins with short waits again
             assert sorted(pacs.arrivals) == sorted(pacs.held)
             assert len(pacs.held) == 6
+
+
+def test_many_appliances_do_not_ask_one_pacs_in_the_same_second():
+    waits = [outbox.back_off(20, random.Random(seed)).total_seconds() for seed in range(50)]
+    assert outbox.LONGEST_S / 2 <= min(waits) < outbox.LONGEST_S * 0.6
+    assert outbox.LONGEST_S * 0.9 < max(waits) <= outbox.LONGEST_S
 
 
 def test_a_new_process_tries_at_once_and_loses_nothing(site, port):
