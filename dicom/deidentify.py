@@ -188,7 +188,9 @@ def _words(ds: Dataset, out: Dataset, digital: bool) -> None:
 def _numbers(ds: Dataset, out: Dataset) -> None:
     for keyword in NUMBERS:
         values = list(header.values(ds, keyword))
-        if values and all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value) for value in values):
+        if not values or not all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value) for value in values):
+            continue
+        if "Spacing" not in keyword or all(float(value) > 0 for value in values):  # 0 is unknown, and not valid
             setattr(out, keyword, values)
     signed = header.short(ds, "PixelRepresentation") == 1
     for keyword in SHORTS:

@@ -204,6 +204,14 @@ def test_a_code_that_holds_a_name_and_a_number_that_is_text_do_not_leave(leave):
     assert b"MUELLER" not in encoded(out)
 
 
+def test_a_spacing_of_zero_is_not_told(leave):
+    unknown = rich()
+    unknown.PixelSpacing, unknown.ImagerPixelSpacing = ["0", "0"], ["0.15", "0.15"]
+    left = leave(unknown)
+    assert "PixelSpacing" not in left
+    assert left.ImagerPixelSpacing == [0.15, 0.15]
+
+
 @pytest.mark.parametrize(
     ("keyword", "value", "why"),
     [
