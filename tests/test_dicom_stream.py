@@ -28,6 +28,7 @@ from dicom.inbox import Inbox
 from dicom.listener import Listener, Node
 from dicom.part10 import EXPLICIT_LE
 from dicom.refusals import WINDOW, Refusals
+from dicom.wire import BUFFER
 
 GOOD = film(3, side=1000, bits=12)  # 2 MB: twice the buffer
 DATA, UID = data_set(GOOD), str(GOOD.SOPInstanceUID)
@@ -142,6 +143,30 @@ def test_a_film_arrives_byte_for_byte_however_it_is_cut_into_values_pdus_and_pac
         packets = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=4)))
         for first, last in zip([0, *packets], [*packets, len(wire)], strict=True):
             scu.say(wire[first:last])
+        assert scu.status() == 0
+    (path,) = inbox.waiting()
+    assert path.read_bytes().endswith(DATA)
+    path.unlink()
+
+
+@pytest.mark.parametrize("before", [4, 5, 6, 7, 11, 12])
+def test_a_header_that_lies_across_the_end_of_the_buffer_is_read_whole(standing, before):
+    listener, inbox = standing
+    largest = 131072 - 12  # bytes of a value whose PDU is an eighth of the buffer
+    sizes = [largest] * (BUFFER // 131072 - 1) + [largest - before, 1000]  # the last one's headers come at the end
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE)])
+        scu.begin(DX, UID)
+        assert wait_for(lambda: everything(inbox))  # the command is taken, the buffer empty
+        at = 0
+        wire = b""
+        for size in [*sizes, *[largest] * 100]:
+            piece = DATA[at : at + size]
+            at += len(piece)
+            wire += p_data(pdv(1, LAST if at == len(DATA) else 0, piece))
+            if at == len(DATA):
+                break
+        scu.say(wire)
         assert scu.status() == 0
     (path,) = inbox.waiting()
     assert path.read_bytes().endswith(DATA)
