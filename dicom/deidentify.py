@@ -6,15 +6,18 @@ plainly, so that no overlay bit and no comment of a code stream comes along, but
 burnt in leaves with the film. Refuses what says so itself. Knows no ledger and writes no file.
 """
 
+import math
 import re
 import struct
 from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID
+from pydicom.valuerep import format_number_as_ds
 
 from dicom import header
 from dicom.admission import Admission, Refused, Suspect, check_header
@@ -187,10 +190,10 @@ def _words(ds: Dataset, out: Dataset, digital: bool) -> None:
 
 def _numbers(ds: Dataset, out: Dataset) -> None:
     for keyword in NUMBERS:
-        values = list(header.values(ds, keyword))
-        if not values or not all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value) for value in values):
+        values = [_number(dictionary_VR(keyword), value) for value in header.values(ds, keyword)]
+        if not values or None in values:
             continue
-        if "Spacing" not in keyword or all(float(value) > 0 for value in values):  # 0 is unknown, and not valid
+        if "Spacing" not in keyword or all(float(value or 0) > 0 for value in values):  # 0 is unknown, and not valid
             setattr(out, keyword, values)
     signed = header.short(ds, "PixelRepresentation") == 1
     for keyword in SHORTS:
@@ -199,6 +202,16 @@ def _numbers(ds: Dataset, out: Dataset) -> None:
             negative = (signed or keyword in SIGNED) and value >= 1 << 15
             vr = "SS" if signed or keyword in SIGNED else "US"
             out.add_new(keyword, vr, value - (1 << 16) if negative else value)
+
+
+def _number(vr: str, value: str) -> str | None:
+    """A decimal or integer string that fits its VR (PS3.5 6.2): consoles write fractions into integers, and 20 digits."""
+    number = float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value) else math.inf
+    if not math.isfinite(number) or (vr == "IS" and abs(number) >= 1 << 31):
+        return None
+    if vr == "IS":
+        return str(round(number))
+    return value if len(value) <= 16 else format_number_as_ds(number)
 
 
 def _tables(ds: Dataset, keyword: str) -> list[Dataset]:

@@ -7,8 +7,11 @@ from datetime import date
 import numpy as np
 import pydicom
 import pytest
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from pydicom.tag import Tag
 
 from dicom.deidentify import MayNotLeave, deidentify
 from dicom.part10 import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
@@ -202,6 +205,17 @@ def test_a_code_that_holds_a_name_and_a_number_that_is_text_do_not_leave(leave):
     assert (out.PatientSex, out.DetectorType, out.PatientOrientation) == ("", "", "")
     assert "KVP" not in out
     assert b"MUELLER" not in encoded(out)
+
+
+@pytest.mark.parametrize(("keyword", "said", "left"), [
+    ("ExposureTime", b"12.5", "12"), ("XRayTubeCurrent", b"1E2", "100"), ("Exposure", b"99999999999999", None),
+    ("WindowCenter", b"2047.123456789012345678", "2047.12345678901"), ("KVP", b"1e400", None), ("KVP", b"90", "90"),
+])  # fmt: skip
+def test_a_number_leaves_in_a_form_that_its_kind_allows(leave, keyword, said, left):
+    odd = rich()
+    odd[keyword] = RawDataElement(Tag(keyword), dictionary_VR(keyword), len(said), said, 0, False, True)
+    found = leave(odd).get(keyword)
+    assert (found if found is None else str(found)) == left
 
 
 def test_a_spacing_of_zero_is_not_told(leave):
