@@ -43,12 +43,14 @@ def decode(ds: Dataset) -> np.ndarray:
         return _integers(_rle(ds, frame, rows, columns, allocated), bits, aligned, signed)
     if syntax not in DECODERS:
         raise ValueError(f"TransferSyntaxUID (0002,0010) = {syntax}: a syntax we don't decode")
-    values = _codestream(ds, frame, syntax, rows, columns)
+    values, said = _codestream(ds, frame, syntax, rows, columns)
+    # some encoders compress whole pixel cells, others the stored bits alone: the code stream says which
+    shift = aligned if high is not None and said > high else 0
     if syntax in LOSSY:  # a lossy decoder may overshoot by a little: clip, do not wrap
-        low, top = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+        top = 1 << bits + shift - signed
         if not (signed and values.dtype.kind == "u"):
-            values = np.clip(values.astype(np.int32), low, top)
-    return _integers(values, bits, 0, signed)
+            values = np.clip(values.astype(np.int32), -top if signed else 0, top - 1)
+    return _integers(values, bits, shift, signed)
 
 
 def _native(ds: Dataset, syntax: str, rows: int, columns: int, allocated: int) -> np.ndarray:
@@ -73,9 +75,10 @@ def _rle(ds: Dataset, frame: bytes, rows: int, columns: int, allocated: int) -> 
             raise ValueError("PixelData (7FE0,0010): no decoder could read the RLE frame") from error
 
 
-def _codestream(ds: Dataset, frame: bytes, syntax: str, rows: int, columns: int) -> np.ndarray:
-    said = codestream_size(frame)
-    if said != (rows, columns, 1):
+def _codestream(ds: Dataset, frame: bytes, syntax: str, rows: int, columns: int) -> tuple[np.ndarray, int]:
+    """(values, bits a value) of the code stream."""
+    *said, bits = codestream_size(frame)
+    if said != [rows, columns, 1]:
         raise ValueError(
             f"PixelData (7FE0,0010): code stream of {said[0]} x {said[1]} x {said[2]}, header says {rows} x {columns}"
         )
@@ -92,7 +95,7 @@ def _codestream(ds: Dataset, frame: bytes, syntax: str, rows: int, columns: int)
             raise ValueError(f"PixelData (7FE0,0010): no decoder could read the code stream of {syntax}") from error
     if values.shape != (rows, columns):
         raise ValueError(f"PixelData (7FE0,0010): decoded to {values.shape}, header says {rows} x {columns}")
-    return values
+    return values, bits
 
 
 def _integers(values: np.ndarray, bits: int, shift: int, signed: bool) -> np.ndarray:

@@ -50,14 +50,15 @@ SYNTAXES = (EXPLICIT_LE, IMPLICIT_LE, DEFLATED_LE, EXPLICIT_BE, *DECODERS, RLE)
 _JPEG_FRAMES = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7))
 
 
-def codestream_size(stream: bytes) -> tuple[int, int, int]:
-    """(rows, columns, components) that a JPEG, JPEG-LS or JPEG 2000 code stream declares. Raises ValueError.
+def codestream_size(stream: bytes) -> tuple[int, int, int, int]:
+    """(rows, columns, components, bits) that a JPEG, JPEG-LS or JPEG 2000 code stream declares. Raises ValueError.
 
     Read before decoding, so that a small header with a huge code stream behind it costs nothing.
     """
     if stream[:4] == b"\xff\x4f\xff\x51":  # SOC, SIZ
         right, bottom, left, top = struct.unpack(">LLLL", stream[8:24])
-        return bottom - top, right - left, struct.unpack(">H", stream[40:42])[0]
+        components, bits = struct.unpack(">HB", stream[40:43])
+        return bottom - top, right - left, components, (bits & 0x7F) + 1
     if stream[:2] != b"\xff\xd8":
         raise ValueError("PixelData (7FE0,0010) holds no JPEG or JPEG 2000 code stream")
     at = 2
@@ -69,8 +70,8 @@ def codestream_size(stream: bytes) -> tuple[int, int, int]:
             at += 1
             continue
         if marker in _JPEG_FRAMES:
-            rows, columns, components = struct.unpack(">HHB", stream[at + 5 : at + 10])
-            return rows, columns, components
+            bits, rows, columns, components = struct.unpack(">BHHB", stream[at + 4 : at + 10])
+            return rows, columns, components, bits
         at += 2 + struct.unpack(">H", stream[at + 2 : at + 4])[0]
     raise ValueError("PixelData (7FE0,0010): code stream without a frame header")
 
