@@ -30,8 +30,8 @@ class Phase:
 
     @property
     def steps(self) -> int:
-        """Steps that the phase has when it is over."""
-        return self.rows[-1]["steps"]
+        """Steps that the phase has when it is over; those done, in a round from before rows said so."""
+        return self.rows[-1].get("steps", self.step)
 
     def last(self, keys: tuple[str, ...]) -> dict[str, float | None]:
         """The newest value of each of these that the phase has measured."""

@@ -73,6 +73,13 @@ def test_a_line_that_is_still_being_written_is_left_out(trained, tmp_path):
     assert curves.read(tmp_path / "nowhere").rows == ()
 
 
+def test_a_round_from_before_rows_said_their_steps_is_read_too(trained, tmp_path):
+    old = [{key: value for key, value in row.items() if key != "steps"} for row in rows(trained)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    phases = curves.read(tmp_path).phases
+    assert [(phase.name, phase.steps) for phase in phases] == [(phase.name, phase.step) for phase in phases] != []
+
+
 def test_a_trained_round_is_drawn_in_black_and_can_be_drawn_again(trained):
     assert red(drawn(trained)) == 0
     (trained / "round.png").unlink()
