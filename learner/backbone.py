@@ -44,7 +44,7 @@ class Backbone(nn.Module):
         self.mode, self.pool = pos_embed, pool
         self.dim = vit.embed_dim * (2 if pool == "both" else 1)
         self.frozen = 0  # lower blocks that `lower` runs and training leaves alone
-        self.patch: int = vit.patch_embed.patch_size[0]
+        self.patch = int(vit.patch_embed.feat_ratio())  # of a hybrid: of its convolutions too
 
     def forward(self, images: Tensor) -> Tensor:
         if self.pool != "cls" or self.frozen == len(self.vit.blocks):
@@ -206,16 +206,16 @@ def open_backbone(recipe: Recipe) -> tuple[Plan, dict[str, Tensor] | None]:
 
 
 def _from_hub(name: str) -> tuple[Plan, dict[str, Tensor]]:
-    hint = "give a local file instead: --backbone FILE.safetensors"
-    if not timm.is_model(bare(name)):
+    hint, asked = "give a local file instead: --backbone FILE.safetensors", bare(name)  # timm finds its hub page itself
+    if not timm.is_model(asked):
         raise BackboneError(f'backbone = "{name}": no such file and no timm model of that name; {hint}')
     try:
-        net = _created(name, pretrained=True)
+        net = _created(asked, pretrained=True)
     except HUB_ERRORS as error:
         raise BackboneError(
             f'backbone = "{name}": the hub can\'t be reached ({type(error).__name__}); {hint}'
         ) from error
-    return {"timm": name}, inner(_wrapped(net, name)).state_dict()
+    return {"timm": asked}, inner(_wrapped(net, asked)).state_dict()
 
 
 def weights_of(backbone: "Backbone | ConvNet", plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -241,8 +241,8 @@ def read_weights(path: Path, arch: str = "") -> tuple[Plan, dict[str, Tensor]]:
         weights = _under(min(marks, key=len).removesuffix("cls_token"), weights)
         plan = infer_plan(weights, note, str(path))
     else:
-        plan = {"timm": note.get("timm", arch)}
-        if ARCH.fullmatch(plan["timm"]) or not timm.is_model(bare(plan["timm"])):
+        plan = {"timm": bare(note.get("timm", arch))}
+        if ARCH.fullmatch(plan["timm"]) or not timm.is_model(plan["timm"]):
             raise BackboneError(
                 f"backbone {path}: no cls_token, so no vision transformer with timm's key names, and the file doesn't "
                 'say which net it is; put its timm name, such as arch = "densenet121", or save it with metadata `timm`'

@@ -18,6 +18,7 @@ from learner.backbone import (
     plan_of,
     read_weights,
     resample_pos_embed,
+    weights_of,
 )
 from learner.heads import ClassHead
 from learner.mimetic import mimic_trained
@@ -67,14 +68,16 @@ def test_unusable_files_are_named(tmp_path):
 
 
 def test_hub_out_of_reach_names_the_way_out(tmp_path):
+    """Under any of the names that a model has there."""
     code = (
         "from learner.recipe import resolve; from learner.backbone import open_backbone, BackboneError\n"
-        "try: open_backbone(resolve('distl', 'demo', {'backbone': 'vit_tiny_patch16_224'}))\n"
-        "except BackboneError as error: print(error)"
+        "for prefix in ('', 'timm/', 'hf-hub:timm/'):\n"
+        "    try: open_backbone(resolve('distl', 'demo', {'backbone': prefix + 'vit_tiny_patch16_224'}))\n"
+        "    except BackboneError as error: print(error)"
     )
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, check=True)
-    assert "the hub can't be reached" in out.stdout
+    assert out.stdout.count("the hub can't be reached") == 3
     assert "--backbone FILE" in out.stdout
 
 
@@ -95,6 +98,20 @@ def test_random_start_is_said_aloud():
 def test_timm_names_build_too():
     backbone = build(plan_of("vit_tiny_patch16_224", 96), "timm")
     assert backbone(torch.rand(1, 1, 64, 64)).shape == (1, 192)
+
+
+def test_a_hybrids_patch_is_that_of_its_convolutions_too():
+    backbone = build(plan_of("vit_tiny_r_s16_p8_224", 64), "timm").eval()
+    embedding, trace = backbone.trace(torch.rand(1, 1, 64, 64))
+    assert backbone.patch == 32
+    assert trace.along(embedding[:, None]).shape == (1, 1, 2, 2)
+
+
+def test_a_file_may_name_its_net_as_the_hub_does(tmp_path):
+    plan = {"timm": "test_resnet"}
+    weights, _ = weights_of(build(plan), plan)
+    save_file(weights, tmp_path / "net.safetensors", metadata={"timm": "timm/test_resnet.r160_in1k"})
+    assert read_weights(tmp_path / "net.safetensors")[0] == {"timm": "test_resnet.r160_in1k"}
 
 
 def test_image_sides_follow_the_patch():
