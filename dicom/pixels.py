@@ -13,7 +13,7 @@ from dicom import header
 from dicom.curve import Blank, brightness
 from dicom.part10 import EXPLICIT_BE, HOSTILE, NATIVE, items
 from dicom.resize import letterbox
-from dicom.syntaxes import DECODERS, LOSSY, RLE, codestream_size, decode_rle, is_whole
+from dicom.syntaxes import DECODERS, LOSSY, RLE, bare, codestream_size, decode_rle, is_whole
 
 __all__ = ["PLATE_VERSION", "Blank", "decode", "pixel_sha256", "render", "to_plate"]
 
@@ -43,7 +43,7 @@ def decode(ds: Dataset) -> np.ndarray:
         return _integers(_rle(ds, frame, rows, columns, allocated), bits, aligned, signed)
     if syntax not in DECODERS:
         raise ValueError(f"TransferSyntaxUID (0002,0010) = {syntax}: a syntax we don't decode")
-    values, said = _codestream(ds, frame, syntax, rows, columns)
+    values, said = _codestream(ds, bare(frame), syntax, rows, columns)
     # some encoders compress whole pixel cells, others the stored bits alone: the code stream says which
     shift = aligned if high is not None and said > high else 0
     if syntax in LOSSY:  # a lossy decoder may overshoot by a little: clip, do not wrap

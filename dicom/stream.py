@@ -114,7 +114,7 @@ class Stream:
             self._lose("aborted by this node")
             self._handed_at = time.monotonic()
         except Broken as fault:
-            self._lose(str(fault))
+            self._lose(str(fault), noted=True)
             self._abort(fault.reason)
         except Exception as fault:
             where = traceback.extract_tb(fault.__traceback__)[-1]
@@ -218,15 +218,16 @@ class Stream:
         finally:
             self._desk.answered(self._association, answer, size)
 
-    def _lose(self, why: str) -> None:
-        """Drop the message that was on its way; an object is missed at the desk."""
+    def _lose(self, why: str, noted: bool = False) -> None:
+        """Drop the message that was on its way; the desk hears of an object, and with `noted` of anything else too."""
         self._wire.drop()
         sink, self._sink, self._open = self._sink, None, False
         self._command.clear()
         self._passing.clear()
-        if sink and self._desk:
+        if sink:
             sink.drop()
-            self._desk.lost(self._association, sink.size, why)
+        if self._desk and (sink or noted):
+            self._desk.lost(self._association, sink.size if sink else 0, why)
 
     # What the library is told
 

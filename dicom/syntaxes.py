@@ -77,8 +77,13 @@ def codestream_size(stream: bytes) -> tuple[int, int, int, int]:
 
 
 def is_whole(stream: bytes) -> bool:
-    """True when the code stream ends with its end marker (EOI or EOC), padding aside."""
-    return b"\xff\xd9" in stream[-64:]
+    """True when the code stream ends with its end marker (EOI or EOC), padding of any length aside."""
+    return b"\xff\xd9" in stream.rstrip(b"\0\xff")[-64:]
+
+
+def bare(stream: bytes) -> bytes:
+    """A JPEG 2000 code stream without the boxes of a JP2 file, which some encoders leave around it against PS3.5 8.2.4."""
+    return stream[stream.find(b"\xff\x4f\xff\x51") :] if stream[4:8] == b"jP  " else stream
 
 
 def decode_rle(frame: bytes, rows: int, columns: int, allocated: int) -> np.ndarray:

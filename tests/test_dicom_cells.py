@@ -64,3 +64,18 @@ def test_what_dcmtk_encodes_in_whole_cells_comes_back(tmp_path, encoder, high, s
     ds, stored = cells(high, signed)
     subprocess.run([*encoder, save(ds, tmp_path / "native.dcm"), tmp_path / "encoded.dcm"], check=True)
     assert (decode(dcmread(tmp_path / "encoded.dcm")) == stored).all()
+
+
+@pytest.mark.parametrize("padding", [b"\0" * 2000, b"\xff" * 100, b""], ids=["zeros", "ones", "none"])
+def test_padding_of_any_length_behind_a_code_stream_is_no_part_of_it(padding):
+    ds, stored = cells(11)
+    whole = bytes(imagecodecs.jpegls_encode(GREY))
+    assert (decode(compressed(ds, JPEG_LS, whole + padding)) == stored).all()
+    with pytest.raises(ValueError, match="cut short"):
+        decode(compressed(ds, JPEG_LS, whole[:-100] + padding))
+
+
+def test_the_boxes_of_a_jp2_file_are_passed_over():
+    ds, stored = cells(11)
+    boxed = imagecodecs.jpeg2k_encode(GREY, codecformat="jp2", reversible=True, level=0, bitspersample=12)
+    assert (decode(compressed(ds, JPEG_2000_LOSSLESS, boxed)) == stored).all()

@@ -111,6 +111,17 @@ def test_a_request_without_what_it_needs_is_an_abort_and_not_a_silence(port, fie
         assert scu.hear() == (A_ABORT, bytes([0, 0, 2, 6]))
 
 
+def test_an_abort_of_ours_is_counted_also_where_no_object_was_on_its_way(tmp_path):
+    listener = Listener(Node(port=0), Inbox(tmp_path / "inbox", 0))
+    listener.start()
+    with Scu(listener.port) as scu:
+        assert scu.associate(ECHO) == A_ASSOCIATE_AC
+        scu.say(p_data(pdv(1, COMMAND, command(0x7777, VERIFICATION, has_data=False))))
+        assert scu.hear()[0] == A_ABORT
+    assert wait_for(lambda: listener.refusals.totals == {"unfinished": 1})
+    listener.stop()
+
+
 def test_a_message_id_of_four_bytes_is_none():
     four = struct.pack("<HHLL", 0, 0x0110, 4, 7)
     two = struct.pack("<HHLH", 0, 0x0110, 2, 7)
