@@ -167,6 +167,7 @@ def start_again(root: Path) -> None:
     assert housekeeping(Site.open(root / "appliance.toml"), NOW) == "done"
 
 
+@pytest.mark.timeout(900)  # a death at each step, on a machine that may be busy
 def test_a_death_at_any_step_is_finished_by_the_next_start(lived_in, tmp_path):
     base, bits = lived_in
     bits = bits[::7]  # some of each kind, or the searching takes longer than all else
