@@ -3,6 +3,7 @@
 The real processes live on the disk; the films, their senders and the hand that frees space are outside it.
 """
 
+import os
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from tests.small_disk import small_disk
 
 pytestmark = pytest.mark.peer("mount")
 
+HERE = Path(__file__).resolve().parent.parent  # whose code runs: in another namespace the working folder is /
 DISK_MB = 9
 ECHO = 3  # presentation context
 PATIENCE_S = 150  # a limit, for a machine that is busy with other things
@@ -48,7 +50,7 @@ def running(disk, tmp_path, parts="listen", begin=lambda: None):
     settings = str(disk.place / "site" / "appliance.toml")
     command = disk.inside(sys.executable, "-m", "agent.cli", "serve", "--only", parts, "--config", settings)
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stderr=file)
+        process = subprocess.Popen(command, stderr=file, env={**os.environ, "PYTHONPATH": str(HERE)})
     try:
         if "listen" in parts:
             assert wait_for(lambda: echoes(made.config.node.port), PATIENCE_S), log.read_text()
