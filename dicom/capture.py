@@ -66,7 +66,8 @@ def sheet(panels: Sequence[tuple[Score, np.ndarray]], said: Scored) -> np.ndarra
     for number, (score, pixels) in enumerate(panels):
         x, y = SIDE * (number % columns), (SIDE + STRIP) * (number // columns)
         page.paste(Image.fromarray(pixels), (x, y))
-        _line(pen, font, x, y + SIDE, f"{score.finding} {score.probability:.2f}  (threshold {score.threshold:.2f})")
+        figures = f" {score.probability:.2f}  (threshold {score.threshold:.2f})"
+        _line(pen, font, x, y + SIDE, score.finding, end=figures)
     end = (SIDE + STRIP) * rows
     _line(pen, font, 0, end, f"cxrloop: {NOTICE}", "yellow")
     _line(pen, font, 0, end + STRIP, f"model bundle {said.bundle}; red speaks for the finding")
@@ -80,10 +81,11 @@ def _line(
     y: int,
     words: str,
     ink: str = "white",
+    end: str = "",
 ) -> None:
-    while pen.textlength(words, font) > SIDE - 16:  # a finding's name may have 64 letters
+    while pen.textlength(words + end, font) > SIDE - 16:  # a finding's name may have 64 letters; its figures stay
         words = words[:-4] + "..."
-    pen.text((x + 8, y + (STRIP - LETTERS) // 2), words, ink, font)
+    pen.text((x + 8, y + (STRIP - LETTERS) // 2), words + end, ink, font)
 
 
 def _orientation(film: Dataset) -> list[str] | str:

@@ -137,8 +137,11 @@ def test_the_sheet_shows_each_panel_with_its_caption_and_the_notice_below():
     assert (one[:SIDE] == 60).all()
     for strip in range(3):
         assert one[SIDE + strip * STRIP : SIDE + (strip + 1) * STRIP].max() > 200
-    long = [(Score("f" * 64, 0.5, 0.5), PANELS[0][1])]
-    assert (sheet(long, SAID)[SIDE : SIDE + STRIP, -8:] == 0).all()
+    long = [(Score("W" * 64, 0.5, 0.5), PANELS[0][1])]
+    caption = sheet(long, SAID)[SIDE : SIDE + STRIP]
+    assert (caption[:, -8:] == 0).all()
+    likelier = sheet([(Score("W" * 64, 0.7, 0.5), PANELS[0][1])], SAID)[SIDE : SIDE + STRIP]
+    assert not np.array_equal(caption, likelier)  # a long name is shortened, its figures never
 
 
 def test_a_finding_without_a_standard_code_has_one_of_the_declared_scheme(tmp_path):
