@@ -34,11 +34,16 @@ def as_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def shown(value: Any) -> str:
+    """A value for a person: six digits of a number with a fraction, nothing for None."""
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def pairs(rows: Iterable[tuple[str, Any]]) -> None:
     """Name and value, one a line."""
     grid = Table.grid(padding=(0, 2))
     for name, value in rows:
-        grid.add_row(Text(name, style="bold"), "" if value is None else str(value))
+        grid.add_row(Text(name, style="bold"), shown(value))
     people.print(grid)
 
 
@@ -48,7 +53,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str | No
     for column in columns:
         made.add_column(column, overflow="fold")
     for row in rows:
-        made.add_row(*("" if cell is None else str(cell) for cell in row))
+        made.add_row(*map(shown, row))
     people.print(made)
 
 

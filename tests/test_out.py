@@ -20,3 +20,9 @@ WORDS = "host:104[/tls] if [results] says so [/] :warning:"
 def test_brackets_and_colons_are_words_and_no_styles(say, capsys):
     say()
     assert WORDS in capsys.readouterr().out
+
+
+def test_a_number_with_a_fraction_has_six_digits_and_nothing_is_empty(capsys):
+    out.pairs([("threshold", 0.12345678901234567), ("films", 12345678), ("served", None)])
+    said = capsys.readouterr().out.split("\n")
+    assert [line.split() for line in said[:3]] == [["threshold", "0.123457"], ["films", "12345678"], ["served"]]
