@@ -70,11 +70,9 @@ def serve(
     settings: Config = None,
 ) -> None:
     """Run the appliance: the DICOM node, the model server, and the agent."""
-    from agent import up
+    from agent import node, up
 
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True
-    )
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=node.LOG_LINE, force=True)
     for chatty in ("apscheduler", "httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with out.errors():

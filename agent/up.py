@@ -14,18 +14,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent import committed, network
+from agent import network, node
 from agent.clockwork import Agent
 from agent.config import config_path
 from agent.errors import Problem
 from agent.site import Site
-from agent.watermark import Watermark, free_bytes
 from deploy.client import Client
 from deploy.parent import die_with_parent
 from deploy.runtime import NoRuntime, ProviderRefused, require
 from deploy.server import main as serve_models
-from dicom.commitment import Commitment, Pending
-from dicom.listener import Listener
 
 log = logging.getLogger("cxrloop")
 
@@ -62,9 +59,11 @@ def serve(site: Site, settings: Path | None, only: tuple[str, ...], parent: int 
         network.days_left(site)  # a certificate that can't be used is said now, not by a part that keeps dying
     if "infer" in parts:
         check_runtime(site)
+    if parts == ("listen",):
+        os.execv(sys.executable, command("listen", settings, parent or 0))
     if len(parts) == 1:
         return run_part(site, parts[0], stop)
-    _supervise(site, [Part(name, command(name, settings)) for name in parts], stop)
+    _supervise(site, [Part(name, command(name, settings, os.getpid())) for name in parts], stop)
 
 
 def check_runtime(site: Site) -> None:
@@ -75,27 +74,18 @@ def check_runtime(site: Site) -> None:
         raise Problem(str(error)) from None
 
 
-def command(name: str, settings: Path | None) -> list[str]:
-    """The command line of one part."""
-    return [
-        sys.executable,
-        "-m",
-        "agent.cli",
-        "serve",
-        "--only",
-        name,
-        "--config",
-        str(config_path(settings)),
-        "--child",
-        str(os.getpid()),
-    ]
+def command(name: str, settings: Path | None, parent: int) -> list[str]:
+    """The command line of one part; it ends with the process `parent`, if there is one."""
+    where = config_path(settings)
+    if name == "listen":
+        return node.command(where, parent)
+    words = ["serve", "--only", name, "--config", str(where), "--child", str(parent)]
+    return [sys.executable, "-m", "agent.cli", *words]
 
 
 def run_part(site: Site, name: str, stop: threading.Event) -> None:
-    """Run one part in this process until `stop`."""
-    if name == "listen":
-        listen(site, stop)
-    elif name == "infer":
+    """Run the model server or the agent in this process until `stop`."""
+    if name == "infer":
         keys = site.config.infer
         where = ["--site", str(site.root), "--host", keys.host, "--port", str(keys.port), "--provider", keys.provider]
         threads = ["--threads", str(keys.threads)] if keys.threads else []
@@ -109,27 +99,6 @@ def run_part(site: Site, name: str, stop: threading.Event) -> None:
         os._exit(0)  # a round may run in a thread for hours: its learner is told to checkpoint by our death
     else:
         raise Problem(f"--only {name}: parts are {', '.join(PARTS)} (the web console is not in this version)")
-
-
-def listen(site: Site, stop: threading.Event) -> None:
-    """The DICOM node in this process until `stop`: C-ECHO, C-STORE, storage commitment."""
-    node, folder = network.node(site), site.root / "node"
-    commitment = Commitment(
-        Pending(folder / "commitment"),
-        frozenset(network.peers(site)),
-        lambda references: committed.held(site, references),
-        lambda *report: network.report(site, *report),
-    )
-    places = (site.root / "inbox", site.root / "store")  # one disk, or two
-    full = Watermark(lambda: min(map(free_bytes, places)), site.config.retention.refuse_free_mb)
-    listener = Listener(node, site.inbox, services=(commitment.service,), full=full)
-    listener.refusals.keep(folder / "refused.json")
-    listener.start()
-    commitment.start()
-    _ready("listen", f"{node.aet}@{node.host}:{listener.port}")
-    stop.wait()
-    listener.stop()
-    commitment.stop()
 
 
 def _ready(name: str, what: str) -> None:

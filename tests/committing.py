@@ -9,7 +9,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 
-from agent import up
+from agent.node import listen
 from dicom.commitment import SUCCESS
 from dicom.image import SECONDARY_CAPTURE
 from dicom.part10 import EXPLICIT_LE
@@ -80,7 +80,7 @@ def nodes(folder):
     def start(pacs, site=None, **keys):
         site = site or make_site(folder / "site", node={"peers": [f"PACS@127.0.0.1:{pacs.port}"]} | keys)
         stop = threading.Event()
-        thread = threading.Thread(target=up.listen, args=(site, stop))
+        thread = threading.Thread(target=listen, args=(site, stop))
         thread.start()
         stops.append((stop, thread))
         port = site.config.node.port

@@ -14,7 +14,7 @@ from pacs import wait_for
 from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 
-from agent import up
+from agent.node import listen
 from dicom import commitment, tls
 from dicom.commitment import NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS, Pending, Request
 from dicom.part10 import EXPLICIT_LE
@@ -160,7 +160,7 @@ def test_reports_go_over_tls_to_a_peer_that_speaks_it(node, tmp_path):
     )
     Pending(site.root / "node" / "commitment").keep(Request("PACS", "1.2.3", (ABSENT,), time.time()))
     stop = threading.Event()
-    thread = threading.Thread(target=up.listen, args=(site, stop))
+    thread = threading.Thread(target=listen, args=(site, stop))
     thread.start()
     try:
         assert pacs.told() == (2, set(), {ABSENT[1]: NO_SUCH_INSTANCE})

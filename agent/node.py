@@ -1,0 +1,68 @@
+"""The DICOM node as a process with nothing else in it: the listener, storage commitment, the watermark.
+
+`cxrloop serve --only listen` becomes this process (`python -m agent.node SETTINGS PARENT`): what the commands and the
+other parts import would take more memory than a loaded listener. Knows no model and no round.
+"""
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from agent import committed, network
+from agent.errors import Problem
+from agent.site import Site
+from agent.watermark import Watermark, free_bytes
+from deploy.parent import die_with_parent
+from dicom.commitment import Commitment, Pending
+from dicom.listener import Listener
+
+LOG_LINE = "%(asctime)s %(name)s %(levelname)s %(message)s"
+
+
+def command(settings: Path, parent: int = 0) -> list[str]:
+    """The command line of the node; it ends with the process `parent`, if one is named."""
+    return [sys.executable, "-m", "agent.node", str(settings), str(parent)]
+
+
+def listen(site: Site, stop: threading.Event) -> None:
+    """The node in this process until `stop`: C-ECHO, C-STORE, storage commitment."""
+    node, folder = network.node(site), site.root / "node"
+    commitment = Commitment(
+        Pending(folder / "commitment"),
+        frozenset(network.peers(site)),
+        lambda references: committed.held(site, references),
+        lambda *report: network.report(site, *report),
+    )
+    places = (site.root / "inbox", site.root / "store")  # one disk, or two
+    full = Watermark(lambda: min(map(free_bytes, places)), site.config.retention.refuse_free_mb)
+    listener = Listener(node, site.inbox, services=(commitment.service,), full=full)
+    listener.refusals.keep(folder / "refused.json")
+    listener.start()
+    commitment.start()
+    print(f"listen ready on {node.aet}@{node.host}:{listener.port}", file=sys.stderr, flush=True)
+    stop.wait()
+    listener.stop()
+    commitment.stop()
+
+
+def main() -> int:
+    """Exit 1 with one line when the node can't start."""
+    settings, parent = Path(sys.argv[1]), int(sys.argv[2])
+    if parent:
+        die_with_parent(parent)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_LINE)
+    try:
+        listen(Site.open(settings), stop)
+    except (Problem, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
