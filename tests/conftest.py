@@ -71,8 +71,10 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not_run:
-        missing = ", ".join(missing_peers((*PEERS, MOUNT)))
-        terminalreporter.write_line(f"{len(not_run)} peer tests did not run: {missing} not here. `{HINT}` brings them.")
+        missing = missing_peers(tuple(PEERS))
+        why = [f"{', '.join(missing)} not here (`{HINT}` brings them)"] if missing else []
+        why += ["this kernel grants no mount"] if missing_peers((MOUNT,)) else []
+        terminalreporter.write_line(f"{len(not_run)} peer tests did not run: {'; '.join(why)}")
 
 
 def free_port() -> int:
