@@ -95,7 +95,9 @@ class Appliance:
                 words = path.joinpath("cmdline").read_bytes().decode().split("\0")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if parent == self.process.pid and "--only" in words:
+            if parent == self.process.pid and "agent.node" in words:
+                found["listen"] = int(path.name)
+            elif parent == self.process.pid and "--only" in words:
                 found[words[words.index("--only") + 1]] = int(path.name)
         return found
 
