@@ -106,7 +106,7 @@ def main() -> None:
     asked.add_argument("--report", action="store_true", help="only print and draw what there is")
     given = asked.parse_args()
     torch.set_num_threads(1)
-    pool = read_pool(given.data, given.work, NEAR + FAR)
+    whole = pool = read_pool(given.data, given.work, NEAR + FAR)
     recipe = Recipe().override({**SIZES, "backbone": str(given.backbone)})
     scores = given.work / "scores"
     scores.mkdir(exist_ok=True)
@@ -123,9 +123,14 @@ def main() -> None:
                 division = draw(pool, experiment, share, seed)
                 for arm in list(LADDER) if given.ladder else given.arms:
                     cell(site, frozen, division, "ladder" if given.ladder else experiment, arm, share, seed, scores)
-        floors = {"pixels": pixel_floor(pool, asked_for(given), given.draws), "view": view_floor(given.data)}
-        (given.work / "floors.json").write_text(json.dumps(floors, indent=1) + "\n")
-    report(pool, scores, RESULTS, given.work / "floors.json")
+        kept = given.work / "floors.json"
+        before = json.loads(kept.read_text())["pixels"] if kept.exists() else {}
+        floors = {
+            "pixels": before | pixel_floor(pool, asked_for(given), given.draws),
+            "view": view_floor(given.data),
+        }
+        kept.write_text(json.dumps(floors, indent=1) + "\n")
+    report(whole, scores, RESULTS, given.work / "floors.json")
 
 
 def asked_for(given: argparse.Namespace) -> list[tuple[str, float]]:
