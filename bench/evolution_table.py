@@ -222,7 +222,11 @@ def draw_figure(lines: list[dict], said: dict, target: Path) -> None:
                 continue
             for rounds in found[arm].values():
                 ax.plot(list(rounds), [r[test] for r in rounds.values()], color=COLOURS[arm], lw=0.6, alpha=0.25)
-            ax.plot(list(by), list(by.values()), color=COLOURS[arm], lw=2.2, marker="o", ms=4, label=arm)
+            alone = result["draws"] == 1  # no mean: dotted
+            ax.plot(
+                list(by), list(by.values()), color=COLOURS[arm], lw=1.2 if alone else 2.2, ls=":" if alone else "-",
+                marker="o", ms=4, label=arm,
+            )  # fmt: skip
         floor = (said["floors"] or {}).get("pixels", {}).get(f"{experiment} {share}")
         if floor:
             ax.axhline(floor[test], color="#000000", ls=":", lw=1, label="raw 24x24 pixels")
