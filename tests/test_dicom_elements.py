@@ -92,3 +92,11 @@ def test_a_list_without_end_is_given_up(what):
         data = UID + PIXELS[:8] + struct.pack("<L", UNDEFINED) + mark(ITEM) * MOST + mark(SEQUENCE_END)
     with pytest.raises(Unreadable, match=f"more than {MOST} elements"):
         read_header(io.BytesIO(data), EXPLICIT_LE, pixels=False)
+
+
+def test_within_a_sequence_of_unknown_vr_a_length_that_looks_like_a_vr_is_a_length():
+    length = struct.unpack("<H", b"BB")[0]  # 16,962 bytes, written where an explicit element has its VR
+    inner = mark(ITEM, UNDEFINED) + struct.pack("<HHL", 9, 0x1002, length) + bytes(length) + mark(ITEM_END)
+    data = UID + private(b"UN", length=UNDEFINED) + inner + mark(SEQUENCE_END) + PIXELS
+    found = read_header(io.BytesIO(data), EXPLICIT_LE, pixels=False)
+    assert header.text(found.dataset, "SOPInstanceUID") == "1.2.3.4" and found.pixel_length == 4
