@@ -4,7 +4,6 @@ Refuses to know when and where it is sent.
 """
 
 import hashlib
-import io
 import json
 
 import numpy as np
@@ -15,6 +14,7 @@ from agent.config import zone
 from agent.ledger import Row, when
 from agent.site import Site
 from deploy.bundle import Bundle
+from dicom import npy
 from dicom.capture import capture
 from dicom.report import report
 from dicom.results import CantSay, Score, Scored, read_film
@@ -46,7 +46,7 @@ def make(site: Site, row: Row, bundles: dict[str, Bundle]) -> Dataset:
     film = read_film(retention.original(site, row))
     if row["kind"] == "sr":
         return report(film, said)
-    heat = np.load(io.BytesIO(row["heatmap"]), allow_pickle=False).astype(np.float32)
+    heat = npy.loads(row["heatmap"]).astype(np.float32)
     plate = site.store.plate(row["plate"])
     panels = [(score, np.asarray(explain.overlay(plate, heat[place]))) for place, score in chosen(scores)]
     return capture(film, said, panels)

@@ -4,6 +4,7 @@ Refuses to know signatures and onnxruntime.
 """
 
 import json
+import threading
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 PLATE_VERSION = 1  # the pixel path this code serves; equals dicom.pixels.PLATE_VERSION (a test holds them together)
 PLATE_SIDE = 512
 PARTS = ("model.onnx", "card.json", "thresholds.json", "probe.npz")
+HEADER = threading.Lock()  # numpy reads .npy headers with `ast`, which threads break up to CPython 3.12 (gh-106905)
 
 
 class PartsRefused(Exception):
@@ -47,7 +49,7 @@ def check_parts(folder: Path) -> tuple[dict, dict]:
 def read_probe(path: Path, findings: int) -> tuple[np.ndarray, np.ndarray]:
     """(plates uint8 [P, 512, 512], logits float32 [P, F]) the model must still answer; else PartsRefused."""
     try:
-        with np.load(path, allow_pickle=False) as probe:
+        with HEADER, np.load(path, allow_pickle=False) as probe:
             plates, logits = probe["plates"], probe["logits"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as wrong:
         raise PartsRefused(f"probe.npz: unreadable ({wrong}); expected arrays plates and logits") from None

@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from deploy.parts import PLATE_SIDE
+from deploy.parts import HEADER, PLATE_SIDE
 
 MAX_PLATES = 64  # 16 MiB; an intake step asks for fewer
 PLATE_BYTES = PLATE_SIDE * PLATE_SIDE
@@ -26,7 +26,8 @@ def read_plates(body: bytes) -> np.ndarray:
     file = io.BytesIO(body)
     try:
         version = np.lib.format.read_magic(file)
-        shape, fortran, dtype = HEADERS[version](file)
+        with HEADER:
+            shape, fortran, dtype = HEADERS[version](file)
     except (ValueError, KeyError) as wrong:
         raise BadBody(f"got {len(body)} bytes that are no .npy ({wrong}); {EXPECTED}") from None
     good = (

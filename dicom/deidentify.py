@@ -35,6 +35,7 @@ from dicom.part10 import (
 )  # fmt: skip
 from dicom.pixels import decode
 from dicom.privacy import days_back, outside_key, outside_uid, patient_key
+from dicom.syntaxes import SURELY_LOSSY
 
 ANY_AGE = Admission(children=True, min_side=1)  # whom a site takes in is not the question here
 OLDEST = 90  # years; the few who are older can be found by their age
@@ -243,6 +244,8 @@ def _pixels(out: Dataset, found: Header, syntax: str) -> None:
     out.Rows, out.Columns = stored.shape
     out.BitsAllocated, out.BitsStored, out.HighBit = (8 if bits <= 8 else 16), bits, bits - 1
     out.PixelRepresentation = int(stored.dtype.kind == "i")
+    if syntax in SURELY_LOSSY:  # also where the film doesn't say so (PS3.3 C.7.6.1.1.5)
+        out.LossyImageCompression = "01"
     data = stored.astype(np.uint8 if bits <= 8 else stored.dtype.newbyteorder("<")).tobytes()
     out.PixelData = data + b"\0" * (len(data) % 2)
     out["PixelData"].VR = "OB" if bits <= 8 else "OW"

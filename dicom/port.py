@@ -9,12 +9,12 @@ import select
 import socketserver
 import ssl
 import threading
-from collections import Counter
 from dataclasses import dataclass
 from socket import MSG_PEEK, socket
 from typing import Any
 
-from pynetdicom import AE
+from pynetdicom import AE, evt
+from pynetdicom.association import Association
 from pynetdicom.transport import ThreadedAssociationServer
 
 from dicom.refusals import Refusals
@@ -43,8 +43,8 @@ class Node:
         self.networks()  # a wrong address is said at the start, not at the first connection
 
     def networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-        """`allow_ip` as networks. Raises ValueError."""
-        return tuple(ipaddress.ip_network(text, strict=False) for text in self.allow_ip)
+        """`allow_ip` as networks, IPv4 ones also where they are written as IPv6's (::ffff:10.1.0.0/112). ValueError."""
+        return tuple(_as_ipv4(ipaddress.ip_network(text, strict=False)) for text in self.allow_ip)
 
 
 class Port(ThreadedAssociationServer):
@@ -56,11 +56,10 @@ class Port(ThreadedAssociationServer):
     def __init__(self, node: Node, entity: AE, refusals: Refusals, log: logging.Logger, handlers: list[Any]):
         self._networks = node.networks()
         self._tls, self._artim, self._refusals, self._log = node.context, node.artim, refusals, log
-        self._half_open: Counter[str] = Counter()
+        self._unnamed: dict[Any, Association | None] = {}  # by address; None until the first byte has come
         self._counting = threading.Lock()
-        super().__init__(
-            entity, (node.host, node.port), entity.ae_title, entity.supported_contexts, evt_handlers=handlers
-        )
+        bound = [(evt.EVT_CONN_OPEN, self._begins), *handlers]
+        super().__init__(entity, (node.host, node.port), entity.ae_title, entity.supported_contexts, evt_handlers=bound)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """False drops a connection before a byte is read: an address that is not allowed, or one too many."""
@@ -68,12 +67,12 @@ class Port(ThreadedAssociationServer):
         if not self._allowed(peer):
             self._refusals.note(peer, "address", "not in node.allow_ip")
             return False
-        begun = [str(one.requestor.address) for one in self.active_associations if not one.is_established]
         with self._counting:
-            everyone, own = self._half_open.total() + len(begun), self._half_open[peer] + begun.count(peer)
-            full = everyone >= HALF_OPEN or own >= HALF_OPEN_PEER
+            self._unnamed = {where: one for where, one in self._unnamed.items() if one is None or _unnamed(one)}
+            own = sum(where[0] == peer for where in self._unnamed)
+            full = len(self._unnamed) >= HALF_OPEN or own >= HALF_OPEN_PEER
             if not full:
-                self._half_open[peer] += 1
+                self._unnamed[client_address] = None
         if full:
             self._refusals.note(peer, "connection", "too many connections that don't say who they are")
         return not full
@@ -103,9 +102,13 @@ class Port(ThreadedAssociationServer):
             self.shutdown_request(request)
         finally:
             with self._counting:
-                self._half_open[peer] -= 1
-                if not self._half_open[peer]:
-                    del self._half_open[peer]
+                if self._unnamed.get(client_address) is None:  # else it counts until it has said who it is
+                    self._unnamed.pop(client_address, None)
+
+    def _begins(self, event: Any) -> None:
+        """The library makes an association of the connection; it starts afterwards."""
+        with self._counting:
+            self._unnamed[event.address] = event.assoc
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A fault of ours in one connection: to the log, not to stderr; the port goes on."""
@@ -132,6 +135,16 @@ class Port(ThreadedAssociationServer):
         wire = context.wrap_socket(request, server_side=True)
         wire.settimeout(None)
         return wire
+
+
+def _as_ipv4(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    return ipaddress.IPv4Network((mapped, network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
+
+
+def _unnamed(one: Association) -> bool:
+    """True until the association is accepted or over: also before its thread has started."""
+    return not one.is_established and (one.ident is None or one.is_alive())
 
 
 def _speaks(wire: socket, seconds: float) -> bool:

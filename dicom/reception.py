@@ -96,7 +96,8 @@ class Reception:
         command = self._command
         with self._incoming.reader(self._meta) as stream:
             status, why = answer(stream, self._syntax, command.sop_class, command.sop_uid)
-        if status == SUCCESS and command.sop_class != self._sop_class:
+        # a class that the context doesn't carry: then its syntax needn't be the data set's either
+        if status in (SUCCESS, NOT_UNDERSTOOD) and command.sop_class != self._sop_class:
             status, why = NOT_SUPPORTED, "AffectedSOPClassUID (0000,0002) is not the presentation context's"
         if status != SUCCESS:
             self.drop()

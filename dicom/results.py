@@ -20,6 +20,7 @@ from pydicom.uid import UID
 from dicom import header
 from dicom.image import RESULT_DEVICE, RESULT_UID_ROOT
 from dicom.part10 import IMPLEMENTATION_NAME, IMPLEMENTATION_UID, IMPLICIT_LE, is_uid, open_envelope, read_header
+from dicom.syntaxes import SURELY_LOSSY
 
 NOTICE = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
 SYNTAX = IMPLICIT_LE  # the one that every receiver must take (PS3.5 10.1)
@@ -94,9 +95,13 @@ def result_uid(*parts: str) -> str:
 
 
 def read_film(path: Path) -> Dataset:
-    """The header of an original. Raises Unreadable, OSError."""
+    """The header of an original, said to be lossy where its syntax is. Raises Unreadable, OSError."""
     with path.open("rb") as stream:
-        return read_header(stream, open_envelope(stream).transfer_syntax).dataset
+        syntax = open_envelope(stream).transfer_syntax
+        film = read_header(stream, syntax).dataset
+    if syntax in SURELY_LOSSY:
+        film.LossyImageCompression = "01"
+    return film
 
 
 def reference(film: Dataset) -> Dataset:

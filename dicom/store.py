@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dicom import npy
 from dicom.inbox import sync_folder
 
 LEFT_BEHIND = 3600  # seconds after which a temp has no living writer
@@ -47,7 +48,7 @@ class Store:
 
     def plate(self, relative: str) -> np.ndarray:
         """The plate at a path that `keep_plate` gave. Raises FileNotFoundError, ValueError."""
-        return np.load(self.path(relative), allow_pickle=False)
+        return npy.load(self.path(relative))
 
     def path(self, relative: str) -> Path:
         """The file at a path that this store gave. Raises ValueError for any other path."""

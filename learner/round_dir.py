@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from learner.recipe import Recipe, RecipeError
 PLATE_VERSION = 1  # must equal the version of the plates in the manifest; a change of the pixel path raises both
 PLATE_SHAPE = (512, 512)
 RANGES = ("train", "validation", "calibration")
+_HEADER = threading.Lock()  # numpy reads headers with `ast`, which threads break up to CPython 3.12 (gh-106905)
 KEYS = {  # of the manifest, and the kinds of value that each may have
     "version": (int,), "round": (str,), "plate_version": (int,), "findings": (list,), "recipe": (dict,), "seed": (int,),
     "plates": (str,), "parent": (dict, NoneType), "until": (str, NoneType), "films": (list,),
@@ -190,14 +192,15 @@ def _same_keys(where: str, raw: Any, kinds: dict[str, tuple[type, ...]]) -> None
 def read_plate(path: Path) -> np.ndarray:
     """uint8 [512, 512]; raises ManifestError for a missing file or another shape."""
     try:
-        plate = np.load(path, allow_pickle=False)
+        with _HEADER:
+            plate = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ManifestError(f"{path}: not a plate ({error})") from None
     if not isinstance(plate, np.ndarray):
         raise ManifestError(f"{path}: an archive of arrays; a plate is one array, uint8 {list(PLATE_SHAPE)}")
     if plate.shape != PLATE_SHAPE or plate.dtype != np.uint8:
         raise ManifestError(f"{path}: {plate.dtype} {list(plate.shape)}; a plate is uint8 {list(PLATE_SHAPE)}")
-    return plate
+    return np.array(plate)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ from dicom.image import COMPUTED_RADIOGRAPHY, DIGITAL_XRAY_PRESENTATION
 from dicom.inbox import Inbox
 from dicom.listener import Listener, Node
 
+VERIFICATION = "1.2.840.10008.1.1"
 DX, CR, CT = DIGITAL_XRAY_PRESENTATION, COMPUTED_RADIOGRAPHY, "1.2.840.10008.5.1.4.1.1.2"
 GOOD = film()
 DATA, UID = data_set(GOOD), str(GOOD.SOPInstanceUID)

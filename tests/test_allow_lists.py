@@ -58,6 +58,10 @@ def test_an_ipv4_peer_of_an_ipv6_port_is_known_by_its_ipv4_address(node):
     assert echo("127.0.0.1", listener.port, "CXRLOOP")
     listener = node(host="::", allow_ip=("10.0.0.0/8",))
     assert not echo("127.0.0.1", listener.port, "CXRLOOP")
+    listener = node(host="::", allow_ip=("::ffff:127.0.0.0/104",))
+    assert echo("127.0.0.1", listener.port, "CXRLOOP")
+    listener = node(host="::", allow_ip=("::ffff:10.0.0.0/104",))
+    assert not echo("127.0.0.1", listener.port, "CXRLOOP")
 
 
 def test_counts_go_on_after_a_restart_and_a_flood_is_written_once_a_second(tmp_path):

@@ -4,19 +4,21 @@ import io
 import subprocess
 from datetime import date
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
 from dicom.deidentify import MayNotLeave, deidentify
 from dicom.part10 import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
 from dicom.pixels import decode, to_plate
-from dicom.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
+from dicom.syntaxes import JPEG_2000_LOSSLESS, JPEG_BASELINE, JPEG_LS
 from tests.pacs import KEY, film, save
 
 SECRETS = (
@@ -149,6 +151,16 @@ def test_bytes_after_the_pixels_do_not_leave(leave):
     source.PixelData += b"\xfe\xff\x00\xe0\x0c\0\0\0PAT-4711    "
     assert b"PAT-4711" in encoded(source)[-40:]
     assert b"PAT-4711" not in encoded(leave(source))
+
+
+def test_a_film_in_a_lossy_syntax_leaves_as_lossy_also_where_its_header_does_not_say_so(leave):
+    source = rich(bits=8)
+    source.file_meta.TransferSyntaxUID = JPEG_BASELINE
+    jpeg = imagecodecs.jpeg8_encode(np.frombuffer(source.PixelData, np.uint8).reshape(source.Rows, source.Columns))
+    source.PixelData, source["PixelData"].VR = encapsulate([jpeg]), "OB"
+    for said in ("00", None):
+        source.LossyImageCompression = said
+        assert leave(source).LossyImageCompression == "01"
 
 
 def test_a_patient_keeps_one_new_identity_and_the_time_between_two_films(leave):

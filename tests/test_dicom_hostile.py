@@ -21,7 +21,7 @@ from dicom import reception
 from dicom.ingest import Admission, examine
 from dicom.part10 import DEFLATED_LE, EXPLICIT_LE, IMPLICIT_LE
 from dicom.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
-from tests.hostile import BIG, CR, CT, DATA, DX, UID, everything, nodes
+from tests.hostile import BIG, CR, CT, DATA, DX, UID, VERIFICATION, everything, nodes
 
 
 @pytest.fixture
@@ -84,6 +84,7 @@ def changed(**facts):
 REFUSED = {
     "4 command of another class": (DATA, UID, CT, EXPLICIT_LE, reception.MISMATCH),
     "4 class of another context": (data_set(film(1)), str(film(1).SOPInstanceUID), DX, EXPLICIT_LE, 0x0122),
+    "4 a film on Verification's": (DATA, UID, DX, IMPLICIT_LE, 0x0122),
     "5 command of another instance": (DATA, "1.2.3.4", DX, EXPLICIT_LE, reception.MISMATCH),
     "6 a path as UID": (DATA, "../../../../tmp/cxrloop-escaped", DX, EXPLICIT_LE, reception.INVALID_INSTANCE),
     "6 an absolute path as UID": (DATA, "/etc/passwd", DX, EXPLICIT_LE, reception.INVALID_INSTANCE),
@@ -110,7 +111,8 @@ def test_an_object_that_is_refused_gets_its_status_keeps_the_association_and_lea
     listener, inbox = node()
     data, uid, sop_class, syntax, status = REFUSED[name]
     with Scu(listener.port) as scu:
-        scu.associate([(CR if "another context" in name else DX, syntax), (DX, EXPLICIT_LE)])
+        offered = CR if "another context" in name else VERIFICATION if "Verification" in name else DX
+        scu.associate([(offered, syntax), (DX, EXPLICIT_LE)])
         assert scu.store(data, sop_class, uid) == status
         assert everything(inbox) == []
         assert scu.store(DATA, DX, UID, context=3) == 0

@@ -11,6 +11,7 @@ from answers import text_of
 from pacs import KEY, film, save
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 
 from dicom.admission import Admission
 from dicom.capture import SIDE, STRIP, capture, sheet
@@ -19,6 +20,7 @@ from dicom.image import RESULT_UID_ROOT
 from dicom.ingest import examine
 from dicom.report import report
 from dicom.results import NOTICE, CantSay, Score, Scored, character_set, read_film, result_uid
+from dicom.syntaxes import JPEG_BASELINE
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORES = (Score("effusion", 0.8312, 0.41), Score("a finding of this site", 0.02, 0.3), Score("opacity", 1e-7, 0.5))
@@ -230,6 +232,12 @@ def test_a_long_text_is_measured_in_characters_and_not_in_bytes(tmp_path):
 def test_a_heatmap_of_a_film_that_was_once_lossy_says_so(tmp_path):
     assert capture(header_of(tmp_path, LossyImageCompression=b"01"), SAID, PANELS).LossyImageCompression == "01"
     assert "LossyImageCompression" not in capture(header_of(tmp_path, LossyImageCompression=b"00"), SAID, PANELS)
+    silent = film()
+    del silent.LossyImageCompression
+    silent.file_meta.TransferSyntaxUID = JPEG_BASELINE
+    silent.PixelData, silent["PixelData"].VR = encapsulate([b"not read"]), "OB"
+    made = capture(read_film(save(silent, tmp_path / "jpeg.dcm")), SAID, PANELS)
+    assert made.LossyImageCompression == "01"  # whatever the header forgot
 
 
 ODD = {
