@@ -14,22 +14,20 @@ import torch
 from evolution_films import Draw, Pool, as_films
 from torch import Tensor
 
-from learner import linear
+from learner import linear, refit
 from learner.checkpoint import save_weights
 from learner.data import label_table
-from learner.graph import pseudo_labels
 from learner.heads import Network
 from learner.recipe import Recipe
 from learner.recipes import distl, evolve
+from learner.refit import FEW_PENALTY, PENALTY
 from learner.round_dir import Film, Round
 from learner.run import Run
 from learner.step import State
-from learner.targets import kappa_labels, shrunk_prevalence
+from learner.targets import kappa_labels
 from learner.tokens import Bank
 
 FULL_PENALTY = 0.01  # ridge with all labels; of .001 .. .1 the best on validation patients
-FEW_PENALTY = 0.1  # ridge with the seed's labels alone, as in `evolve`
-PENALTY = 0.02  # ridge on soft answers, as in `evolve`
 
 Scores = dict[str, np.ndarray]
 
@@ -173,7 +171,7 @@ def fully_labelled(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, 
 
 
 def frozen_graph(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
-    """Neighbours' pseudo-labels on frozen features and a linear student, as `evolve` uses them; nothing is trained."""
+    """Neighbours and labels together on frozen features, as `evolve` fits its head; nothing is trained."""
     recipe = site.recipe
     for number in (1, 2, 3):
         places = np.concatenate([draw.labelled, *draw.rounds[:number]])
@@ -181,8 +179,8 @@ def frozen_graph(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Sc
             as_films(site.pool, draw.labelled, "train", True)
             + as_films(site.pool, places[len(draw.labelled) :], "train", False)
         )
-        soft = pseudo_labels(frozen[places], labels, shrunk_prevalence(labels), recipe.neighbours, recipe.components)
-        tell(number, score_linear(site, frozen, draw, linear.fit(frozen[places], soft, PENALTY)))
+        head = refit.answer(frozen[places], labels, recipe.neighbours, recipe.components)
+        tell(number, score_linear(site, frozen, draw, head))
 
 
 def pseudo_label(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:

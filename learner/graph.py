@@ -12,6 +12,7 @@ PASSES = 60  # 0.95^60 = 5 %: what is further away than that many edges hardly c
 FLAT = 1e-5  # share of the largest variance below which a direction is rounding and isn't blown up to 1
 CHUNK = 1024  # films whose distances to all others are held at once
 EXACT = 100_000  # films up to which neighbours are exact; beyond, they are looked for in the nearest cells only
+SHARPNESS = 2.0  # slope of soft targets over the logit of the rank (bench/evolution_refit.py)
 PROBES = 8  # cells that are searched for each film then
 
 
@@ -112,26 +113,24 @@ def propagate(graph: Tensor, labels: Tensor, damping: float = DAMPING, passes: i
     return torch.where(both, positive - negative, torch.zeros_like(positive))
 
 
-def by_rank(scores: Tensor, prevalence: Tensor, sharpness: float = 1.0) -> Tensor:
-    """Scores (N, F) -> soft targets (N, F): the rank's logit, centred so that `prevalence` (F,) lies above 0.5.
+def by_rank(scores: Tensor, prevalence: Tensor) -> Tensor:
+    """Scores (N, F) -> soft targets (N, F): SHARPNESS times the rank's logit, `prevalence` (F,) of them above 0.5.
 
     Only the order of the scores counts: propagated mass has no scale that could be read as a probability.
     """
     rank = scores.argsort(0).argsort(0)
     place = (rank + 0.5) / len(scores)
-    return (sharpness * (torch.logit(place.float()) - torch.logit(1 - prevalence.float()))).sigmoid()
+    return (SHARPNESS * (torch.logit(place.float()) - torch.logit(1 - prevalence.float()))).sigmoid()
 
 
-def pseudo_labels(
-    features: Tensor, labels: Tensor, prevalence: Tensor, count: int, components: int, sharpness: float = 1.0
-) -> Tensor:
+def pseudo_labels(features: Tensor, labels: Tensor, prevalence: Tensor, count: int, components: int) -> Tensor:
     """Soft targets (N, F) for all films from features (N, D) and labels (N, F), nan = unknown; known labels stay.
 
     A finding without both classes among the labels has no target (nan).
     """
     near, where = neighbours(whiten(features, components), count)
     scores = propagate(affinity(near, where), labels)
-    soft = by_rank(scores, prevalence, sharpness)
+    soft = by_rank(scores, prevalence)
     usable = ((labels == 1).any(0) & (labels == 0).any(0)).expand_as(soft)
     soft = torch.where(usable, soft, torch.full_like(soft, float("nan")))
     return torch.where(labels.isnan(), soft, labels)

@@ -9,7 +9,6 @@ would be within 2.4e-4, uint8 within 2.0e-3 (half the file). tests/test_learner_
 """
 
 import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner import views
+from learner import cache, views
 from learner.round_dir import PLATE_SHAPE, PLATE_VERSION, Film, read_plate, whole_folder
 
 CHUNK = 4  # plates resized at once: 4 MB of float32 stay in a core's cache; 64 at once take twice as long a plate
@@ -55,7 +54,7 @@ def open_shard(round_folder: Path, films: Sequence[Film], size: int) -> Shard | 
     Raises ManifestError for a missing or malformed plate. A half-made shard is never seen.
     """
     folder, key = round_folder / "shard", key_of(films, size)
-    if not _is(folder, key):
+    if not cache.holds(folder, key):
         shutil.rmtree(folder, ignore_errors=True)  # of other plates, or of another size
         needed, free = len(films) * size * size * 2, shutil.disk_usage(round_folder).free
         if needed > free // 2:  # the other half is for checkpoints and the results
@@ -67,7 +66,7 @@ def open_shard(round_folder: Path, films: Sequence[Film], size: int) -> Shard | 
             return None
         with whole_folder(folder) as temp:
             pack(films, size, temp / "levels.i16")
-            (temp / "key.json").write_text(json.dumps({"key": key, "films": len(films), "size": size}) + "\n")
+            cache.seal(temp, key)
     return Shard(folder, films, size)
 
 
@@ -99,11 +98,6 @@ def key_of(films: Sequence[Film], size: int) -> str:
         except (OSError, ValueError):  # not there, or no name that a file can have
             read_plate(film.plate)  # says what is missing
     return digest.hexdigest()
-
-
-def _is(folder: Path, key: str) -> bool:
-    note = folder / "key.json"
-    return note.exists() and json.loads(note.read_text())["key"] == key
 
 
 def _chunks(films: Sequence[Film], pool: ThreadPoolExecutor) -> Iterator[Tensor]:

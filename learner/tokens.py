@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner import cache
 from learner.backbone import Backbone
 from learner.data import Films
 from learner.recipe import Recipe
@@ -64,12 +65,11 @@ def open_bank(
     folder = round_folder / "tokens"
     made_of = {key: getattr(recipe, key) for key in KEYS} | {"weights": weights, "films": [f.image for f in films]}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    note = folder / "key.json"
-    if not (note.exists() and json.loads(note.read_text()) == key):
+    if not cache.holds(folder, key):
         shutil.rmtree(folder, ignore_errors=True)
         with whole_folder(folder) as temp:
             _fill(temp, films, recipe, lower, feed, dtype, said)
-            (temp / "key.json").write_text(json.dumps(key))
+            cache.seal(temp, key)
     return Bank(folder, films)
 
 

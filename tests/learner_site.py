@@ -13,6 +13,11 @@ TINY = {
     "head_hidden": 16, "bottleneck": 8, "class_hidden": 16, "batch": 4, "epochs": 2, "t0_epochs": 2, "threads": 1,
     "correct_every": 2, "correct_loss": "mix", "correct_first": False, "lam": 0.5, "pool": "cls", "init": "timm", "t0_lr": 1e-3, "lr": 1e-3, "device": "cpu", "drop_path": 0.1,
 }  # fmt: skip
+SMALL = {**TINY, "class_hidden": 0, "pool": "both", "neighbours": 3, "components": 4, "epochs": 1, "t0_epochs": 1}
+ALL = {  # every term, blocks frozen
+    "arch": "vit_tiny_patch8_depth2", "frozen_blocks": 1, "cached_views": 2, "ibot": 0.5, "koleo": 0.1, "agree": "heads",
+    "thresholds": True, "average": "all",
+}  # fmt: skip
 
 
 def film(labels, seed):
@@ -64,3 +69,11 @@ def result(folder):
 
 def card(folder, name="final"):
     return json.loads((folder / name / "card.json").read_text())
+
+
+def make(folder, method="evolve", films=None, **overrides):
+    """A round folder of a small recipe; `films` as in `make_round`. Returns the folder."""
+    folder = make_round(folder, **(films or {}))
+    recipe = resolve(method, "demo", {**SMALL, **overrides})
+    write_manifest(folder, read_manifest(folder) | {"recipe": recipe.to_dict()})
+    return folder

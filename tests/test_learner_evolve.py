@@ -3,44 +3,27 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from learner import evolve as steps
-from learner import tokens
 from learner.__main__ import main
-from learner.average import settle
 from learner.backbone import read_weights
 from learner.checkpoint import read_file
 from learner.data import label_table
 from learner.heads import make_network
 from learner.progress import Teller
-from learner.recipe import resolve
 from learner.recipes import evolve
 from learner.round_dir import load
 from learner.run import Run
-from tests.learner_site import TINY, card, make_round, read_manifest, result, write_manifest
+from tests.learner_site import ALL, card, make, read_manifest, result, write_manifest
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
-SMALL = {**TINY, "class_hidden": 0, "pool": "both", "neighbours": 3, "components": 4, "epochs": 1, "t0_epochs": 1}
-ALL = {  # every term, blocks frozen
-    "arch": "vit_tiny_patch8_depth2", "frozen_blocks": 1, "cached_views": 2, "ibot": 0.5, "koleo": 0.1, "agree": "heads",
-    "thresholds": True, "average": "all",
-}  # fmt: skip
-
 SOFT = {  # the teacher's answers, weighed and balanced
     "targets": "teacher", "align": True, "agree": "soft", "centring": "sinkhorn", "ibot": 0.5, "koleo": 0.1, "refit": "linear",
 }  # fmt: skip
-
-
-def make(folder, method="evolve", films=None, **overrides):
-    folder = make_round(folder, **(films or {}))
-    recipe = resolve(method, "demo", {**SMALL, **overrides})
-    write_manifest(folder, read_manifest(folder) | {"recipe": recipe.to_dict()})
-    return folder
 
 
 def rows(folder):
@@ -174,129 +157,6 @@ def test_a_finding_of_one_class_has_no_pseudo_label_and_weighs_nothing_whoever_h
     assert (table["weight"][hidden[:, 1], 1] == 0).all()
     assert (table["weight"][~hidden] == 1).all()
     assert not table["weight"].isnan().any()
-    run.teller.close()
-
-
-def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps(tmp_path, monkeypatch):
-    students, step = [], Teller.step
-
-    def watched(teller, state, losses):
-        if state.phase == "evolve":
-            students.append({key: value.clone() for key, value in state.student.state_dict().items()})
-        step(teller, state, losses)
-
-    monkeypatch.setattr(Teller, "step", watched)
-    folder = make(tmp_path / "r", average="all", epochs=4)
-    assert main([str(folder)]) == 0
-    assert len(students) == 12
-    kept = read_file(folder / "checkpoint/evolve.safetensors")[0]
-    for key, value in students[-1].items():
-        torch.testing.assert_close(kept[f"extra.swa.{key}"], (students[-2][key] + value) / 2)
-    assert not torch.equal(kept["extra.swa.head.last_layer.weight_v"], students[-1]["head.last_layer.weight_v"])
-    assert not any(key.startswith("extra.") for key in read_file(folder / "final/state.safetensors")[0])
-
-
-def test_the_running_mean_is_served_where_validation_prefers_it(tmp_path):
-    run = Run(load(make(tmp_path / "r", films={"validation": 24}, refit="none", average="all")))
-    final = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
-    champion = run.network()
-    champion.load_state_dict(final.student.state_dict())
-    answer = evolve.linear.fit(
-        run.embeddings(champion, run.round.of("validation")), label_table(run.round.of("validation")), 0.1
-    )
-    evolve.set_head(final.student, answer)
-    final.extra = {f"swa.{key}": value.clone() for key, value in final.student.state_dict().items()}
-    for network in (champion, final.teacher, final.student):
-        network.cls_head.load_state_dict({k: -v for k, v in final.student.cls_head.state_dict().items()})
-    assert evolve.choose(run, final, champion) == "swa"
-    torch.testing.assert_close(final.student.cls_head.mlp[-1].weight.double(), answer.weight)
-    assert final.extra == {}
-    run.teller.close()
-
-
-def test_batch_norm_of_averaged_weights_is_measured_on_the_films(tmp_path):
-    folder = make(tmp_path / "r", arch="test_resnet", average="all", refit="none", lam=0.0, prototypes=0, local_views=0)
-    assert main([str(folder)]) == 0, result(folder)
-    run = Run(load(folder))
-    backbone = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3)).student.backbone
-    norm = next(module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d))
-    came = []
-    norm.register_forward_hook(lambda _, given, __: came.append(given[0].detach()))
-    settle(backbone, evolve.originals(run))
-    torch.testing.assert_close(norm.running_mean, came[0].mean((0, 2, 3)))
-    torch.testing.assert_close(norm.running_var, came[0].var((0, 2, 3)))
-    assert (len(came), len(came[0])) == (1, 14)
-    assert (norm.momentum, norm.training) == (0.1, True)
-    run.teller.close()
-
-
-def test_bank_holds_what_the_frozen_blocks_answer(tmp_path):
-    folder = make(tmp_path / "r", **ALL)
-    run = Run(load(folder))
-    state = run.state("t0", run.schedule(run.labelled("t0"), 1, 1e-3))
-    run.from_backbone(state)
-    state.student.eval()
-    films = run.round.films[:5]
-    plain = make(tmp_path / "plain", **{**ALL, "frozen_blocks": 0})
-    images = Run(load(plain)).feed(films, "plain", 0, True).originals(np.arange(5))
-    with torch.no_grad():
-        torch.testing.assert_close(
-            run.bank.originals(films), state.student.backbone.lower(images), atol=5e-3, rtol=5e-3
-        )
-        whole = state.student.backbone(images)
-        torch.testing.assert_close(run.embeddings(state.student, films), whole, atol=2e-2, rtol=2e-2)
-    run.teller.close()
-
-
-def test_bank_is_made_once_and_anew_for_another_recipe(tmp_path, monkeypatch):
-    folder = make(tmp_path / "r", **ALL)
-    filled, fill = [], tokens._fill
-
-    def counted(*given):
-        filled.append(1)
-        fill(*given)
-
-    monkeypatch.setattr(tokens, "_fill", counted)
-    for changes in ({}, {}, {"rotate": 3.0}):
-        write_manifest(folder, read_manifest(folder) | {"recipe": read_manifest(folder)["recipe"] | changes})
-        run = Run(load(folder))
-        assert run.bank.whole.shape[:2] == (len(run.round.films), 3)
-        run.teller.close()
-    assert len(filled) == 2
-
-
-def test_views_of_the_bank_are_the_film_a_version_of_it_and_different_crops(tmp_path):
-    folder = make(tmp_path / "r", **ALL)
-    run = Run(load(folder))
-    batch = run.unlabelled().batch(0, 0)
-    views = batch.views(slice(0, batch.size))
-    assert [tuple(view.shape) for view in views] == [(4, 17, 192)] * 2 + [(4, 5, 192)] * 2
-    assert not torch.equal(views[0], views[1])
-    assert not torch.equal(views[2], views[3])
-    again = run.unlabelled().batch(0, 0).views(slice(0, 4))
-    assert all(torch.equal(one, other) for one, other in zip(views, again, strict=True))
-    run.teller.close()
-
-
-@pytest.mark.parametrize(("factor", "chosen"), [(-1.0, "champion"), (0.5, "teacher")])
-def test_only_a_round_that_did_harm_is_taken_back(tmp_path, factor, chosen):
-    run = Run(load(make(tmp_path / "r", films={"validation": 24}, refit="none", average="ema")))
-    films = run.round.of("validation")
-    final = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
-    champion = final.student
-    seen = run.embeddings(champion, films)
-    evolve.set_head(champion, evolve.linear.fit(seen, label_table(films), 1e-3))
-    kept = {key: value.clone() for key, value in champion.state_dict().items()}
-    final.student = run.network()
-    final.student.load_state_dict(kept)
-    for layer in final.student.cls_head.parameters():
-        layer.data *= factor  # -1: every answer turned round; .5: the same order of films
-    final.teacher.load_state_dict(final.student.state_dict())
-    assert evolve.choose(run, final, champion) == chosen
-    for key, value in final.student.state_dict().items():
-        assert torch.equal(value, kept[key] * (factor if chosen == "teacher" and key.startswith("cls_head") else 1)), (
-            key
-        )
     run.teller.close()
 
 

@@ -103,6 +103,21 @@ def test_a_crash_while_packing_leaves_no_shard_and_the_next_start_makes_it(round
     assert sorted(p.name for p in (round_.folder / "shard").iterdir()) == ["key.json", "levels.i16"]
 
 
+@pytest.mark.parametrize("damage", ["levels cut", "levels gone", "note cut", "note of another version"])
+def test_a_damaged_shard_is_made_anew(round_, damage):
+    films, folder = round_.unlabelled, round_.folder / "shard"
+    whole = shard.open_shard(round_.folder, films, SIZE).read(films)
+    what, how = damage.split(" ", 1)
+    file = folder / {"levels": "levels.i16", "note": "key.json"}[what]
+    if how == "gone":
+        file.unlink()
+    elif how == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        file.write_text('"abc"')
+    assert torch.equal(shard.open_shard(round_.folder, films, SIZE).read(films), whole)
+
+
 def test_a_missing_plate_is_named(round_):
     round_.unlabelled[0].plate.unlink()
     with pytest.raises(ManifestError, match=round_.unlabelled[0].plate.name):
@@ -149,8 +164,8 @@ MUTATIONS = [  # test, where, what, instead
     (test_packed_pixels_are_those_of_serving_to_half_a_level, shard, "to_levels", lambda x: (x[:, 0] * 65535).sub(32768).to(torch.int16)),
     (test_black_and_white_survive_packing_exactly, shard, "to_levels", lambda x: (x[:, 0] * 65536).round().sub(32768).to(torch.int16)),
     (test_views_from_the_shard_are_those_from_the_plates, shard.Shard, "images", lambda self, x: x.float()[:, None] / 65535),
-    (test_a_round_started_again_uses_its_shard, shard, "_is", lambda folder, key: False),
-    (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, shard, "_is", lambda folder, key: folder.exists()),
+    (test_a_round_started_again_uses_its_shard, shard.cache, "holds", lambda folder, key: False),
+    (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, shard.cache, "holds", lambda folder, key: folder.exists()),
     (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, shard, "key_of", lambda films, size: f"{len(films)} {size}"),
     (test_a_finished_round_keeps_no_shard, shard, "remove_shard", lambda folder: None),
     (test_a_feed_takes_a_table_of_labels_in_place_of_the_films_own, data.torch, "from_numpy", lambda x, real=torch.from_numpy: real(x).roll(1, 0)),

@@ -23,6 +23,7 @@ from learner.evolve import evolve, take_mean
 from learner.graph import pseudo_labels
 from learner.heads import Network
 from learner.pseudo import weight_table
+from learner.refit import FEW_PENALTY, answer
 from learner.round_dir import Film
 from learner.run import SCORED, Run
 from learner.step import State
@@ -30,8 +31,6 @@ from learner.supervised import balance_of, learn_labels
 from learner.targets import agreement, class_thresholds, outside, shrunk_prevalence, soft_weights
 
 MIXES = (0.25, 0.5, 0.75)  # of champion and candidate, beside the two themselves
-PENALTY = 0.02  # ridge of a class head fitted on many soft answers
-FEW_PENALTY = 0.1  # and of one fitted on the labelled films alone
 LOST = 0.02  # macro AUC on validation: what a round may seem to lose by chance before it is taken back
 
 
@@ -106,30 +105,33 @@ def fit_head(run: Run, network: Network) -> None:
     """A linear class head := the logistic regression of the labels on what this network sees."""
     if run.recipe.class_hidden == 0:
         films, labels = run.round.labelled, label_table(run.round.labelled)
-        weights = weight_table(labels.to(run.device), balance_of(run))
-        set_head(
-            network,
-            linear.fit(run.embeddings(network, films), labels, FEW_PENALTY, None if weights is None else weights.cpu()),
-        )
+        seen, weights = run.embeddings(network, films), label_weights(run, labels)
+        set_head(network, linear.fit(seen, labels, FEW_PENALTY, weights))
 
 
-def set_head(network: Network, answer: linear.Linear) -> None:
+def label_weights(run: Run, labels: Tensor) -> Tensor | None:
+    """Of the recipe's `balance`; None: all alike."""
+    weights = weight_table(labels.to(run.device), balance_of(run))
+    return None if weights is None else weights.cpu()
+
+
+def set_head(network: Network, head: linear.Linear) -> None:
     """The linear class head := this answer."""
     layer = cast(nn.Linear, network.cls_head.mlp[-1])
     with torch.no_grad():
-        layer.weight.copy_(answer.weight)
-        layer.bias.copy_(answer.bias)
+        layer.weight.copy_(head.weight)
+        layer.bias.copy_(head.bias)
 
 
 def refit(run: Run, network: Network) -> None:
-    """The last correction: the class head fitted to convergence on what this network sees, on labels or on its graph."""
+    """The last correction: the class head fitted to convergence on what this network sees, to labels or graph and labels."""
     recipe, films = run.recipe, run.round.unlabelled
     if recipe.refit == "linear":
         fit_head(run, network)
     elif recipe.refit == "graph" and recipe.class_hidden == 0:
         labels, seen = label_table(films), run.embeddings(network, films)
-        soft = pseudo_labels(seen, labels, shrunk_prevalence(labels), recipe.neighbours, recipe.components)
-        set_head(network, linear.fit(seen, soft, PENALTY))
+        weights = label_weights(run, labels)
+        set_head(network, answer(seen, labels, recipe.neighbours, recipe.components, weights))
 
 
 def choose(run: Run, final: State, champion: Network) -> str:
