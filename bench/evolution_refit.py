@@ -47,7 +47,7 @@ def main() -> None:
     (RESULTS / "evolution_refit.json").write_text(json.dumps({"draws": given.draws, "rows": rows}, indent=1) + "\n")
     print("share  sharpness  own   inside  minus labels alone  worst draw  draws below  outside")
     for row in rows:
-        figures = f"{row['gain']:+.4f} +- {row['error']:.4f}      {row['worst']:+.3f}      {row['below']:11}  {row['outside']:.3f}"
+        figures = f"{row['gain']:+.4f} +- {row['error']:.4f}      {row['worst']:+.3f}      {row['below']:11.0f}  {row['outside']:.3f}"
         print(f"{row['share']:5}  {row['sharpness']:9}  {row['own']:.2f}  {row['inside']:.4f}  {figures}")
 
 
