@@ -142,11 +142,12 @@ def _accumulate(state: State, work: Sequence[tuple[Batch, Objective]]) -> tuple[
 def _join(state: State, told: Losses | None, rows: dict[str, Tensor]) -> tuple[Losses, dict[str, Tensor]]:
     """Gradients and numbers := their sums over the ranks; rows stay, none of a kind that only others have.
 
+    A kind of which no rank has a row, such as patches in a step that masks none, is left out: its centre stays.
     `told` is None where memory ran out: then raises OutOfMemory on every rank, before anything is summed.
     """
     parameters = [*state.student.parameters()]
     has = [parameter.grad is not None for parameter in parameters]
-    given = ranks.gather((told, has, {key: some.shape[1:] for key, some in rows.items()}))
+    given = ranks.gather((told, has, {key: some.shape[1:] for key, some in rows.items() if len(some)}))
     losses = [theirs for theirs, _, _ in given if theirs is not None]
     if len(losses) < len(given):
         raise OutOfMemory(f"on {len(given) - len(losses)} of {len(given)} ranks")

@@ -13,7 +13,7 @@ from learner.heads import make_network
 from learner.optim import Schedule, make_optimiser, move_average
 from learner.pseudo import label_loss, self_training_loss
 from learner.recipe import resolve
-from learner.step import Batch, State, Stopped, optimise, walk
+from learner.step import Batch, State, Stopped, Terms, optimise, walk
 from tests.learner_site import TINY
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -74,6 +74,19 @@ def test_unknown_labels_weigh_nothing():
     assert loss.item() == pytest.approx(np.mean(plain))
     assert not logits.grad[labels.isnan()].any()
     assert label_loss(logits, labels * float("nan")).item() == 0
+
+
+def test_a_step_without_a_row_for_a_centre_leaves_it_where_it_is():
+    """As when none of a small batch's views is masked (one in four of a single film's steps)."""
+    state = make_state()
+    before = centre(state).fill_(0.25).clone()
+
+    def none_masked(state, batch, part):
+        views = batch.views(part)
+        return Terms(state.student.classify(views[0]).sum(), rows={"dino": views[0].new_empty(0, TINY["prototypes"])})
+
+    optimise(state, [(make_batch(), none_masked)])
+    assert torch.equal(centre(state), before)
 
 
 def test_half_a_batch_at_a_time_gives_the_same_labelled_step():
