@@ -205,6 +205,14 @@ def test_pretraining_leaves_a_backbone_that_a_round_can_start_from(tmp_path):
     assert all(torch.equal(value, kept[f"student.backbone.vit.{key}"]) for key, value in first.items())
 
 
+def test_pretraining_without_a_label_leaves_its_backbone_and_says_so(tmp_path):
+    folder = make(tmp_path / "r", "pretrain", films={"train": (0, 4)})
+    assert main([str(folder)]) == 3
+    assert "no labelled train film" in result(folder)["reason"]
+    assert f"--backbone {folder / 'backbone.safetensors'}" in result(folder)["reason"]
+    read_weights(folder / "backbone.safetensors")
+
+
 def test_a_round_goes_on_from_a_parent_of_another_method_with_its_shapes(tmp_path):
     first = make(tmp_path / "first", "distl", class_hidden=16, pool="mean", prototypes=16)
     assert main([str(first)]) == 0

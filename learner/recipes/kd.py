@@ -32,7 +32,9 @@ def run(run: Run) -> None:
     """T=0 when there is no parent, the teacher, the student. A parent goes on as the student, in `self` as the teacher."""
     recipe, strategy = run.recipe, run.recipe.kd_strategy
     if not run.round.labelled:
-        raise ManifestError("manifest: no labelled train film: kd trains on labels; label some, or use recipe distl")
+        raise ManifestError(
+            "manifest: no labelled train film: kd trains on labels; label some, or use recipe distl with a parent"
+        )
     labelled, balance = run.labelled("t0"), balance_of(run)
     alone = run.schedule(labelled, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
 

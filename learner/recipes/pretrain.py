@@ -12,20 +12,27 @@ from safetensors.torch import save
 from learner.backbone import weights_of
 from learner.evolve import evolve
 from learner.recipes.evolve import fit_head
-from learner.round_dir import write_atomic
+from learner.round_dir import ManifestError, write_atomic
 from learner.run import Run
 from learner.step import State
 from learner.supervised import learn_labels
 
+BACKBONE = "backbone.safetensors"
+
 
 def run(run: Run) -> None:
-    """Self-supervision, the backbone file, then the labels."""
+    """Self-supervision, the backbone file, then the labels; raises ManifestError after the backbone when there is none."""
     recipe = run.recipe
     films = run.unlabelled()
     schedule = run.schedule(films, recipe.epochs, recipe.lr)
     start = run.from_backbone if run.first else run.from_parent
     seen = run.train("pretrain", schedule, start, lambda state: evolve(state, films, None, {}))
     keep_backbone(run, seen)
+    if not run.round.labelled:
+        raise ManifestError(
+            "manifest: no labelled train film, so no model to judge; the backbone is made, and a round with labels can "
+            f"start from it: --backbone {run.round.folder / BACKBONE}"
+        )
     final = learn_labels(run, partial(from_teacher, run, seen))
     run.export("final", final, "student")
 
@@ -40,4 +47,4 @@ def from_teacher(run: Run, seen: State, state: State) -> None:
 def keep_backbone(run: Run, seen: State) -> None:
     """ROUND/backbone.safetensors, whole or not at all."""
     weights, note = weights_of(seen.teacher.backbone, run.plan)
-    write_atomic(run.round.folder / "backbone.safetensors", save(weights, metadata=note))
+    write_atomic(run.round.folder / BACKBONE, save(weights, metadata=note))
