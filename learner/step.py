@@ -84,6 +84,7 @@ class State:
         return self.step // self.schedule.steps_per_epoch
 
 
+ONE_VALUE = "more than 1 value per channel"  # torch's only word for it
 SEEN = "the originals"  # the rows of `Terms.seen` among those of the centres
 Losses = dict[str, float]
 Objective = Callable[[State, Batch, slice], Terms]
@@ -212,6 +213,13 @@ def _halving(state: State, tick: Tick) -> Losses:
             # stochastic depth draws from torch's generator: seeded by place, never saved
             torch.manual_seed(seed_of(state))
             return tick(state)
+        except ValueError as error:
+            if ONE_VALUE not in str(error):
+                raise
+            raise Stopped(
+                f"batch norm: a pass over one film leaves one value a channel ({error}), and no statistic; use a larger "
+                "image_size, a batch of two or more, or more films in range train"
+            ) from None
         except (RuntimeError, MemoryError) as error:
             if not memory_ran_out(error) or (ranks.world() > 1 and not isinstance(error, OutOfMemory)):
                 raise  # the others don't know: a crash, and all go on from the checkpoint

@@ -314,6 +314,13 @@ def test_single_film_round_runs(tmp_path):
     assert main([str(folder)]) == 0
 
 
+def test_batch_norm_that_sees_one_value_a_channel_stops_the_round_with_that_reason(tmp_path):
+    alone = {"prototypes": 0, "local_views": 0, "method": "kd", "kd_strategy": "base"}
+    folder = make_round(tmp_path / "r", train=(1, 0), validation=0, calibration=0, arch="test_resnet", **alone)
+    assert main([str(folder)]) == 3
+    assert result(folder)["reason"].startswith("batch norm: a pass over one film leaves one value a channel")
+
+
 def test_first_round_without_labels_is_refused(tmp_path):
     folder = make_round(tmp_path / "r", train=(0, 8))
     assert main([str(folder)]) == 3
