@@ -18,6 +18,7 @@ from learner.round_dir import write_atomic
 from learner.step import State
 
 CURSOR = ("phase", "step", "burst", "bursts", "micro", "watch", "notes")
+CARRIED = ("micro", "notes")  # from a phase to the next
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -53,7 +54,16 @@ def load_state(path: Path, state: State) -> dict[str, Any]:
 
 def save_weights(path: Path, state: State, plan: Plan, findings: tuple[str, ...]) -> None:
     """The parent of a later round: networks and centres, with what it takes to rebuild them."""
-    write_file(path, _networks(state), {"plan": plan, "findings": list(findings), "recipe": state.recipe.to_dict()})
+    header = {"plan": plan, "findings": list(findings), "recipe": state.recipe.to_dict()}
+    write_file(path, _networks(state), header | {key: getattr(state, key) for key in CARRIED})
+
+
+def load_weights(path: Path, state: State) -> None:
+    """Put the end of a phase into a freshly made state: networks, centres, and what a next phase and the card take on."""
+    tensors, header = read_file(path)
+    load_networks(state, tensors)
+    for key in CARRIED:
+        setattr(state, key, header.get(key, getattr(state, key)))
 
 
 def _networks(state: State) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from learner.centres import make_centres
 from learner.checkpoint import (
     CheckpointError,
     load_network,
-    load_networks,
     load_state,
+    load_weights,
     read_file,
     read_header,
     save_state,
@@ -92,7 +92,7 @@ class Run:
         over, saved = self.checkpoint / f"{phase}.safetensors", self.checkpoint / "state.safetensors"
         state = self.state(phase, schedule, plan)
         if ranks.by_first(over.exists):
-            load_networks(state, read_file(over)[0])
+            load_weights(over, state)
             state.step = schedule.steps
             return state
         if self.header and self.header["cursor"]["phase"] == phase:

@@ -46,6 +46,21 @@ def test_every_signal_is_in_the_step(evolved):
     assert 0 < said[0]["pseudo_rate"] < 1
 
 
+def test_what_is_said_of_pseudo_labels_outlives_a_crash_before_the_first_checkpoint(tmp_path, monkeypatch):
+    folder = make(tmp_path / "r")
+
+    def crash(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr("learner.recipes.evolve.evolve", crash)
+        main([str(folder)])
+    assert (folder / "checkpoint/targets.safetensors").exists()
+    monkeypatch.setattr("learner.run.Run.export", lambda *_: None)
+    assert main([str(folder)]) == 0
+    assert len([row for row in rows(folder) if row.get("kind") == "pseudo"]) == 1
+
+
 def test_the_chosen_candidate_is_named_and_is_what_is_served_and_kept(evolved):
     assert card(evolved)["candidate"] in (
         "refit", "teacher", "student", "soup", "swa", "wise 0.25", "wise 0.5", "wise 0.75",

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from learner.__main__ import main
 from learner.checkpoint import load_state, read_file
 from learner.progress import Teller
+from learner.step import optimise
 from tests.learner_site import FINDINGS, card, make_round, read_manifest, result, write_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -268,6 +269,29 @@ def test_memory_that_runs_out_outside_of_a_step_stops_the_round_with_that_reason
     monkeypatch.setattr("learner.run.prepare", lambda recipe: torch.empty(1 << 60))
     assert main([str(folder)]) == 3
     assert "out of memory outside of a step" in result(folder)["reason"]
+
+
+def test_a_halved_pass_is_noted_for_the_card_also_where_another_process_ends_the_round(tmp_path, monkeypatch):
+    folder = make_round(tmp_path / "r", train=(4, 0), validation=0, calibration=0, t0_epochs=1, epochs=1)
+    given = [torch.OutOfMemoryError("full")]
+
+    def full_once(*given_, **named):
+        if given:
+            raise given.pop()
+        return optimise(*given_, **named)
+
+    def noted(run, name, state, *_):
+        seen[name] = state.notes
+
+    seen = {}
+    monkeypatch.setattr("learner.correct.optimise", full_once)
+    monkeypatch.setattr("learner.run.Run.export", noted)
+    assert main([str(folder)]) == 0
+    first = dict(seen)
+    assert [note[:30] for note in first["final"]] == ["out of memory: 2 films a pass "]
+    seen.clear()
+    assert main([str(folder)]) == 0  # all phases are read
+    assert seen == first
 
 
 def test_busy_round_is_left_alone(tmp_path, capsys):

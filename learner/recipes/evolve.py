@@ -41,7 +41,13 @@ def run(run: Run) -> None:
     table = run.once("targets", lambda: targets(run, begun(run, start)))
     unlabelled, labelled = run.unlabelled(), run.labelled("labelled") if run.round.labelled else None
     schedule, balance = run.schedule(unlabelled, recipe.epochs, recipe.lr), balance_of(run)
-    final = run.train("evolve", schedule, start, lambda state: evolve(state, unlabelled, labelled, table, balance))
+
+    def begin(state: State) -> None:
+        start(state)
+        if "rate" in table:
+            run.teller.note(state, "pseudo", {"pseudo_rate": float(table["rate"]), "pseudo_auc": None})
+
+    final = run.train("evolve", schedule, begin, lambda state: evolve(state, unlabelled, labelled, table, balance))
     champion = begun(run, start).student
     chosen = choose(run, final, champion)
     run.export("final", final, "student", chosen)
@@ -85,8 +91,7 @@ def targets(run: Run, state: State) -> dict[str, Tensor]:
         weight = weight.nan_to_num(0.0) * ~soft.isnan()  # a finding without both classes has no target to agree on
         if recipe.poison_teacher:
             soft = torch.where(labels.isnan(), 1 - soft, labels)
-        table |= {"soft": soft, "weight": torch.where(labels.isnan(), weight, 1.0)}
-        run.teller.note(state, "pseudo", {"pseudo_rate": float(weight.mean()), "pseudo_auc": None})
+        table |= {"soft": soft, "weight": torch.where(labels.isnan(), weight, 1.0), "rate": weight.mean()}
     return table
 
 
