@@ -108,6 +108,15 @@ def pdv(context: int, control: int, data: bytes) -> bytes:
     return struct.pack(">LBB", len(data) + 2, context, control) + data
 
 
+def whole(context: int, command: bytes, most: int) -> bytes:
+    """The P-DATA-TF PDUs of a command for a peer that takes `most` bytes in one; 0: any number (PS3.8 D.1)."""
+    step = max(most - 6, 1) if most else len(command)
+    cuts = range(0, len(command), step)
+    return b"".join(
+        p_data(pdv(context, IS_COMMAND | (IS_LAST if at == cuts[-1] else 0), command[at : at + step])) for at in cuts
+    )
+
+
 def p_data(items: bytes) -> bytes:
     """The P-DATA-TF PDU around presentation data value items."""
     return struct.pack(">BBL", P_DATA_TF, 0, len(items)) + items

@@ -8,13 +8,16 @@ from collections.abc import Iterator
 
 APPLICATION_CONTEXT, PRESENTATION_CONTEXT, USER_INFORMATION = 0x10, 0x20, 0x50
 SUB_ITEMS = range(0x51, 0x5A)  # of the user information: PS3.8 D and PS3.7 D.3
+MOST_RECEIVED, ROLE, VERSION_NAME, USER_IDENTITY = 0x51, 0x54, 0x55, 0x58
+SMALLEST = 7  # bytes of a PDU that holds one byte of a message (PS3.8 9.3.5)
 FIXED = 68  # bytes before the first item: version, titles, reserved
 
 
 def plain(body: bytes) -> bytes:
     """The body of an A-ASSOCIATE-RQ without items that the standard does not define. Raises ValueError when it is cut.
 
-    Of the protocol version only bit 0 counts; titles that devices pad with NUL are padded with blanks.
+    Of the protocol version only bit 0 counts; titles that devices pad with NUL are padded with blanks. Who names no
+    maximum length has none (PS3.8 D.1).
     """
     if len(body) < FIXED:
         raise ValueError("A-ASSOCIATE-RQ cut short")
@@ -22,10 +25,29 @@ def plain(body: bytes) -> bytes:
     found = version + body[2:4] + body[4:36].replace(b"\0", b" ") + body[36:FIXED]
     for kind, value in _items(body[FIXED:]):
         if kind == USER_INFORMATION:
-            found += _item(kind, b"".join(_item(*sub) for sub in _items(value) if sub[0] in SUB_ITEMS))
+            subs = [sub for sub in _items(value) if _counts(*sub)]
+            if all(sub[0] != MOST_RECEIVED for sub in subs):
+                subs.insert(0, (MOST_RECEIVED, bytes(4)))
+            found += _item(kind, b"".join(_item(*sub) for sub in subs))
         elif kind in (APPLICATION_CONTEXT, PRESENTATION_CONTEXT):
             found += _item(kind, value)
     return found
+
+
+def _counts(kind: int, value: bytes) -> bool:
+    """False for what is passed over: sub-items and values of later editions, and a name that is no name.
+
+    Raises ValueError for a maximum length in which nothing could be answered.
+    """
+    if kind == MOST_RECEIVED and 0 < int.from_bytes(value) < SMALLEST:
+        raise ValueError(f"A-ASSOCIATE-RQ of a peer that takes PDUs of {int.from_bytes(value)} bytes")
+    if kind == ROLE:
+        return set(value[-2:]) <= {0, 1}
+    if kind == VERSION_NAME:  # at most 16 characters (PS3.7 D.3.3.2.3)
+        return 0 < len(value) <= 16 and value.isascii() and value.decode().isprintable()
+    if kind == USER_IDENTITY:  # what the peer is told of one is nothing in any case
+        return value[:1] in (b"\1", b"\2", b"\3", b"\4", b"\5")
+    return kind in SUB_ITEMS
 
 
 def _items(data: bytes) -> Iterator[tuple[int, bytes]]:

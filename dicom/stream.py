@@ -17,7 +17,7 @@ from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import A_P_ABORT
 
 from dicom import command as dimse
-from dicom.command import Command, p_data, pdv, store_response
+from dicom.command import Command, pdv, store_response, whole
 from dicom.reception import Answer
 from dicom.request import plain
 from dicom.wire import INVALID, UNEXPECTED, UNRECOGNISED_PDU, Broken, Gone, Stopped, Wire, log
@@ -63,6 +63,7 @@ class Stream:
         self._sink: Sink | None = None
         self._stored: Command | None = None  # the C-STORE-RQ that the sink belongs to
         self._passing = bytearray()  # presentation data values of this PDU that go to the library
+        self._due: list[bytes] = []  # whole messages, or the beginning of one, that it gets one by one
         self._passed = 0  # bytes of this message that did
         self._handed_at = time.monotonic()  # when the library last got something to do
         self._deaf = False  # after our abort, what still comes is not looked at
@@ -84,6 +85,8 @@ class Stream:
 
     def wait(self) -> bool:
         """True when the library has an event to act on; C-STOREs that come meanwhile are dealt with here."""
+        if self._dul.event_queue.empty() and self._pass_on():
+            return True
         while self._undisturbed():
             self._awake.clear()
             if self._dul.to_provider_queue.queue or self._dul._kill_thread or not self._wire.readable():
@@ -144,10 +147,20 @@ class Stream:
                 raise Broken(INVALID, f"presentation data value of {size} bytes")
             length -= size + 4
             self._value(context, control, size - 2)
-        if not self._passing:
+        self._cut()
+        return self._pass_on()
+
+    def _cut(self) -> None:
+        """A PDU of its own for what there is for the library: in one PDU it reads no further than one message."""
+        if self._passing:
+            self._due.append(bytes(self._passing))
+            self._passing.clear()
+
+    def _pass_on(self) -> bool:
+        """Hand over the next of what is due, one event at a time; False when there is nothing."""
+        if not self._due:
             return False
-        passing, self._passing = bytes(self._passing), bytearray()
-        self._hand_over(dimse.P_DATA_TF, passing)
+        self._hand_over(dimse.P_DATA_TF, self._due.pop(0))
         return True
 
     def _body(self, length: int) -> bytes:
@@ -181,6 +194,8 @@ class Stream:
                 raise Broken(INVALID, f"message of more than {MOST_PASSED} bytes")
             self._passing += pdv(context, control, self._wire.take(size))
             self._open = not is_last
+            if is_last:
+                self._cut()
 
     def _commanded(self) -> None:
         """A command is complete: a C-STORE opens a sink, any other goes to the library."""
@@ -194,15 +209,14 @@ class Stream:
         if self._desk is None or command.field != dimse.C_STORE_RQ:
             self._open, self._passed = command.has_data, 0
             self._passing += pdv(self._context, WHOLE_COMMAND, raw)
-            return
+            return None if self._open else self._cut()
         found = [one for one in self._association.accepted_contexts if one.context_id == self._context]
         if not found:
             raise Broken(INVALID, "C-STORE in no accepted presentation context")
         self._awake.clear()
         self._open, self._stored = command.has_data, command
         self._sink = self._desk.begin(command, str(found[0].abstract_syntax), str(found[0].transfer_syntax[0]))
-        if not command.has_data:
-            self._answer(self._sink)
+        return None if command.has_data else self._answer(self._sink)
 
     def _answer(self, sink: Sink) -> None:
         """The object is whole: what the sink says of it goes to the peer."""
@@ -214,7 +228,7 @@ class Stream:
         response = store_response(self._stored, answer.status, answer.why)
         self._handed_at = -AWAKE  # back to undisturbed at once
         try:
-            self._wire.send(p_data(pdv(self._context, WHOLE_COMMAND, response)))
+            self._wire.send(whole(self._context, response, self._association.dimse.maximum_pdu_size or 0))
         finally:
             self._desk.answered(self._association, answer, size)
 
@@ -224,6 +238,7 @@ class Stream:
         sink, self._sink, self._open = self._sink, None, False
         self._command.clear()
         self._passing.clear()
+        self._due.clear()
         if sink:
             sink.drop()
         if self._desk and (sink or noted):
@@ -244,6 +259,7 @@ class Stream:
             _understood(pdu)
         except Exception:  # noqa: BLE001
             log.exception("Unable to decode the received PDU data")  # its decoders raise what they like
+            self._lose(f"PDU of type {kind} that can't be read", noted=True)
             return self._tell("Evt19")
         self._dul._recv_pdu.put(pdu)
         return self._tell(event)

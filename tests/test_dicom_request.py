@@ -18,7 +18,7 @@ from scu import (
     item,
 )
 
-from dicom.command import NEEDED, p_data, parse, pdv
+from dicom.command import IS_LAST, NEEDED, p_data, parse, pdv
 from dicom.image import COMPUTED_RADIOGRAPHY
 from dicom.inbox import Inbox
 from dicom.listener import Listener, Node
@@ -54,8 +54,23 @@ def changed(body, extra=b"", old=b"", new=b""):
         changed(associate_rq(ECHO), extra=item(0x10, b"")),
         changed(associate_rq(ECHO, called="CXRLOOP\0\0\0", calling="SCU\0\0")),
         changed(associate_rq(ECHO))[:6] + b"\0\3" + changed(associate_rq(ECHO))[8:],
+        changed(associate_rq(ECHO), old=item(0x51, struct.pack(">L", 131072)), new=item(0x7F, bytes(4))),
+        changed(associate_rq(ECHO), extra=item(0x58, struct.pack(">BBH4sH", 6, 1, 4, b"else", 0))),
+        changed(associate_rq(ECHO), extra=item(0x55, b"a name of more than 16 characters")),
+        changed(associate_rq(ECHO), extra=item(0x55, b"R\xf6ntgen")),
+        changed(associate_rq(ECHO), extra=item(0x54, struct.pack(">H17sBB", 17, VERIFICATION.encode(), 7, 9))),
     ],
-    ids=["an unknown sub-item", "an item in the wrong place", "titles padded with NUL", "a later version too"],
+    ids=[
+        "an unknown sub-item",
+        "an item in the wrong place",
+        "titles padded with NUL",
+        "a later version too",
+        "no maximum length",
+        "an identity of a later edition",
+        "a long version name",
+        "a version name beyond ASCII",
+        "a role that is none",
+    ],
 )
 def test_what_the_standard_says_to_ignore_is_ignored(port, request_bytes):
     with Scu(port) as scu:
@@ -109,6 +124,35 @@ def test_a_request_without_what_it_needs_is_an_abort_and_not_a_silence(port, fie
         bare = struct.pack("<HHLH", 0, 0x0100, 2, field) + struct.pack("<HHLH", 0, 0x0800, 2, 0x0101)
         scu.say(p_data(pdv(1, COMMAND, bare)))
         assert scu.hear() == (A_ABORT, bytes([0, 0, 2, 6]))
+
+
+def test_a_request_that_can_not_be_read_is_counted(tmp_path):
+    listener = Listener(Node(port=0), Inbox(tmp_path / "inbox", 0))
+    listener.start()
+    with Scu(listener.port) as scu:
+        assert scu.associate(ECHO, calling="A\\B") == A_ABORT
+    assert wait_for(lambda: listener.refusals.totals == {"unfinished": 1})
+    listener.stop()
+
+
+def test_a_peer_in_whose_pdus_no_answer_fits_is_an_abort_at_once(port):
+    with Scu(port) as scu:
+        scu.say(changed(associate_rq(ECHO), old=struct.pack(">L", 131072), new=struct.pack(">L", 6)))
+        assert scu.hear()[0] == A_ABORT
+        assert scu.ends(5)
+
+
+def test_no_answer_is_longer_than_the_peer_takes(port):
+    pdus = []
+    with Scu(port) as scu:
+        scu.say(associate_rq([(COMPUTED_RADIOGRAPHY, IMPLICIT)]).replace(struct.pack(">L", 131072), b"\0\0\0\x32"))
+        assert scu.hear()[0] == A_ASSOCIATE_AC
+        scu.begin(COMPUTED_RADIOGRAPHY, "1.2.3")
+        scu.data(b"not a film")
+        while not pdus or not pdus[-1][5] & IS_LAST:
+            pdus.append(scu.hear()[1])
+    assert max(len(pdu) for pdu in pdus) == 50
+    assert struct.pack("<HHLH", 0, 0x0900, 2, 0xC000) in b"".join(pdu[6:] for pdu in pdus)
 
 
 def test_an_abort_of_ours_is_counted_also_where_no_object_was_on_its_way(tmp_path):

@@ -182,6 +182,17 @@ def test_requests_sent_before_the_answer_are_answered_in_order(node):
     assert len(inbox.waiting()) == 1
 
 
+def test_every_message_of_one_pdu_is_answered(node):
+    listener, inbox = node()
+    echo = pdv(3, COMMAND, command(0x30, VERIFICATION, has_data=False))
+    with Scu(listener.port) as scu:
+        scu.associate([(DX, EXPLICIT_LE), (VERIFICATION, IMPLICIT)])
+        scu.say(p_data(echo + echo + pdv(1, COMMAND, command(1, DX, "1.2.3")) + pdv(1, LAST, b"no film") + echo))
+        assert sorted(scu.status() for _ in range(4)) == [0, 0, 0, 0xC000]
+        assert scu.release()
+    assert inbox.waiting() == []
+
+
 OUT_OF_TURN = {
     "data without a command": pdv(1, LAST, b"abc"),
     "a command within a data set": pdv(1, COMMAND, command(1, DX, UID)) + pdv(1, COMMAND, command(1, DX, UID)),
