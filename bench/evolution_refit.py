@@ -23,8 +23,8 @@ from learner.data import label_table
 from learner.recipe import Recipe
 
 FIRST = 100  # seed of the first draw
-SHARPNESS = (1.0, graph.SHARPNESS, 4.0)
-OWN = (0.0, 0.25, refit.OWN, 0.5, 1.0)
+SHARPNESS = (1.0, 2.0, 4.0, 8.0)
+OWN = (0.0, 0.25, 0.35, 0.5, 1.0)
 
 
 def main() -> None:
