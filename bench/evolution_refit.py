@@ -3,7 +3,8 @@
     python bench/evolution_refit.py --data DIR --backbone FILE --work DIR [--shares 0.01 0.02] [--draws 16]
 
 Experiment A of bench/evolution.py at T=3 on frozen features, on draws of labelled films that the evidence doesn't use
-(from 100 on), so that what is chosen here isn't chosen on them. Prints a table and writes
+(from 100 on), so that what is chosen here isn't chosen on them. The test patients are the same, so a choice made here is
+still a choice made on the test. Prints a table and writes
 bench/results/evolution_refit.json.
 """
 
