@@ -41,7 +41,7 @@ def listen(site: Site, stop: threading.Event) -> None:
     listener.refusals.keep(folder / "refused.json")
     listener.start()
     commitment.start()
-    print(f"listen ready on {node.aet}@{node.host}:{listener.port}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"listen ready on {node.aet}@{node.host}:{listener.port}\n")
     stop.wait()
     listener.stop()
     commitment.stop()

@@ -102,7 +102,7 @@ def run_part(site: Site, name: str, stop: threading.Event) -> None:
 
 
 def _ready(name: str, what: str) -> None:
-    print(f"{name} ready on {what}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{name} ready on {what}\n")  # one write: four processes share this stream
 
 
 def _supervise(site: Site, parts: list[Part], stop: threading.Event) -> None:
@@ -111,7 +111,7 @@ def _supervise(site: Site, parts: list[Part], stop: threading.Event) -> None:
         for part in parts:
             _keep_alive(part)
         if not announced and _answers(site, {part.name for part in parts}):
-            print("ready", file=sys.stderr, flush=True)
+            sys.stderr.write("ready\n")
             announced = True
         stop.wait(0.2)
     for part in parts:

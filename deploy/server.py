@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     def up() -> None:
         held = slots.current
         what = f"bundle={held.id} provider={held.session.provider}" if held else "bundle=none"
-        print(f"infer ready on http://{name}:{port} {what}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"infer ready on http://{name}:{port} {what}\n")
 
     def tick() -> None:
         if parent and orphaned(parent):
