@@ -185,7 +185,8 @@ def alerts(site: Site, ledger: Ledger, now: datetime) -> list[tuple[str, str, bo
     if held["failed"]:
         last = ledger.row("SELECT * FROM outbox WHERE state = 'failed' ORDER BY at DESC LIMIT 1") or {}
         detail = (
-            f"{held['failed']}; the newest, of image {last['image']}: {last['why']}; `cxrloop studies rerun --failed`"
+            f"{held['failed']}; the newest, of image {last['image']}: {last['why']}; mend the cause, then "
+            "`cxrloop studies rerun --failed`"
         )
         found.append(("results refused", detail, False))
     return found
