@@ -50,8 +50,8 @@ SIZES = {
     "t0_epochs": 1, "warmup_epochs": 0,
 }  # fmt: skip
 EVOLVE = {
-    "t0_lr": 1e-6, "lr": 3e-4, "lam": 1.0, "ema_base": 0.99, "targets": "graph", "replay": 0.25,
-    "refit": "graph", "average": "least",
+    "t0_lr": 1e-6, "lr": 1e-4, "lam": 0.0, "ema_base": 0.99, "targets": "teacher", "label_weight": 0.0,
+    "refit": "graph", "average": "trained",
 }  # fmt: skip
 # Faithful in all but sizes and lengths: so few steps need a faster teacher and more corrections than every 500 steps.
 DISTL = {"pool": "cls", "t0_lr": 1e-3, "t0_steps": 100, "lr": 3e-4, "lam": 0.5, "ema_base": 0.99, "correct_every": 10}
@@ -63,7 +63,7 @@ TRAINED = {
     "distl, no correction": ("distl", {**DISTL, "correct_every": 0}),
     "distl, self-training only": ("distl", {**DISTL, "correct_every": 0, "lam": 0.0}),
     "distl, self-supervised only": ("distl", {**DISTL, "correct_every": 0, "lam": 1.0}),
-    "same steps, no stream": ("evolve", {**EVOLVE, **_PLAIN, "lam": 0.0, "targets": "none"}),
+    "same steps, no stream": ("evolve", {**EVOLVE, **_PLAIN, "targets": "none", "label_weight": 1.0}),
 }
 FROZEN: dict[str, Callable] = {
     "supervised only": supervised,
@@ -71,21 +71,18 @@ FROZEN: dict[str, Callable] = {
     "frozen graph": frozen_graph,
     "pseudo-label": pseudo_label,
 }
-# The ladder: what each part of `evolve` is worth; each is `evolve` on the class token with these keys changed. It was
-# climbed before patches joined the embedding and before the least change was kept ("half-way": WiSE at 1/2).
-CLIMBED = {**EVOLVE, "pool": "cls", "average": "wise"}
+# The ladder: what each part of `evolve` is worth, and what others would add; each is `evolve` with these keys changed.
 LADDER = {
-    "labels only, same steps": {**_PLAIN, "lam": 0.0, "targets": "none"},
-    "+ DINO": {**_PLAIN, "targets": "none"},
-    "+ teacher's answers, aligned": {**_PLAIN, "targets": "teacher", "align": True},
-    "+ graph instead": _PLAIN,
-    "+ refit on the graph": {"average": "ema", "replay": 0.0},
-    "+ replay KD": {"average": "ema"},
-    "+ half-way": {},
+    "labels only, same steps": {**_PLAIN, "targets": "none", "label_weight": 1.0},
+    "+ teacher's answers": {**_PLAIN, "label_weight": 1.0},
+    "+ labels in the head's fit alone": _PLAIN,
+    "+ neighbours in the head": {"average": "ema"},
+    "whole": {},
+    "with labels in every step": {"label_weight": 1.0},
+    "with DINO": {"lam": 0.5},
     "with KoLeo": {"koleo": 0.1},
-    "with class thresholds": {"thresholds": True, "kappa": 0.75},
-    "with agreement of two heads": {"agree": "heads"},
-    "without DINO": {"lam": 0.0},
+    "with an anchor": {"replay": 0.25},
+    "graph's answers instead": {"targets": "graph"},
 }
 
 
@@ -172,7 +169,7 @@ def cell(
         print(json.dumps(lines[-1]), flush=True)
 
     if experiment == "ladder":
-        learn(site, division, "evolve", {**CLIMBED, **LADDER[arm]}, name, tell, rounds=1)
+        learn(site, division, "evolve", {**EVOLVE, **LADDER[arm]}, name, tell, rounds=1)
     elif arm in TRAINED:
         learn(site, division, *TRAINED[arm], name, tell)
     else:

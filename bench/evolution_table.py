@@ -121,7 +121,7 @@ def arms(experiment: str, lines: list[dict], scores: Path, paired: Callable) -> 
                     "auc_by_round": by_round,
                     "spread": round(float(ends.std(ddof=1)), 4) if len(ends) > 1 else None,
                 }
-                for other in ("supervised only", "distl"):
+                for other in ("supervised only", "frozen graph", "distl"):
                     both = [d for d in draws if other != arm and d in last.get(other, {})]
                     if len(both) > 1:
                         mean, ci = interval(np.array([last[arm][d] - last[other][d] for d in both]))
@@ -142,7 +142,7 @@ def arms(experiment: str, lines: list[dict], scores: Path, paired: Callable) -> 
 def ladder(lines: list[dict], scores: Path, paired: Callable) -> list[dict]:
     """Each rung at T=1: AUC on validation, on which parts are kept, and on the tests; the change to the whole recipe."""
     found = cells(lines, "ladder", 0.01)
-    whole = "+ half-way"
+    whole = "whole"
     said = []
     for arm, of in found.items():
         draws = sorted(of)

@@ -30,7 +30,7 @@ def macro_curve(logits: np.ndarray, labels: np.ndarray, patients: Sequence[str])
     return macro(found)
 
 
-def least_change(measured: Sequence[Curve]) -> int:
+def first_as_good(measured: Sequence[Curve]) -> int:
     """Index of the first Curve that lies within one standard error of the difference to the best."""
     best = max(measured, key=lambda one: one.value)
     return next(n for n, one in enumerate(measured) if best.value - one.value <= error(best, one))

@@ -45,7 +45,7 @@ def evolve(
     work: list[tuple[Batch, Objective]] = [(batch, unsupervised(table, look_ahead(state, batch), said))]
     if recipe.agree == "soft" and recipe.targets == "teacher":
         state.extra.setdefault(SCORES, table["champion"].clone())
-    if labelled is not None and recipe.label_weight:
+    if labelled is not None:
         work.append((next_batch(labelled, state.step), supervised(balance or {})))
     losses = optimise(state, work, freeze_last=state.epoch < recipe.freeze_last)
     if SCORES in state.extra:
@@ -132,15 +132,15 @@ def unsupervised(table: dict[str, Tensor], ahead: Ahead, said: list[Tensor]) -> 
         views, index = batch.views(part), batch.index
         assert index is not None
         films = views[0].shape[0]
+        alone = not (recipe.lam or recipe.ibot or recipe.koleo)  # answers only: no view is looked at for nothing
         mask = masks(state, index[part], views[0]) if recipe.ibot else None
         with autocast(state, views[0]):
             with torch.no_grad():
-                taught, taught_patches = look(state.teacher, views[:2], None, mask)
-                teacher_head = full(state.teacher.head(taught))
+                taught, taught_patches = look(state.teacher, views[: 1 if alone else 2], None, mask)
                 teacher_class = full(state.teacher.cls_head(taught[:films]))
-            seen, patches = look(state.student, views, mask, mask)
-            classes = full(state.student.cls_head(seen[films : 2 * films]))
-            terms = Terms(classes.sum() * 0.0)
+            seen, patches = look(state.student, views[1:2] if alone else views, mask, mask)
+            classes = full(state.student.cls_head(seen if alone else seen[films : 2 * films]))
+            terms = Terms(classes.sum() * 0.0, seen=taught[:films])
 
             def balanced(name: str, rows: Tensor) -> Tensor | None:
                 if recipe.centring == "centre":
@@ -149,10 +149,12 @@ def unsupervised(table: dict[str, Tensor], ahead: Ahead, said: list[Tensor]) -> 
 
             add = lambda name, weight, cost: _add(terms, name, weight, cost * share)  # noqa: E731
             if recipe.lam:
+                with torch.no_grad():
+                    teacher_head = full(state.teacher.head(taught))
                 answer = balanced("dino", teacher_head)
                 guess = full(state.student.head(seen))
                 add("dino", own * recipe.lam, state.centres["dino"](guess, teacher_head, assigned=answer))
-                terms.rows["dino"], terms.seen = teacher_head, taught[:films]
+                terms.rows["dino"] = teacher_head
             if mask is not None:
                 assert patches is not None and taught_patches is not None
                 there = full(taught_patches)

@@ -36,6 +36,13 @@ def measure(teacher: Tensor, centre: Tensor, temperature: float, cls: Tensor, di
     return shown if count > 1 else shown | dict.fromkeys(("teacher_kl", "max_share", "cls_std"), math.nan)
 
 
+def spread(cls: Tensor) -> dict[str, float]:
+    """The one monitor of a step without prototypes: `cls_std` of embeddings (B, D), nan for a single film."""
+    films = torch.full((), len(cls), dtype=torch.float64, device=cls.device)
+    ranks.add_up([films])
+    return {"cls_std": float(cls_std(cls)) if films > 1 else math.nan}
+
+
 def dino_gap(dino: float, prototypes: int) -> float:
     """|L_dino / ln K - 1|: 0 is the plateau where the student gives every prototype the same answer."""
     return abs(dino / math.log(prototypes) - 1)

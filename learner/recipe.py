@@ -79,10 +79,10 @@ class Recipe:
     label_weight: float = 1.0
     replay: float = 0.0  # weight of distillation from the champion (the parent's model)
     refit: str = "none"  # the last correction: "none", "linear" (class head refitted on frozen features) or "graph"
-    average: str = (
-        "ema"  # candidates: "ema" = teacher, student; "wise" = half-way from the champion; "least" = the champion
-    )
-    # with its head refitted, half-way, the teacher; "all" adds other shares, the soup and the mean of late steps ("swa")
+    # candidates: "ema" = teacher, student; "wise" = half-way from the champion; "trained" = the teacher, half-way, the
+    # champion with its head refitted; "least" = the same, the champion first; "all" adds other shares, the soup and the
+    # mean of late steps ("swa")
+    average: str = "ema"
     # -- pseudo-label (Martins & Silva) and kd (Ho & Gwak)
     kappa: float = 0.75  # share of films that get a pseudo-label, surest first
     finetune_epochs: int = 15
@@ -144,7 +144,7 @@ CHOICES = {
     "agree": ("none", "teacher", "heads", "soft"),
     "centring": ("centre", "sinkhorn"),
     "refit": ("none", "linear", "graph"),
-    "average": ("ema", "wise", "least", "all"),
+    "average": ("ema", "wise", "trained", "least", "all"),
     "balance": ("none", "effective"),
     "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
 }
@@ -152,18 +152,9 @@ LARGEST = 1e15  # of any number: a file's slip, not a setting (and nan, which is
 # below 0 they would turn a step around
 WEIGHTS = ("lr_min", "weight_decay", "clip", "ibot", "koleo", "pseudo_weight", "label_weight", "replay", "rotate")
 MAY_BE_ZERO = {
-    "local_views",
-    "prototypes",
-    "class_hidden",
-    "correct_every",
-    "freeze_last",
-    "t0_steps",
-    "warmup_epochs",
-    "micro_batch",
-    "seed",
-    "threads",
-    "checkpoint_seconds",
-}
+    "local_views", "prototypes", "class_hidden", "correct_every", "freeze_last", "t0_steps", "warmup_epochs",
+    "micro_batch", "seed", "threads", "checkpoint_seconds",
+}  # fmt: skip
 
 # labels and answers alone: no prototype head, no crops, and the grey levels that ImageNet networks know
 _ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0, "init": "mimetic"}  # that also wakes the class head
@@ -173,8 +164,8 @@ RECIPES: dict[str, Recipe] = {
     "distl": Recipe(),
     "evolve": Recipe(**{
         **_GREY, "name": "evolve", "method": "evolve", "pool": "both", "class_hidden": 0, "prototypes": 8192,
-        "batch": 32, "lr": 5e-5, "t0_lr": 2e-5, "lam": 1.0, "ema_base": 0.99, "targets": "graph", "components": 32,
-        "replay": 0.25, "refit": "graph", "average": "least", "rotate": 10.0, "pos_embed": "timm",
+        "batch": 32, "lr": 5e-5, "t0_lr": 2e-5, "lam": 0.0, "ema_base": 0.99, "components": 32, "refit": "graph",
+        "average": "trained", "rotate": 10.0, "pos_embed": "timm",
     }),
     "pretrain": Recipe(**{
         **_GREY, "name": "pretrain", "method": "pretrain", "prototypes": 8192, "batch": 32, "lam": 1.0, "ibot": 1.0,
@@ -213,14 +204,17 @@ PROFILES: dict[str, dict[str, Any]] = {
 SIZED: dict[tuple[str, str], dict[str, Any]] = {
     ("pseudo-label", "cpu"): {**_ALONE, "finetune_epochs": 5},
     ("pseudo-label", "demo"): {**_ALONE, "epochs": 10, "finetune_epochs": 10},
+    ("evolve", "demo"): {"lam": 0.0},
     ("kd", "cpu"): {**_ALONE, "arch": "resnet10t", "kd_teacher": "resnet18", "epochs": 5, "lr": 5e-4},
     ("kd", "demo"): {**_ALONE, "kd_teacher": "resnet10t", "epochs": 20},
 }  # fmt: skip
 
-# What a recipe sets at a profile when the backbone is pretrained: two cores then train one block, which keeps the bar.
+# What a recipe sets at a profile when the backbone is pretrained: two cores then train one block, which keeps the bar;
+# and `evolve` hears the labels in the fit of its class head alone, since in every step few of them are learnt by heart.
 PRETRAINED: dict[tuple[str, str], dict[str, Any]] = {
     ("distl", "cpu"): {"frozen_blocks": -1},
-    ("evolve", "cpu"): {"frozen_blocks": -1},
+    ("evolve", "gpu"): {"label_weight": 0.0},
+    ("evolve", "cpu"): {"label_weight": 0.0, "frozen_blocks": -1},
     ("kd", "cpu"): {"t0_steps": 75},  # these two train all blocks, for half as many steps
     ("pretrain", "cpu"): {"t0_steps": 75},
 }

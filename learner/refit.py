@@ -14,6 +14,7 @@ from learner.targets import shrunk_prevalence
 PENALTY = 0.02  # ridge of a head fitted on many soft answers
 FEW_PENALTY = 0.1  # and of one fitted on the labelled films alone
 OWN = 1 / 3  # the labels' own share of the mean
+TRAINED = 1 / 2  # and, of both beside a head that was trained, that head's
 
 
 def answer(

@@ -55,6 +55,7 @@ class Run:
         self.device, self.dtype = prepare(round_.recipe)
         self.weights: dict[str, Tensor] | None = None
         self.banks: dict[bool, Bank] = {}
+        self.notes: list[str] = []  # of the phases so far
         self.header = self._open_checkpoint()
         if self.header:
             self.plan = self.header["plan"]
@@ -94,11 +95,13 @@ class Run:
         if ranks.by_first(over.exists):
             load_weights(over, state)
             state.step = schedule.steps
+            self.notes = state.notes
             return state
         if self.header and self.header["cursor"]["phase"] == phase:
             load_state(saved, state)
         else:
             start(state)
+            state.notes = [*self.notes]
         ranks.same(
             value for part in (state.student, state.teacher, state.centres) for value in part.state_dict().values()
         )
@@ -106,6 +109,7 @@ class Run:
         must_be_numbers(f"weights of the student after {phase}", state.student.parameters())
         if ranks.is_first():
             save_weights(over, state, plan or self.plan, self.round.findings)
+        self.notes = state.notes
         return state
 
     def state(self, phase: str, schedule: Schedule, plan: Plan | None = None) -> State:
@@ -224,7 +228,7 @@ class Run:
         def start(state: State) -> None:
             state.student.load_state_dict(earlier.student.state_dict())
             state.teacher.load_state_dict(earlier.student.state_dict())
-            state.micro, state.notes = earlier.micro, earlier.notes
+            state.micro = earlier.micro
 
         return start
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from learner import collapse, ranks
 from learner.heads import Network
-from learner.monitors import measure
+from learner.monitors import measure, spread
 from learner.optim import Schedule, clip_each, drop_last_layer, set_rates
 from learner.recipe import Recipe
 
@@ -116,9 +116,11 @@ def optimise(state: State, work: Sequence[tuple[Batch, Objective]], freeze_last:
     state.scaler.step(state.optimiser)
     state.scaler.update()
     seen = rows.pop(SEEN, None)
-    if seen is not None:  # measured against the centre that the loss subtracted
+    if seen is not None and "dino" in rows:  # measured against the centre that the loss subtracted
         dino = cast(Any, state.centres["dino"])
         told |= measure(rows["dino"], dino.centre, dino.teacher_temp, seen, told["dino"])
+    elif seen is not None:
+        told |= spread(seen)
     for key, some in rows.items():
         cast(Any, state.centres[key]).move(ranks.mean(some).to(some.dtype)[None])
     return told

@@ -16,7 +16,7 @@ TINY = {
 SMALL = {**TINY, "class_hidden": 0, "pool": "both", "neighbours": 3, "components": 4, "epochs": 1, "t0_epochs": 1}
 ALL = {  # every term, blocks frozen
     "arch": "vit_tiny_patch8_depth2", "frozen_blocks": 1, "cached_views": 2, "ibot": 0.5, "koleo": 0.1, "agree": "heads",
-    "thresholds": True, "average": "all",
+    "thresholds": True, "average": "all", "lam": 1.0, "targets": "graph", "replay": 0.25,
 }  # fmt: skip
 
 

@@ -23,13 +23,13 @@ def test_a_difference_within_its_error_keeps_the_first_named():
     better[0] = np.sort(better[20:, 0])[8]  # one film with the finding, less far on the wrong side
     one, other = (choice.macro_curve(given, TRUTH, PATIENTS) for given in (scores(3), better))
     assert 0 < other.value - one.value <= choice.error(one, other)
-    assert choice.least_change([one, other]) == 0
+    assert choice.first_as_good([one, other]) == 0
 
 
 def test_a_difference_beyond_its_error_wins_over_the_order():
     bad, good = (choice.macro_curve(scores(n), TRUTH, PATIENTS) for n in (9, 1))
-    assert choice.least_change([bad, good]) == 1
-    assert choice.least_change([good, bad]) == 0
+    assert choice.first_as_good([bad, good]) == 1
+    assert choice.first_as_good([good, bad]) == 0
 
 
 def test_the_error_is_that_of_the_paired_difference():

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from learner.__main__ import main
 from learner.step import optimise
 from tests.learner_site import make_round, read_manifest, result, write_manifest
+from tests.recipe_rounds import ALONE, CONVNET
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,14 @@ def test_memory_that_runs_out_outside_of_a_step_stops_the_round_with_that_reason
     assert "out of memory outside of a step" in result(folder)["reason"]
 
 
-def test_a_halved_pass_is_noted_for_the_card_also_where_another_process_ends_the_round(tmp_path, monkeypatch):
-    folder = make_round(tmp_path / "r", train=(4, 0), validation=0, calibration=0, t0_epochs=1, epochs=1)
+@pytest.mark.parametrize(
+    "keys", [{}, {**ALONE, "method": "kd", "kd_teacher": CONVNET}, {**ALONE, "method": "pseudo-label"}]
+)
+def test_a_halved_pass_is_noted_for_the_card_also_where_another_process_ends_the_round(tmp_path, monkeypatch, keys):
+    """It happens at the first step of T=0; later phases, some of other networks, carry the note on."""
+    folder = make_round(
+        tmp_path / "r", train=(4, 0), validation=0, calibration=0, **{**keys, "t0_epochs": 1, "epochs": 1}
+    )
     given = [torch.OutOfMemoryError("full")]
 
     def full_once(*given_, **named):
@@ -85,15 +92,16 @@ def test_a_halved_pass_is_noted_for_the_card_also_where_another_process_ends_the
             raise given.pop()
         return optimise(*given_, **named)
 
-    def noted(run, name, state, *_):
-        seen[name] = state.notes
+    def noted(run, name, state, *_, **__):
+        seen[name] = [*state.notes]
 
     seen = {}
     monkeypatch.setattr("learner.correct.optimise", full_once)
     monkeypatch.setattr("learner.run.Run.export", noted)
     assert main([str(folder)]) == 0
     first = dict(seen)
-    assert [note[:30] for note in first["final"]] == ["out of memory: 2 films a pass "]
+    assert [note[:30] for note in first["t0"]] == ["out of memory: 2 films a pass "]
+    assert first["final"] == first["t0"]
     seen.clear()
     assert main([str(folder)]) == 0  # all phases are read
     assert seen == first

@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
 SOFT = {  # the teacher's answers, weighed and balanced
-    "targets": "teacher", "align": True, "agree": "soft", "centring": "sinkhorn", "ibot": 0.5, "koleo": 0.1, "refit": "linear",
+    "lam": 1.0, "targets": "teacher", "align": True, "agree": "soft", "centring": "sinkhorn", "ibot": 0.5, "koleo": 0.1, "refit": "linear",
 }  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def test_scores_are_the_teachers_newest_and_those_of_other_films_stay(tmp_path):
 
 
 def test_soft_weights_of_the_graph_grow_with_the_distance_from_the_cut(tmp_path):
-    folder = make(tmp_path / "r", agree="soft")
+    folder = make(tmp_path / "r", targets="graph", agree="soft")
     run = Run(load(folder))
     table = evolve.targets(run, evolve.begun(run, run.from_backbone))
     hidden = label_table(run.round.unlabelled).isnan()[:, 0]
@@ -160,7 +160,7 @@ def test_soft_weights_of_the_graph_grow_with_the_distance_from_the_cut(tmp_path)
 
 @pytest.mark.parametrize("agree", ["none", "teacher", "heads", "soft"])
 def test_a_finding_of_one_class_has_no_pseudo_label_and_weighs_nothing_whoever_has_to_agree(tmp_path, agree):
-    folder = make(tmp_path / "r", agree=agree)
+    folder = make(tmp_path / "r", targets="graph", agree=agree)
     manifest = read_manifest(folder)
     for film in manifest["films"]:
         film["labels"] = [film["labels"][0], None if film["labels"][0] is None else 0]

@@ -1,9 +1,9 @@
 """`evolve`: the same three signals, made to work with few labels.
 
-Films that look alike share labels along a neighbour graph of the model's own embeddings, rebuilt every round; a student
-learns these soft answers beside self-distillation, with labelled films in every step and the model before the round as
-an anchor. At the end the class head is fitted anew, and the least change is kept that validation patients can't tell from
-the best.
+Films that look alike share labels along a neighbour graph of the model's own embeddings, rebuilt every round: the class
+head fitted to them and to the labels is the teacher's. A student that sees noised films learns the teacher's soft answers,
+and the teacher follows it; from random weights labelled films are in every step too. At the end neighbours and labels have
+their say once more, in the new features, and what was trained is kept unless validation patients prefer something else.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from learner import linear
 from learner.auc import Curve
 from learner.average import Weights, settle, soup, wise
-from learner.choice import least_change, macro_curve
+from learner.choice import first_as_good, macro_curve
 from learner.data import label_table
 from learner.evolve import evolve, take_mean
 from learner.graph import pseudo_labels
 from learner.heads import Network
 from learner.pseudo import weight_table
-from learner.refit import FEW_PENALTY, answer
+from learner.refit import FEW_PENALTY, TRAINED, answer, mean
 from learner.round_dir import Film
 from learner.run import SCORED, Run
 from learner.step import State
@@ -31,6 +31,7 @@ from learner.supervised import balance_of, learn_labels
 from learner.targets import agreement, class_thresholds, outside, shrunk_prevalence, soft_weights
 
 MIXES = (0.25, 0.5, 0.75)  # of champion and candidate, beside the two themselves
+UNTRAINED = {"refit"}  # candidates whose backbone is that of the model before the round
 LOST = 0.02  # macro AUC on validation: what a round may seem to lose by chance before it is taken back
 
 
@@ -39,11 +40,14 @@ def run(run: Run) -> None:
     recipe = run.recipe
     start = run.from_student(learn_labels(run, partial(probe, run))) if run.first else run.from_parent
     table = run.once("targets", lambda: targets(run, begun(run, start)))
-    unlabelled, labelled = run.unlabelled(), run.labelled("labelled") if run.round.labelled else None
+    unlabelled = run.feed(run.round.unlabelled, "unlabelled", recipe.local_views if recipe.lam else 0, False)
+    labelled = run.labelled("labelled") if run.round.labelled and recipe.label_weight else None
     schedule, balance = run.schedule(unlabelled, recipe.epochs, recipe.lr), balance_of(run)
 
     def begin(state: State) -> None:
         start(state)
+        if recipe.targets == "teacher":
+            teach(run, state)
         if "rate" in table:
             run.teller.note(state, "pseudo", {"pseudo_rate": float(table["rate"]), "pseudo_auc": None})
 
@@ -75,6 +79,8 @@ def targets(run: Run, state: State) -> dict[str, Tensor]:
     seen = run.embeddings(teacher, films)
     logits = teacher.cls_head(seen.to(run.device)).float().cpu().detach()
     table = {"champion": logits, "prevalence": prevalence}
+    if recipe.targets == "teacher":
+        table["rate"] = torch.ones(())  # a soft answer for every film
     if recipe.targets == "graph":
         soft = pseudo_labels(seen, labels, prevalence, recipe.neighbours, recipe.components)
         weight = torch.ones_like(soft)
@@ -120,6 +126,12 @@ def label_weights(run: Run, labels: Tensor) -> Tensor | None:
     return None if weights is None else weights.cpu()
 
 
+def head_of(network: Network) -> linear.Linear:
+    """The linear class head as it is, on the host."""
+    layer = cast(nn.Linear, network.cls_head.mlp[-1])
+    return linear.Linear(layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu())
+
+
 def set_head(network: Network, head: linear.Linear) -> None:
     """The linear class head := this answer."""
     layer = cast(nn.Linear, network.cls_head.mlp[-1])
@@ -128,19 +140,29 @@ def set_head(network: Network, head: linear.Linear) -> None:
         layer.bias.copy_(head.bias)
 
 
-def refit(run: Run, network: Network) -> None:
-    """The last correction: the class head fitted to convergence on what this network sees, to labels or graph and labels."""
+def refit(run: Run, network: Network, own: float = 0.0) -> None:
+    """The last correction: the class head fitted to convergence on what this network sees, to labels or graph and labels.
+
+    `own`: the share that the head keeps which the network was trained with, beside graph and labels.
+    """
     recipe, films = run.recipe, run.round.unlabelled
     if recipe.refit == "linear":
         fit_head(run, network)
     elif recipe.refit == "graph" and recipe.class_hidden == 0:
         labels, seen = label_table(films), run.embeddings(network, films)
         weights = label_weights(run, labels)
-        set_head(network, answer(seen, labels, recipe.neighbours, recipe.components, weights))
+        fitted = answer(seen, labels, recipe.neighbours, recipe.components, weights)
+        set_head(network, mean(fitted, head_of(network), seen, own) if own else fitted)
+
+
+def teach(run: Run, state: State) -> None:
+    """Both networks := the model before the round, its head fitted anew: neighbours and labels are the first teacher."""
+    refit(run, state.student, 0.0 if run.first else TRAINED)
+    state.teacher.load_state_dict(state.student.state_dict())
 
 
 def choose(run: Run, final: State, champion: Network) -> str:
-    """The student := the candidate that changes least, of those that validation can't tell from the best; its name.
+    """The student := the first candidate that validation can't tell from the best; its name.
 
     Where validation has too few films it is the first; where all seem to do harm it is the champion.
     """
@@ -152,13 +174,13 @@ def choose(run: Run, final: State, champion: Network) -> str:
         final.student.load_state_dict({k: v.clone() for k, v in start.items()})
         if kind not in ("refit", "student", "teacher"):
             settle(final.student.backbone, originals(run))
-        refit(run, final.student)
+        refit(run, final.student, TRAINED if not run.first or kind not in UNTRAINED else 0.0)
         weights.append({k: v.clone() for k, v in final.student.state_dict().items()})
         seen = quality(run, final.student, films)
         if seen is None:
             break
         measured.append(seen)
-    place = least_change(measured) if measured else 0
+    place = first_as_good(measured) if measured else 0
     name, kept = list(kinds)[place], weights[place]
     if measured:
         before = quality(run, champion, films)
@@ -170,10 +192,12 @@ def choose(run: Run, final: State, champion: Network) -> str:
 
 
 def candidates(run: Run, final: State, champion: Network) -> dict[str, Weights]:
-    """What may be kept, the least change first: see `average` in docs/learning.md."""
+    """What may be kept, what is kept when nothing tells them apart first: see `average` in docs/learning.md."""
     before, student, teacher = (net.state_dict() for net in (champion, final.student, final.teacher))
     mixed = {f"wise {a:g}": wise(before, teacher, a) for a in MIXES}
     match run.recipe.average:
+        case "trained":
+            return {"teacher": teacher, "wise 0.5": mixed["wise 0.5"], "refit": before}
         case "least":
             return {"refit": before, "wise 0.5": mixed["wise 0.5"], "teacher": teacher}
         case "wise":
