@@ -94,8 +94,7 @@ class Run:
         state = self.state(phase, schedule, plan)
         if ranks.by_first(over.exists):
             load_weights(over, state)
-            state.step = schedule.steps
-            self.notes = state.notes
+            state.step, self.notes = schedule.steps, state.notes
             return state
         if self.header and self.header["cursor"]["phase"] == phase:
             load_state(saved, state)
@@ -298,5 +297,4 @@ class Run:
 
     def schedule(self, feed: Films | TokenFilms, epochs: int, peak: float, least_steps: int = 0) -> Schedule:
         """Whole passes over a feed, at least `epochs` and `least_steps`."""
-        epochs = max(epochs, -(-least_steps // feed.batches))
-        return make_schedule(self.recipe, epochs, feed.batches, peak, feed.size)
+        return make_schedule(self.recipe, max(epochs, -(-least_steps // feed.batches)), feed.batches, peak, feed.size)
