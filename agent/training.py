@@ -114,7 +114,8 @@ def _child(site: Site, ledger: Ledger, name: str, seen: Callable[[dict], None]) 
     with (folder / "learner.log").open("ab") as log:
         child = subprocess.Popen(
             [*launcher, "-m", "learner", str(folder)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**QUIET, **os.environ}, preexec_fn=_die_with_parent,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent,
+            env={**QUIET, "PET_LOG_DIR": str(folder / "torchrun"), **os.environ},  # where torchrun writes, else /tmp
         )  # fmt: skip
         try:
             while child.poll() is None:

@@ -29,7 +29,12 @@ KEYS = {"drop_path": 0.0, "checkpoint_seconds": 0}
 def learner(folder, launcher):
     log = (folder / "log").open("w")
     words = [*launcher, "-m", "learner", str(folder)]
-    return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=surroundings(folder))
+
+
+def surroundings(folder):
+    """One thread a process, and what torchrun writes beside the round: by default it stays in /tmp."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PET_LOG_DIR": str(folder / "torchrun")}
 
 
 def finished(process, folder, code=0, seconds=120):
@@ -131,7 +136,7 @@ def test_two_processes_learn_what_one_learns_by_the_other_recipes(tmp_path):
             for name, recipe in RECIPES.items()
         ]
     words = [*TORCHRUN, "-m", "tests.recipe_rounds", *map(str, folders["two"])]
-    together = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    together = subprocess.Popen(words, cwd=ROOT, env=surroundings(folders["two"][0]))
     for folder in folders["one"]:
         phases_of(folder)
     assert together.wait(300) == 0

@@ -45,13 +45,19 @@ def carried_on(site, until=None, change=lambda manifest: manifest):
         return training.carry_on(site, ledger, row, until=until)
 
 
-def test_a_round_that_is_paused_under_torchrun_goes_on_by_command_and_makes_the_first_model(ready):
+def test_a_round_that_is_paused_under_torchrun_goes_on_by_command_and_makes_the_first_model(
+    ready, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(scratch := tmp_path / "scratch"))
+    scratch.mkdir()
     site = ready(TORCHRUN)
     paused = carried_on(site, until=datetime.now(UTC))  # the window is over at once
     assert (paused["state"], "the window ended" in paused["reason"]) == ("paused", True)
     said = Appliance(site).ask("round", "run", "--now")
     assert (said["round"], said["state"]) == (paused["name"], "no_look")
     assert said["bundle"]
+    assert not list(scratch.glob("torchelastic_*"))  # what torchrun writes for each attempt is in the round's folder
+    assert (site.rounds / said["round"] / "torchrun").is_dir()
 
 
 def test_a_round_that_the_learner_stops_under_torchrun_has_its_reason(ready):
