@@ -18,6 +18,7 @@ from deploy.parent import die_with_parent
 from dicom.commitment import Commitment, Pending
 from dicom.listener import Listener
 
+LOOK_UP_S = 1  # a wait without end sleeps through a signal that comes just before it, or to another thread
 LOG_LINE = "%(asctime)s %(name)s %(levelname)s %(message)s"
 
 
@@ -42,7 +43,8 @@ def listen(site: Site, stop: threading.Event) -> None:
     listener.start()
     commitment.start()
     sys.stderr.write(f"listen ready on {node.aet}@{node.host}:{listener.port}\n")
-    stop.wait()
+    while not stop.wait(LOOK_UP_S):
+        pass
     listener.stop()
     commitment.stop()
 

@@ -94,7 +94,8 @@ def run_part(site: Site, name: str, stop: threading.Event) -> None:
         agent = Agent(site)
         agent.start()
         _ready("learn", str(site.root))
-        stop.wait()
+        while not stop.wait(node.LOOK_UP_S):
+            pass
         agent.stop()
         os._exit(0)  # a round may run in a thread for hours: its learner is told to checkpoint by our death
     else:

@@ -1,13 +1,17 @@
-"""`cxrloop serve` says when its parts are up: each line arrives whole."""
+"""`cxrloop serve` says when its parts are up, each line whole; and a part stops when it is told to."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from conftest import make_site
+from pacs import wait_for
+
+from agent import network, node
 
 
 def test_every_line_of_readiness_is_one_write_since_four_processes_share_the_stream(tmp_path: Path):
@@ -27,3 +31,26 @@ def test_every_line_of_readiness_is_one_write_since_four_processes_share_the_str
         process.wait(30)
     ready = [write for write in writes if "ready" in write]
     assert len(ready) == 4 and all(write.endswith("\n") and write.count("\n") == 1 for write in ready), writes
+
+
+def test_a_part_stops_at_a_signal_that_did_not_interrupt_its_wait(tmp_path):
+    """The kernel may hand a signal to any thread; and one that comes just before the wait begins wakes nobody."""
+    site = make_site(tmp_path / "site")
+    stop, late = threading.Event(), threading.Event()
+
+    def ask():
+        assert wait_for(lambda: network.answers(site))
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # to this thread: the waiting one is not interrupted
+        if not stop.wait(5):
+            late.set()
+            stop.set()
+
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        node.listen(site, stop)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        asking.join()
+    assert not late.is_set()
