@@ -13,14 +13,14 @@ from pydicom.uid import UID
 from dicom import header
 from dicom.admission import Admission, Refused, Suspect, check_header
 from dicom.elements import PIXEL_DATA
-from dicom.image import HEARTBEAT_ID, Examined, Image
+from dicom.image import HEARTBEAT_ID, Examined, Image, Outcome
 from dicom.part10 import HOSTILE, Header, Unreadable, content_sha256, is_uid, open_envelope, read_header
 from dicom.part10 import shown as short_and_plain
 from dicom.pixels import Blank, decode, pixel_sha256, render
 from dicom.privacy import patient_key
 from dicom.quality import fault
 
-__all__ = ["Admission", "examine"]
+__all__ = ["Admission", "examine", "unexamined"]
 
 MAX_FILE = 512 << 20  # bytes; ten times the largest uncompressed film
 
@@ -28,48 +28,57 @@ MAX_FILE = 512 << 20  # bytes; ten times the largest uncompressed film
 def examine(path: Path, key: bytes, rules: Admission) -> Examined:
     """What to do with the file at `path`, and all facts of it when admitted. Raises OSError only."""
     size = path.stat().st_size
-    sha256 = content_sha256(path)
     if size > MAX_FILE:
-        return Examined("quarantined", f"file of {size >> 20} MiB: larger than any film", sha256)
+        return unexamined(path, key, f"file of {size >> 20} MiB: larger than any film")
+    sha256 = content_sha256(path)
     with path.open("rb") as stream:
         try:
             envelope = open_envelope(stream)
             found = read_header(stream, envelope.transfer_syntax)
         except Unreadable as error:
-            return Examined("quarantined", str(error), sha256)
+            return unexamined(path, key, str(error))
         return _judge(found, envelope.transfer_syntax, sha256, key, rules)
+
+
+def unexamined(path: Path, key: bytes, reason: str) -> Examined:
+    """Quarantined as it is, under the UIDs and the patient that seeks alone can tell. Raises OSError.
+
+    The node may have acknowledged this film: storage commitment, `pull` and `forget` look for it by them.
+    """
+    sha256 = content_sha256(path)
+    try:
+        with path.open("rb") as stream:
+            ds = read_header(stream, open_envelope(stream).transfer_syntax, pixels=False).dataset
+    except Unreadable:
+        return Examined("quarantined", reason, sha256)
+    return _aside(ds, key, sha256, "quarantined", reason)
 
 
 def _judge(found: Header, syntax: str, sha256: str, key: bytes, rules: Admission) -> Examined:
     ds = found.dataset
     sop_uid, study_uid, who, identified = _identity(ds, key)
-
-    def aside(outcome: str, reason: str) -> Examined:
-        return Examined(
-            "rejected" if outcome == "rejected" else "quarantined",
-            reason,
-            sha256,
-            sop_uid if is_uid(sop_uid) else None,
-            study_uid if is_uid(study_uid) else None,
-            who,
-        )
-
     try:
         view = check_header(found, syntax, rules)
         stored, plate = _develop(found, syntax)
         if rules.quality and (why := fault(plate)):
             raise Refused(why)
     except Refused as refusal:
-        return aside("rejected", str(refusal))
+        return _aside(ds, key, sha256, "rejected", str(refusal))
     except Blank as blank:
-        return aside("rejected", str(blank))
+        return _aside(ds, key, sha256, "rejected", str(blank))
     except Suspect as suspicion:
-        return aside("quarantined", str(suspicion))
+        return _aside(ds, key, sha256, "quarantined", str(suspicion))
     except HOSTILE as error:
         said = str(error) if type(error) is ValueError else type(error).__name__
-        return aside("quarantined", f"not decodable: {shown_reason(said)}")
+        return _aside(ds, key, sha256, "quarantined", f"not decodable: {shown_reason(said)}")
     image = _facts(ds, syntax, sha256, view, who, identified, pixel_sha256(stored))
     return Examined("admitted", None, sha256, sop_uid, study_uid, who, view, image, plate)
+
+
+def _aside(ds: Dataset, key: bytes, sha256: str, outcome: Outcome, reason: str) -> Examined:
+    sop_uid, study_uid, who, _ = _identity(ds, key)
+    named, placed = (uid if is_uid(uid) else None for uid in (sop_uid, study_uid))
+    return Examined(outcome, reason, sha256, named, placed, who)
 
 
 def shown_reason(text: str) -> str:

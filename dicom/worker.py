@@ -18,8 +18,7 @@ from pathlib import Path
 from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
 from dicom.image import Examined
-from dicom.ingest import Admission, examine
-from dicom.part10 import content_sha256
+from dicom.ingest import Admission, examine, unexamined
 
 # The kernel's memory killer, or a person: perhaps not this film's fault, so it gets a second try
 GRACE_S = 30  # for starting a worker, on top of the films' own limits
@@ -99,7 +98,10 @@ class Examiner:
             return None
         if isinstance(error, ProcessExpired) and error.exitcode in FROM_OUTSIDE and again:
             return self._result(path, self._schedule(path), again=False)
-        return Examined("quarantined", self._reason(error), _hash(path))
+        try:
+            return unexamined(path, self._key, self._reason(error))
+        except OSError:  # not readable for us either; a fixed hash keeps the row possible
+            return Examined("quarantined", self._reason(error), "0" * 64)
 
     def _reason(self, error: BaseException) -> str:
         if isinstance(error, TimeoutError):
@@ -109,13 +111,6 @@ class Examiner:
         if isinstance(error, ProcessExpired):
             return f"limit: the examining process died (exit code {error.exitcode})"
         return f"not examined: {type(error).__name__}"
-
-
-def _hash(path: Path) -> str:
-    try:
-        return content_sha256(path)
-    except OSError:  # not readable for us either; a fixed value keeps the row possible
-        return "0" * 64
 
 
 def _confine(memory_bytes: int) -> None:

@@ -5,7 +5,7 @@ import os
 import threading
 
 import pytest
-from films import film, put, take_in
+from films import film, put, save, take_in
 from pacs import wait_for
 
 from agent import committed
@@ -54,6 +54,22 @@ def test_a_film_that_was_taken_in_is_committed_and_so_is_one_that_was_set_aside(
         states = {row["state"] for row in ledger.rows("SELECT state FROM image")}
     assert states == {"stored", "rejected", "quarantined"}
     assert committed.held(site, of(admitted, knee, bare)) == [SUCCESS] * 3
+
+
+def test_a_film_too_deep_to_be_read_is_set_aside_under_its_own_name_and_committed(site):
+    """The node follows sequences of any depth, and said Success; the reader of the intake recurses, and gives up."""
+    ds = film(1)
+    whole = save(ds, site.root / "run" / "film.dcm").read_bytes()
+    opened = bytes.fromhex("400030a7 53510000 ffffffff feff00e0 ffffffff")
+    closed = bytes.fromhex("feff0de0 00000000 feffdde0 00000000")
+    at = whole.index(bytes.fromhex("e07f1000"))
+    site.inbox.put(whole[:at] + 1000 * opened + 1000 * closed + whole[at:])
+    with site.ledger() as ledger:
+        take_in(site, ledger)
+        row = ledger.row("SELECT * FROM image")
+    assert (row["state"], row["reason"]) == ("quarantined", "data set not readable: RecursionError")
+    assert row["patient_key"].startswith("p")
+    assert committed.held(site, of(ds)) == [SUCCESS]
 
 
 def test_one_that_was_never_sent_fails_and_the_others_are_committed(node, pacs):

@@ -74,6 +74,7 @@ def test_a_film_that_takes_too_long_is_quarantined_and_the_next_is_examined(file
     assert results[0].outcome == "quarantined"
     assert results[0].reason == "limit: examining took longer than 0.3 s"
     assert len(results[0].sha256) == 64
+    assert results[0].sop_uid and results[0].patient_key  # storage commitment and `forget` look for it by these
     assert results[1].outcome == "admitted"
     assert time.monotonic() - began < 5
 
