@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from agent import __version__, audit, cli_care, cli_films, cli_models, cli_pull, cli_rounds, config, out
-from agent.cli_films import Config, Json, opened
+from agent.cli_films import MOST, Config, Json, opened
 from agent.errors import Problem
 from agent.site import Site, init
 from agent.status import status
@@ -175,7 +175,9 @@ def audit_verify(
 
 @trail.command("tail")
 def audit_tail(
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1)] = 20, settings: Config = None, json_out: Json = False
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MOST)] = 20,
+    settings: Config = None,
+    json_out: Json = False,
 ) -> None:
     """The newest entries."""
     with out.errors(), opened(settings) as (_, ledger):

@@ -17,6 +17,7 @@ Config = Annotated[
     Path | None, typer.Option("--config", help="appliance.toml; else $CXRLOOP_CONFIG, else ./appliance.toml")
 ]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+MOST = 10**9  # of what a list may be asked for
 By = Annotated[str, typer.Option(help="who does this; kept in the audit")]
 
 studies_app = typer.Typer(no_args_is_help=True, help="Films and their states.")
@@ -60,7 +61,7 @@ def import_command(
 @studies_app.command("ls")
 def studies_ls(
     state: Annotated[str | None, typer.Option(help=f"one of {', '.join(studies.STATES)}")] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1)] = 100,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MOST)] = 100,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:

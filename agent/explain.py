@@ -13,7 +13,7 @@ from PIL import Image
 
 from agent import attribution, look, release
 from agent.errors import Problem
-from agent.ledger import Ledger, utc, when
+from agent.ledger import Ledger, image_number, utc, when
 from agent.site import Site
 from deploy.session import Session
 
@@ -34,7 +34,7 @@ def explain(
         raise Problem(f"--method {method}: must be one of {', '.join(METHODS)}")
     film = ledger.row(
         "SELECT * FROM image WHERE (sop_uid = ? OR id = ?) AND plate IS NOT NULL ORDER BY id DESC LIMIT 1",
-        uid, int(uid) if uid.isdigit() else -1,
+        uid, image_number(uid),
     )  # fmt: skip
     if not film:
         raise Problem(f"explain {uid}: no stored film with this SOP Instance UID or image number")

@@ -11,7 +11,7 @@ from typing import Any
 
 from agent import audit, retention
 from agent.errors import Problem
-from agent.ledger import Ledger, Row
+from agent.ledger import Ledger, Row, image_number
 from agent.site import Site
 from deploy.durable import replace_file
 from dicom.deidentify import MayNotLeave, deidentify
@@ -64,7 +64,7 @@ def _named(ledger: Ledger, uid: str) -> list[Row]:
     for column in ("sop_uid", "study_uid"):
         if rows := ledger.rows(f"SELECT * FROM image WHERE {column} = ? AND {NEWEST} ORDER BY id", uid):
             return rows
-    rows = ledger.rows(f"SELECT * FROM image WHERE id = ? AND {NEWEST}", int(uid) if uid.isdigit() else -1)
+    rows = ledger.rows(f"SELECT * FROM image WHERE id = ? AND {NEWEST}", image_number(uid))
     if not rows:
         raise Problem(f"export {uid}: no film with this SOP Instance UID, Study Instance UID or image number")
     return rows

@@ -5,6 +5,7 @@ DICOM as it is; PNG and JPEG are wrapped as DX by `dicom.wrap`, with patient, vi
 """
 
 import csv
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def import_folder(
             for path, examined in pool.examine(list(ready)):
                 source = ready[path]
                 received = utc()
-                name = source.relative_to(folder).as_posix()
+                name = _spelt(source.relative_to(folder).as_posix())
                 outcome = take(site, ledger, path, examined, received, file=name)
                 counts["seen"] += 1
                 counts[outcome] += 1
@@ -55,13 +56,12 @@ def _readable(path: Path, folder: Path, facts: dict[str, dict[str, str]], view: 
     """The file itself, or for a picture the DICOM file made of it."""
     if path.suffix.lower() not in PICTURES:
         return path
-    name = path.relative_to(folder).as_posix()
-    known = facts.get(name) or facts.get(path.name) or {}
+    known = facts.get(_spelt(path.relative_to(folder).as_posix())) or facts.get(_spelt(path.name)) or {}
     age = known.get("age") or ""
     try:
         dataset = wrap(
             path,
-            patient_id=known.get("patient_id") or path.stem,
+            patient_id=known.get("patient_id") or _spelt(path.stem).replace("\\", "_"),
             view=known.get("view") or view,
             sex=known.get("sex") or None,
             age_years=float(age) if age.replace(".", "", 1).isdigit() else None,
@@ -72,14 +72,21 @@ def _readable(path: Path, folder: Path, facts: dict[str, dict[str, str]], view: 
     return wrapped
 
 
+def _spelt(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 (an old archive's) as \\xNN, for neither ledger nor labels.csv holds them."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _facts(path: Path) -> dict[str, dict[str, str]]:
     """What labels.csv says of each file, by its name; empty when there is none."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return {
-            row["file"]: {k: v for k, v in row.items() if k and v} for row in csv.DictReader(file) if row.get("file")
-        }
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Problem(f"{path}: not a table in UTF-8: {error}") from None
+    return {row["file"]: {k: v for k, v in row.items() if k and v} for row in rows if row.get("file")}
 
 
 def _chunks(files: Iterator[Path]) -> Iterator[list[Path]]:

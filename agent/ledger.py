@@ -6,6 +6,7 @@ Reads are autocommitted; every write happens in `transaction()`, which takes the
 
 import fcntl
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,11 @@ class Ledger:
     def counters(self) -> dict[str, int]:
         """Films by furthest stage reached, cumulative, kept by triggers."""
         return {row["name"]: row["n"] for row in self.rows("SELECT name, n FROM counter")}
+
+
+def image_number(text: str) -> int:
+    """The image number that a text is; -1, which no film has, where it is none that SQLite could hold."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
 
 
 def utc(now: datetime | None = None) -> str:

@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 error, 2 refused by policy, 3 degraded.
 """
 
 import json
+import sqlite3
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,12 @@ def errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except OSError as error:
         logs.print(f"error: {error}")
+        raise typer.Exit(1) from None
+    except sqlite3.DatabaseError as error:
+        if type(error) not in (sqlite3.DatabaseError, sqlite3.OperationalError):
+            raise  # a fault of ours
+        hint = "" if isinstance(error, sqlite3.OperationalError) else "; restore it from the backup (docs/operating.md)"
+        logs.print(f"error: ledger.db: {error}{hint}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         logs.print("interrupted; what was done is kept, and the same command goes on from there")

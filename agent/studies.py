@@ -6,7 +6,7 @@ from typing import Any
 
 from agent import audit
 from agent.errors import Problem
-from agent.ledger import Ledger, utc
+from agent.ledger import Ledger, image_number, utc
 from agent.site import Site
 
 STATES = ("received", "stored", "predicted", "returned", "labelled", "rejected", "quarantined")
@@ -79,7 +79,7 @@ def rerun(ledger: Ledger, uid: str | None, state: str | None, failed: bool, by: 
 def _film(ledger: Ledger, uid: str) -> int:
     row = ledger.row(
         "SELECT * FROM image WHERE sop_uid = ? OR id = ? ORDER BY plate IS NULL, superseded_by IS NOT NULL, id DESC LIMIT 1",
-        uid, int(uid) if uid.isdigit() else -1,
+        uid, image_number(uid),
     )  # fmt: skip
     if not row:
         raise Problem(f"studies rerun {uid}: no film with this SOP Instance UID or image number")

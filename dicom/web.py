@@ -46,7 +46,10 @@ class Web:
     how = "web"
 
     def __init__(self, url: str, inbox: Inbox, token: str = "", ca: Path | None = None):
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # a bracket without its pair
+            raise Unreachable(f"{url}: not the URL of a DICOMweb server") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
             raise Unreachable(f"{parts.scheme}://{parts.hostname or ''}: not the URL of a DICOMweb server")
         if token and parts.scheme == "http" and parts.hostname not in LOOPBACK:

@@ -1,11 +1,14 @@
 """From the inbox to a row: outcomes, duplicates, ranges, and doing it twice."""
 
+import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from agent import intake, studies
 from agent.errors import Problem
+from agent.importer import import_folder
 from agent.ranges import fix_shares, range_of
 from tests.conftest import make_site
 from tests.films import Here, film, pixels, put, save, take_in
@@ -142,10 +145,6 @@ def test_shares_cannot_change_after_the_first_film(tmp_path):
 
 
 def test_import_takes_dicom_and_pictures_through_the_same_intake(site, tmp_path):
-    from PIL import Image
-
-    from agent.importer import import_folder
-
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     save(film(1), folder / "a.dcm")
@@ -164,8 +163,27 @@ def test_import_takes_dicom_and_pictures_through_the_same_intake(site, tmp_path)
     assert views == {"a.dcm": "PA", "deep/b.png": "AP", "c.jpg": "PA"}
 
 
-def test_import_of_a_missing_folder_says_which(site):
-    from agent.importer import import_folder
+def test_import_takes_files_whose_names_are_no_utf_8(site, tmp_path):
+    """An old archive's names: neither the ledger nor labels.csv can hold their bytes."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    save(film(1), tmp_path / "film.dcm").rename(folder / os.fsdecode(b"caf\xe9.dcm"))
+    Image.fromarray(pixels(2)).save(folder / "picture.png")
+    (folder / "picture.png").rename(folder / os.fsdecode(b"b\xe4r.png"))
+    (folder / "labels.csv").write_text("file,view\nb\\xe4r.png,AP\n", "utf-8")
+    with site.ledger() as ledger:
+        assert import_folder(site, ledger, folder, "PA")["seen"] == 2
+        rows = {row["file"]: row["reason"] or row["view"] for row in studies.ls(site, ledger, None, 10)}
+    assert set(rows) == {"caf\\xe9.dcm", "b\\xe4r.png"}
+    assert "not a DICOM" not in rows["b\\xe4r.png"]
 
+
+def test_import_beside_a_table_that_is_no_utf_8_says_which(site, tmp_path):
+    (tmp_path / "labels.csv").write_bytes(b"file,patient_id\nm\xfcller.png,1\n")
+    with site.ledger() as ledger, pytest.raises(Problem, match=r"labels.csv: not a table in UTF-8"):
+        import_folder(site, ledger, tmp_path, "PA")
+
+
+def test_import_of_a_missing_folder_says_which(site):
     with site.ledger() as ledger, pytest.raises(Problem, match="no such folder"):
         import_folder(site, ledger, Path("/nowhere"), "PA")

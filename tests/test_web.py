@@ -98,7 +98,7 @@ def test_a_server_says_when_to_come_back(http):
 
 
 def test_a_url_that_can_not_be_one_and_a_token_in_the_clear_are_refused():
-    for url in ("ftp://pacs/", "https://user:secret@pacs/", "https:///x", "http://pacs/?x=1"):
+    for url in ("ftp://pacs/", "https://user:secret@pacs/", "https:///x", "http://pacs/?x=1", "http://[pacs/"):
         with pytest.raises(Unreachable, match="not the URL"):
             asks(url)
     with pytest.raises(Unreachable, match="https only"):
