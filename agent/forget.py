@@ -20,7 +20,7 @@ from agent.ledger import Ledger, Row, canonical, utc
 from agent.retention import unlink
 from agent.schema import FORGOTTEN
 from agent.site import Site
-from dicom.privacy import PLACEHOLDERS, patient_key, refusal
+from dicom.privacy import PLACEHOLDERS, patient_key, refusal, study_mark
 
 KEY = re.compile(r"[ps][0-9a-f]{16}")
 EMPTIED = (  # of an image row: all that says anything of the film
@@ -131,7 +131,7 @@ def _empty_rows(site: Site, ledger: Ledger, number: int, keys: Collection[str]) 
         ledger.insert("golden_loss", **row, at=utc())
     for table in of_a_film(ledger):
         ledger.run(f"DELETE FROM {table} WHERE image IN ({BURIED})")
-    _drop_names(ledger, images)
+    _drop_pulled(site, ledger, images)
     nothing = ", ".join(f"{column} = NULL" for column in EMPTIED)
     for image in images:
         now = utc()
@@ -150,20 +150,11 @@ def of_a_film(ledger: Ledger) -> list[str]:
     return [row["name"] for row in tables if row["name"] != "forgetting"]
 
 
-def _drop_names(ledger: Ledger, images: list[int]) -> None:
-    """Rows of other tables that know a film or study by its UID (`pulled`: which studies an archive was asked for)."""
-    for column in ("sop_uid", "study_uid", "patient_key"):
-        tables = ledger.rows(
-            "SELECT m.name FROM sqlite_master m JOIN pragma_table_info(m.name) c ON c.name = ? "
-            "WHERE m.type = 'table' AND m.name != 'image'",
-            column,
-        )
-        for table in tables:
-            ledger.run(
-                f"DELETE FROM {table['name']} WHERE {column} IN "
-                f"(SELECT {column} FROM image WHERE id IN (SELECT value FROM json_each(?)))",
-                canonical(images),
-            )
+def _drop_pulled(site: Site, ledger: Ledger, images: list[int]) -> None:
+    """Their studies count as pulled no more, so that a film which an archive still has can come in again."""
+    studies = "SELECT DISTINCT study_uid FROM image WHERE study_uid NOT NULL AND id IN (SELECT value FROM json_each(?))"
+    for row in ledger.rows(studies, canonical(images)):
+        ledger.run("DELETE FROM pulled WHERE study = ?", study_mark(site.key("pseudonym.key"), row["study_uid"]))
 
 
 def finish(site: Site, ledger: Ledger) -> str | None:

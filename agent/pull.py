@@ -18,6 +18,7 @@ from agent.here import Here
 from agent.ledger import Ledger, utc
 from agent.site import Site
 from dicom.archive import Busy, Film, Missing, Study, Unreachable, Wanted
+from dicom.privacy import study_mark
 from dicom.query import Pacs
 from dicom.web import Web
 
@@ -128,8 +129,8 @@ class Puller:
         """Look through one study and fetch what is not here; what a broken line interrupts is begun again."""
         self.tally.studies += 1
         modalities = "\\".join(wanted.modalities)
-        key = (self.source, study.uid, modalities)
-        done = self.ledger.row("SELECT * FROM pulled WHERE source = ? AND study_uid = ? AND modalities = ?", *key)
+        key = (self.source, study_mark(self.site.key("pseudonym.key"), study.uid), modalities)
+        done = self.ledger.row("SELECT * FROM pulled WHERE source = ? AND study = ? AND modalities = ?", *key)
         if done and study.instances is not None and done["instances"] == study.instances:
             self.tally.found += done["films"]
             self.tally.already += done["films"]
@@ -267,7 +268,8 @@ class Puller:
                 break
             if open_:
                 self._wait(0.5)
-        return counts | {"waiting": len(open_)}
+        waiting = sum(map(self.here, open_))  # the others are gone without a row: `forget --and-refuse` wants none
+        return counts | {"rejected": counts["rejected"] + len(open_) - waiting, "waiting": waiting}
 
     def _note(self) -> None:
         tally = self.tally

@@ -276,3 +276,15 @@ def what_is_said_of_a_film(db: Database) -> None:
     db.execute("CREATE INDEX receipt_image ON receipt(image)")
     db.execute("CREATE INDEX golden_film_image ON golden_film(image)")
     db.execute("CREATE INDEX pulled_study ON pulled(study_uid)")
+
+
+@migrations()
+def pulled_studies_by_mark(db: Database) -> None:
+    """Which studies were pulled, by `privacy.study_mark`: an archive's UID of a patient who is not here led to the patient."""
+    db.execute("DROP TABLE pulled")
+    db.execute(
+        "CREATE TABLE pulled (source TEXT NOT NULL, study TEXT NOT NULL, modalities TEXT NOT NULL, "
+        "instances INTEGER NOT NULL, films INTEGER NOT NULL, at TEXT NOT NULL, "
+        "PRIMARY KEY (source, study, modalities)) STRICT"
+    )
+    db.execute("CREATE INDEX pulled_study ON pulled(study)")

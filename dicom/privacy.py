@@ -31,6 +31,11 @@ def refusal(key: bytes, patient_key: str) -> str:
     return "r" + _hmac(key, b"refuse", patient_key).hex()[:32]
 
 
+def study_mark(key: bytes, study_uid: str) -> str:
+    """ "u" + 32 hex that stands for a study of an archive: such a list outlives the films, and must lead to nobody."""
+    return "u" + _hmac(key, b"study mark", study_uid).hex()[:32]
+
+
 def outside_key(key: bytes, patient_key: str) -> str:
     """ "e" + 16 hex: the same patient in films that leave the site; no list of the site's pseudonyms leads to it."""
     return "e" + _hmac(key, b"export", patient_key).hex()[:16]

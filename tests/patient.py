@@ -7,7 +7,7 @@ from agent import labels, predict, rounds
 from agent.ledger import Ledger
 from agent.site import Site
 from dicom.commitment import Pending, Request
-from dicom.privacy import patient_key
+from dicom.privacy import patient_key, study_mark
 from tests.conftest import make_site
 from tests.crash_line import write_labels
 from tests.deploy_site import FINDINGS
@@ -84,7 +84,7 @@ def a_life(folder: Path) -> tuple[Site, list[bytes]]:
                 ledger.insert(
                     "pulled",
                     source="PACS",
-                    study_uid=str(ds.StudyInstanceUID),
+                    study=study_mark(site.key("pseudonym.key"), str(ds.StudyInstanceUID)),
                     modalities="CR",
                     instances=1,
                     films=1,

@@ -15,6 +15,7 @@ from agent.errors import Problem
 from agent.ledger import utc
 from agent.site import Site
 from agent.status import status
+from dicom.privacy import study_mark
 from learner.round_dir import held, write_json
 from tests.crash_line import DIED, count_steps, in_child
 from tests.films import film
@@ -51,7 +52,9 @@ def test_no_byte_of_the_patient_is_left_and_the_others_lose_nothing(lived_in):
         assert ledger.rows("SELECT * FROM image WHERE patient_key IS NOT NULL ORDER BY id") == others
         assert all(site.store.path(row["original"]).exists() for row in others)
         assert ledger.value("SELECT count(*) FROM prediction") == scores - said["predictions"] == len(others)
-        assert ledger.value("SELECT study_uid FROM pulled") == str(film(20).StudyInstanceUID)
+        assert ledger.value("SELECT study FROM pulled") == study_mark(
+            site.key("pseudonym.key"), film(20).StudyInstanceUID
+        )
         gone = [row["id"] for row in ledger.rows("SELECT id FROM image WHERE reason = 'forgotten'")]
         assert len(gone) == said["films"] == 6  # one corrected, one lateral, one unreadable among them
         for table in forget.of_a_film(ledger):

@@ -7,6 +7,7 @@ import pytest
 from conftest import make_site
 from films import film, take_in
 
+from agent import forget
 from agent import pull as pulling
 from agent.errors import Problem
 from agent.here import Here, patient_ids
@@ -215,6 +216,22 @@ def test_what_the_intake_made_of_it_is_told(site):
     assert {key: said[key] for key in ("stored", "rejected", "quarantined", "duplicate", "waiting")} == {
         "stored": 1, "rejected": 1, "quarantined": 0, "duplicate": 0, "waiting": 0
     }  # fmt: skip
+
+
+def test_a_pull_after_forget_and_refuse_tells_the_film_as_rejected_and_keeps_no_uid_of_it(site):
+    unwanted = film(1, "FORGOTTEN")
+    study = Study(str(unwanted.StudyInstanceUID), 1)
+    archive = Scripted(site, [unwanted], [])
+    archive.studies = lambda wanted: ([study], True)  # type: ignore[method-assign]
+    with site.ledger() as ledger:
+        forget.forget(site, ledger, forget.keys_of(site, "FORGOTTEN", ()), "a test", "asked for", refuse=True)
+        order = Order((Wanted(patient="FORGOTTEN"),))
+        said = Puller(site, ledger, archive, order, wait=lambda s: take_in(site, ledger)).run()
+        assert (said["pulled"], said["rejected"], said["waiting"]) == (1, 1, 0)
+        again = Puller(site, ledger, archive, order).run()
+    assert (again["already"], again["pulled"]) == (1, 0)
+    for path in site.root.glob("ledger.db*"):
+        assert study.uid.encode() not in path.read_bytes(), path
 
 
 def test_a_dry_run_fetches_nothing_and_remembers_nothing(site):
