@@ -59,15 +59,15 @@ def _padding(ds: Dataset, stored: np.ndarray) -> np.ndarray:
 
 def _modality(ds: Dataset, stored: np.ndarray) -> np.ndarray:
     if "ModalityLUTSequence" in ds and ds["ModalityLUTSequence"].value:
-        return _lookup(ds, ds["ModalityLUTSequence"].value[0], stored)
+        return _lookup(ds, ds["ModalityLUTSequence"].value[0], stored)[0]
     slope, intercept = header.number(ds, "RescaleSlope"), header.number(ds, "RescaleIntercept")
     if slope == 0:
         raise ValueError("RescaleSlope (0028,1053) = 0")
     return stored * (1.0 if slope is None else slope) + (intercept or 0.0)
 
 
-def _lookup(ds: Dataset, item: Dataset, values: np.ndarray) -> np.ndarray:
-    """One LUT item applied: values below the first entry take the first, above the last the last (C.11.1.1)."""
+def _lookup(ds: Dataset, item: Dataset, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One LUT item applied, and its table: values below the first entry take it, above the last the last (C.11.1.1)."""
     descriptor = header.shorts(item, "LUTDescriptor")
     if len(descriptor) != 3:
         raise ValueError("LUTDescriptor (0028,3002) does not have three values")
@@ -85,15 +85,15 @@ def _lookup(ds: Dataset, item: Dataset, values: np.ndarray) -> np.ndarray:
         table = np.array(header.shorts(item, "LUTData"), np.float64)
     if len(table) < size:
         raise ValueError(f"LUTData (0028,3006) has {len(table)} of {size} entries")
-    return table[np.clip(np.rint(values).astype(np.int64) - first, 0, size - 1)]
+    return table[np.clip(np.rint(values).astype(np.int64) - first, 0, size - 1)], table[:size]
 
 
 def _voi(ds: Dataset, values: np.ndarray) -> np.ndarray | None:
     """0..1 by the VOI LUT, else by the first window (C.11.2.1.2); None when the header has neither, or a broken one."""
     if "VOILUTSequence" in ds and ds["VOILUTSequence"].value:
-        table = _lookup(ds, ds["VOILUTSequence"].value[0], values)
-        # by the table's own top: many say 16 bits and fill 12
-        return table / table.max() if table.max() > table.min() else None
+        shown, table = _lookup(ds, ds["VOILUTSequence"].value[0], values)
+        # by the table's own top: many say 16 bits and fill 12. Not by this film's brightest pixel, which is no white
+        return shown / table.max() if table.max() > table.min() else None
     try:
         centre, width = header.number(ds, "WindowCenter"), header.number(ds, "WindowWidth")
     except ValueError:

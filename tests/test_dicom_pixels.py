@@ -77,6 +77,12 @@ def test_a_voi_lut_wins_over_a_window(tmp_path):
     assert close(to_plate(again(ds, tmp_path)), expected / 4095 * 255)
 
 
+def test_white_is_the_top_of_the_voi_lut_and_not_the_brightest_pixel_of_the_film(tmp_path):
+    dim = RAMP12 // 4
+    ds = plain(dim, VOILUTSequence=lut(0, np.arange(4096), 12))
+    assert close(to_plate(again(ds, tmp_path)), dim / 4095 * 255)
+
+
 def test_a_modality_lut_comes_first(tmp_path):
     table = np.arange(4096)[::-1]
     ds = plain(RAMP12, ModalityLUTSequence=lut(0, table), WindowCenter=1000, WindowWidth=800)
