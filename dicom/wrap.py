@@ -138,12 +138,22 @@ def _encapsulate(ds: Dataset, stream: bytes | bytearray) -> None:
 
 
 def read_grey(path: Path) -> np.ndarray:
-    """uint8 or uint16 [H, W] of a PNG or JPEG; colour and palettes become grey, transparency black. Raises OSError."""
-    with Picture.open(path) as picture:
-        if picture.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-            return np.clip(np.asarray(picture), 0, 0xFFFF).astype(np.uint16)
-        if picture.mode in ("LA", "RGBA", "PA") or "transparency" in picture.info:
-            coloured = picture.convert("RGBA")
-            black = Picture.new("RGBA", coloured.size, (0, 0, 0, 255))
-            return np.asarray(Picture.alpha_composite(black, coloured).convert("L"))
-        return np.asarray(picture if picture.mode == "L" else picture.convert("RGB").convert("L"))
+    """uint8 or uint16 [H, W] of a PNG or JPEG; colour and palettes become grey, transparency black.
+
+    Raises OSError, and ValueError for a damaged picture and one larger than any film.
+    """
+    try:
+        with Picture.open(path) as picture:
+            return _grey(picture)
+    except (Picture.DecompressionBombError, SyntaxError) as error:  # SyntaxError: the library's word for a broken PNG
+        raise ValueError(str(error)) from None
+
+
+def _grey(picture: Picture.Image) -> np.ndarray:
+    if picture.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+        return np.clip(np.asarray(picture), 0, 0xFFFF).astype(np.uint16)
+    if picture.mode in ("LA", "RGBA", "PA") or "transparency" in picture.info:
+        coloured = picture.convert("RGBA")
+        black = Picture.new("RGBA", coloured.size, (0, 0, 0, 255))
+        return np.asarray(Picture.alpha_composite(black, coloured).convert("L"))
+    return np.asarray(picture if picture.mode == "L" else picture.convert("RGB").convert("L"))

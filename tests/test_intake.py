@@ -178,6 +178,16 @@ def test_import_takes_files_whose_names_are_no_utf_8(site, tmp_path):
     assert "not a DICOM" not in rows["b\\xe4r.png"]
 
 
+def test_import_goes_on_after_a_picture_larger_than_any_film(site, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("1", (20_000, 10_000)).save(folder / "bomb.png")
+    save(film(1), folder / "film.dcm")
+    with site.ledger() as ledger:
+        said = import_folder(site, ledger, folder, "PA")
+    assert (said["quarantined"], said["seen"] - said["quarantined"]) == (1, 1)
+
+
 def test_import_beside_a_table_that_is_no_utf_8_says_which(site, tmp_path):
     (tmp_path / "labels.csv").write_bytes(b"file,patient_id\nm\xfcller.png,1\n")
     with site.ledger() as ledger, pytest.raises(Problem, match=r"labels.csv: not a table in UTF-8"):
