@@ -12,9 +12,8 @@ from pydicom import Dataset
 from agent.errors import Problem
 from agent.peers import Peer, parse
 from agent.site import Site
-from dicom import tls
+from dicom import sender, tls
 from dicom.listener import Node
-from dicom.sender import echo, report_commitment
 
 log = logging.getLogger("cxrloop")
 
@@ -76,13 +75,13 @@ def address(site: Site) -> str:
 
 
 def answers(site: Site) -> bool:
-    """True when our own node answers C-ECHO, in TLS where it speaks TLS."""
+    """True when our own node answers C-ECHO, or says that it is busy; in TLS where it speaks TLS."""
     keys, us = site.config.node, identity(site)
     try:
         context = tls.to_ourselves(us) if us else None
     except (tls.BadCertificate, OSError):  # ssl.SSLError is one: the files have gone bad since the start
         return False
-    return echo(address(site), keys.port, keys.aet, calling_aet=keys.aet, tls=context)
+    return sender.answers(address(site), keys.port, keys.aet, calling_aet=keys.aet, tls=context)
 
 
 def peers(site: Site) -> dict[str, Peer]:
@@ -110,7 +109,9 @@ def report(site: Site, aet: str, information: Dataset, event_type: int) -> bool:
         return False
     ours = site.config.node.aet
     try:
-        status = report_commitment(information, event_type, peer.host, peer.port, peer.aet, ours, wire(site, peer))
+        status = sender.report_commitment(
+            information, event_type, peer.host, peer.port, peer.aet, ours, wire(site, peer)
+        )
     except (OSError, Problem) as why:  # socket.gaierror: no such host; or our certificate has gone bad
         log.warning("%s@%s:%d: %s", peer.aet, peer.host, peer.port, why)
         return False

@@ -25,6 +25,7 @@ from dicom.rest import resting
 VERIFICATION = "1.2.840.10008.1.1"
 STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"
 COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1.1"  # PS3.4 J.3.5: the well-known instance
+REJECTED_TRANSIENT = 2  # result of an A-ASSOCIATE-RJ (PS3.8 table 9-21)
 LARGEST_PDU = 131072
 MAX_CONTEXTS = 128  # PS3.8: odd identifiers from 1 to 255
 TIMEOUT = 30  # seconds for an answer
@@ -67,6 +68,20 @@ def echo(
     """True when the node at host:port answers C-ECHO with Success; over TLS when there is a context."""
     line = _Line(host, port, called_aet, calling_aet, [(VERIFICATION, IMPLICIT_LE)], tls)
     try:
+        return line.up and line.association.send_c_echo().get("Status") == 0
+    finally:
+        line.close()
+
+
+def answers(
+    host: str, port: int, called_aet: str, calling_aet: str = "CXRSEND", tls: ssl.SSLContext | None = None
+) -> bool:
+    """True when the node at host:port is at work: it answers C-ECHO, or refuses for now since its seats are taken."""
+    line = _Line(host, port, called_aet, calling_aet, [(VERIFICATION, IMPLICIT_LE)], tls)
+    try:
+        said = line.association.acceptor.primitive
+        if line.association.is_rejected and said is not None:
+            return said.result == REJECTED_TRANSIENT
         return line.up and line.association.send_c_echo().get("Status") == 0
     finally:
         line.close()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from answers import Archive
-from pacs import film, free_port, save
+from pacs import associate, film, free_port, save, wait_for
 from pynetdicom import evt
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_STORE_RSP
@@ -13,7 +13,7 @@ from pynetdicom.dimse_messages import C_STORE_RSP
 from dicom.inbox import Inbox
 from dicom.listener import Listener, Node
 from dicom.part10 import EXPLICIT_LE, IMPLICIT_LE
-from dicom.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, deliver, echo, send
+from dicom.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, VERIFICATION, answers, deliver, echo, send
 from dicom.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 
 
@@ -51,6 +51,19 @@ def test_with_nobody_there_nothing_is_sent():
     port = free_port()
     assert not echo("127.0.0.1", port, "CXRLOOP")
     assert [status for _, status in send([film()], "127.0.0.1", port, "CXRLOOP")] == [None]
+
+
+def test_a_node_whose_seats_are_taken_is_at_work(tmp_path):
+    listener = Listener(Node(port=0, max_associations=1), Inbox(tmp_path / "inbox", 0))
+    listener.start()
+    try:
+        assert answers("127.0.0.1", listener.port, "CXRLOOP")
+        assert not answers("127.0.0.1", listener.port, "OTHER")
+        assert wait_for(lambda: associate(listener.port, [(VERIFICATION, EXPLICIT_LE)]).is_established)
+        assert not echo("127.0.0.1", listener.port, "CXRLOOP")
+        assert answers("127.0.0.1", listener.port, "CXRLOOP")
+    finally:
+        listener.stop()
 
 
 def test_results_come_while_sending(node):
