@@ -40,7 +40,11 @@ def listen(site: Site, stop: threading.Event) -> None:
     full = Watermark(lambda: min(map(free_bytes, places)), site.config.retention.refuse_free_mb)
     listener = Listener(node, site.inbox, services=(commitment.service,), full=full)
     listener.refusals.keep(folder / "refused.json")
-    listener.start()
+    try:
+        listener.start()
+    except OSError as error:
+        place = f"node.host, node.port = {node.host}:{node.port}"
+        raise Problem(f"{place}: {error.strerror}; `ss -ltnp` says who listens there") from None
     commitment.start()
     sys.stderr.write(f"listen ready on {node.aet}@{node.host}:{listener.port}\n")
     while not stop.wait(LOOK_UP_S):

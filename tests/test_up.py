@@ -8,10 +8,12 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 from conftest import make_site
 from pacs import wait_for
 
 from agent import network, node
+from agent.errors import Problem
 
 
 def test_every_line_of_readiness_is_one_write_since_four_processes_share_the_stream(tmp_path: Path):
@@ -31,6 +33,13 @@ def test_every_line_of_readiness_is_one_write_since_four_processes_share_the_str
         process.wait(30)
     ready = [write for write in writes if "ready" in write]
     assert len(ready) == 4 and all(write.endswith("\n") and write.count("\n") == 1 for write in ready), writes
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    site = make_site(tmp_path / "site")
+    with socket.create_server(("127.0.0.1", site.config.node.port)):
+        with pytest.raises(Problem, match=rf"127.0.0.1:{site.config.node.port}: Address already in use"):
+            node.listen(site, threading.Event())
 
 
 def test_a_part_stops_at_a_signal_that_did_not_interrupt_its_wait(tmp_path):
