@@ -37,9 +37,9 @@ def test_every_line_of_readiness_is_one_write_since_four_processes_share_the_str
 
 def test_a_port_that_is_taken_is_named(tmp_path):
     site = make_site(tmp_path / "site")
-    with socket.create_server(("127.0.0.1", site.config.node.port)):
-        with pytest.raises(Problem, match=rf"127.0.0.1:{site.config.node.port}: Address already in use"):
-            node.listen(site, threading.Event())
+    place = rf"127.0.0.1:{site.config.node.port}: Address already in use"
+    with socket.create_server(("127.0.0.1", site.config.node.port)), pytest.raises(Problem, match=place):
+        node.listen(site, threading.Event())
 
 
 def test_a_part_stops_at_a_signal_that_did_not_interrupt_its_wait(tmp_path):
