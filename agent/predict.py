@@ -18,17 +18,19 @@ BATCH = 16  # films of one request: 4 MB, under a second on two cores
 
 
 def step(site: Site, ledger: Ledger, client: Client) -> int:
-    """Score at most BATCH waiting films; how many were scored (0 when there is nothing, or nobody, to ask)."""
-    waiting = _waiting(ledger, "unscored") or _waiting(ledger, "score_again")
-    if not waiting:
+    """Score at most BATCH waiting films; how many left the line (0 when there is nothing, or nobody, to ask)."""
+    queued = _waiting(ledger, "unscored") or _waiting(ledger, "score_again")
+    if not queued:
         return 0
-    plates = np.stack([site.store.plate(row["plate"]) for row in waiting])
+    waiting, plates = _read(site, ledger, queued)
+    if not waiting:
+        return len(queued)
     kinds = outbox.kinds(site)
     try:
         if "sc" in kinds:
-            bundle, findings, probabilities, maps = client.explain(plates)
+            bundle, findings, probabilities, maps = client.explain(np.stack(plates))
         else:
-            (bundle, findings, probabilities), maps = client.predict(plates), None
+            (bundle, findings, probabilities), maps = client.predict(np.stack(plates)), None
     except ServerDown:
         return 0
     at = utc()
@@ -44,7 +46,25 @@ def step(site: Site, ledger: Ledger, client: Client) -> int:
             )
             outbox.put(ledger, row["id"], bundle, kinds, pack(maps[n]) if maps is not None else None, at)
             ledger.run("DELETE FROM score_again WHERE image = ?", row["id"])
-    return len(waiting)
+    return len(queued)
+
+
+def _read(site: Site, ledger: Ledger, queued: list[Row]) -> tuple[list[Row], list[np.ndarray]]:
+    """The films whose plate can be read, with it. One whose plate is lost leaves the line, or none behind it were scored."""
+    found: list[tuple[Row, np.ndarray]] = []
+    for row in queued:
+        try:
+            found.append((row, site.store.plate(row["plate"])))
+        except (FileNotFoundError, ValueError, EOFError):
+            detail = (
+                f"image {row['id']}: its plate is lost or damaged, so it is not scored; restore store/plates from the "
+                f"backup, then `cxrloop studies rerun {row['id']}`"
+            )
+            with ledger.transaction():
+                ledger.insert("notice", kind="damaged", detail=detail, at=utc())
+                for table in ("unscored", "score_again"):
+                    ledger.run(f"DELETE FROM {table} WHERE image = ?", row["id"])
+    return [row for row, _ in found], [plate for _, plate in found]
 
 
 def _waiting(ledger: Ledger, table: str) -> list[Row]:

@@ -78,6 +78,29 @@ def test_a_labelled_film_stays_labelled_and_counts_as_returned_once(scored, port
     assert ledger.value("SELECT returned_at FROM image WHERE id = 1") == first
 
 
+@pytest.mark.parametrize("left", [None, b"", b"no array"])
+def test_a_film_whose_plate_is_lost_is_said_and_the_next_one_is_scored(tmp_path, left):
+    site = make_site(tmp_path / "site", site={"findings": list(FINDINGS)})
+    with site.ledger() as ledger:
+        for seed in range(2):
+            put(site, film(seed), f"{seed}.dcm")
+        take_in(site, ledger)
+        add_model(site, ledger, 1)
+        plate = site.store.path(ledger.value("SELECT plate FROM image WHERE id = 1"))
+        whole = plate.read_bytes()
+        plate.unlink()
+        if left is not None:
+            plate.write_bytes(left)
+        assert predict.step(site, ledger, Served(site, ledger)) == 2  # type: ignore[arg-type]
+        assert states(site, ledger) == ["stored", "predicted"]
+        (alert,) = [one["detail"] for one in status.status(site, ledger)["alerts"] if one["kind"] == "damaged"]
+        assert "image 1" in alert and "studies rerun 1" in alert
+        plate.write_bytes(whole)
+        studies.rerun(ledger, "1", None, False, "a test")
+        predict.step(site, ledger, Served(site, ledger))  # type: ignore[arg-type]
+        assert states(site, ledger) == ["predicted", "predicted"]
+
+
 def test_a_film_with_a_refused_result_is_not_returned(scored, port):
     site, ledger = scored
     with Archive(port, verdict=lambda ds: 0xA900 if ds.Modality == "SR" else 0):
