@@ -157,6 +157,8 @@ def _objects(line: Line, ledger: Ledger, rows: list[Row], under_way: list[Row], 
             _move(ledger, row, "failed", str(error), now, line)
         except FileNotFoundError:
             _move(ledger, row, "failed", "the original or its plate is not in the store", now, line)
+        except OSError as error:  # a bad block, or too many files open: later, and the others meanwhile
+            _move(ledger, row, "waiting", f"the original or its plate can't be read: {error.strerror}", now, line)
         except HOSTILE as error:  # one odd film must not keep the others; its values stay out of the reason
             _move(ledger, row, "failed", f"can't be made: {type(error).__name__}", now, line)
         else:

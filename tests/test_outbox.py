@@ -199,6 +199,17 @@ def test_a_film_whose_original_is_gone_is_shown_and_blocks_no_other(site, port):
         assert "not in the store" in outbox.alerts(site, ledger, NOW)[0][1]
 
 
+def test_a_film_that_the_disk_does_not_give_out_waits_and_blocks_no_other(site, port):
+    with answering(site, films=2) as (ledger, line), Archive(port) as pacs:
+        original = site.store.path(ledger.value("SELECT original FROM image WHERE id = 1"))
+        original.unlink()
+        original.mkdir()  # any error of reading
+        outbox.step(site, ledger, line, NOW)
+        assert states(ledger) == [("sr", "waiting"), ("sc", "waiting"), ("sr", "sent"), ("sc", "sent")]
+        assert "can't be read" in ledger.value("SELECT why FROM outbox WHERE id = 1")
+        assert len(pacs.held) == 2
+
+
 def test_results_that_wait_long_are_an_alert_that_names_why(site, port):
     with answering(site) as (ledger, line):
         assert outbox.alerts(site, ledger, datetime.now(UTC)) == []
