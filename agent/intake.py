@@ -18,7 +18,7 @@ from dicom.ingest import Admission
 from dicom.part10 import content_sha256
 from dicom.pixels import PLATE_VERSION
 from dicom.privacy import refusal
-from dicom.worker import Examiner
+from dicom.worker import UNREAD, Examiner
 
 BATCH = 64  # files of one step: small enough to be scored soon, large enough to keep the worker busy
 IDENTITY = ("study_uid", "patient_key", "view")  # a change in one of these is a corrected version
@@ -41,13 +41,26 @@ def step(site: Site, ledger: Ledger, pool: Examiner) -> int:
     files = site.inbox.waiting(BATCH)
     if files:
         fix_shares(ledger, site.config.patients)
+    taken = 0
     for path, examined in pool.examine(files):
         if not path.exists():  # forgotten meanwhile
+            continue
+        if examined.sha256 == UNREAD:
+            _unread(ledger, path.name)
             continue
         received = utc(datetime.fromtimestamp(path.stat().st_mtime, UTC))
         take(site, ledger, path, examined, received, receipt=path.name)
         path.unlink(missing_ok=True)
-    return len(files)
+        taken += 1
+    return taken
+
+
+def _unread(ledger: Ledger, name: str) -> None:
+    """A file that the disk does not give out stays where it is, said once; those behind it are taken in."""
+    detail = f"inbox/{name} can't be read and stays there; check the disk"
+    if not ledger.value("SELECT 1 FROM notice WHERE detail = ?", detail):
+        with ledger.transaction():
+            _notice(ledger, "damaged", detail)
 
 
 def take(

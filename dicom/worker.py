@@ -20,6 +20,7 @@ from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 from dicom.image import Examined
 from dicom.ingest import Admission, examine, unexamined
 
+UNREAD = "0" * 64  # in place of the hash of a file that could not even be read
 # The kernel's memory killer, or a person: perhaps not this film's fault, so it gets a second try
 GRACE_S = 30  # for starting a worker, on top of the films' own limits
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
@@ -100,8 +101,8 @@ class Examiner:
             return self._result(path, self._schedule(path), again=False)
         try:
             return unexamined(path, self._key, self._reason(error))
-        except OSError:  # not readable for us either; a fixed hash keeps the row possible
-            return Examined("quarantined", self._reason(error), "0" * 64)
+        except OSError:  # not readable for us either
+            return Examined("quarantined", self._reason(error), UNREAD)
 
     def _reason(self, error: BaseException) -> str:
         if isinstance(error, TimeoutError):

@@ -144,6 +144,18 @@ def test_shares_cannot_change_after_the_first_film(tmp_path):
             fix_shares(ledger, site.config.patients.model_copy(update={"golden": 0.2}))
 
 
+def test_a_file_that_the_disk_does_not_give_out_stays_and_keeps_no_film_behind_it_out(site):
+    unread = site.root / "inbox" / "0.dcm"
+    unread.mkdir()  # any error of reading
+    os.utime(unread, (0, 0))
+    with site.ledger() as ledger, intake.examiner(site) as pool:
+        put(site, film(1))
+        assert [intake.step(site, ledger, pool) for _ in range(3)] == [1, 0, 0]
+        said = ledger.rows("SELECT kind, detail FROM notice")
+    assert said == [{"kind": "damaged", "detail": "inbox/0.dcm can't be read and stays there; check the disk"}]
+    assert unread.exists()
+
+
 def test_import_takes_dicom_and_pictures_through_the_same_intake(site, tmp_path):
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
