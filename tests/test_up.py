@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import make_site
+from conftest import free_port, make_site
 from pacs import wait_for
 
 from agent import network, node
@@ -63,3 +63,17 @@ def test_a_part_stops_at_a_signal_that_did_not_interrupt_its_wait(tmp_path):
         signal.signal(signal.SIGTERM, before)
         asking.join()
     assert not late.is_set()
+
+
+def test_the_node_loads_no_imaging_library_that_pydicom_would_bring(tmp_path: Path):
+    """Its memory is promised: below 100 MB under eight senders (bench/ingest.py measures it)."""
+    site = make_site(tmp_path / "site", node={"port": free_port()})
+    process = subprocess.Popen(node.command(site.root / "appliance.toml"), stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr
+        assert any("listen ready" in line for line in process.stderr)
+        mapped = Path(f"/proc/{process.pid}/maps").read_text()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    assert "numpy" in mapped and "/PIL/" not in mapped
