@@ -20,10 +20,10 @@ from learner.average import Weights, settle, soup, wise
 from learner.choice import first_as_good, macro_curve
 from learner.data import label_table
 from learner.evolve import evolve, take_mean
-from learner.graph import pseudo_labels
+from learner.graph import both_classes, pseudo_labels
 from learner.heads import Network
 from learner.pseudo import weight_table
-from learner.refit import FEW_PENALTY, TRAINED, answer, mean
+from learner.refit import FEW_PENALTY, TRAINED, answer, mean, only
 from learner.round_dir import Film
 from learner.run import SCORED, Run
 from learner.step import State
@@ -143,16 +143,21 @@ def set_head(network: Network, head: linear.Linear) -> None:
 def refit(run: Run, network: Network, own: float = 0.0) -> None:
     """The last correction: the class head fitted to convergence on what this network sees, to labels or graph and labels.
 
-    `own`: the share that the head keeps which the network was trained with, beside graph and labels.
+    `own`: the share that the head keeps which the network was trained with, beside graph and labels. A finding whose
+    labels of this round don't hold both classes, or that has none, keeps what the parent's head knew of it.
     """
     recipe, films = run.recipe, run.round.unlabelled
+    if recipe.refit == "none" or recipe.class_hidden or not run.round.labelled:
+        return
+    before, labels = head_of(network), label_table(films)
     if recipe.refit == "linear":
         fit_head(run, network)
-    elif recipe.refit == "graph" and recipe.class_hidden == 0:
-        labels, seen = label_table(films), run.embeddings(network, films)
-        weights = label_weights(run, labels)
+    else:
+        seen, weights = run.embeddings(network, films), label_weights(run, labels)
         fitted = answer(seen, labels, recipe.neighbours, recipe.components, weights)
-        set_head(network, mean(fitted, head_of(network), seen, own) if own else fitted)
+        set_head(network, mean(fitted, before, seen, own) if own else fitted)
+    if not run.first:
+        set_head(network, only(both_classes(labels), head_of(network), before))
 
 
 def teach(run: Run, state: State) -> None:

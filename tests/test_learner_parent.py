@@ -1,0 +1,62 @@
+"""Rounds of `evolve` that go on from a parent: what it knew and this round's labels don't say stays known."""
+
+import pytest
+import torch
+
+from learner.checkpoint import save_weights
+from learner.recipes import evolve
+from learner.round_dir import load
+from learner.run import Run
+from tests.learner_site import make, read_manifest, write_manifest
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens a round after one whose networks differ and know both findings; `edit` changes its manifest."""
+    runs = []
+
+    def open_round(edit=lambda manifest: None, parent=None, **overrides):
+        first = Run(load(make(tmp_path / f"first {len(runs)}", lam=0.0, **(parent or {}))))
+        state, generator = first.state("evolve", first.schedule(first.unlabelled(), 1, 1e-3)), torch.Generator()
+        for number, network in enumerate((state.student, state.teacher)):
+            for value in network.parameters():
+                torch.nn.init.normal_(value, 0, 0.1, generator=generator.manual_seed(number))
+        at = tmp_path / f"{len(runs)}.safetensors"
+        save_weights(at, state, first.plan, first.round.findings)
+        parent = {"bundle": "abc", "state": str(at)}
+        folder = make(tmp_path / f"r {len(runs)}", films={"parent": parent}, **{"lam": 0.0, **overrides})
+        manifest = read_manifest(folder)
+        edit(manifest)
+        write_manifest(folder, manifest)
+        runs.extend([first, Run(load(folder))])
+        return runs[-1]
+
+    yield open_round
+    for run in runs:
+        run.teller.close()
+
+
+def without_labels(manifest):
+    for film in manifest["films"]:
+        film["labels"] = None if film["range"] == "train" else film["labels"]
+
+
+def without_a_positive_mass(manifest):
+    for film in manifest["films"]:
+        film["labels"][1] = None if film["labels"][1] is None else 0
+
+
+@pytest.mark.parametrize("refit", ["graph", "linear"])
+@pytest.mark.parametrize(("edit", "kept"), [(without_labels, [True, True]), (without_a_positive_mass, [False, True])])
+def test_a_finding_that_no_label_tells_of_keeps_the_parents_head(opened, edit, kept, refit):
+    run = opened(edit, refit=refit)
+    state = evolve.begun(run, run.from_parent)
+    before = evolve.head_of(state.student)
+    evolve.teach(run, state)
+    for network in (state.student, state.teacher):
+        after = evolve.head_of(network)
+        same = (after.weight == before.weight).all(1) & (after.bias == before.bias)
+        assert same.tolist() == kept
