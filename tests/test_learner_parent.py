@@ -19,7 +19,7 @@ def opened(tmp_path):
     runs = []
 
     def open_round(edit=lambda manifest: None, parent=None, **overrides):
-        first = Run(load(make(tmp_path / f"first {len(runs)}", lam=0.0, **(parent or {}))))
+        first = Run(load(make(tmp_path / f"first {len(runs)}", **{"lam": 0.0, **(parent or {})})))
         state, generator = first.state("evolve", first.schedule(first.unlabelled(), 1, 1e-3)), torch.Generator()
         for number, network in enumerate((state.student, state.teacher)):
             for value in network.parameters():
@@ -60,3 +60,24 @@ def test_a_finding_that_no_label_tells_of_keeps_the_parents_head(opened, edit, k
         after = evolve.head_of(network)
         same = (after.weight == before.weight).all(1) & (after.bias == before.bias)
         assert same.tolist() == kept
+
+
+def test_the_anchor_is_what_the_parent_serves(opened):
+    run = opened(replay=0.25)
+    table = evolve.targets(run, evolve.begun(run, run.from_parent))
+    films = run.round.unlabelled
+    torch.testing.assert_close(table["champion"], evolve.logits_of(run, run.champion(), films))
+
+
+def test_a_round_after_a_served_teacher_begins_with_it(opened):
+    run = opened(parent={"method": "distl", "lam": 0.5, "serve": "teacher"})
+    state, served = evolve.begun(run, run.from_parent), run.champion().state_dict()
+    assert all(torch.equal(value, served[key]) for key, value in state.student.state_dict().items())
+
+
+def test_frozen_blocks_that_a_parent_trained_are_the_same_in_both_networks(opened):
+    run = opened(parent={"arch": "vit_tiny_patch8_depth2"}, frozen_blocks=1)
+    state = evolve.begun(run, run.from_parent)
+    images = torch.randn(2, 1, 32, 32)
+    lower = [network.backbone.lower(images) for network in (state.student, state.teacher)]
+    assert torch.equal(*lower)

@@ -73,19 +73,20 @@ def probe(run: Run, state: State) -> None:
 
 def targets(run: Run, state: State) -> dict[str, Tensor]:
     """What the unlabelled films are taught, by film: see `learner.evolve.evolve`."""
-    recipe, films, teacher = run.recipe, run.round.unlabelled, state.teacher
+    recipe, films = run.recipe, run.round.unlabelled
     labels = label_table(films)
     prevalence = shrunk_prevalence(labels)
-    seen = run.embeddings(teacher, films)
-    logits = teacher.cls_head(seen.to(run.device)).float().cpu().detach()
-    table = {"champion": logits, "prevalence": prevalence}
+    table = {"prevalence": prevalence}
+    if recipe.replay or recipe.agree == "soft":
+        table["champion"] = logits_of(run, state.student, films)
     if recipe.targets == "teacher":
         table["rate"] = torch.ones(())  # a soft answer for every film
     if recipe.targets == "graph":
+        seen = run.embeddings(state.teacher, films)
         soft = pseudo_labels(seen, labels, prevalence, recipe.neighbours, recipe.components)
         weight = torch.ones_like(soft)
         if recipe.agree == "teacher":
-            weight = agreement(torch.logit(soft, 1e-4), logits)
+            weight = agreement(torch.logit(soft, 1e-4), logits_of(run, state.teacher, films))
         elif recipe.agree == "heads":
             weight = agreement(*(linear.fit(seen, half, FEW_PENALTY)(seen).float() for half in halves(labels)))
         elif recipe.agree == "soft":
@@ -224,5 +225,10 @@ def quality(run: Run, network: Network, films: Sequence[Film]) -> Curve | None:
     """Macro AUC on these films with its error; None where a finding has too few of a class to choose by."""
     if not films:
         return None
-    logits = network.cls_head(run.embeddings(network, films).to(run.device)).detach().cpu().numpy()
+    logits = logits_of(run, network, films).numpy()
     return macro_curve(logits, label_table(films).numpy(), [film.patient for film in films])
+
+
+def logits_of(run: Run, network: Network, films: Sequence[Film]) -> Tensor:
+    """What a network says of films without noise: (N, F), float32 on the host."""
+    return network.cls_head(run.embeddings(network, films).to(run.device)).float().detach().cpu()
