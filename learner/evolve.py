@@ -114,7 +114,8 @@ def look_ahead(state: State, batch: Batch) -> Ahead:
     wanted = {"koleo": spread} if recipe.koleo else {}
     if balanced:
         wanted |= dict.fromkeys(
-            ["dino"] + ["ibot"] * bool(recipe.ibot), partial(sinkhorn, temperature=recipe.teacher_temp)
+            ["dino"] * bool(recipe.lam) + ["ibot"] * bool(recipe.ibot),
+            partial(sinkhorn, temperature=recipe.teacher_temp),
         )
     return {
         name: dict(zip((part.start for part in pieces), together(rows[name], width[name], make, like), strict=True))

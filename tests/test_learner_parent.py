@@ -5,7 +5,7 @@ import torch
 
 from learner.checkpoint import save_weights
 from learner.recipes import evolve
-from learner.round_dir import load
+from learner.round_dir import ManifestError, load
 from learner.run import Run
 from tests.learner_site import make, read_manifest, write_manifest
 
@@ -81,3 +81,10 @@ def test_frozen_blocks_that_a_parent_trained_are_the_same_in_both_networks(opene
     images = torch.randn(2, 1, 32, 32)
     lower = [network.backbone.lower(images) for network in (state.student, state.teacher)]
     assert torch.equal(*lower)
+
+
+@pytest.mark.parametrize("targets", ["graph", "none"])
+def test_a_round_in_which_neighbours_have_no_label_to_pass_on_is_refused(opened, targets):
+    run = opened(without_labels, targets=targets)
+    with pytest.raises(ManifestError, match='leave targets = "teacher"'):
+        evolve.run(run)

@@ -24,7 +24,7 @@ from learner.graph import both_classes, pseudo_labels
 from learner.heads import Network
 from learner.pseudo import weight_table
 from learner.refit import FEW_PENALTY, TRAINED, answer, mean, only
-from learner.round_dir import Film
+from learner.round_dir import Film, ManifestError
 from learner.run import SCORED, Run
 from learner.step import State
 from learner.supervised import balance_of, learn_labels
@@ -38,7 +38,17 @@ LOST = 0.02  # macro AUC on validation: what a round may seem to lose by chance 
 def run(run: Run) -> None:
     """T=0 when there is no parent, then one round on every train film."""
     recipe = run.recipe
+    if not run.round.labelled and recipe.targets != "teacher":
+        raise ManifestError(
+            f'manifest: no labelled train film, and targets = "{recipe.targets}" asks no teacher: label some train films, '
+            'or leave targets = "teacher"'
+        )
     start = run.from_student(learn_labels(run, partial(probe, run))) if run.first else run.from_parent
+    if recipe.class_hidden and recipe.refit != "none":
+        run.notes = [
+            *run.notes,
+            f'refit = "{recipe.refit}" is for a linear class head: this one, of three layers, stays',
+        ]
     table = run.once("targets", lambda: targets(run, begun(run, start)))
     unlabelled = run.feed(run.round.unlabelled, "unlabelled", recipe.local_views if recipe.lam else 0, False)
     labelled = run.labelled("labelled") if run.round.labelled and recipe.label_weight else None
