@@ -10,6 +10,10 @@ import sys
 import threading
 from pathlib import Path
 
+if __name__ == "__main__":  # pydicom imports these when they are there; 8 MB that receiving never uses
+    for name in ("PIL", "requests", "tqdm"):
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType] # None: as if it were not installed
+
 from agent import committed, network
 from agent.errors import Problem
 from agent.site import Site

@@ -41,6 +41,7 @@ from learner.run import Run
 from learner.tokens import Bank
 
 RESULTS = Path(__file__).parent / "results"
+DRAWS = list(range(8))
 # Sizes that two cores can train: ViT-S/14 at 140 px, eleven of its twelve blocks frozen, two noised versions of a film.
 SIZES = {
     "image_size": 140, "local_size": 70, "local_views": 2, "cached_views": 2, "frozen_blocks": 11, "mean": 0.45,
@@ -97,7 +98,7 @@ def main() -> None:
     )
     asked.add_argument("--experiment", nargs="*", choices=("A", "B", "C"), default=["A", "B", "C"])
     asked.add_argument("--shares", type=float, nargs="*", default=[0.01, 0.02])
-    asked.add_argument("--draws", type=int, nargs="*", default=list(range(8)))
+    asked.add_argument("--draws", type=int, nargs="*", default=DRAWS)
     asked.add_argument("--arms", nargs="*", default=[*FROZEN, *TRAINED])
     asked.add_argument("--ladder", action="store_true", help="the ablation ladder (A, T=1), instead of the arms")
     asked.add_argument("--report", action="store_true", help="only print and draw what there is")
@@ -122,10 +123,8 @@ def main() -> None:
                     cell(site, frozen, division, "ladder" if given.ladder else experiment, arm, share, seed, scores)
         kept = given.work / "floors.json"
         before = json.loads(kept.read_text())["pixels"] if kept.exists() else {}
-        floors = {
-            "pixels": before | pixel_floor(pool, asked_for(given), given.draws),
-            "view": view_floor(given.data),
-        }
+        new = [one for one in asked_for(given) if "{} {}".format(*one) not in before]
+        floors = {"pixels": before | pixel_floor(pool, new, DRAWS), "view": view_floor(given.data)}
         kept.write_text(json.dumps(floors, indent=1) + "\n")
     report(whole, scores, RESULTS, given.work / "floors.json")
 

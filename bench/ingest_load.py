@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ingest_receivers import OURS, free_port
+from ingest_receivers import free_port
 from ingest_sender import Film, associate, encoded, pdu, store
 
 from dicom.image import COMPUTED_RADIOGRAPHY
@@ -31,6 +31,15 @@ from dicom.wrap import wrap
 ROOT = "1.2.826.0.1.3680043.8.498.77."
 DIGITS = 12  # of the last component, so that every UID is as long as the one it replaces
 SIDES = (300, 700, 1400)  # pixels: 0.2, 1 and 4 MB
+OURS = """
+import logging, sys, threading
+from pathlib import Path
+from dicom.inbox import Inbox
+from dicom.listener import Listener, Node
+listener = Listener(Node(aet="BENCH", port=int(sys.argv[2])), Inbox(Path(sys.argv[1])))
+listener.start()
+threading.Event().wait()
+"""
 
 
 class Films:

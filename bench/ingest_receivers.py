@@ -18,19 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from agent import config, node
+from agent.site import init
+
 TUNED = {"TCP_BUFFER_LENGTH": "1048576", "TCP_NODELAY": "1"}
 STOP_S = 10
 HERE = Path(__file__).parent
 
-OURS = """
-import logging, sys, threading
-from pathlib import Path
-from dicom.inbox import Inbox
-from dicom.listener import Listener, Node
-listener = Listener(Node(aet="BENCH", port=int(sys.argv[2])), Inbox(Path(sys.argv[1])))
-listener.start()
-threading.Event().wait()
-"""
 NAIVE = """
 import sys
 from pathlib import Path
@@ -68,8 +64,16 @@ def _orthanc(tuned: bool) -> Callable[[Path, int], list[str]]:
     return command
 
 
-def _python(code: str) -> Callable[[Path, int], list[str]]:
-    return lambda folder, port: [sys.executable, "-c", code, str(folder / "in"), str(port)]
+def _served(folder: Path, port: int) -> list[str]:
+    """Our node as `cxrloop serve` runs it, in a site of its own."""
+    site = init(
+        folder / "site", config.checked({"site": {"findings": ["any"]}, "node": {"aet": "BENCH", "port": port}})
+    )
+    return node.command(site.root / "appliance.toml")
+
+
+def _naive(folder: Path, port: int) -> list[str]:
+    return [sys.executable, "-c", NAIVE, str(folder / "in"), str(port)]
 
 
 def _storescp(folder: Path, port: int) -> list[str]:
@@ -85,11 +89,11 @@ class Kind:
 
 
 KINDS = (
-    Kind("ours", True, _python(OURS), {}),
+    Kind("ours", True, _served, {}),
     Kind("Orthanc default", True, _orthanc(False), {}),
     Kind("Orthanc tuned", True, _orthanc(True), TUNED),
     Kind("storescp --fork tuned", False, _storescp, TUNED),
-    Kind("naive pynetdicom", False, _python(NAIVE), {}),
+    Kind("naive pynetdicom", False, _naive, {}),
 )
 
 

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import make_site
+from conftest import free_port, make_site
+
+from agent import node
 
 
 def test_every_line_of_readiness_is_one_write_since_four_processes_share_the_stream(tmp_path: Path):
@@ -27,3 +29,17 @@ def test_every_line_of_readiness_is_one_write_since_four_processes_share_the_str
         process.wait(30)
     ready = [write for write in writes if "ready" in write]
     assert len(ready) == 4 and all(write.endswith("\n") and write.count("\n") == 1 for write in ready), writes
+
+
+def test_the_node_loads_no_imaging_library_that_pydicom_would_bring(tmp_path: Path):
+    """Its memory is promised: below 100 MB under eight senders (bench/ingest.py measures it)."""
+    site = make_site(tmp_path / "site", node={"port": free_port()})
+    process = subprocess.Popen(node.command(site.root / "appliance.toml"), stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr
+        assert any("listen ready" in line for line in process.stderr)
+        mapped = Path(f"/proc/{process.pid}/maps").read_text()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    assert "numpy" in mapped and "/PIL/" not in mapped
