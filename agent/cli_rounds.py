@@ -163,6 +163,7 @@ def _learning(said: dict[str, Any]) -> list[tuple[str, str]]:
         ("losses", ", ".join(f"{name} {_number(value)}" for name, value in said["losses"].items())),
         ("monitors", ", ".join(monitors)),
         ("candidate", said["candidate"]),
+        ("notes", "; ".join(said["notes"])),
         ("figure", said["figure"]),
     ]
     return [row for row in rows if row[1]]

@@ -20,13 +20,13 @@ POLL_S = 0.5
 
 
 def learning(folder: Path) -> dict[str, Any]:
-    """Phases with the steps done, newest losses of the newest phase and newest monitors, the candidate chosen, the picture."""
+    """Phases with the steps done, newest losses of the newest phase and newest monitors, the candidate chosen, notes, the picture."""
     curves = read(folder)
     newest = curves.phases[-1] if curves.phases else None
     monitors: dict[str, float | None] = {}
     for phase in curves.phases:
         monitors |= phase.last(tuple(LIMITS))
-    picture = folder / "round.png"
+    picture, card = folder / "round.png", read_json(folder / "final" / "card.json")
     return {
         "phases": [{"phase": p.name, "step": p.step, "steps": p.steps} for p in curves.phases],
         "losses": newest.last(curves.losses) if newest else {},
@@ -34,7 +34,8 @@ def learning(folder: Path) -> dict[str, Any]:
             name: {"value": value, "within": value is None or LIMITS[name].holds(value)}
             for name, value in monitors.items()
         },
-        "candidate": read_json(folder / "final" / "card.json").get("candidate"),
+        "candidate": card.get("candidate"),
+        "notes": card.get("notes", []),
         "figure": str(picture) if picture.exists() else None,
     }
 

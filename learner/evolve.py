@@ -38,7 +38,7 @@ def evolve(
     """One step: unlabelled films and labelled ones together, then the teacher follows, and its buffers are copied.
 
     table: `soft` (N, F) targets and `weight` (N, F) by film of the unlabelled feed, or neither (the teacher's answers);
-    `champion` (N, F), logits of the model before this round; `prevalence` (F,).
+    `champion` (N, F), logits of the model before this round, where something asks for them; `prevalence` (F,).
     """
     recipe = state.recipe
     batch, said = next_batch(unlabelled, state.step), []
@@ -114,7 +114,8 @@ def look_ahead(state: State, batch: Batch) -> Ahead:
     wanted = {"koleo": spread} if recipe.koleo else {}
     if balanced:
         wanted |= dict.fromkeys(
-            ["dino"] + ["ibot"] * bool(recipe.ibot), partial(sinkhorn, temperature=recipe.teacher_temp)
+            ["dino"] * bool(recipe.lam) + ["ibot"] * bool(recipe.ibot),
+            partial(sinkhorn, temperature=recipe.teacher_temp),
         )
     return {
         name: dict(zip((part.start for part in pieces), together(rows[name], width[name], make, like), strict=True))

@@ -131,6 +131,10 @@ def pseudo_labels(features: Tensor, labels: Tensor, prevalence: Tensor, count: i
     near, where = neighbours(whiten(features, components), count)
     scores = propagate(affinity(near, where), labels)
     soft = by_rank(scores, prevalence)
-    usable = ((labels == 1).any(0) & (labels == 0).any(0)).expand_as(soft)
-    soft = torch.where(usable, soft, torch.full_like(soft, float("nan")))
+    soft = torch.where(both_classes(labels), soft, torch.full_like(soft, float("nan")))
     return torch.where(labels.isnan(), soft, labels)
+
+
+def both_classes(labels: Tensor) -> Tensor:
+    """Bool (F,): the findings of labels (N, F), nan = unknown, that a positive and a negative film were labelled for."""
+    return (labels == 1).any(0) & (labels == 0).any(0)

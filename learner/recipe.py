@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-
-class RecipeError(ValueError):
-    """A recipe key or value that isn't one: says which, and what is allowed."""
+from learner.checks import RecipeError, checked
 
 
 @dataclass(frozen=True)
@@ -128,33 +126,10 @@ class Recipe:
     def override(self, values: Mapping[str, Any]) -> "Recipe":
         """The same recipe with some keys changed; raises RecipeError."""
         clean = {key: _typed(key, value, getattr(Recipe(), _known(key))) for key, value in values.items()}
-        return _checked(replace(self, **clean))
+        return checked(replace(self, **clean))
 
 
-CHOICES = {
-    "pos_embed": ("dino", "timm"),
-    "pool": ("cls", "mean", "both"),
-    "init": ("timm", "mimetic"),
-    "correct_loss": ("mix", "ce"),
-    "serve": ("student", "teacher"),
-    "device": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "fp32", "bf16"),
-    "method": ("distl", "evolve", "pseudo-label", "kd", "pretrain"),
-    "targets": ("teacher", "graph", "none"),
-    "agree": ("none", "teacher", "heads", "soft"),
-    "centring": ("centre", "sinkhorn"),
-    "refit": ("none", "linear", "graph"),
-    "average": ("ema", "wise", "trained", "least", "all"),
-    "balance": ("none", "effective"),
-    "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
-}
 LARGEST = 1e15  # of any number: a file's slip, not a setting (and nan, which is not below it)
-# below 0 they would turn a step around
-WEIGHTS = ("lr_min", "weight_decay", "clip", "ibot", "koleo", "pseudo_weight", "label_weight", "replay", "rotate")
-MAY_BE_ZERO = {
-    "local_views", "prototypes", "class_hidden", "correct_every", "freeze_last", "t0_steps", "warmup_epochs",
-    "micro_batch", "seed", "threads", "checkpoint_seconds",
-}  # fmt: skip
 
 # labels and answers alone: no prototype head, no crops, and the grey levels that ImageNet networks know
 _ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0, "init": "mimetic"}  # that also wakes the class head
@@ -254,41 +229,3 @@ def _typed(key: str, value: Any, default: Any) -> Any:
     if not fits:
         raise RecipeError(f"recipe: {key} = {value!r}: expected {type(default).__name__}")
     return value
-
-
-def _checked(recipe: Recipe) -> Recipe:
-    for key, allowed in CHOICES.items():
-        if getattr(recipe, key) not in allowed:
-            raise RecipeError(f'recipe: {key} = "{getattr(recipe, key)}": must be one of {", ".join(allowed)}')
-    for f in fields(Recipe):
-        value = getattr(recipe, f.name)
-        least = -1 if f.name == "frozen_blocks" else 0 if f.name in MAY_BE_ZERO else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value < least:
-            raise RecipeError(f"recipe: {f.name} = {value}: too small")
-    for key in ("lam", "ema_base", "drop_path", "centre_momentum", "global_noise", "local_noise", "kappa", "kd_alpha"):
-        if not 0 <= getattr(recipe, key) <= 1:
-            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must lie in [0, 1]")
-    for key in ("lr", "t0_lr", "std", "teacher_temp", "student_temp", "kappa", "kd_temperature"):
-        if not getattr(recipe, key) > 0:
-            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must be above 0")
-    for key in WEIGHTS:
-        if getattr(recipe, key) < 0:
-            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must not be below 0")
-    for key in ("global_scale", "local_scale"):
-        low, high = getattr(recipe, key)
-        if not 0 < low <= high <= 1:
-            raise RecipeError(f"recipe: {key} = [{low}, {high}]: needs 0 < low <= high <= 1")
-    if recipe.method == "distl" and recipe.centring != "centre":
-        raise RecipeError(
-            'recipe: centring = "sinkhorn": distl has a running centre, as published; use evolve or pretrain'
-        )
-    if recipe.method == "distl" and recipe.balance != "none":
-        raise RecipeError(
-            f'recipe: balance = "{recipe.balance}": distl weighs all labels alike, as published; use evolve'
-        )
-    distils = recipe.method in ("distl", "pretrain") or (recipe.method == "evolve" and (recipe.lam or recipe.ibot))
-    if recipe.prototypes < 2 and (distils or recipe.prototypes):
-        raise RecipeError(f"recipe: prototypes = {recipe.prototypes}: {recipe.method} distils, which takes 2 at least")
-    if recipe.local_views and recipe.local_size >= recipe.image_size:
-        raise RecipeError(f"recipe: local_size {recipe.local_size} must be below image_size {recipe.image_size}")
-    return recipe

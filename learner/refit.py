@@ -37,3 +37,9 @@ def mean(first: linear.Linear, second: linear.Linear, seen: Tensor, share: float
     weight = (1 - part)[:, None] * first.weight + (part * stretch)[:, None] * second.weight
     bias = first.bias + part * (one.mean(0) - first.bias) + part * stretch * (second.bias - two.mean(0))
     return linear.Linear(weight, bias)
+
+
+def only(findings: Tensor, first: linear.Linear, second: linear.Linear) -> linear.Linear:
+    """The first's answer on these findings, bool (F,), and the second's on the others."""
+    weight = torch.where(findings[:, None], first.weight, second.weight)
+    return linear.Linear(weight, torch.where(findings, first.bias, second.bias))

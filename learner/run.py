@@ -37,7 +37,7 @@ from learner.progress import Paused, Teller
 from learner.recipe import Recipe
 from learner.round_dir import Film, ManifestError, Round
 from learner.shard import Shard, open_shard
-from learner.start import from_weights, shaped_like
+from learner.start import freeze_alike, from_weights, shaped_like
 from learner.step import Losses, State, Tick, must_be_numbers, walk
 from learner.tokens import Bank, TokenFilms, open_bank
 
@@ -200,26 +200,26 @@ class Run:
         self.from_weights(self.weights)(state)
 
     def from_parent(self, state: State) -> None:
-        """Student := the parent's student, teacher := the parent's teacher; raises CheckpointError."""
-        tensors, _ = self._parent()
-        load_network(state.student, tensors, "student.")
+        """Student := what the parent serves, in `distl` its student; teacher := its teacher; raises CheckpointError."""
+        tensors, served = self._parent()
+        load_network(state.student, tensors, "student." if self.recipe.method == "distl" else served)
         load_network(state.teacher, tensors, "teacher.")
+        freeze_alike(state)
 
     def champion(self) -> Network:
         """The network that the parent serves; raises CheckpointError."""
-        tensors, header = self._parent()
+        tensors, served = self._parent()
         network = self.network()
-        load_network(network, tensors, header["recipe"]["serve"] + ".")
+        load_network(network, tensors, served)
         return network
 
-    def _parent(self) -> tuple[dict[str, Tensor], dict]:
+    def _parent(self) -> tuple[dict[str, Tensor], str]:
         assert self.round.parent_state
         tensors, header = read_file(self.round.parent_state)
-        if header.get("findings") != list(self.round.findings):
-            raise CheckpointError(
-                f"parent {self.round.parent} knows {header.get('findings')}, this round {list(self.round.findings)}"
-            )
-        return tensors, header
+        known, findings = header.get("findings"), list(self.round.findings)
+        if known != findings:
+            raise CheckpointError(f"parent {self.round.parent} knows {known}, this round {findings}")
+        return tensors, header["recipe"]["serve"] + "."
 
     def from_student(self, earlier: State) -> Callable[[State], None]:
         """Both networks := an earlier phase's student; optimiser, schedules and centres start anew."""

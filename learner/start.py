@@ -44,3 +44,10 @@ def from_weights(weights: dict[str, Tensor] | None) -> Callable[[State], None]:
         state.teacher.load_state_dict(student.state_dict())
 
     return start
+
+
+def freeze_alike(state: State) -> None:
+    """What no step of the student changes is the same in the teacher, as both see tokens of the same frozen blocks."""
+    for mine, its in zip(state.student.parameters(), state.teacher.parameters(), strict=True):
+        if not mine.requires_grad:
+            its.data.copy_(mine.data)

@@ -26,7 +26,7 @@ from learner.shard import remove_shard
 from learner.step import Batch
 
 KEYS = (  # of the recipe: what the tokens depend on
-    "seed", "arch", "backbone", "init", "pos_embed", "image_size", "local_size", "local_views", "mean", "std",
+    "seed", "arch", "backbone", "init", "pos_embed", "image_size", "local_size", "mean", "std",
     "frozen_blocks", "cached_views", "global_scale", "local_scale", "flip", "rotate", "global_noise", "local_noise",
     "precision",
 )  # fmt: skip
@@ -63,7 +63,8 @@ def open_bank(
 ) -> Bank:  # fmt: skip
     """The bank of these films, made now unless it is there; `weights` names what `lower` holds (part of the key)."""
     folder = round_folder / "tokens"
-    made_of = {key: getattr(recipe, key) for key in KEYS} | {"weights": weights, "films": [f.image for f in films]}
+    made_of = {key: getattr(recipe, key) for key in KEYS} | {"crops": local_versions(recipe)}
+    made_of |= {"weights": weights, "films": [f.image for f in films]}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     if not cache.holds(folder, key):
         shutil.rmtree(folder, ignore_errors=True)
@@ -80,8 +81,8 @@ def remove_caches(round_folder: Path) -> None:
 
 
 def local_versions(recipe: Recipe) -> int:
-    """Crops a film has in the bank: twice what a step looks at."""
-    return 2 * recipe.local_views
+    """Crops a film has in the bank: twice what a step looks at; `evolve` without self-distillation looks at none."""
+    return 0 if recipe.method == "evolve" and not recipe.lam else 2 * recipe.local_views
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from learner.data import label_table
 from learner.recipes import evolve
 from learner.round_dir import load
 from learner.run import Run
-from tests.learner_site import make, result
+from tests.learner_site import card, make, result
 from tests.test_learner_evolve import rows
 
 torch.set_num_threads(1)
@@ -87,3 +87,10 @@ def test_a_round_says_that_every_film_was_answered(tmp_path):
     assert main([str(folder)]) == 0, result(folder)
     said = [row["pseudo_rate"] for row in rows(folder) if row.get("kind") == "pseudo"]
     assert said == [1.0]
+
+
+def test_the_card_says_that_a_class_head_of_three_layers_is_not_fitted_anew(tmp_path):
+    folder = make(tmp_path / "r", lam=0.0, class_hidden=16)
+    assert main([str(folder)]) == 0, result(folder)
+    assert [note.split(" is for")[0] for note in card(folder)["notes"]] == ['refit = "graph"']
+    assert card(folder, "t0")["notes"] == []

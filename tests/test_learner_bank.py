@@ -50,6 +50,16 @@ def test_bank_is_made_once_and_anew_for_another_recipe(tmp_path, monkeypatch):
     assert len(filled) == 2
 
 
+def test_a_bank_for_steps_that_look_at_no_crop_holds_none_and_the_same_versions_of_the_film(tmp_path):
+    banks = {}
+    for lam in (1.0, 0.0):
+        run = Run(load(make(tmp_path / f"{lam}", **{**ALL, "lam": lam})))
+        banks[lam] = run.bank
+        run.teller.close()
+    assert (banks[1.0].part.shape[1], banks[0.0].part.shape[1]) == (4, 0)
+    assert np.array_equal(banks[1.0].whole, banks[0.0].whole)
+
+
 def test_views_of_the_bank_are_the_film_a_version_of_it_and_different_crops(tmp_path):
     folder = make(tmp_path / "r", **ALL)
     run = Run(load(folder))

@@ -21,7 +21,7 @@ CASES = {
     "evolve, lower blocks frozen": {"method": "evolve", "frozen_blocks": 1, "cached_views": 2},
     "pseudo-label": {"method": "pseudo-label", **ALONE, "arch": CONVNET},
     "kd": {"method": "kd", **ALONE, "kd_teacher": CONVNET},
-    "pretrain": {"method": "pretrain"},
+    "pretrain": {"method": "pretrain", "targets": "none"},
 }  # fmt: skip
 
 

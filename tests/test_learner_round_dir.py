@@ -171,6 +171,29 @@ def test_wrong_values_are_refused(bad):
         resolve("distl", "demo", bad)
 
 
+@pytest.mark.parametrize(
+    ("name", "idle", "way_out"),
+    [
+        ("evolve", {"agree": "heads"}, 'targets = "graph"'),
+        ("evolve", {"agree": "soft", "targets": "none"}, 'targets = "graph"'),
+        ("evolve", {"thresholds": True}, 'targets = "graph"'),
+        ("evolve", {"align": True, "targets": "graph"}, 'targets = "teacher"'),
+        ("evolve", {"centring": "sinkhorn"}, "lam or ibot above 0"),
+        ("evolve", {"serve": "teacher"}, "only distl"),
+        ("evolve", {"targets": "none", "label_weight": 0.0}, "nothing to learn"),
+        ("evolve", {"targets": "none", "backbone": "b.safetensors"}, "nothing to learn"),  # label_weight is 0 then
+        ("evolve", {"pseudo_weight": 0.0, "label_weight": 0.0}, "nothing to learn"),
+        ("pretrain", {"targets": "teacher"}, "use evolve"),
+        ("pretrain", {"replay": 0.25}, "use evolve"),
+        ("pretrain", {"align": True}, 'targets = "teacher"'),
+        ("pretrain", {"lam": 0.0, "ibot": 0.0, "koleo": 0.0}, "nothing to learn"),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused_with_a_way_out(name, idle, way_out):
+    with pytest.raises(RecipeError, match=way_out):
+        resolve(name, "gpu", idle)
+
+
 def test_unknown_recipe_and_profile_name_what_there_is():
     with pytest.raises(RecipeError, match="there is distl"):
         resolve("dist", "gpu")

@@ -119,6 +119,14 @@ PLAIN = {**EXACT, "prototypes": 0, "local_views": 0, "balance": "effective"}
 RECIPES = {
     "evolve, graph": {**SIGNALS, "targets": "graph", "average": "all"},
     "evolve, teacher": {**SIGNALS, "targets": "teacher", "align": True, "agree": "soft", "centring": "sinkhorn"},
+    "evolve, answers alone": {
+        **EXACT,
+        "method": "evolve",
+        "class_hidden": 0,
+        "prototypes": 0,
+        "local_views": 0,
+        "lam": 0.0,
+    },
     "pseudo-label": {**PLAIN, "method": "pseudo-label", "finetune_epochs": 1},
     "kd": {**PLAIN, "method": "kd", "kd_teacher": "vit_tiny_patch8_depth2"},
 }

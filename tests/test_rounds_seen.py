@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from agent import labels, rounds, seen
+from agent import cli_rounds, labels, rounds, seen
 from learner import collapse, curves
 from learner.__main__ import main
 from learner.figure import draw
@@ -235,13 +235,21 @@ def test_logs_are_followed_until_the_round_rests_and_show_says_what_it_did(label
     assert "distil " in words and "teacher_kl " in words and "round.png" in words
 
 
+def test_what_the_learner_noted_is_shown_with_the_candidate(tmp_path):
+    (tmp_path / "final").mkdir()
+    noted = {"candidate": "wise 0.5", "notes": ["out of memory: 2 films a pass instead of 4", "and again"]}
+    (tmp_path / "final" / "card.json").write_text(json.dumps(noted))
+    shown = dict(cli_rounds._learning(seen.learning(tmp_path)))
+    assert shown == {"candidate": "wise 0.5", "notes": "out of memory: 2 films a pass instead of 4; and again"}
+
+
 def test_a_round_that_has_not_begun_shows_nothing_yet_and_does_not_hold_a_follower(labelled):
     site = labelled
     with site.ledger() as ledger:
         name = rounds.plan(site, ledger, "now", datetime.now(UTC))["name"]
     assert said(site, "round", "logs", name, "--follow") == ""
     assert seen.learning(site.rounds / name) == {
-        "phases": [], "losses": {}, "monitors": {}, "candidate": None, "figure": None
+        "phases": [], "losses": {}, "monitors": {}, "candidate": None, "notes": [], "figure": None
     }  # fmt: skip
     shown = json.loads(said(site, "round", "show", name, "--json"))
     assert (shown["state"], shown["phases"], shown["progress"]) == ("planned", [], None)

@@ -20,11 +20,11 @@ from learner.average import Weights, settle, soup, wise
 from learner.choice import first_as_good, macro_curve
 from learner.data import label_table
 from learner.evolve import evolve, take_mean
-from learner.graph import pseudo_labels
+from learner.graph import both_classes, pseudo_labels
 from learner.heads import Network
 from learner.pseudo import weight_table
-from learner.refit import FEW_PENALTY, TRAINED, answer, mean
-from learner.round_dir import Film
+from learner.refit import FEW_PENALTY, TRAINED, answer, mean, only
+from learner.round_dir import Film, ManifestError
 from learner.run import SCORED, Run
 from learner.step import State
 from learner.supervised import balance_of, learn_labels
@@ -38,7 +38,17 @@ LOST = 0.02  # macro AUC on validation: what a round may seem to lose by chance 
 def run(run: Run) -> None:
     """T=0 when there is no parent, then one round on every train film."""
     recipe = run.recipe
+    if not run.round.labelled and recipe.targets != "teacher":
+        raise ManifestError(
+            f'manifest: no labelled train film, and targets = "{recipe.targets}" asks no teacher: label some train films, '
+            'or leave targets = "teacher"'
+        )
     start = run.from_student(learn_labels(run, partial(probe, run))) if run.first else run.from_parent
+    if recipe.class_hidden and recipe.refit != "none":
+        run.notes = [
+            *run.notes,
+            f'refit = "{recipe.refit}" is for a linear class head: this one, of three layers, stays',
+        ]
     table = run.once("targets", lambda: targets(run, begun(run, start)))
     unlabelled = run.feed(run.round.unlabelled, "unlabelled", recipe.local_views if recipe.lam else 0, False)
     labelled = run.labelled("labelled") if run.round.labelled and recipe.label_weight else None
@@ -73,19 +83,20 @@ def probe(run: Run, state: State) -> None:
 
 def targets(run: Run, state: State) -> dict[str, Tensor]:
     """What the unlabelled films are taught, by film: see `learner.evolve.evolve`."""
-    recipe, films, teacher = run.recipe, run.round.unlabelled, state.teacher
+    recipe, films = run.recipe, run.round.unlabelled
     labels = label_table(films)
     prevalence = shrunk_prevalence(labels)
-    seen = run.embeddings(teacher, films)
-    logits = teacher.cls_head(seen.to(run.device)).float().cpu().detach()
-    table = {"champion": logits, "prevalence": prevalence}
+    table = {"prevalence": prevalence}
+    if recipe.replay or recipe.agree == "soft":
+        table["champion"] = logits_of(run, state.student, films)
     if recipe.targets == "teacher":
         table["rate"] = torch.ones(())  # a soft answer for every film
     if recipe.targets == "graph":
+        seen = run.embeddings(state.teacher, films)
         soft = pseudo_labels(seen, labels, prevalence, recipe.neighbours, recipe.components)
         weight = torch.ones_like(soft)
         if recipe.agree == "teacher":
-            weight = agreement(torch.logit(soft, 1e-4), logits)
+            weight = agreement(torch.logit(soft, 1e-4), logits_of(run, state.teacher, films))
         elif recipe.agree == "heads":
             weight = agreement(*(linear.fit(seen, half, FEW_PENALTY)(seen).float() for half in halves(labels)))
         elif recipe.agree == "soft":
@@ -143,16 +154,21 @@ def set_head(network: Network, head: linear.Linear) -> None:
 def refit(run: Run, network: Network, own: float = 0.0) -> None:
     """The last correction: the class head fitted to convergence on what this network sees, to labels or graph and labels.
 
-    `own`: the share that the head keeps which the network was trained with, beside graph and labels.
+    `own`: the share that the head keeps which the network was trained with, beside graph and labels. A finding whose
+    labels of this round don't hold both classes, or that has none, keeps what the parent's head knew of it.
     """
     recipe, films = run.recipe, run.round.unlabelled
+    if recipe.refit == "none" or recipe.class_hidden or not run.round.labelled:
+        return
+    before, labels = head_of(network), label_table(films)
     if recipe.refit == "linear":
         fit_head(run, network)
-    elif recipe.refit == "graph" and recipe.class_hidden == 0:
-        labels, seen = label_table(films), run.embeddings(network, films)
-        weights = label_weights(run, labels)
+    else:
+        seen, weights = run.embeddings(network, films), label_weights(run, labels)
         fitted = answer(seen, labels, recipe.neighbours, recipe.components, weights)
-        set_head(network, mean(fitted, head_of(network), seen, own) if own else fitted)
+        set_head(network, mean(fitted, before, seen, own) if own else fitted)
+    if not run.first:
+        set_head(network, only(both_classes(labels), head_of(network), before))
 
 
 def teach(run: Run, state: State) -> None:
@@ -219,5 +235,10 @@ def quality(run: Run, network: Network, films: Sequence[Film]) -> Curve | None:
     """Macro AUC on these films with its error; None where a finding has too few of a class to choose by."""
     if not films:
         return None
-    logits = network.cls_head(run.embeddings(network, films).to(run.device)).detach().cpu().numpy()
+    logits = logits_of(run, network, films).numpy()
     return macro_curve(logits, label_table(films).numpy(), [film.patient for film in films])
+
+
+def logits_of(run: Run, network: Network, films: Sequence[Film]) -> Tensor:
+    """What a network says of films without noise: (N, F), float32 on the host."""
+    return network.cls_head(run.embeddings(network, films).to(run.device)).float().detach().cpu()
