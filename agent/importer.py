@@ -15,6 +15,7 @@ from agent.intake import examiner, take
 from agent.ledger import Ledger, utc
 from agent.ranges import fix_shares
 from agent.site import Site
+from dicom.worker import UNREAD
 from dicom.wrap import wrap
 
 PICTURES = {".png", ".jpg", ".jpeg"}
@@ -28,11 +29,13 @@ def import_folder(
     """Take in every file under `folder`; `{"seen", "stored", "rejected", "quarantined", "duplicate"}`.
 
     `view` is assumed for pictures whose view labels.csv does not tell. Can be run again after an interruption:
-    what is in already counts as duplicate. Raises Problem when the folder is not there.
+    what is in already counts as duplicate. Raises Problem when the folder is not there, and, after all others are in,
+    when a file could not be read.
     """
     if not folder.is_dir():
         raise Problem(f"{folder}: no such folder")
     counts: dict[str, int] = dict.fromkeys(("seen", "stored", "rejected", "quarantined", "duplicate"), 0)
+    unread: list[str] = []
     facts = _facts(folder / "labels.csv")
     fix_shares(ledger, site.config.patients)
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() not in SIDE_FILES)
@@ -45,10 +48,18 @@ def import_folder(
                 source = ready[path]
                 received = utc()
                 name = _spelt(source.relative_to(folder).as_posix())
+                if examined.sha256 == UNREAD:
+                    unread.append(name)
+                    continue
                 outcome = take(site, ledger, path, examined, received, file=name)
                 counts["seen"] += 1
                 counts[outcome] += 1
                 progress(counts["seen"])
+    if unread:
+        raise Problem(
+            f"{len(unread)} of {len(unread) + counts['seen']} files can't be read, {unread[0]} first; the others are in: "
+            "give this user the right to read them, and import again"
+        )
     return counts
 
 

@@ -206,6 +206,16 @@ def test_import_beside_a_table_that_is_no_utf_8_says_which(site, tmp_path):
         import_folder(site, ledger, tmp_path, "PA")
 
 
+def test_import_takes_the_others_before_it_names_a_file_that_it_can_not_read(site, tmp_path):
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.dcm").symlink_to("/proc/self/mem")  # a file that gives an error of reading, also to root
+    film(1).save_as(tmp_path / "films" / "b.dcm", enforce_file_format=True)
+    with site.ledger() as ledger, pytest.raises(Problem, match=r"^1 of 2 files can't be read, a\.dcm first"):
+        import_folder(site, ledger, tmp_path / "films", "PA")
+    with site.ledger() as ledger:
+        assert [row["file"] for row in ledger.rows("SELECT file FROM image")] == ["b.dcm"]
+
+
 def test_import_of_a_missing_folder_says_which(site):
     with site.ledger() as ledger, pytest.raises(Problem, match="no such folder"):
         import_folder(site, ledger, Path("/nowhere"), "PA")
