@@ -18,7 +18,7 @@ from learner.backbone import BackboneError
 from learner.checkpoint import CheckpointError
 from learner.figure import draw
 from learner.progress import Paused
-from learner.round_dir import PAUSED, STOPPED, TRAINED, ManifestError, RoundBusy, held, load, write_json
+from learner.round_dir import PAUSED, STOPPED, TRAINED, ManifestError, RoundBusy, held, load, write_last_word
 from learner.run import Run
 from learner.step import Stopped, memory_ran_out
 from learner.tokens import remove_caches
@@ -64,14 +64,13 @@ def run(folder: Path) -> int:
     except (OSError, RuntimeError, MemoryError) as error:
         if not (word := ending(error)):
             raise
-        (folder / "progress.json").unlink(missing_ok=True)  # on a full disk its block becomes the result's
         result["state"], result["reason"] = ranks.last_word(*word)
     finally:
         if teller:
             result["seconds"] = round(teller.seconds, 1)
             teller.close()
     if ranks.is_first():
-        write_json(folder / "result.json", result)
+        write_last_word(folder, result)
         if teller and result["state"] != "paused":
             draw(folder)
         if result["reason"]:

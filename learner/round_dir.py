@@ -4,6 +4,7 @@ Refuses a golden film, a patient in two ranges and plates of another version at 
 Knows no torch: numpy and the standard library only, so that the agent can read a round's state with it.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -220,6 +221,24 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_last_word(folder: Path, value: Any) -> None:
+    """`result.json`; on a full disk in the block of `progress.json`, which nobody else can take in between."""
+    data = (json.dumps(value, indent=1) + "\n").encode()
+    try:
+        write_atomic(folder / "result.json", data)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (folder / "progress.json").exists():
+            raise
+        temp = (folder / "progress.json").replace(folder / ".result.json.tmp")
+        with temp.open("r+b") as file:
+            file.write(data)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        temp.replace(folder / "result.json")
+        sync_folder(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:

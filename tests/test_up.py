@@ -26,13 +26,13 @@ def test_every_line_of_readiness_is_one_write_since_four_processes_share_the_str
     ours.settimeout(60)
     writes: list[str] = []
     try:
-        while not writes or writes[-1].strip() != "ready":
+        while sum("ready" in write for write in writes) < 4:  # three parts and all of them, in any order
             writes.append(ours.recv(65536).decode())
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
     ready = [write for write in writes if "ready" in write]
-    assert len(ready) == 4 and all(write.endswith("\n") and write.count("\n") == 1 for write in ready), writes
+    assert all(write.endswith("\n") and write.count("\n") == 1 for write in ready), writes
 
 
 def test_a_port_that_is_taken_is_named(tmp_path):
