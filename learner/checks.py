@@ -4,10 +4,7 @@ Each refusal says which key, and what to do. Knows a recipe's keys and nothing o
 """
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from learner.recipe import Recipe
+from typing import Any
 
 
 class RecipeError(ValueError):
@@ -40,8 +37,8 @@ MAY_BE_ZERO = {
 NOTHING = "set one of lam, ibot, koleo above 0, or (evolve) targets to other than none, or label_weight above 0"
 
 
-def checked(recipe: "Recipe") -> "Recipe":
-    """The recipe as it is; raises RecipeError."""
+def check(recipe: Any) -> None:
+    """Raises RecipeError for a `learner.recipe.Recipe`, whose file asks this one, that may not be."""
     for key, allowed in CHOICES.items():
         if getattr(recipe, key) not in allowed:
             raise RecipeError(f'recipe: {key} = "{getattr(recipe, key)}": must be one of {", ".join(allowed)}')
@@ -80,10 +77,9 @@ def checked(recipe: "Recipe") -> "Recipe":
         raise RecipeError(f'recipe: serve = "{recipe.serve}": {recipe.method} has its own choice; only distl takes it')
     if recipe.method in ("evolve", "pretrain"):
         _of_use(recipe)
-    return recipe
 
 
-def _of_use(recipe: "Recipe") -> None:
+def _of_use(recipe: Any) -> None:
     """Raises RecipeError for a key of `evolve` or `pretrain` that the other keys leave nothing to do."""
     sees = recipe.lam or recipe.ibot
     rules = (

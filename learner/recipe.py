@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from learner.checks import RecipeError, checked
+from learner.checks import RecipeError, check
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class Recipe:
     def override(self, values: Mapping[str, Any]) -> "Recipe":
         """The same recipe with some keys changed; raises RecipeError."""
         clean = {key: _typed(key, value, getattr(Recipe(), _known(key))) for key, value in values.items()}
-        return checked(replace(self, **clean))
+        made = replace(self, **clean)
+        check(made)
+        return made
 
 
 LARGEST = 1e15  # of any number: a file's slip, not a setting (and nan, which is not below it)
