@@ -12,12 +12,16 @@ they and the films are never committed.
 import argparse
 import fcntl
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's learner, whichever is installed
+
 from evolution_arms import (
     Banks,
     Frozen,

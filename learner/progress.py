@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from learner import ranks
-from learner.round_dir import PAUSED, write_json
+from learner.round_dir import PAUSED, write_json, write_last_word
 from learner.step import State
 
 GRACE = 10  # seconds a step may still take after SIGTERM; then the last periodic checkpoint has to do
@@ -91,7 +91,7 @@ class Teller:
     def _give_up(self, where: str) -> None:
         result = {"state": "paused", "reason": f"{self.asked}, {where}: back to the last checkpoint"}
         if ranks.is_first():
-            write_json(self.folder / "result.json", result | {"seconds": round(self.seconds, 1)})
+            write_last_word(self.folder, result | {"seconds": round(self.seconds, 1)})
         if self.bars:
             self.bars.stop()
         os._exit(0 if ranks.launched() else PAUSED)
