@@ -8,10 +8,14 @@ process again that leaves with anything else. Golden films, the ledger and DICOM
 import argparse
 import errno
 import importlib
+import signal
 import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+
+if __name__ == "__main__":  # torch takes seconds to import: a signal meanwhile waits until the round listens
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
 
 from learner import ranks
 from learner.backbone import BackboneError

@@ -73,6 +73,7 @@ class Teller:
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         signal.set_wakeup_fd(wake.fileno())
         threading.Thread(target=self._keep_the_promise, name="promise", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.before)  # blocked while the process imported
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name

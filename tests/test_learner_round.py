@@ -203,6 +203,18 @@ def test_sigterm_saves_the_round_and_answers_75(tmp_path):
     assert not list(folder.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_torch_is_still_imported_is_a_pause_too(tmp_path, asked):
+    folder = make_round(tmp_path / "r", t0_epochs=5000)
+    process = start(folder)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(asked)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert (result(folder)["state"], result(folder)["reason"]) == ("paused", asked.name)
+
+
 def test_end_of_the_window_pauses_and_a_later_window_goes_on(tmp_path):
     folder = make_round(tmp_path / "r", until="2020-01-01T05:00:00+00:00")
     assert main([str(folder)]) == 75
