@@ -61,7 +61,8 @@ EVOLVE = {
 # Faithful in all but sizes and lengths: so few steps need a faster teacher and more corrections than every 500 steps.
 DISTL = {"pool": "cls", "t0_lr": 1e-3, "t0_steps": 100, "lr": 3e-4, "lam": 0.5, "ema_base": 0.99, "correct_every": 10}
 _PLAIN = {"average": "ema", "replay": 0.0, "refit": "linear"}
-# Trained by the product's recipes; after the first two, what is left of them when one of the signals goes.
+# Trained by the product's recipes; after the first two, what is left of them when one of the signals goes, and how far
+# the same recipe on the same films lies from itself.
 TRAINED = {
     "distl": ("distl", DISTL),
     "evolve": ("evolve", EVOLVE),
@@ -69,6 +70,8 @@ TRAINED = {
     "distl, self-training only": ("distl", {**DISTL, "correct_every": 0, "lam": 0.0}),
     "distl, self-supervised only": ("distl", {**DISTL, "correct_every": 0, "lam": 1.0}),
     "same steps, no stream": ("evolve", {**EVOLVE, **_PLAIN, "targets": "none", "label_weight": 1.0}),
+    "distl, another seed": ("distl", {**DISTL, "seed": 1}),
+    "evolve, another seed": ("evolve", {**EVOLVE, "seed": 1}),
 }
 FROZEN: dict[str, Callable] = {
     "supervised only": supervised,

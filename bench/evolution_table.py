@@ -22,6 +22,8 @@ ABLATIONS = (
     "distl, self-training only",
     "distl, self-supervised only",
     "same steps, no stream",
+    "distl, another seed",
+    "evolve, another seed",
 )  # in the tables, not in the figure
 COLOURS: dict[str, str] = dict(
     zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#c0392b", "#2e7d32"), strict=True)
