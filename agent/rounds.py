@@ -16,7 +16,7 @@ from agent.ledger import Ledger, Row, utc, when
 from agent.site import Site
 from dicom.pixels import PLATE_VERSION
 from learner.recipe import RECIPES, Recipe, RecipeError, resolve
-from learner.round_dir import write_json
+from learner.round_dir import read_json, write_json
 
 USABLE = "plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL"
 YEAR = timedelta(days=365)
@@ -31,6 +31,8 @@ def plan(site: Site, ledger: Ledger, why: str, now: datetime, recipe: str | None
         raise Problem("learning needs torch, which is not installed: pip install 'cxrloop[train]'")
     resolved = resolve_recipe(site, recipe or site.config.learn.recipe)
     parent = parent_of_next(ledger)
+    if parent and begins_anew(site, parent, resolved):
+        parent = None
     chosen = films(site, ledger)
     labelled = sum(row["range"] == "train" and any(v is not None for v in row["labels"]) for row in chosen)
     unlabelled = sum(row["range"] == "train" for row in chosen)
@@ -92,6 +94,17 @@ def parent_of_next(ledger: Ledger) -> Row | None:
         "WHERE b.training_state IS NOT NULL AND b.state NOT IN ('rejected', 'withdrawn', 'refused') "
         "AND (b.is_baseline = 1 OR r.state = 'passed') ORDER BY r.id IS NULL, r.id DESC LIMIT 1"
     )
+
+
+def begins_anew(site: Site, parent: Row, recipe: Recipe) -> bool:
+    """True when the recipe names another backbone than the one that the parent's line began with.
+
+    Going on would pass the new one over. A file that was moved since, or no name at all, is no other backbone.
+    """
+    card = read_json((site.root / parent["training_state"]).with_name("card.json"))
+    began = card.get("recipe", {}).get("backbone", recipe.backbone)
+    moved = Path(began).name == Path(recipe.backbone).name and not Path(began).exists()
+    return recipe.backbone not in ("random", began) and not moved
 
 
 def films(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
