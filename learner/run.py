@@ -202,6 +202,7 @@ class Run:
 
     def from_parent(self, state: State) -> None:
         """Student := what the parent serves, in `distl` its student; teacher := its teacher; raises CheckpointError."""
+        state.teacher.load_state_dict(state.student.state_dict())  # a head that the parent hasn't begins alike
         tensors, served = self._parent()
         load_network(state.student, tensors, "student." if self.recipe.method == "distl" else served)
         load_network(state.teacher, tensors, "teacher.")
