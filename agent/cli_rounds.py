@@ -63,7 +63,7 @@ def _next_round(site: Site, ledger: Ledger, recipe: str | None, with_look: bool)
     if not row:
         row = rounds.plan(site, ledger, "now", now, recipe, with_look or rounds.look_due(site, ledger, now))
         if not row["parent"] and rounds.parent_of_next(ledger):
-            out.logs.print(f"{row['name']} begins anew: its recipe names another backbone than its parent began with")
+            out.logs.print(f"{row['name']} begins anew: its backbone or findings are others than its parent's")
         return row
     if with_look:
         rounds.want_look(ledger, row["name"])

@@ -97,11 +97,14 @@ def parent_of_next(ledger: Ledger) -> Row | None:
 
 
 def begins_anew(site: Site, parent: Row, recipe: Recipe) -> bool:
-    """True when the recipe names another backbone than the one that the parent's line began with.
+    """True when the recipe names another backbone than the one that the parent's line began with, or the site other findings.
 
-    Going on would pass the new one over. A file that was moved since, or no name at all, is no other backbone.
+    Going on would pass the backbone over, and a class head fits its own findings alone. A file that was moved since, or
+    no name at all, is no other backbone.
     """
     card = read_json((site.root / parent["training_state"]).with_name("card.json"))
+    if card.get("findings", [*site.findings]) != [*site.findings]:
+        return True
     began = card.get("recipe", {}).get("backbone", recipe.backbone)
     moved = Path(began).name == Path(recipe.backbone).name and not Path(began).exists()
     return recipe.backbone not in ("random", began) and not moved

@@ -220,7 +220,7 @@ class Run:
         tensors, header = read_file(self.round.parent_state)
         known, findings = header.get("findings"), list(self.round.findings)
         if known != findings:
-            raise CheckpointError(f"parent {self.round.parent} knows {known}, this round {findings}")
+            raise CheckpointError(f"parent {self.round.parent} knows {known}, this round {findings}; start from null")
         return tensors, header["recipe"]["serve"] + "."
 
     def from_student(self, earlier: State) -> Callable[[State], None]:

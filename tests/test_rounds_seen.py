@@ -199,23 +199,24 @@ def labelled_site(folder):
 
 
 @pytest.mark.parametrize(
-    ("began", "named", "anew"),
+    ("began", "named", "new", "anew"),
     [
-        ("random", "random", False),
-        ("random", "rounds/r0001/backbone.safetensors", True),  # what `pretrain` left
-        ("other.safetensors", "mine.safetensors", True),
-        ("vit_tiny_patch16_224", "random", False),
-        ("/moved/since/mine.safetensors", "mine.safetensors", False),
+        ("random", "random", [], False),
+        ("random", "random", ["nodule"], True),
+        ("random", "rounds/r0001/backbone.safetensors", [], True),  # what `pretrain` left
+        ("other.safetensors", "mine.safetensors", [], True),
+        ("vit_tiny_patch16_224", "random", [], False),
+        ("/moved/since/mine.safetensors", "mine.safetensors", [], False),
     ],
 )
-def test_a_round_begins_anew_where_another_backbone_is_named(tmp_path, began, named, anew):
+def test_a_round_begins_anew_with_another_backbone_or_other_findings(tmp_path, began, named, new, anew):
     site = labelled_site(tmp_path)
     began = str(site.root / began) if began.endswith(".safetensors") else began
     for name in ("other.safetensors", "mine.safetensors"):
         (site.root / name).touch()
     parts = site.rounds / "r0001" / "t0"
     parts.mkdir(parents=True)
-    write_json(parts / "card.json", {"recipe": {"backbone": began}})
+    write_json(parts / "card.json", {"recipe": {"backbone": began}, "findings": [*site.findings, *new]})
     learn = site.config.learn.model_copy(update={"backbone": named})
     site = replace(site, config=site.config.model_copy(update={"learn": learn}))
     with site.ledger() as ledger:
