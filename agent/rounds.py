@@ -73,14 +73,21 @@ def resolve_recipe(site: Site, name: str) -> Recipe:
         if name.endswith(".toml"):
             if not path.is_file():
                 raise Problem(f'recipe = "{name}": no such file under {site.root}')
-            keys = tomllib.loads(path.read_text("utf-8"))
+            keys = _table(path)
             base = str(keys.pop("base", ""))
             if base not in RECIPES:
                 raise Problem(f'{path}: base = "{base}": must be one of {", ".join(sorted(RECIPES))}')
             return resolve(base, learn.profile, {**overrides, "name": path.stem, **keys})
         return resolve(name, learn.profile, overrides)
-    except (RecipeError, tomllib.TOMLDecodeError) as error:
+    except RecipeError as error:
         raise Problem(str(error)) from None
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise Problem(f"{path}: {error}") from None
 
 
 def _backbone(site: Site, backbone: str) -> str:
