@@ -61,7 +61,10 @@ def _next_round(site: Site, ledger: Ledger, recipe: str | None, with_look: bool)
     now = datetime.now(UTC)
     row = rounds.open_round(ledger)
     if not row:
-        return rounds.plan(site, ledger, "now", now, recipe, with_look or rounds.look_due(site, ledger, now))
+        row = rounds.plan(site, ledger, "now", now, recipe, with_look or rounds.look_due(site, ledger, now))
+        if not row["parent"] and rounds.parent_of_next(ledger):
+            out.logs.print(f"{row['name']} begins anew: its backbone or findings are others than its parent's")
+        return row
     if with_look:
         rounds.want_look(ledger, row["name"])
     out.logs.print(f"{row['name']} is unfinished ({row['state']}); going on with it")

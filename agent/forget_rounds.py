@@ -14,7 +14,7 @@ from typing import Any
 from agent import rounds, training
 from agent.ledger import Ledger, Row
 from agent.site import Site
-from learner.round_dir import RoundBusy, held, write_json
+from learner.round_dir import RoundBusy, held, read_json, write_json
 
 LEARNING = ("planned", "training", "paused")
 LEAVES_S = 60  # a cancelled learner is told within a second and promises to be gone within 25
@@ -41,15 +41,22 @@ def _listed(folder: Path) -> set[int]:
         return set()
 
 
+def _begun_with(folder: Path) -> str:
+    """The round that left the backbone this one began with; of another backbone, whatever its folder is called."""
+    return Path(read_json(folder / "manifest.json").get("recipe", {}).get("backbone", "")).parent.name
+
+
 def learnt(site: Site, ledger: Ledger, images: Collection[int]) -> dict[str, Any]:
     """`{"rounds", "cancels", "bundles"}`: who learnt from these films, and which bundles descend from that."""
     held_by = holding(site, ledger, images)
     names = {row["name"] for row in held_by}
     bundles: list[dict[str, Any]] = []
-    tainted: set[str] = set()
+    tainted, spoilt = set[str](), set(names)  # bundles and rounds
     for row in ledger.rows("SELECT * FROM round ORDER BY id"):
-        if row["name"] not in names and row["parent"] not in tainted:
+        begun = _begun_with(site.rounds / row["name"])
+        if row["name"] not in names and row["parent"] not in tainted and begun not in spoilt:
             continue
+        spoilt.add(row["name"])
         for bundle in ledger.rows("SELECT id, state FROM bundle WHERE round = ? ORDER BY created_at", row["name"]):
             tainted.add(bundle["id"])
             directly = row["name"] in names

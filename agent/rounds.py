@@ -16,7 +16,7 @@ from agent.ledger import Ledger, Row, utc, when
 from agent.site import Site
 from dicom.pixels import PLATE_VERSION
 from learner.recipe import RECIPES, Recipe, RecipeError, resolve
-from learner.round_dir import write_json
+from learner.round_dir import read_json, write_json
 
 USABLE = "plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL"
 YEAR = timedelta(days=365)
@@ -31,6 +31,8 @@ def plan(site: Site, ledger: Ledger, why: str, now: datetime, recipe: str | None
         raise Problem("learning needs torch, which is not installed: pip install 'cxrloop[train]'")
     resolved = resolve_recipe(site, recipe or site.config.learn.recipe)
     parent = parent_of_next(ledger)
+    if parent and begins_anew(site, parent, resolved):
+        parent = None
     chosen = films(site, ledger)
     labelled = sum(row["range"] == "train" and any(v is not None for v in row["labels"]) for row in chosen)
     unlabelled = sum(row["range"] == "train" for row in chosen)
@@ -71,14 +73,21 @@ def resolve_recipe(site: Site, name: str) -> Recipe:
         if name.endswith(".toml"):
             if not path.is_file():
                 raise Problem(f'recipe = "{name}": no such file under {site.root}')
-            keys = tomllib.loads(path.read_text("utf-8"))
+            keys = _table(path)
             base = str(keys.pop("base", ""))
             if base not in RECIPES:
                 raise Problem(f'{path}: base = "{base}": must be one of {", ".join(sorted(RECIPES))}')
             return resolve(base, learn.profile, {**overrides, "name": path.stem, **keys})
         return resolve(name, learn.profile, overrides)
-    except (RecipeError, tomllib.TOMLDecodeError) as error:
+    except RecipeError as error:
         raise Problem(str(error)) from None
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise Problem(f"{path}: {error}") from None
 
 
 def _backbone(site: Site, backbone: str) -> str:
@@ -92,6 +101,20 @@ def parent_of_next(ledger: Ledger) -> Row | None:
         "WHERE b.training_state IS NOT NULL AND b.state NOT IN ('rejected', 'withdrawn', 'refused') "
         "AND (b.is_baseline = 1 OR r.state = 'passed') ORDER BY r.id IS NULL, r.id DESC LIMIT 1"
     )
+
+
+def begins_anew(site: Site, parent: Row, recipe: Recipe) -> bool:
+    """True when the recipe names another backbone than the one that the parent's line began with, or the site other findings.
+
+    Going on would pass the backbone over, and a class head fits its own findings alone. A file that was moved since, or
+    no name at all, is no other backbone.
+    """
+    card = read_json((site.root / parent["training_state"]).with_name("card.json"))
+    if card.get("findings", [*site.findings]) != [*site.findings]:
+        return True
+    began = card.get("recipe", {}).get("backbone", recipe.backbone)
+    moved = Path(began).name == Path(recipe.backbone).name and not Path(began).exists()
+    return recipe.backbone not in ("random", began) and not moved
 
 
 def films(site: Site, ledger: Ledger) -> list[dict[str, Any]]:

@@ -174,7 +174,9 @@ def _created(name: str, pretrained: bool = False, **for_vit: Any) -> nn.Module:
 
 
 def _wrapped(net: nn.Module, name: str, pos_embed: str = "dino", pool: str = "cls") -> Backbone | ConvNet:
-    if isinstance(net, VisionTransformer) and net.cls_token is not None and net.pos_embed is not None:
+    # a subclass (DeiT's second token), another block or another last norm would be run and explained as what it isn't
+    plain = type(net) is VisionTransformer and is_plain(net.blocks[-1]) and isinstance(net.norm, nn.LayerNorm)
+    if isinstance(net, VisionTransformer) and plain and net.cls_token is not None and net.pos_embed is not None:
         return Backbone(net, pos_embed, pool)
     return ConvNet(net, name)
 

@@ -19,6 +19,7 @@ from learner.step import State
 
 CURSOR = ("phase", "step", "burst", "bursts", "micro", "watch", "notes")
 CARRIED = ("micro", "notes")  # from a phase to the next
+DISTILS = ("head.", "mask", "patch_head.")  # parts of a network that answer for self-distillation alone
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -83,12 +84,18 @@ def load_networks(state: State, tensors: dict[str, Tensor]) -> None:
 
 
 def load_network(network: Network, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Load `prefix`ed tensors; raises CheckpointError naming the first that doesn't fit."""
-    _fill(network, tensors, prefix)
+    """Load `prefix`ed tensors; raises CheckpointError naming the first that doesn't fit.
+
+    A part that distils, and of which there is no tensor as the network's earlier recipe had no use for it, stays.
+    """
+    unused = tuple(part for part in DISTILS if not any(key.startswith(prefix + part) for key in tensors))
+    _fill(network, tensors, prefix, unused)
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
+def _fill(module: nn.Module, tensors: dict[str, Tensor], prefix: str, stays: tuple[str, ...] = ()) -> None:
     for key, value in module.state_dict().items():
+        if key.startswith(stays):
+            continue
         saved = tensors.get(prefix + key)
         if saved is None or saved.shape != value.shape:
             had = "missing" if saved is None else f"of shape {list(saved.shape)}"

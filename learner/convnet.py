@@ -99,6 +99,6 @@ def _keep_what_runs(net: nn.Module) -> torch.Size:
 
 def _no_features(name: str) -> BackboneError:
     return BackboneError(
-        f'backbone = "{name}": needs a vision transformer with a class token and learned positions, '
+        f'backbone = "{name}": needs a plain vision transformer with one class token, learned positions and a last norm, '
         "or a convolutional net that takes any image size"
     )

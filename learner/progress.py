@@ -150,6 +150,11 @@ class Teller:
             self.lined = time.monotonic()
             sys.stderr.write(f"{phase}: step {step} of {steps}, {', '.join(words)}\n")
 
+    def between(self, phase: str, done: int, of: int) -> None:
+        """`say`, then `check`, in work that is no step: thousands of films take an hour, the window's end doesn't wait."""
+        self.say(phase, done, of)
+        self.check()
+
     def _show(self, phase: str, step: int, steps: int, words: list[str]) -> None:
         """One bar a phase; those that are over stay, filled, with what they took."""
         assert self.bars

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -201,6 +202,7 @@ class Run:
 
     def from_parent(self, state: State) -> None:
         """Student := what the parent serves, in `distl` its student; teacher := its teacher; raises CheckpointError."""
+        state.teacher.load_state_dict(state.student.state_dict())  # a head that the parent hasn't begins alike
         tensors, served = self._parent()
         load_network(state.student, tensors, "student." if self.recipe.method == "distl" else served)
         load_network(state.teacher, tensors, "teacher.")
@@ -218,7 +220,7 @@ class Run:
         tensors, header = read_file(self.round.parent_state)
         known, findings = header.get("findings"), list(self.round.findings)
         if known != findings:
-            raise CheckpointError(f"parent {self.round.parent} knows {known}, this round {findings}")
+            raise CheckpointError(f"parent {self.round.parent} knows {known}, this round {findings}; start from null")
         return tensors, header["recipe"]["serve"] + "."
 
     def from_student(self, earlier: State) -> Callable[[State], None]:
@@ -275,11 +277,8 @@ class Run:
         def feed(recipe: Recipe, name: str) -> Films:
             return Films(films, recipe, self.device, name, fixed_order=True)
 
-        lower = cast(Backbone, state.student.backbone)
-        open_bank(
-            self.round.folder, films, self.recipe, lower, feed, self.dtype, str(self.round.parent),
-            lambda done, of: self.teller.say("tokens", done, of),
-        )  # fmt: skip
+        lower, said = cast(Backbone, state.student.backbone), partial(self.teller.between, "tokens")
+        open_bank(self.round.folder, films, self.recipe, lower, feed, self.dtype, str(self.round.parent), said)
 
     @torch.no_grad()
     def embeddings(self, network: Network, films: Sequence[Film]) -> Tensor:
@@ -291,6 +290,7 @@ class Run:
             images = feed.originals(np.arange(low, min(low + SCORED, len(films))))
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                 rows.append(network.backbone(images).float().cpu())
+            self.teller.check()
         network.train(was)
         must_be_numbers("embeddings of the films", rows)
         return torch.cat(rows)

@@ -1,5 +1,6 @@
 """Settings: every key commented, unknown keys named with the nearest, wrong values said with what is allowed."""
 
+import re
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from agent import config
 from agent.errors import Problem
+from agent.rounds import resolve_recipe
 from agent.site import Site, init
 
 
@@ -78,3 +80,21 @@ def test_a_missing_settings_file_says_how_to_make_one(tmp_path):
     done = cli("status", "--config", str(tmp_path / "none.toml"))
     assert done.returncode == 1
     assert "cxrloop init DIR" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (b"base = ", "mine.toml: Invalid value"),
+        ("base = 'evolve' # Tür".encode("latin-1"), "mine.toml: 'utf-8' codec can't decode"),
+        (b"base = 'evolv'", 'mine.toml: base = "evolv": must be one of'),
+        (b"base = 'evolve'\nepoch = 2", "unknown key 'epoch'; did you mean 'epochs'?"),
+        (None, 'recipe = "mine.toml": no such file under'),
+    ],
+)
+def test_a_recipe_file_that_can_not_be_read_is_refused_in_one_line(tmp_path, written, said):
+    site = init(tmp_path / "site", config.Config())
+    if written is not None:
+        (site.root / "mine.toml").write_bytes(written)
+    with pytest.raises(Problem, match=re.escape(said)):
+        resolve_recipe(site, "mine.toml")

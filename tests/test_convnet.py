@@ -91,6 +91,19 @@ def test_other_nets_are_refused(name):
         build(plan_of(name, 64))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_tiny_distilled_patch16_224",  # a second class token
+        "vit_small_patch16_18x2_224",  # two attentions a block
+        "beit3_base_patch16_224",  # no norm behind the last block
+    ],
+)
+def test_a_transformer_that_is_not_the_plain_one_is_refused(name):
+    with torch.device("meta"), pytest.raises(BackboneError, match="needs a plain vision transformer"):  # no weights
+        build(plan_of(name, 64))
+
+
 def test_settings_of_a_transformer_change_nothing():
     torch.manual_seed(1)
     plain = build({"timm": "resnet10t"})

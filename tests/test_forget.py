@@ -94,14 +94,19 @@ def test_models_that_learnt_from_a_film_are_named_and_those_that_descend_from_th
     site, _ = lived_in
     with site.ledger() as ledger:
         with ledger.transaction():
-            for number, (bundle, parent) in enumerate((("b" * 12, None), ("c" * 12, "b" * 12), ("d" * 12, None)), 1):
+            for number, (bundle, parent) in enumerate(
+                (("b" * 12, None), ("c" * 12, "b" * 12), ("d" * 12, None), ("e" * 12, None)), 1
+            ):
                 name = f"r{number:04d}"
                 if number > 1:
                     ledger.insert("round", id=number, name=name, state="passed", why="now", recipe="distl", parent=parent,
                                   last_image=99, planned_at=utc())  # fmt: skip
                 ledger.insert("bundle", id=bundle, round=name, state="candidate", created_at=utc())
+        (site.rounds / "r0004").mkdir()
+        backbone = str(site.rounds / "r0002" / "backbone.safetensors")
+        write_json(site.rounds / "r0004" / "manifest.json", {"films": [], "recipe": {"backbone": backbone}})
         said = forget.preview(site, ledger, [the_key(site)])
-    assert [(one["bundle"][0], one["directly"]) for one in said["bundles"]] == [("b", True), ("c", False)]
+    assert [(one["bundle"][0], one["directly"]) for one in said["bundles"]] == [("b", True), ("c", False), ("e", False)]
     assert said["cancels"] == ["r0001"]
 
 

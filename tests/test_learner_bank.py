@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from learner import tokens
+from learner.__main__ import main
+from learner.progress import Paused, Teller
 from learner.round_dir import load
 from learner.run import Run
-from tests.learner_site import ALL, make, read_manifest, write_manifest
+from tests.learner_site import ALL, make, read_manifest, result, write_manifest
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
@@ -48,6 +50,24 @@ def test_bank_is_made_once_and_anew_for_another_recipe(tmp_path, monkeypatch):
         assert run.bank.whole.shape[:2] == (len(run.round.films), 3)
         run.teller.close()
     assert len(filled) == 2
+
+
+def test_the_end_of_the_window_does_not_wait_for_the_bank(tmp_path, monkeypatch):
+    folder, filled = make(tmp_path / "r", **ALL), []
+    write_manifest(folder, read_manifest(folder) | {"until": "2020-01-01T05:00:00+00:00"})
+    monkeypatch.setattr(tokens, "AT_ONCE", 4)
+    monkeypatch.setattr(Teller, "say", lambda teller, phase, done, of: filled.append((phase, done)))
+    assert main([str(folder)]) == 75
+    assert filled == [("tokens", 4)]
+    assert "the window ended" in result(folder)["reason"]
+
+
+def test_embeddings_of_many_films_are_given_up_when_the_round_is_asked_to_yield(tmp_path):
+    run = Run(load(make(tmp_path / "r")))
+    run.teller.asked = "SIGTERM"
+    with pytest.raises(Paused, match="SIGTERM"):
+        run.embeddings(run.network(), run.round.films)
+    run.teller.close()
 
 
 def test_a_bank_for_steps_that_look_at_no_crop_holds_none_and_the_same_versions_of_the_film(tmp_path):

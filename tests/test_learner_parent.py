@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from learner.checkpoint import save_weights
+from learner.checkpoint import CheckpointError, load_network, save_weights
 from learner.recipes import evolve
 from learner.round_dir import ManifestError, load
 from learner.run import Run
@@ -88,3 +88,33 @@ def test_a_round_in_which_neighbours_have_no_label_to_pass_on_is_refused(opened,
     run = opened(without_labels, targets=targets)
     with pytest.raises(ManifestError, match='leave targets = "teacher"'):
         evolve.run(run)
+
+
+ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0}  # a network of `kd` or `pseudo-label`
+
+
+@pytest.mark.parametrize(
+    ("parent", "child", "begins_anew"),
+    [
+        (ALONE, {"lam": 1.0}, ["head."]),
+        ({}, {"lam": 1.0, "ibot": 1.0}, ["mask", "patch_head."]),
+        (ALONE, {"lam": 1.0, "ibot": 1.0}, ["head.", "mask", "patch_head."]),
+    ],
+)
+def test_a_head_that_the_parents_recipe_had_no_use_for_begins_anew_and_alike(opened, parent, child, begins_anew):
+    run = opened(parent=parent, **child)
+    state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    fresh = {name: value.clone() for name, value in state.student.state_dict().items()}
+    run.from_parent(state)
+    student, teacher = state.student.state_dict(), state.teacher.state_dict()
+    for name, value in student.items():
+        anew = name.startswith(tuple(begins_anew))
+        assert torch.equal(value, fresh[name]) is anew, name
+        assert not anew or torch.equal(value, teacher[name]), name
+
+
+def test_a_class_head_that_is_missing_is_refused_as_ever(opened):
+    run = opened()
+    tensors = {name: value for name, value in run._parent()[0].items() if "cls_head" not in name}
+    with pytest.raises(CheckpointError, match=r"student\.cls_head\.mlp\.0\.weight is missing"):
+        load_network(run.network(), tensors, "student.")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import matplotlib.image
 import pytest
 
 from agent import cli_rounds, labels, rounds, seen
+from agent.ledger import utc
 from learner import collapse, curves
 from learner.__main__ import main
 from learner.figure import draw
 from learner.progress import PROMISE
+from learner.round_dir import read_json, write_json
 from tests.appliance import TINY
 from tests.conftest import make_site
 from tests.films import film, put, take_in
@@ -178,7 +181,10 @@ def test_sigterm_within_a_single_call_of_the_library_leaves_in_time(tmp_path):
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     """A site with two dozen labelled films."""
-    folder = tmp_path_factory.mktemp("site")
+    return labelled_site(tmp_path_factory.mktemp("site"))
+
+
+def labelled_site(folder):
     site = make_site(folder / "site", learn={"recipe": "tiny.toml"})
     (site.root / "tiny.toml").write_text(TINY.replace("epochs = 2", "epochs = 40"))
     with site.ledger() as ledger:
@@ -190,6 +196,38 @@ def labelled(tmp_path_factory):
         (folder / "labels.csv").write_text("sop_uid,finding,value\n" + text)
         labels.import_csv(site, ledger, folder / "labels.csv", "test")
     return site
+
+
+@pytest.mark.parametrize(
+    ("began", "named", "new", "anew"),
+    [
+        ("random", "random", [], False),
+        ("random", "random", ["nodule"], True),
+        ("random", "rounds/r0001/backbone.safetensors", [], True),  # what `pretrain` left
+        ("other.safetensors", "mine.safetensors", [], True),
+        ("vit_tiny_patch16_224", "random", [], False),
+        ("/moved/since/mine.safetensors", "mine.safetensors", [], False),
+    ],
+)
+def test_a_round_begins_anew_with_another_backbone_or_other_findings(tmp_path, began, named, new, anew):
+    site = labelled_site(tmp_path)
+    began = str(site.root / began) if began.endswith(".safetensors") else began
+    for name in ("other.safetensors", "mine.safetensors"):
+        (site.root / name).touch()
+    parts = site.rounds / "r0001" / "t0"
+    parts.mkdir(parents=True)
+    write_json(parts / "card.json", {"recipe": {"backbone": began}, "findings": [*site.findings, *new]})
+    learn = site.config.learn.model_copy(update={"backbone": named})
+    site = replace(site, config=site.config.model_copy(update={"learn": learn}))
+    with site.ledger() as ledger:
+        with ledger.transaction():
+            ledger.insert("bundle", id="b" * 12, state="live", is_baseline=1,
+                          training_state="rounds/r0001/t0/state.safetensors", created_at=utc())  # fmt: skip
+        row = rounds.plan(site, ledger, "now", datetime.now(UTC))
+        manifest = read_json(site.rounds / row["name"] / "manifest.json")
+    assert (row["parent"], manifest["parent"]) == (
+        (None, None) if anew else ("b" * 12, {"bundle": "b" * 12, "state": "../../rounds/r0001/t0/state.safetensors"})
+    )
 
 
 def cxrloop(site, *words):
