@@ -21,6 +21,7 @@ from learner.verdict import Check, Golden, Rules, Scores, Verdict, conclude
 __all__ = ["Check", "Golden", "Power", "Rules", "Scores", "Verdict", "alpha_per_look", "auc", "golden_power", "judge"]
 
 WANTED_POWER = 0.8  # what "needs N more" aims at
+CONSTANT = "the same answer to every film: label train films of both kinds, or leave this finding out"
 Columns = dict[str, np.ndarray]  # finding -> float [N]
 Pairs = dict[str, tuple[Curve, Curve]]  # finding -> candidate, reference
 
@@ -209,7 +210,10 @@ def _sanity(own: Columns, table: _Table, rules: Rules) -> list[Check]:
         low, high = np.percentile(p, [1, 99])
         wide = float(high - low)
         limit = f">= {rules.min_spread:g} from the 1st to the 99th percentile"
-        rows.append(Check("spread", finding, wide, None, limit, "ok" if wide >= rules.min_spread else "fail"))
+        fine = wide >= rules.min_spread
+        rows.append(
+            Check("spread", finding, wide, None, limit, "ok" if fine else "fail", note="" if fine else CONSTANT)
+        )
         rows += _prevalence(finding, p, table, rules)
     return rows
 

@@ -93,6 +93,7 @@ def test_ties_everywhere_are_a_constant_that_fails():
     assert row(verdict, "vs champion", "effusion").candidate == 0.5
     assert row(verdict, "vs champion", "effusion").outcome == "worse"
     assert row(verdict, "spread", "effusion").outcome == "fail"
+    assert "label train films of both kinds, or leave this finding out" in verdict.line
 
 
 # ------------------------------------------------------------------------------------------------------ the outcomes
