@@ -67,7 +67,7 @@ def _guiding(network: nn.Module) -> Iterator[None]:
     others = sorted({type(part).__name__ for part in bends if not isinstance(part, (nn.ReLU, nn.ReLU6))})
     if others or not bends:
         raise SaliencyError(
-            f"guided: this network has {', '.join(others) or 'no ReLU'}, and guided backpropagation is defined for ReLU "
+            f"this network has {', '.join(others) or 'no ReLU'}, and guided backpropagation is defined for ReLU "
             "alone (resnet, densenet, vgg); ask for gradient, ig or smoothgrad"
         )
 
