@@ -123,7 +123,13 @@ def arms(experiment: str, lines: list[dict], scores: Path, paired: Callable) -> 
                     "auc_by_round": by_round,
                     "spread": round(float(ends.std(ddof=1)), 4) if len(ends) > 1 else None,
                 }
-                for other in ("supervised only", "frozen graph", "distl", "same steps, no stream"):
+                for other in (
+                    "supervised only",
+                    "frozen graph",
+                    "distl",
+                    "distl, another seed",
+                    "same steps, no stream",
+                ):
                     both = [d for d in draws if other != arm and d in last.get(other, {})]
                     if len(both) > 1:
                         mean, ci = interval(np.array([last[arm][d] - last[other][d] for d in both]))
