@@ -217,7 +217,7 @@ def show(said: dict) -> None:
 
 
 def draw_figure(lines: list[dict], said: dict, target: Path) -> None:
-    """AUC by round for each experiment and test, one line an arm, its draws as thin lines."""
+    """AUC by round for each experiment and test, one line an arm, its draws as thin lines; dotted where draws are missing."""
     columns = list(dict.fromkeys((experiment, share) for experiment, share, _, _ in panels(said)))
     figure, axes = plt.subplots(2, len(columns), figsize=(4.6 * len(columns), 7), sharex=True, squeeze=False)
     for experiment, share, test, table in panels(said):
@@ -230,9 +230,9 @@ def draw_figure(lines: list[dict], said: dict, target: Path) -> None:
                 continue
             for rounds in found[arm].values():
                 ax.plot(list(rounds), [r[test] for r in rounds.values()], color=COLOURS[arm], lw=0.6, alpha=0.25)
-            alone = result["draws"] == 1  # no mean: dotted
+            few = result["draws"] < max(row["draws"] for row in table.values())  # not the mean of all draws: dotted
             ax.plot(
-                list(by), list(by.values()), color=COLOURS[arm], lw=1.2 if alone else 2.2, ls=":" if alone else "-",
+                list(by), list(by.values()), color=COLOURS[arm], lw=1.2 if few else 2.2, ls=":" if few else "-",
                 marker="o", ms=4, label=arm,
             )  # fmt: skip
         floor = (said["floors"] or {}).get("pixels", {}).get(f"{experiment} {share}")
