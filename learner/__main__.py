@@ -8,13 +8,15 @@ process again that leaves with anything else. Golden films, the ledger and DICOM
 import argparse
 import errno
 import importlib
+import os
 import signal
 import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-if __name__ == "__main__":  # torch takes seconds to import: a signal meanwhile waits until the round listens
+# torch takes seconds to import: a signal meanwhile waits until the round listens; torchrun's ranks may wait for others
+if __name__ == "__main__" and "RANK" not in os.environ:
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
 
 from learner import ranks

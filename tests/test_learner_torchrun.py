@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -207,6 +208,24 @@ def test_sigterm_of_torchrun_leaves_a_checkpoint_within_twenty_seconds(copy):
     assert time.monotonic() - begun < 20
     assert (result(copy)["state"], result(copy)["reason"]) == ("paused", "SIGTERM")
     assert read_file(copy / "checkpoint/state.safetensors")[1]["cursor"]["step"] > 0
+
+
+def test_a_worker_that_waits_for_the_others_can_be_ended(copy, monkeypatch):
+    port = free_port()
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(key, value)
+    process = learner(copy, [sys.executable])
+    wait_until(lambda: listens(port), process, copy)
+    process.terminate()
+    try:
+        assert process.wait(10) == -signal.SIGTERM
+    finally:
+        process.kill()
+
+
+def listens(port):
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_sigterm_of_one_worker_pauses_all_and_torchrun_starts_none_again(copy):
