@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNTIME ?= cpu
 FROM ?=
 
-.PHONY: demo test check bench peers clean
+.PHONY: demo test check docs bench peers clean
 
 demo: .venv/ready
 	$(BIN)/cxrloop demo $(if $(FROM),--from "$(FROM)")
@@ -17,6 +17,11 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+	$(MAKE) docs
+
+# The documentation site, in build/docs; a warning is an error. It needs no network.
+docs: .venv/ready
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
 
 bench: .venv/ready
 	$(BIN)/python bench/creep.py

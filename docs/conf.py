@@ -19,7 +19,17 @@ language = "en"
 extensions = ["myst_parser"]
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
-exclude_patterns = [".venv", "build", "dist", "demo", "site", "mysite", "tests", "**/__pycache__", "**/.*"]  # not walked
+exclude_patterns = [
+    ".venv",
+    "build",
+    "dist",
+    "demo",
+    "site",
+    "mysite",
+    "tests",
+    "**/__pycache__",
+    "**/.*",
+]  # not walked
 myst_heading_anchors = 4  # links such as operating.md#retention
 
 templates_path = ["_templates"]
