@@ -4,21 +4,22 @@ The source folder is the repository, so that a relative link works in the site a
 `make docs` builds into build/docs; warnings are errors. Nothing is loaded from another server.
 """
 
-import tomllib
+import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-project = PROJECT["name"]
-release = version = PROJECT["version"]
+from cxrloop import __version__
+
+project = "cxrloop"
+release = version = __version__
 author = "the cxrloop contributors"
 copyright = author
 language = "en"
 
 extensions = ["myst_parser"]
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+include_patterns = ["*.md", "docs/*.md", "bench/results/real_input.md"]
 exclude_patterns = [
     ".venv",
     "build",
