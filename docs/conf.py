@@ -31,6 +31,8 @@ exclude_patterns = [
     "**/__pycache__",
     "**/.*",
 ]  # not walked
+highlight_language = "text"  # a code block without a language is output
+smartquotes = False  # quotes in settings stay as they must be typed
 myst_heading_anchors = 4  # links such as operating.md#retention
 
 templates_path = ["_templates"]

@@ -31,7 +31,7 @@ def name(page: Path) -> str:
 def shown(page: Path) -> list[list[str]]:
     """Return the words of every `cxrloop ...` line in the shell blocks of a page, without `cxrloop` itself."""
     lines = []
-    for block in re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.S):
+    for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text("utf-8"), re.S | re.M):
         for line in block.splitlines():
             for part in line.split(" && "):
                 words = shlex.split(re.sub(r"^sudo -u cxrloop ", "", part.strip()), comments=True)
@@ -98,6 +98,14 @@ def test_links_between_pages_lead_somewhere(page):
 def test_python_commands_on_a_page_name_files_that_exist(page):
     scripts = re.findall(r"`python ((?:bench|acceptance|tools)/[\w/]+\.py)", page.read_text("utf-8"))
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+def test_readme_quotes_the_committed_output_of_the_demo():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", readme, re.S | re.M)
+    quote = next(block for block in blocks if "== summary" in block)
+    printed = (ROOT / "docs/demo.txt").read_text("utf-8").splitlines()
+    assert [line for line in quote.splitlines() if line != "..." and line not in printed] == []
 
 
 def test_readme_is_short():

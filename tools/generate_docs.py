@@ -102,8 +102,10 @@ def _allowed(field: Any) -> str:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in get_args(field.annotation))
     kinds = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}
     kind = kinds.get(field.annotation, "list of texts")
-    bounds = [f"{word} {getattr(m, name)}" for m in field.metadata for name, word in BOUNDS.items() if hasattr(m, name)]
-    return ", ".join([kind, *bounds])
+    bounds = {name: getattr(m, name) for m in field.metadata for name in BOUNDS if hasattr(m, name)}
+    if bounds.keys() == {"ge", "le"}:
+        return f"{kind}, {bounds['ge']} to {bounds['le']}"
+    return ", ".join([kind, *(f"{BOUNDS[name]} {limit}" for name, limit in bounds.items())])
 
 
 if __name__ == "__main__":
