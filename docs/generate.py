@@ -11,8 +11,8 @@ import typer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from agent import config  # noqa: E402
-from agent.cli import app  # noqa: E402
+from agent.cli.main import app  # noqa: E402
+from agent.site import config  # noqa: E402
 
 HEAD = """# Commands
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from agent import config
-from agent.site import Site, init
-from tests import small_disk
+from agent.site import config
+from agent.site.site import Site, init
+from tests.support import small_disk
 
 PEERS = {
     "dcmtk": ("dcmsend", "storescu", "echoscu"),

@@ -11,10 +11,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from agent import config
-from agent.cli import app
+from agent.cli.main import app
+from agent.site import config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/operating.md", "docs/commands.md")
 
 

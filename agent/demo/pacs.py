@@ -14,9 +14,9 @@ from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
 from agent.errors import Problem
-from dicom.phantom import draw, hip, lateral
-from dicom.sender import send
-from dicom.wrap import wrap
+from dicom.client.sender import send
+from dicom.phantom.phantom import draw, hip, lateral
+from dicom.phantom.wrap import wrap
 
 EXPLICIT_LE, J2K_LOSSLESS = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.90"
 FINDINGS = ("cardiomegaly", "effusion", "opacity")

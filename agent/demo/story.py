@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent import out
+from agent import console
 from agent.demo import pacs
 from agent.demo.figure import draw_nights
 from agent.demo.flow import Flow
@@ -48,7 +48,15 @@ class Demo:
 
     def ask(self, *words: str, allow: tuple[int, ...] = (0,)) -> Any:
         """A `cxrloop` command with --json: its document, or `{"exit", "said"}` where the code is not 0 but allowed."""
-        command = [sys.executable, "-m", "agent.cli", *words, "--json", "--config", str(self.root / "appliance.toml")]
+        command = [
+            sys.executable,
+            "-m",
+            "agent.cli.main",
+            *words,
+            "--json",
+            "--config",
+            str(self.root / "appliance.toml"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode not in allow:
             raise Problem(f"cxrloop {' '.join(words)} failed ({done.returncode}): {done.stderr.strip()[-800:]}")
@@ -73,7 +81,7 @@ def tell(folder: Path, source: Path | None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what it started ends with it
     _clear(folder)
     _rule("cxrloop: three nights of a chest X-ray model, on this machine")
-    out.people.print(
+    console.people.print(
         "Research software, not a medical device.",
         "" if source else "Phantoms are easy: no figure here says anything clinical.",
     )
@@ -83,7 +91,7 @@ def tell(folder: Path, source: Path | None) -> None:
     demo = _site(folder / "site", films)
     log = folder / "serve.log"
     with log.open("wb") as stderr:
-        command = [sys.executable, "-m", "agent.cli", "serve", "--config", str(demo.root / "appliance.toml")]
+        command = [sys.executable, "-m", "agent.cli.main", "serve", "--config", str(demo.root / "appliance.toml")]
         command += ["--child", str(os.getpid())]
         appliance = subprocess.Popen(command, stderr=stderr)
     try:
@@ -112,13 +120,13 @@ def _site(root: Path, films: list[pacs.Film]) -> Demo:
     demo = Demo(root, _free_port(), findings, films)
     words = [word for name in findings for word in ("--finding", name)]
     demo_init = ["init", str(root), "--profile", "demo", "--port", str(demo.port), *words]
-    subprocess.run([sys.executable, "-m", "agent.cli", *demo_init], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "agent.cli.main", *demo_init], check=True, stdout=subprocess.DEVNULL)
     settings = root / "appliance.toml"
     text = settings.read_text("utf-8").replace('window = "22:00-05:00"', 'window = ""')
     settings.write_text(text.replace("looks_per_year = 52", f"looks_per_year = {NIGHTS}"), "utf-8")
     (root / "poisoned.toml").write_text(POISONED, "utf-8")
     gate = demo.ask("config", "show")["gate"]
-    out.people.print(
+    console.people.print(
         f"Protocol: findings {', '.join(findings)}; margin {gate['margin']} AUC against the champion and against "
         f"the frozen baseline; {NIGHTS} looks planned, alpha {gate['alpha']} / {NIGHTS} = {gate['alpha'] / NIGHTS:.4f} each; "
         f"a finding is decided from {gate['min_class']} patients of its smaller class; {LABELS} labelled training films; "
@@ -147,7 +155,7 @@ def _wait_ready(demo: Demo, log: Path, appliance: subprocess.Popen) -> None:
         if time.monotonic() > deadline:
             raise Problem(f"the appliance was not ready after {READY_S} s; is this machine busy? See {log}")
         time.sleep(0.2)
-    out.people.print(f"The appliance is up: CXRLOOP@127.0.0.1:{demo.port} answers C-ECHO; no model yet.")
+    console.people.print(f"The appliance is up: CXRLOOP@127.0.0.1:{demo.port} answers C-ECHO; no model yet.")
 
 
 def _first_day(demo: Demo, films: list[pacs.Film], odd: list[Path]) -> None:
@@ -157,12 +165,12 @@ def _first_day(demo: Demo, films: list[pacs.Film], odd: list[Path]) -> None:
     for path in odd:  # what no C-STORE sender would touch goes through the drop folder
         shutil.copy(path, demo.root / "drop" / path.name)
     seen = demo.settled()["ingest"]
-    out.people.print(
+    console.people.print(
         f"{statuses.count(0)} of {len(statuses)} films acknowledged and {len(odd)} odd files dropped; after "
         f"{time.monotonic() - started:.0f} s: {seen['stored']} stored, {seen['rejected']} rejected, {seen['quarantined']} quarantined."
     )
     aside = [row for state in ("rejected", "quarantined") for row in demo.ask("studies", "ls", "--state", state)]
-    out.table(("state", "reason"), [(row["state"], row["reason"]) for row in aside])
+    console.table(("state", "reason"), [(row["state"], row["reason"]) for row in aside])
     _label(demo)
 
 
@@ -183,7 +191,7 @@ def _label(demo: Demo) -> None:
     demo.ask("labels", "import", str(path))
     golden = demo.ask("golden", "freeze")
     pool = sum(row["range"] == "train" for row in rows)
-    out.people.print(
+    console.people.print(
         f"Labelled: {len(train)} of {pool} training films, and the reserved ranges. Golden set frozen: "
         f"{golden['images']} films of {golden['patients']} patients; positives "
         + ", ".join(f"{name} {n}" for name, n in golden["positives"].items())
@@ -197,15 +205,15 @@ def _night(demo: Demo, number: int, later: list[pacs.Film]) -> None:
     said = demo.ask("round", "run", "--now", "--look", *(["--recipe", "poisoned.toml"] if poisoned else []))
     if number == 1:
         baseline = demo.settled()
-        out.people.print(
+        console.people.print(
             f"First model {baseline['serving']['bundle']} (T=0, {said['labelled']} labelled films): into service, ungated; "
             f"the backlog of {baseline['ingest']['predicted']} films is scored."
         )
-    out.people.print(
+    console.people.print(
         f"Round {said['round']}: {said['unlabelled']} films, {said['seconds']:.0f} s, bundle {said['bundle']}."
     )
     if said["verdict"]:
-        out.table(
+        console.table(
             ("finding", "check", "AUC", "reference", "difference", "interval", "answer"),
             [
                 (
@@ -221,17 +229,17 @@ def _night(demo: Demo, number: int, later: list[pacs.Film]) -> None:
                 if c["name"].startswith("vs ")
             ],
         )
-        out.people.print(f"The gate: {said['verdict']['line']}")
+        console.people.print(f"The gate: {said['verdict']['line']}")
     else:
-        out.people.print(f"No verdict: {said['state']}: {said['reason']}")
+        console.people.print(f"No verdict: {said['state']}: {said['reason']}")
     night = {"round": said["round"], "bundle": said["bundle"], "state": said["state"], "poisoned": poisoned}
     with demo.flow(later) as flow:
         if said["bundle"]:
             words = ("approve", said["bundle"], "--by", "Dr. Demo", "--reason", f"verdict of night {number}")
             answer = demo.ask(*words, allow=(0, 2))
             night["swap_seconds"] = answer.get("swap_seconds")
-            out.people.print(f"Approve: {_answer(answer)}")
-    out.people.print(f"({flow.said()})")
+            console.people.print(f"Approve: {_answer(answer)}")
+    console.people.print(f"({flow.said()})")
     demo.nights.append(night)
     demo.settled()
 
@@ -248,20 +256,20 @@ def _rollback(demo: Demo) -> None:
     with demo.flow([]) as flow:
         answer = demo.ask("rollback", "--by", "Dr. Demo", "--reason", "to show it", allow=(0, 2))
         time.sleep(0.5)
-    out.people.print(f"Rollback: {_answer(answer)} ({flow.said()})")
+    console.people.print(f"Rollback: {_answer(answer)} ({flow.said()})")
 
 
 def _sum_up(demo: Demo, folder: Path, seconds: float) -> None:
     _rule("summary")
     trail = demo.ask("audit", "verify")
     figure = folder / "nights.png"
-    draw_nights(demo.root, demo.nights, figure, out.people.print)
+    draw_nights(demo.root, demo.nights, figure, console.people.print)
     status = demo.ask("status")
-    out.people.print(
+    console.people.print(
         f"In service: {status['serving']['bundle'] if status['serving'] else 'none'}; looks left {status['gate']['looks_left']}; "
         f"audit: {trail['entries']} entries, {'unbroken' if trail['ok'] else 'BROKEN'}; {seconds / 60:.1f} minutes in all."
     )
-    out.people.print(
+    console.people.print(
         f"Figure: {figure}\nThe site stays in {demo.root}: try `cxrloop status --config {demo.root / 'appliance.toml'}`."
     )
 
@@ -275,4 +283,4 @@ def _span(ci: list[float] | None) -> str:
 
 
 def _rule(title: str) -> None:
-    out.people.print(f"\n== {title}", style="bold")
+    console.people.print(f"\n== {title}", style="bold")

@@ -5,9 +5,9 @@ and is corrected in bursts on the labelled films, while the teacher follows by m
 centre start anew each round; networks go on from round to round.
 """
 
-from learner.correct import distil_and_correct
-from learner.run import Run
-from learner.supervised import learn_labels
+from learner.objectives.correction import distil_and_correct
+from learner.round.run import Run
+from learner.round.supervised import learn_labels
 
 
 def run(run: Run) -> None:

@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learner import linear
-from learner.auc import Curve
-from learner.average import Weights, settle, soup, wise
-from learner.choice import first_as_good, macro_curve
-from learner.data import label_table
-from learner.evolve import evolve, take_mean
-from learner.graph import both_classes, pseudo_labels
-from learner.heads import Network
-from learner.pseudo import weight_table
-from learner.refit import FEW_PENALTY, TRAINED, answer, mean, only
-from learner.round_dir import Film, ManifestError
-from learner.run import SCORED, Run
-from learner.step import State
-from learner.supervised import balance_of, learn_labels
-from learner.targets import agreement, class_thresholds, outside, shrunk_prevalence, soft_weights
+from learner.data.feed import label_table
+from learner.engine.step import State
+from learner.engine.weight_averaging import Weights, settle, soup, wise
+from learner.evaluation.auc import Curve
+from learner.evaluation.model_choice import first_as_good, macro_curve
+from learner.networks.heads import Network
+from learner.objectives import logistic
+from learner.objectives.class_losses import weight_table
+from learner.objectives.head_refit import FEW_PENALTY, TRAINED, answer, mean, only
+from learner.objectives.label_propagation import both_classes, pseudo_labels
+from learner.objectives.pseudo_targets import agreement, class_thresholds, outside, shrunk_prevalence, soft_weights
+from learner.objectives.teacher_student import evolve, take_mean
+from learner.round.manifest import Film, ManifestError
+from learner.round.run import SCORED, Run
+from learner.round.supervised import balance_of, learn_labels
 
 MIXES = (0.25, 0.5, 0.75)  # of champion and candidate, beside the two themselves
 UNTRAINED = {"refit"}  # candidates whose backbone is that of the model before the round
@@ -82,7 +82,7 @@ def probe(run: Run, state: State) -> None:
 
 
 def targets(run: Run, state: State) -> dict[str, Tensor]:
-    """What the unlabelled films are taught, by film: see `learner.evolve.evolve`."""
+    """What the unlabelled films are taught, by film: see `learner.objectives.teacher_student.evolve`."""
     recipe, films = run.recipe, run.round.unlabelled
     labels = label_table(films)
     prevalence = shrunk_prevalence(labels)
@@ -98,7 +98,7 @@ def targets(run: Run, state: State) -> dict[str, Tensor]:
         if recipe.agree == "teacher":
             weight = agreement(torch.logit(soft, 1e-4), logits_of(run, state.teacher, films))
         elif recipe.agree == "heads":
-            weight = agreement(*(linear.fit(seen, half, FEW_PENALTY)(seen).float() for half in halves(labels)))
+            weight = agreement(*(logistic.fit(seen, half, FEW_PENALTY)(seen).float() for half in halves(labels)))
         elif recipe.agree == "soft":
             logit = torch.logit(soft, 1e-4)
             unsure = logit.where(labels.isnan(), torch.nan)  # a label would stand far out and make all others doubtful
@@ -128,7 +128,7 @@ def fit_head(run: Run, network: Network) -> None:
     if run.recipe.class_hidden == 0:
         films, labels = run.round.labelled, label_table(run.round.labelled)
         seen, weights = run.embeddings(network, films), label_weights(run, labels)
-        set_head(network, linear.fit(seen, labels, FEW_PENALTY, weights))
+        set_head(network, logistic.fit(seen, labels, FEW_PENALTY, weights))
 
 
 def label_weights(run: Run, labels: Tensor) -> Tensor | None:
@@ -137,13 +137,13 @@ def label_weights(run: Run, labels: Tensor) -> Tensor | None:
     return None if weights is None else weights.cpu()
 
 
-def head_of(network: Network) -> linear.Linear:
+def head_of(network: Network) -> logistic.Linear:
     """The linear class head as it is, on the host."""
     layer = cast(nn.Linear, network.cls_head.mlp[-1])
-    return linear.Linear(layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu())
+    return logistic.Linear(layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu())
 
 
-def set_head(network: Network, head: linear.Linear) -> None:
+def set_head(network: Network, head: logistic.Linear) -> None:
     """The linear class head := this answer."""
     layer = cast(nn.Linear, network.cls_head.mlp[-1])
     with torch.no_grad():

@@ -11,19 +11,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from learner.backbone import Backbone, build, open_backbone
-from learner.correct import Feed, next_batch, supervise
-from learner.distill import autocast
-from learner.heads import Network
-from learner.kd import kd_loss
-from learner.optim import Schedule
-from learner.plan import BackboneError, Plan
-from learner.pseudo import Balance
-from learner.recipe import Recipe
-from learner.round_dir import ManifestError
-from learner.run import Run
-from learner.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of
-from learner.supervised import balance_of, learn_labels
+from learner.engine.optim import Schedule
+from learner.engine.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of
+from learner.networks.architecture import BackboneError, Plan
+from learner.networks.backbone import Backbone, build, open_backbone
+from learner.networks.heads import Network
+from learner.objectives.class_losses import Balance
+from learner.objectives.correction import Feed, next_batch, supervise
+from learner.objectives.dino import autocast
+from learner.objectives.knowledge_distillation import kd_loss
+from learner.round.manifest import ManifestError
+from learner.round.recipe import Recipe
+from learner.round.run import Run
+from learner.round.supervised import balance_of, learn_labels
 
 DEFECTIVE = 4  # one in so many epochs: the published 50 of 200
 

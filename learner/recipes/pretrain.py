@@ -9,13 +9,13 @@ from functools import partial
 
 from safetensors.torch import save
 
-from learner.backbone import weights_of
-from learner.evolve import evolve
+from learner.engine.step import State
+from learner.networks.backbone import weights_of
+from learner.objectives.teacher_student import evolve
 from learner.recipes.evolve import fit_head
-from learner.round_dir import ManifestError, write_atomic
-from learner.run import Run
-from learner.step import State
-from learner.supervised import learn_labels
+from learner.round.manifest import ManifestError, write_atomic
+from learner.round.run import Run
+from learner.round.supervised import learn_labels
 
 BACKBONE = "backbone.safetensors"
 

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner import ranks
-from learner.backbone import Backbone
-from learner.calibrate import auc
-from learner.correct import Feed, supervise
-from learner.data import label_table, read_plates
-from learner.heads import Network
-from learner.optim import Schedule
-from learner.round_dir import PLATE_SHAPE, Film, ManifestError
-from learner.run import Run
-from learner.step import Losses, State
-from learner.supervised import balance_of
-from learner.targets import kappa_labels, ten_crop
-from learner.views import normalise, resize_matrix, to_image
+from learner.data.augment import normalise, resize_matrix, to_image
+from learner.data.feed import label_table, read_plates
+from learner.engine import distributed
+from learner.engine.optim import Schedule
+from learner.engine.step import Losses, State
+from learner.evaluation.calibrate import auc
+from learner.networks.backbone import Backbone
+from learner.networks.heads import Network
+from learner.objectives.correction import Feed, supervise
+from learner.objectives.pseudo_targets import kappa_labels, ten_crop
+from learner.round.manifest import PLATE_SHAPE, Film, ManifestError
+from learner.round.run import Run
+from learner.round.supervised import balance_of
 
 CROP = 7 / 8  # of the side: the published 224 of 256 px
 AT_ONCE = 16  # films in one pass when only looked at
@@ -72,7 +72,7 @@ def learn(run: Run, phase: str, feed: Feed, schedule: Schedule, start: Callable[
     def tick(state: State) -> Losses:
         losses = supervise(state, feed, balance)
         if films and state.step % schedule.steps_per_epoch == 0:
-            value = ranks.by_first(lambda: macro_auc(answers(run, state.student, films).numpy(), labels))
+            value = distributed.by_first(lambda: macro_auc(answers(run, state.student, films).numpy(), labels))
             if value is not None:
                 keep_best(run, state, value)
         return losses
