@@ -1,6 +1,6 @@
 """One appliance under test, driven from outside: the `cxrloop` command, dcmtk's programs, signals to its processes.
 
-It reads the ledger only to know the moment; it refuses to know films, labels, and what an answer should be.
+It reads the ledger only to know the moment; it refuses to know images, labels, and what an answer should be.
 """
 
 from __future__ import annotations
@@ -211,15 +211,15 @@ class Appliance:
         return found
 
     def drained(self) -> dict[str, Any]:
-        """`status` when the inbox is empty and, with a model in service, all stored films are scored."""
+        """`status` when the inbox is empty and, with a model in service, all stored images are scored."""
         deadline = time.monotonic() + SETTLE_S
         while True:
             said = self.status()
-            films = said["ingest"]
-            if not films["inbox"] and (not said["serving"] or films["predicted"] == films["stored"]):
+            images = said["ingest"]
+            if not images["inbox"] and (not said["serving"] or images["predicted"] == images["stored"]):
                 return said
             if time.monotonic() > deadline:
-                raise Failed(f"not settled in {SETTLE_S} s: {films}")
+                raise Failed(f"not settled in {SETTLE_S} s: {images}")
             time.sleep(1)
 
 

@@ -1,4 +1,4 @@
-"""The films of the real-input run: which Kermany films are chosen, how they are wrapped, and copies under new UIDs.
+"""The images of the real-input run: which Kermany images are chosen, how they are wrapped, and copies under new UIDs.
 
 It knows the public set's manifest and the site's key; it refuses to know the network and the appliance's answers.
 """
@@ -23,12 +23,12 @@ from dicom.phantom.wrap import wrap
 from dicom.pseudonyms import patient_key
 
 FINDING = "Pneumonia"
-LABELLED = 10  # one training film in so many has its label
+LABELLED = 10  # one training image in so many has its label
 
 
 @dataclass(frozen=True)
-class Film:
-    """One Kermany film: its picture, patient (the split kept in the id), truth, and the range its patient falls in."""
+class Image:
+    """One Kermany image: its picture, patient (the split kept in the id), truth, and the range its patient falls in."""
 
     picture: Path
     patient: str
@@ -36,36 +36,36 @@ class Film:
     range: str
 
 
-def kermany(folder: Path, key: bytes, shares: PatientKeys) -> list[Film]:
-    """Every film of the manifest with its patient's range under the site's key."""
-    films = []
+def kermany(folder: Path, key: bytes, shares: PatientKeys) -> list[Image]:
+    """Every image of the manifest with its patient's range under the site's key."""
+    images = []
     with (folder / "manifest.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             patient = f"{row['split']}-{row['patient_id']}"
             pseudonym, identified = patient_key(key, patient, "", "")
             truth = int(FINDING in row["labels"].split("|"))
             where = range_of(key, pseudonym, identified, shares)
-            films.append(Film(folder / row["file"], patient, truth, where))
-    return films
+            images.append(Image(folder / row["file"], patient, truth, where))
+    return images
 
 
-def choose(films: list[Film], total: int, golden: int, seed: int) -> list[Film]:
-    """`total` films: `golden` of the golden range, one of every patient there first, and the rest from the others.
+def choose(images: list[Image], total: int, golden: int, seed: int) -> list[Image]:
+    """`total` images: `golden` of the golden range, one of every patient there first, and the rest from the others.
 
     The golden share is larger than a site's stream would have: 400 in 1,500 where the patients' hash gives a tenth.
     """
     draw = random.Random(seed)
-    by_patient: dict[str, list[Film]] = defaultdict(list)
+    by_patient: dict[str, list[Image]] = defaultdict(list)
     others = []
-    for film in films:
-        if film.range == "golden":
-            by_patient[film.patient].append(film)
+    for image in images:
+        if image.range == "golden":
+            by_patient[image.patient].append(image)
         else:
-            others.append(film)
+            others.append(image)
     for mine in by_patient.values():
         draw.shuffle(mine)
     firsts = [mine[0] for mine in by_patient.values()]
-    seconds = [film for mine in by_patient.values() for film in mine[1:]]
+    seconds = [image for mine in by_patient.values() for image in mine[1:]]
     for part in (firsts, seconds, others):
         draw.shuffle(part)
     chosen = [*firsts, *seconds][:golden]
@@ -74,39 +74,39 @@ def choose(films: list[Film], total: int, golden: int, seed: int) -> list[Film]:
     return chosen
 
 
-def composition(films: list[Film]) -> dict[str, dict[str, int]]:
-    """Films, patients, and patients of each class, by range."""
+def composition(images: list[Image]) -> dict[str, dict[str, int]]:
+    """Images, patients, and patients of each class, by range."""
     table = {}
-    for name in sorted({film.range for film in films}):
-        here = [film for film in films if film.range == name]
-        classes = Counter(dict.fromkeys((film.patient, film.truth) for film in here))
+    for name in sorted({image.range for image in images}):
+        here = [image for image in images if image.range == name]
+        classes = Counter(dict.fromkeys((image.patient, image.truth) for image in here))
         table[name] = {
-            "films": len(here),
-            "patients": len({film.patient for film in here}),
+            "images": len(here),
+            "patients": len({image.patient for image in here}),
             "patients_with": sum(truth for _, truth in classes),
             "patients_without": sum(1 - truth for _, truth in classes),
         }
     return table
 
 
-def wrap_all(films: list[Film], folder: Path) -> dict[Path, tuple[str, Film]]:
-    """Each film as a DX DICOM file in `folder`, by the product's wrapper: file -> (SOP Instance UID, film)."""
+def wrap_all(images: list[Image], folder: Path) -> dict[Path, tuple[str, Image]]:
+    """Each image as a DX DICOM file in `folder`, by the product's wrapper: file -> (SOP Instance UID, image)."""
     folder.mkdir(parents=True)
     made = {}
-    for number, film in enumerate(films):
-        dataset = wrap(film.picture, film.patient, "AP")
-        path = folder / f"film{number:05d}.dcm"
+    for number, image in enumerate(images):
+        dataset = wrap(image.picture, image.patient, "AP")
+        path = folder / f"image{number:05d}.dcm"
         dataset.save_as(path, enforce_file_format=True)
-        made[path] = (str(dataset.SOPInstanceUID), film)
+        made[path] = (str(dataset.SOPInstanceUID), image)
     return made
 
 
-def write_labels(made: dict[Path, tuple[str, Film]], table: Path, seed: int) -> dict[str, int]:
-    """A CSV with the labels of a tenth of the training range and of all films of golden, calibration, validation."""
+def write_labels(made: dict[Path, tuple[str, Image]], table: Path, seed: int) -> dict[str, int]:
+    """A CSV with the labels of a tenth of the training range and of all images of golden, calibration, validation."""
     draw = random.Random(seed)
-    by_range: dict[str, list[tuple[str, Film]]] = defaultdict(list)
-    for uid, film in made.values():
-        by_range[film.range].append((uid, film))
+    by_range: dict[str, list[tuple[str, Image]]] = defaultdict(list)
+    for uid, image in made.values():
+        by_range[image.range].append((uid, image))
     train = sorted(by_range["train"])
     draw.shuffle(train)
     told = {"train": train[: max(1, round(len(train) / LABELLED))]}
@@ -115,7 +115,7 @@ def write_labels(made: dict[Path, tuple[str, Film]], table: Path, seed: int) -> 
         writer = csv.writer(file)
         writer.writerow(("sop_uid", "finding", "value", "source", "by"))
         for rows in told.values():
-            writer.writerows((uid, FINDING, film.truth, "report", "data set") for uid, film in rows)
+            writer.writerows((uid, FINDING, image.truth, "report", "data set") for uid, image in rows)
     return {name: len(rows) for name, rows in told.items()}
 
 

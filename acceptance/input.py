@@ -1,9 +1,9 @@
-"""The acceptance run on real films: Kermany films from dcmsend to a promoted model, and a folder of odd files.
+"""The acceptance run on real images: Kermany images from dcmsend to a promoted model, and a folder of odd files.
 
-    python acceptance/input.py --data DIR [--films 1500] [--site DIR] [--cap N] [--quick] [--only loop|files]
+    python acceptance/input.py --data DIR [--images 1500] [--site DIR] [--cap N] [--quick] [--only loop|files]
 
-DIR holds kermany224/ and dicom/ (public films, not part of the project). It uses the product's own commands and
-dcmtk's dcmsend, kills every process once, and exits 1 when a check fails. `--quick`: 300 films, profile demo.
+DIR holds kermany224/ and dicom/ (public images, not part of the project). It uses the product's own commands and
+dcmtk's dcmsend, kills every process once, and exits 1 when a check fails. `--quick`: 300 images, profile demo.
 Results: bench/results/real_input.json and .md (`--quick`: only printed, unless --out says where).
 """
 
@@ -23,20 +23,20 @@ from acceptance.driver import Failed, dcmtk
 from acceptance.record import Record
 from acceptance.table import markdown
 
-CAP = {"cpu": 500, "demo": 200}  # training films of a round: what the profile promises to do in ten, or two, minutes
+CAP = {"cpu": 500, "demo": 200}  # training images of a round: what the profile promises to do in ten, or two, minutes
 
 
 def main() -> int:
     """Run it; 1 when a check failed or the run could not go on."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--data", type=Path, required=True)
-    ask.add_argument("--films", type=int)
+    ask.add_argument("--images", type=int)
     ask.add_argument(
-        "--site", type=Path, help="where sites and wrapped films go, and stay; by default a temporary folder"
+        "--site", type=Path, help="where sites and wrapped images go, and stay; by default a temporary folder"
     )
     ask.add_argument("--quick", action="store_true")
     ask.add_argument("--only", choices=("loop", "files"))
-    ask.add_argument("--cap", type=int, help="most training films a round (learn.max_unlabelled)")
+    ask.add_argument("--cap", type=int, help="most training images a round (learn.max_unlabelled)")
     ask.add_argument("--seed", type=int, default=1)
     ask.add_argument("--out", type=Path, help="path of the results, without .json")
     args = ask.parse_args()
@@ -51,12 +51,12 @@ def main() -> int:
 
 def _run(args: argparse.Namespace, root: Path, out: Path | None) -> int:
     profile = "demo" if args.quick else "cpu"
-    films = args.films or (300 if args.quick else 1500)
+    images = args.images or (300 if args.quick else 1500)
     cap = args.cap or CAP[profile]
     repo = str(Path(__file__).resolve().parents[1])
     record = Record({str(root): "SITE", str(args.data.resolve()): "DIR", str(args.data): "DIR", repo: "REPO"})
     chosen = [
-        f"--films {films}",
+        f"--images {images}",
         args.cap and f"--cap {cap}",
         args.quick and "--quick",
         args.only and f"--only {args.only}",
@@ -64,14 +64,14 @@ def _run(args: argparse.Namespace, root: Path, out: Path | None) -> int:
     options = [option for option in chosen if option]
     record.result["setup"] = {
         "command": " ".join(["python acceptance/input.py --data DIR", *options]),
-        "films": films, "profile": profile, "cap": cap, "seed": args.seed, "cores": os.cpu_count(),
+        "images": images, "profile": profile, "cap": cap, "seed": args.seed, "cores": os.cpu_count(),
         "load": f"load {os.getloadavg()[0]:.1f} at the start", "python": sys.version.split()[0],
     }  # fmt: skip
     try:
         if args.only != "loop":
             kinds.run(args.data.resolve(), root, record)
         if args.only != "files":
-            loop.run(args.data.resolve(), root, record, films, profile, cap, args.seed)
+            loop.run(args.data.resolve(), root, record, images, profile, cap, args.seed)
     except Failed as error:
         record.check("the run could go on", False, error)
     finally:

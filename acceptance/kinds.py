@@ -86,7 +86,7 @@ def _network(node: Appliance, record: Record, table: dict[str, dict[str, Any]], 
 
 
 def _again(node: Appliance, record: Record, table: dict[str, dict[str, Any]], source: Path, renamed: Path) -> None:
-    """The same files again, and the originals as they are, twice: what is known adds no film."""
+    """The same files again, and the originals as they are, twice: what is known adds no image."""
     stored = node.status()["ingest"]["stored"]
     counts = []
     for what, folder, options in (
@@ -101,14 +101,14 @@ def _again(node: Appliance, record: Record, table: dict[str, dict[str, Any]], so
             if line["network"] == BY_SENDER and words[(folder / name).as_posix()] == AT_NEGOTIATION:
                 line["network"] = AT_NEGOTIATION
         success = sum(word.startswith("0x0000") for word in words.values())
-        films = node.status()["ingest"]
+        images = node.status()["ingest"]
         counts.append(
-            {"sending": what, "success": success, **{k: films[k] for k in ("stored", "rejected", "quarantined")}}
+            {"sending": what, "success": success, **{k: images[k] for k in ("stored", "rejected", "quarantined")}}
         )
         record.event(f"dcmsend: {what}", **counts[-1])
     record.result["sent_again"] = counts
     record.check(
-        "a film sent again is no new film", counts[1]["stored"] == stored, f"{stored} before, {counts[1]} after"
+        "an image sent again is no new image", counts[1]["stored"] == stored, f"{stored} before, {counts[1]} after"
     )
     record.check(
         "as they are, again: nothing new", counts[3] | {"sending": ""} == counts[2] | {"sending": ""}, counts[3]

@@ -1,4 +1,4 @@
-"""Part 1 of the real-input run: Kermany films from dcmsend to a promoted model, with each process killed once.
+"""Part 1 of the real-input run: Kermany images from dcmsend to a promoted model, with each process killed once.
 
 Everything is asked of the `cxrloop` command; the numbers on the golden set are computed beside the gate, after it.
 """
@@ -26,19 +26,19 @@ BY = ("--by", "Acceptance run", "--reason")
 ALL = ("--limit", "1000000")
 
 
-def run(data: Path, root: Path, record: Record, films: int, profile: str, cap: int, seed: int) -> None:
+def run(data: Path, root: Path, record: Record, images: int, profile: str, cap: int, seed: int) -> None:
     """The whole of part 1; what does not hold is a broken check, what cannot go on raises Failed."""
     changed = {"window": '""', "looks_per_year": "3", "max_unlabelled": str(cap)}
     appliance = Appliance.make(root / "site", profile, changed)
     site = Site.open(appliance.root / "appliance.toml")
     chosen = choose(
         kermany(data / "kermany224", site.key("pseudonym.key"), site.config.patients),
-        films, round(GOLDEN_SHARE * films), seed,
+        images, round(GOLDEN_SHARE * images), seed,
     )  # fmt: skip
     record.result["composition"] = composition(chosen)
     began = time.monotonic()
-    made = wrap_all(chosen, root / "films")
-    record.event("films wrapped as DX DICOM", films=len(made), seconds=round(time.monotonic() - began, 1))
+    made = wrap_all(chosen, root / "images")
+    record.event("images wrapped as DX DICOM", images=len(made), seconds=round(time.monotonic() - began, 1))
     record.event("serve", ready_after_s=round(appliance.start(), 1))
     try:
         acknowledged = send_all(appliance, record, made)
@@ -51,16 +51,18 @@ def run(data: Path, root: Path, record: Record, films: int, profile: str, cap: i
 
 
 def _stored(appliance: Appliance, record: Record, made: dict, acknowledged: set[str]) -> None:
-    films = appliance.status()["ingest"]
+    images = appliance.status()["ingest"]
     rows = appliance.ask("studies", "ls", *ALL)
     count = Counter(row["sop_uid"] for row in rows)
     twice = appliance.value("SELECT count(*) FROM receipt WHERE outcome = 'duplicate'")
-    record.result["intake"] = {**films, "acknowledged": len(acknowledged), "stored_before_the_answer_was_lost": twice}
-    record.check("stored == sent", films["stored"] == len(made), f"{films['stored']} of {len(made)}")
-    record.check("nothing set aside", films["rejected"] + films["quarantined"] == 0, films)
-    record.check("every acknowledged film is in `studies ls`", acknowledged <= set(count), f"{len(acknowledged)} films")
-    record.check("each film once", set(count.values()) == {1}, f"{len(rows)} rows; {twice} copies recognised")
-    ranges = {uid: film.range for uid, film in made.values()}
+    record.result["intake"] = {**images, "acknowledged": len(acknowledged), "stored_before_the_answer_was_lost": twice}
+    record.check("stored == sent", images["stored"] == len(made), f"{images['stored']} of {len(made)}")
+    record.check("nothing set aside", images["rejected"] + images["quarantined"] == 0, images)
+    record.check(
+        "every acknowledged image is in `studies ls`", acknowledged <= set(count), f"{len(acknowledged)} images"
+    )
+    record.check("each image once", set(count.values()) == {1}, f"{len(rows)} rows; {twice} copies recognised")
+    ranges = {uid: image.range for uid, image in made.values()}
     wrong = [row for row in rows if ranges.get(row["sop_uid"]) != row["range"]]
     record.check("every patient in the range that the key gives", not wrong, f"{len(wrong)} in another")
 
@@ -69,10 +71,10 @@ def _labels(appliance: Appliance, record: Record, told: dict[str, int], table: P
     said = appliance.ask("labels", "import", str(table))
     record.event("labels import", **said, by_range=told)
     all_known = said["added"] == said["rows"] == sum(told.values()) and not said["unknown_images"]
-    record.check("every label found its film", all_known, said)
+    record.check("every label found its image", all_known, said)
     frozen = appliance.ask("golden", "freeze")
     record.event("golden freeze", **{key: frozen[key] for key in ("images", "patients", "positives", "negatives")})
-    record.check("the golden set is the films meant for it", frozen["images"] == told["golden"], frozen["images"])
+    record.check("the golden set is the images meant for it", frozen["images"] == told["golden"], frozen["images"])
     record.result |= {"labelled": told, "golden": frozen}
 
 
@@ -193,7 +195,7 @@ def _measured(site: Site, rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     with site.ledger() as ledger:
         version = golden_set.current(ledger)
         assert version is not None
-        reference, plates = golden_set.films(site, ledger, version)
+        reference, plates = golden_set.load(site, ledger, version)
         baseline = ledger.value("SELECT id FROM bundle WHERE is_baseline = 1")
         named = [("T=0, the baseline", baseline), *((row["round"], row["bundle"]) for row in rounds if row["bundle"])]
         table = [
@@ -215,7 +217,7 @@ def _end(appliance: Appliance, record: Record, acknowledged: set[str]) -> None:
     missing = acknowledged - {row["sop_uid"] for row in rows}
     record.check("at the end nothing acknowledged is missing", not missing, f"{len(missing)} missing")
     originals = sum(1 for path in (appliance.root / "store" / "originals").rglob("*.dcm"))
-    record.check("an original on disk for every film", originals == status["ingest"]["stored"], originals)
+    record.check("an original on disk for every image", originals == status["ingest"]["stored"], originals)
     trail = appliance.ask("audit", "verify", allow=(0, 1))
     record.check("audit verify", trail.get("ok", False), f"{trail.get('entries')} entries")
     record.check("the node answers C-ECHO", appliance.echo())

@@ -1,4 +1,4 @@
-"""Sending real films with dcmsend while processes are killed, until the appliance has acknowledged every one.
+"""Sending real images with dcmsend while processes are killed, until the appliance has acknowledged every one.
 
 What dcmsend says was not stored is sent again, as a PACS does. It refuses to know labels and models.
 """
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from acceptance.driver import Appliance, Failed
-from acceptance.images import Film
+from acceptance.images import Image
 from acceptance.record import Record
 
-# which process dies when this share of the films is in; the names are those of Appliance.process
+# which process dies when this share of the images is in; the names are those of Appliance.process
 KILLS = (("listen", 0.2), ("serve", 0.45), ("learn", 0.65), ("examiner", 0.8))
 NAMES = {
     "listen": "the listener, while dcmsend is sending",
     "serve": "the whole `serve`, while dcmsend is sending",
-    "learn": "the learn agent, while it takes films in",
-    "examiner": "the examining worker, at a film",
+    "learn": "the learn agent, while it takes images in",
+    "examiner": "the examining worker, at an image",
     "infer": "the model server, while the backlog is scored",
     "learner": "the learner, in the middle of a round",
     "round": "the `round run` command, in the middle of a round",
@@ -30,11 +30,11 @@ ATTEMPTS = 10
 
 
 class Killer:
-    """Kills each process of KILLS once, when its share of the films is in."""
+    """Kills each process of KILLS once, when its share of the images is in."""
 
-    def __init__(self, site: Appliance, record: Record, films: int) -> None:
+    def __init__(self, site: Appliance, record: Record, images: int) -> None:
         self.site, self.record = site, record
-        self.due = [(name, round(share * films)) for name, share in KILLS]
+        self.due = [(name, round(share * images)) for name, share in KILLS]
         self.dead: list[str] = []
 
     def look(self, received: int) -> None:
@@ -66,15 +66,15 @@ class Killer:
             self.record.event(f"{name} started again by serve", after_s=round(took, 1))
 
 
-def send_all(site: Appliance, record: Record, made: dict[Path, tuple[str, Film]]) -> set[str]:
-    """Send until every film has its Success; the SOP UIDs that were acknowledged. Raises Failed after ATTEMPTS."""
+def send_all(site: Appliance, record: Record, made: dict[Path, tuple[str, Image]]) -> set[str]:
+    """Send until every image has its Success; the SOP UIDs that were acknowledged. Raises Failed after ATTEMPTS."""
     killer = Killer(site, record, len(made))
     acknowledged: set[str] = set()
     pending = list(made)
     attempts: list[dict[str, Any]] = []
     while pending:
         if len(attempts) == ATTEMPTS:
-            raise Failed(f"{len(pending)} films not acknowledged after {ATTEMPTS} sendings")
+            raise Failed(f"{len(pending)} images not acknowledged after {ATTEMPTS} sendings")
         began = time.monotonic()
         sender = site.dcmsend(pending)
         while sender.poll() is None:

@@ -23,9 +23,9 @@ def markdown(result: dict[str, Any], events: list[dict[str, Any]], checks: list[
     """The whole page."""
     setup = result["setup"]
     parts = [
-        "# The appliance on real films",
+        "# The appliance on real images",
         f"Made by `{setup['command']}` on {setup['cores']} cores ({setup['load']}); {setup['seconds'] / 60:.0f} minutes. "
-        f"Profile `{setup['profile']}`, {setup['films']} films. All numbers were computed in this run.",
+        f"Profile `{setup['profile']}`, {setup['images']} images. All numbers were computed in this run.",
         *(_loop(result) if "audit" in result else []),
         *(_kills(events) if "audit" in result else []),
         *(_kinds(result) if "files" in result else []),
@@ -43,20 +43,20 @@ def _loop(result: dict[str, Any]) -> list[str]:
     status, golden, setup = result["status"], result["golden"], result["setup"]
     sizes = result["composition"].items()
     return [
-        "## Kermany films, from dcmsend to a promoted model",
+        "## Kermany images, from dcmsend to a promoted model",
         "The composition is made on purpose: with a site's default shares a tenth of its patients is golden (profile demo: 45 %); "
-        f"here {golden['images']} of {setup['films']} films are chosen from that range (one of every patient first), so that the "
-        "gate can decide. Ranges themselves follow from the site's key, untouched. Labels: one training film in ten, and all "
-        "films of the golden, calibration and validation ranges. "
-        f"A round takes the newest {setup['cap']} training films (`learn.max_unlabelled`) and all labelled ones. "
+        f"here {golden['images']} of {setup['images']} images are chosen from that range (one of every patient first), so that the "
+        "gate can decide. Ranges themselves follow from the site's key, untouched. Labels: one training image in ten, and all "
+        "images of the golden, calibration and validation ranges. "
+        f"A round takes the newest {setup['cap']} training images (`learn.max_unlabelled`) and all labelled ones. "
         "Three looks are planned (`gate.looks_per_year = 3`): two rounds and one in reserve; alpha .05 / 3 each, margin .02. "
-        "No label of the public test split is used in any other way than a film's of its range.",
+        "No label of the public test split is used in any other way than an image's of its range.",
         _table(
-            ("range", "films", "patients", "with pneumonia", "without", "labelled films"),
+            ("range", "images", "patients", "with pneumonia", "without", "labelled images"),
             [
                 (
                     name,
-                    s["films"],
+                    s["images"],
                     s["patients"],
                     s["patients_with"],
                     s["patients_without"],
@@ -67,7 +67,7 @@ def _loop(result: dict[str, Any]) -> list[str]:
         ),
         "Sending (`dcmsend -nh`; what a sending left over was sent again):",
         _table(
-            ("sending", "films", "seconds", "films a second", "statuses"),
+            ("sending", "images", "seconds", "images a second", "statuses"),
             [
                 (
                     n,
@@ -79,11 +79,11 @@ def _loop(result: dict[str, Any]) -> list[str]:
                 for n, s in enumerate(result["sending"], 1)
             ],
         ),
-        f"At the end {status['ingest']['stored']} films stored, {status['ingest']['predicted']} scored; "
-        f"{result['intake']['stored_before_the_answer_was_lost']} films came twice because their Success was lost, and were "
+        f"At the end {status['ingest']['stored']} images stored, {status['ingest']['predicted']} scored; "
+        f"{result['intake']['stored_before_the_answer_was_lost']} images came twice because their Success was lost, and were "
         f"recognised. Audit: {result['audit']['entries']} entries, {'unbroken' if result['audit']['ok'] else 'BROKEN'}.",
         _table(
-            ("round", "killed on the way", "state", "films (labelled)", "seconds", "what the gate or the round said"),
+            ("round", "killed on the way", "state", "images (labelled)", "seconds", "what the gate or the round said"),
             [
                 (
                     r["round"],
@@ -103,7 +103,7 @@ def _loop(result: dict[str, Any]) -> list[str]:
                 ("rollback", _answer(result["rollback"])),
             ],
         ),
-        f"AUC for pneumonia on the golden set ({golden['images']} films of {golden['patients']} patients), 95 % interval by "
+        f"AUC for pneumonia on the golden set ({golden['images']} images of {golden['patients']} patients), 95 % interval by "
         "patient. Kermany is easy and has shortcuts: read every line against the raw-pixel floor.",
         _table(
             ("model", "bundle", "AUC", "interval"),

@@ -7,10 +7,10 @@ import hashlib
 import hmac
 import uuid
 
-# What consoles write when they know no patient; such films would all become one patient
+# What consoles write when they know no patient; such images would all become one patient
 PLACEHOLDERS = frozenset(("", "0", "NA", "N/A", "NONE", "NULL", "UNKNOWN", "ANON", "ANONYMOUS", "ANONYMIZED"))
 
-MAX_DAYS = 3650  # ten years: enough to hide the year, too little to make a film look like another era's
+MAX_DAYS = 3650  # ten years: enough to hide the year, too little to make an image look like another era's
 
 
 def patient_key(key: bytes, patient_id: str, issuer: str, study_uid: str) -> tuple[str, bool]:
@@ -27,22 +27,22 @@ def fraction(key: bytes, patient_key: str) -> float:
 
 
 def refusal(key: bytes, patient_key: str) -> str:
-    """ "r" + 32 hex that stands for a patient whose films are refused; not the pseudonym, which is forgotten."""
+    """ "r" + 32 hex that stands for a patient whose images are refused; not the pseudonym, which is forgotten."""
     return "r" + _hmac(key, b"refuse", patient_key).hex()[:32]
 
 
 def study_mark(key: bytes, study_uid: str) -> str:
-    """ "u" + 32 hex that stands for a study of an archive: such a list outlives the films, and must lead to nobody."""
+    """ "u" + 32 hex that stands for a study of an archive: such a list outlives the images, and must lead to nobody."""
     return "u" + _hmac(key, b"study mark", study_uid).hex()[:32]
 
 
 def outside_key(key: bytes, patient_key: str) -> str:
-    """ "e" + 16 hex: the same patient in films that leave the site; no list of the site's pseudonyms leads to it."""
+    """ "e" + 16 hex: the same patient in images that leave the site; no list of the site's pseudonyms leads to it."""
     return "e" + _hmac(key, b"export", patient_key).hex()[:16]
 
 
 def outside_uid(key: bytes, kind: str, uid: str) -> str:
-    """The UID of a study, series or film outside the site (PS3.5 B.2: 2.25 and a UUID), one for one within a `kind`."""
+    """The UID of a study, series or image outside the site (PS3.5 B.2: 2.25 and a UUID), one for one within a `kind`."""
     return f"2.25.{uuid.UUID(bytes=_hmac(key, b'export uid', kind, uid)[:16], version=5).int}"
 
 

@@ -2,7 +2,7 @@
 
 The recipe named in the manifest decides what happens (`recipes/`); here are the lock, the exit code and the last word.
 Exit 0 trained, 75 paused, 3 stopped with a reason in result.json; 0 for all three under torchrun, which would start a
-process again that leaves with anything else. Golden films, the ledger and DICOM are unknown here.
+process again that leaves with anything else. Golden images, the ledger and DICOM are unknown here.
 """
 
 import argparse

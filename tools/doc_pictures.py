@@ -1,7 +1,7 @@
 """Pictures for the documents: a phantom goes through the whole appliance, and Orthanc shows what it was answered.
 
 `python tools/doc_pictures.py` needs Orthanc, dcmtk and Chromium, and writes docs/img/*.png. No person is in them: the
-film is drawn. The model is linear in 16 x 16 grey values, fitted here on phantoms in a second; the pictures show the
+image is drawn. The model is linear in 16 x 16 grey values, fitted here on phantoms in a second; the pictures show the
 form of an answer and nothing about how good a model is.
 """
 
@@ -59,13 +59,13 @@ def main() -> None:
         with site.ledger() as ledger:
             import_model.adopt(site, ledger, folder / "linear.onnx", "bench", False)
         shown = next(one for one in draw(60, seed=77, strength=(0.9, 1.0), repeat=0) if one.labels["effusion"])
-        film = wrap(shown.pixels(1024), shown.patient, shown.view, "20260102", shown.sex, shown.age_years)
-        film.PatientName, film.StudyDescription = "Phantom^Drawn", "Chest, drawn by dicom/phantom/phantom.py"
+        image = wrap(shown.pixels(1024), shown.patient, shown.view, "20260102", shown.sex, shown.age_years)
+        image.PatientName, image.StudyDescription = "Phantom^Drawn", "Chest, drawn by dicom/phantom/phantom.py"
         with orthanc(folder / "orthanc", ports[2], ports[3]) as url, serving(folder / "site"):
             sent = [
                 status
                 for port in (ports[3], ports[0])
-                for _, status in send([film], "127.0.0.1", port, called(port, ports))
+                for _, status in send([image], "127.0.0.1", port, called(port, ports))
             ]
             assert sent == [0, 0], sent
             with site.ledger() as ledger:
@@ -79,13 +79,15 @@ def called(port: int, ports: list[int]) -> str:
 
 def linear_model(path: Path) -> None:
     """Logistic regression on block means of the plate, as ONNX; its heatmap is each block's share of the logit."""
-    films = draw(FITTED_ON, seed=5, findings=FINDINGS, prevalence=0.5, strength=(0.5, 1.0), repeat=0)
-    plates = np.stack([plate(one) for one in films])
-    blocks = plates.reshape(len(films), GRID, 512 // GRID, GRID, 512 // GRID).mean((2, 4)).reshape(len(films), -1) / 255
+    images = draw(FITTED_ON, seed=5, findings=FINDINGS, prevalence=0.5, strength=(0.5, 1.0), repeat=0)
+    plates = np.stack([plate(one) for one in images])
+    blocks = (
+        plates.reshape(len(images), GRID, 512 // GRID, GRID, 512 // GRID).mean((2, 4)).reshape(len(images), -1) / 255
+    )
     mean = blocks.mean(0)
     weights, bias = [], []
     for finding in FINDINGS:
-        truth = np.array([one.labels[finding] for one in films], float)
+        truth = np.array([one.labels[finding] for one in images], float)
         w, b = fit(blocks - mean, truth)
         weights.append(w)
         bias.append(b)
@@ -116,8 +118,8 @@ def linear_model(path: Path) -> None:
 
 
 def plate(phantom) -> np.ndarray:
-    film = wrap(phantom.pixels(), phantom.patient, phantom.view)
-    return render(film, decode(film))
+    image = wrap(phantom.pixels(), phantom.patient, phantom.view)
+    return render(image, decode(image))
 
 
 def fit(x: np.ndarray, truth: np.ndarray, ridge: float = 1.0) -> tuple[np.ndarray, float]:

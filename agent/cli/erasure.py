@@ -1,4 +1,4 @@
-"""Commands about a film's way out: studies export (de-identified), forget (for good)."""
+"""Commands about an image's way out: studies export (de-identified), forget (for good)."""
 
 import re
 import sys
@@ -30,14 +30,14 @@ def studies_export(
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """De-identified copies of films, for use outside the site. Pixels are not inspected. Exit 2 when some must stay."""
+    """De-identified copies of images, for use outside the site. Pixels are not inspected. Exit 2 when some must stay."""
     with console.errors(), opened(settings) as (site, ledger):
         said = export.export(site, ledger, uids, folder, with_labels, by)
         if json_out:
             console.as_json(said)
         else:
             console.people.print(
-                f"{len(said['exported'])} films in {folder}; nobody has looked for names in their pixels"
+                f"{len(said['exported'])} images in {folder}; nobody has looked for names in their pixels"
             )
             console.table(("image", "stays because"), [(one["image"], one["reason"]) for one in said["refused"]])
     if said["refused"]:
@@ -53,14 +53,14 @@ def forget_command(
     reason: Annotated[str, typer.Option(help="why, without a word of the patient; kept in the audit")] = "",
     key: Annotated[str | None, typer.Option(help="the pseudonym instead, as studies ls --json prints it")] = None,
     issuer: Annotated[
-        list[str] | None, typer.Option(help="issuer of the patient id, where films name one; repeat it")
+        list[str] | None, typer.Option(help="issuer of the patient id, where images name one; repeat it")
     ] = None,
-    and_refuse: Annotated[bool, typer.Option("--and-refuse", help="refuse this patient's films from now on")] = False,
+    and_refuse: Annotated[bool, typer.Option("--and-refuse", help="refuse this patient's images from now on")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Remove every trace of a patient from the site folder. Models that learnt from the films are named, not changed."""
+    """Remove every trace of a patient from the site folder. Models that learnt from the images are named, not changed."""
     if (patient is None) == (key is None):
         raise typer.BadParameter("name the patient by id, or by --key", param_hint="PATIENT")
     if patient == "-":
@@ -79,15 +79,15 @@ def forget_command(
 
 
 def _print(said: dict[str, Any]) -> None:
-    golden = ", ".join(f"{one['films']} of version {one['version']}" for one in said["golden"])
+    golden = ", ".join(f"{one['images']} of version {one['version']}" for one in said["golden"])
     direct = [one["bundle"] for one in said["bundles"] if one["directly"]]
     descend = [one["bundle"] for one in said["bundles"] if not one["directly"]]
     console.pairs(
         [
             ("state", said["state"] + (f": {said['pending']}" if said.get("pending") else "")),
             (
-                "films",
-                f"{said['films']} ({said['originals']} originals, {said['aside']} set aside), {said['waiting']} waiting",
+                "images",
+                f"{said['images']} ({said['originals']} originals, {said['aside']} set aside), {said['waiting']} waiting",
             ),
             ("rows", f"{said['predictions']} scores, {said['labels']} labels"),
             ("golden sets", golden or "none"),
@@ -95,6 +95,6 @@ def _print(said: dict[str, Any]) -> None:
             ("cancelled", ", ".join(said["cancels"]) or "none"),
             ("learnt from them", ", ".join(direct) or "no model"),
             ("descend from those", ", ".join(descend) or "no model"),
-            ("later films", said.get("later_films")),
+            ("later images", said.get("later_images")),
         ]
     )

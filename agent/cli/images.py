@@ -1,4 +1,4 @@
-"""Commands about films: import, studies, labels, golden."""
+"""Commands about images: import, studies, labels, golden."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout"
 MOST = 10**9  # of what a list may be asked for
 By = Annotated[str, typer.Option(help="who does this; kept in the audit")]
 
-studies_app = typer.Typer(no_args_is_help=True, help="Films and their states.")
+studies_app = typer.Typer(no_args_is_help=True, help="Images and their states.")
 labels_app = typer.Typer(no_args_is_help=True, help="Labels.")
 golden_app = typer.Typer(no_args_is_help=True, help="The golden set: judged on, never learnt from.")
 
@@ -49,7 +49,7 @@ def import_command(
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Take in every film under a folder, through the same intake as the node."""
+    """Take in every image under a folder, through the same intake as the node."""
     if view not in ("PA", "AP"):
         raise typer.BadParameter("PA or AP", param_hint="--view")
     with console.errors(), opened(settings) as (site, ledger):
@@ -67,7 +67,7 @@ def studies_ls(
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Films, newest first, with state, reason and scores."""
+    """Images, newest first, with state, reason and scores."""
     with console.errors(), opened(settings) as (site, ledger):
         if state and state not in images.STATES:
             raise Problem(f"--state {state}: must be one of {', '.join(images.STATES)}")
@@ -89,7 +89,7 @@ def studies_ls(
 @studies_app.command("rerun")
 def studies_rerun(
     uid: Annotated[str | None, typer.Argument(metavar="UID", help="SOP Instance UID or image number")] = None,
-    state: Annotated[str | None, typer.Option(help=f"all films in one of {', '.join(images.SCORABLE)}")] = None,
+    state: Annotated[str | None, typer.Option(help=f"all images in one of {', '.join(images.SCORABLE)}")] = None,
     failed: Annotated[
         bool, typer.Option("--failed", help="results that the PACS refused, sent again as they are")
     ] = False,
@@ -97,13 +97,13 @@ def studies_rerun(
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Score films again with the model in service and send their results (if [results] says so)."""
+    """Score images again with the model in service and send their results (if [results] says so)."""
     with console.errors(), opened(settings) as (_, ledger):
         said = images.rerun(ledger, uid, state, failed, by)
         if json_out:
             return console.as_json(said)
         console.people.print(
-            f"{said['films']} films to be scored again, {said['results']} refused results to be sent again"
+            f"{said['images']} images to be scored again, {said['results']} refused results to be sent again"
         )
 
 
@@ -124,7 +124,7 @@ def labels_import(
 
 @golden_app.command("freeze")
 def golden_freeze(by: By = "golden freeze", settings: Config = None, json_out: Json = False) -> None:
-    """Freeze the labelled films of the golden patients as a new version."""
+    """Freeze the labelled images of the golden patients as a new version."""
     with console.errors(), opened(settings) as (site, ledger):
         _print_golden(golden_set.freeze(site, ledger, by), json_out)
 
@@ -140,7 +140,7 @@ def _print_golden(said: dict[str, Any], json_out: bool) -> None:
     if json_out:
         return console.as_json(said)
     console.people.print(
-        f"golden set version {said['version']}: {said['images']} films of {said['patients']} patients, {said['sha256'][:12]}"
+        f"golden set version {said['version']}: {said['images']} images of {said['patients']} patients, {said['sha256'][:12]}"
     )
     console.table(
         ("finding", "positives", "negatives"),

@@ -113,7 +113,7 @@ def demo(
 
 @app.command("status")
 def status_command(settings: Config = None, json_out: Json = False) -> None:
-    """One screen: films, the model in service, rounds, looks left, disk, alerts. Exit 3 when degraded."""
+    """One screen: images, the model in service, rounds, looks left, disk, alerts. Exit 3 when degraded."""
     with console.errors(), opened(settings) as (site, ledger):
         said = status(site, ledger)
         if json_out:
@@ -125,9 +125,9 @@ def status_command(settings: Config = None, json_out: Json = False) -> None:
 
 
 def _print_status(said: dict) -> None:
-    films, serving, last = said["ingest"], said["serving"], said["rounds"]["last"]
+    counts, serving, last = said["ingest"], said["serving"], said["rounds"]["last"]
     kinds = ("inbox", "stored", "predicted", "returned", "labelled", "rejected", "quarantined")
-    wait = f", p50 {films['p50_s']} s, p95 {films['p95_s']} s to a score" if films["p50_s"] is not None else ""
+    wait = f", p50 {counts['p50_s']} s, p95 {counts['p95_s']} s to a score" if counts["p50_s"] is not None else ""
     model = "none"
     if serving:
         kind = "baseline, " if serving["is_baseline"] else ""
@@ -136,7 +136,7 @@ def _print_status(said: dict) -> None:
         [
             ("site", said["site"]),
             ("in service", model),
-            ("films", ", ".join(f"{films[kind]} {kind}" for kind in kinds) + wait),
+            ("images", ", ".join(f"{counts[kind]} {kind}" for kind in kinds) + wait),
             (
                 "last round",
                 f"{last['round']} {last['state']}" + (f": {last['reason']}" if last["reason"] else "")

@@ -175,7 +175,7 @@ def explain_command(
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """What a model said of a film, and where it looked."""
+    """What a model said of an image, and where it looked."""
     with console.errors(), opened(settings) as (site, ledger):
         said = explain.explain(site, ledger, uid, finding, method, as_of, output, positive)
         console.as_json(said) if json_out else console.pairs(said.items())

@@ -46,15 +46,15 @@ def pull_command(
     since: Annotated[str, typer.Option(help="first study date, YYYY-MM-DD")] = "",
     until: Annotated[str, typer.Option(help="last study date, YYYY-MM-DD")] = "",
     modality: Annotated[str, typer.Option(help="modalities, by comma")] = "CR,DX",
-    limit: Annotated[int, typer.Option(min=0, help="fetch at most so many films in this run; 0: all")] = 0,
-    per_minute: Annotated[int, typer.Option(min=0, help="fetch at most so many films a minute; 0: no limit")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="fetch at most so many images in this run; 0: all")] = 0,
+    per_minute: Annotated[int, typer.Option(min=0, help="fetch at most so many images a minute; 0: no limit")] = 0,
     how: Annotated[str, typer.Option(help="get (C-GET) or move (C-MOVE to our own node)")] = "get",
     ca: Annotated[Path | None, typer.Option(help="authorities (PEM) to trust for https")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only look what is there")] = False,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Fetch priors or a back-catalogue from a PACS or a DICOMweb server. Exit 3 when a film could not be had."""
+    """Fetch priors or a back-catalogue from a PACS or a DICOMweb server. Exit 3 when an image could not be had."""
     with console.errors(), opened(settings) as (site, ledger):
         modalities = _modalities(modality)
         questions, unknown = _questions(site, ledger, patient or [], study or [], priors, since, until, modalities)
@@ -77,7 +77,7 @@ def pull_command(
 
 def _line(tally: Tally) -> str:
     done, failed = len(tally.pulled), tally.reasons.total()
-    return f"pulling: {tally.studies} studies, {done} films fetched, {tally.already} here already, {failed} failed"
+    return f"pulling: {tally.studies} studies, {done} images fetched, {tally.already} here already, {failed} failed"
 
 
 def _modalities(text: str) -> tuple[str, ...]:
@@ -149,27 +149,27 @@ def _archive(site: Site, source: str, how: str, ca: Path | None) -> Pacs | Web:
 
 
 def _reachable(site: Site, peer: Peer) -> None:
-    """Raise Problem, saying what is missing, when films that the peer moves to us can't arrive."""
+    """Raise Problem, saying what is missing, when images that the peer moves to us can't arrive."""
     keys = site.config.node
     if not connections.answers(site):
         raise Problem(
             f"--how move: our own node does not answer as {keys.aet} on port {keys.port}; start `cxrloop serve`, or use --how get"
         )
     if keys.allow_aet and peer.aet not in keys.allow_aet:
-        raise Problem(f"--how move: node.allow_aet lacks {peer.aet}, which will send us the films")
+        raise Problem(f"--how move: node.allow_aet lacks {peer.aet}, which will send us the images")
     if keys.host in LOOPBACK and peer.host not in LOOPBACK:
         raise Problem(f"--how move: node.host = {keys.host} can't be reached from {peer.host}; set it to 0.0.0.0")
     try:
         allowed = [ipaddress.ip_network(one, strict=False) for one in keys.allow_ip]
         if allowed and not any(ipaddress.ip_address(peer.host) in network_ for network_ in allowed):
-            raise Problem(f"--how move: node.allow_ip lacks {peer.host}, which will send us the films")
+            raise Problem(f"--how move: node.allow_ip lacks {peer.host}, which will send us the images")
     except ValueError:  # a host name: its addresses are the network's matter
         return
 
 
 @contextmanager
 def _alone(site: Site) -> Iterator[None]:
-    """One pull at a time: two would fetch the same films. Raises Problem."""
+    """One pull at a time: two would fetch the same images. Raises Problem."""
     with (site.root / "run" / "pull.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -122,7 +122,7 @@ def _print_round(said: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> 
         [
             ("round", f"{said['round']} {said['state']}" + (f": {line}" if line else "")),
             ("bundle", said["bundle"]),
-            ("learnt from", f"{said['unlabelled']} films, {said['labelled']} of them labelled"),
+            ("learnt from", f"{said['unlabelled']} images, {said['labelled']} of them labelled"),
             ("seconds", said["seconds"]),
             *more,
         ]

@@ -1,4 +1,4 @@
-"""`forget`: every film of a patient leaves the site folder, and nothing in it leads back to the patient.
+"""`forget`: every image of a patient leaves the site folder, and nothing in it leads back to the patient.
 
 One transaction turns the rows into nameless ones (their numbers stay, for rounds and counts) and says what is still to be
 done; then files, round folders and the database's own free space follow, each step harmless to repeat: `finish`, which
@@ -24,7 +24,7 @@ from agent.site.site import Site
 from dicom.pseudonyms import PLACEHOLDERS, patient_key, refusal, study_mark
 
 KEY = re.compile(r"[ps][0-9a-f]{16}")
-EMPTIED = (  # of an image row: all that says anything of the film
+EMPTIED = (  # of an image row: all that says anything of the image
     "sop_uid", "study_uid", "patient_key", "range", "view", "acquired_at", "sex", "age_years", "scanner",
     "transfer_syntax", "pixel_sha256", "plate", "plate_version", "file", "superseded_by", "returned_at",
 )  # fmt: skip
@@ -50,13 +50,13 @@ def checked_key(key: str) -> str:
 
 def preview(site: Site, ledger: Ledger, keys: Collection[str]) -> dict[str, Any]:
     """What would go: numbers, golden versions, rounds, bundles. Changes nothing."""
-    images = films(site, ledger, keys)
+    images = images_of(site, ledger, keys)
     waiting = len(site_files.waiting(site, keys))
     return {**_counted(ledger, images), "waiting": waiting, **round_folders.learnt(site, ledger, images)}
 
 
 def forget(site: Site, ledger: Ledger, keys: Collection[str], by: str, reason: str, refuse: bool) -> dict[str, Any]:
-    """Forget the patient of these pseudonyms, and refuse later films with `refuse`; what went, and whether all of it has.
+    """Forget the patient of these pseudonyms, and refuse later images with `refuse`; what went, and whether all of it has.
 
     Raises Problem when nothing is here and nothing is to be refused.
     """
@@ -64,12 +64,12 @@ def forget(site: Site, ledger: Ledger, keys: Collection[str], by: str, reason: s
         raise Problem("forget: say who (--by) and why (--reason); both are kept, so don't name the patient in them")
     finish(site, ledger)  # one that died half-way: its rows are nameless, and only this still finds their remains
     said = preview(site, ledger, keys)
-    if not (said["films"] or said["waiting"] or refuse):
+    if not (said["images"] or said["waiting"] or refuse):
         raise Problem(
-            "forget: nothing of this patient is here; where films name an issuer of patient ids, give --issuer"
+            "forget: nothing of this patient is here; where images name an issuer of patient ids, give --issuer"
         )
     with filing(site), ledger.transaction():
-        what = {name: said[name] for name in ("films", "golden", "rounds", "bundles")}
+        what = {name: said[name] for name in ("images", "golden", "rounds", "bundles")}
         number = ledger.insert(
             "forget", state="files", patient_keys=canonical(sorted(keys)), sop_uids="[]", by=by, reason=reason, at=utc()
         )
@@ -80,10 +80,10 @@ def forget(site: Site, ledger: Ledger, keys: Collection[str], by: str, reason: s
             ledger.run("INSERT OR IGNORE INTO refused_patient VALUES (?, ?)", hashed, utc())
     why = finish(site, ledger)
     later = "refused" if refuse else "taken in again"
-    return {"state": "pending" if why else "done", "pending": why, **said, "later_films": later}
+    return {"state": "pending" if why else "done", "pending": why, **said, "later_images": later}
 
 
-def films(site: Site, ledger: Ledger, keys: Collection[str]) -> list[int]:
+def images_of(site: Site, ledger: Ledger, keys: Collection[str]) -> list[int]:
     """Rows of a patient: by pseudonym, the older versions that they correct, and unreadable files that name the id."""
     mine = "SELECT id FROM image WHERE patient_key IN (SELECT value FROM json_each(?))"
     found = [row["id"] for row in ledger.rows(mine, canonical(sorted(keys)))]
@@ -106,13 +106,13 @@ def _counted(ledger: Ledger, images: list[int]) -> dict[str, Any]:
         return ledger.value(f"SELECT count(*) FROM {sql} {these}", wanted)
 
     return {
-        "films": len(images),
+        "images": len(images),
         "originals": count("image WHERE plate IS NOT NULL AND dropped_at IS NULL AND id"),
         "aside": count("image WHERE plate IS NULL AND dropped_at IS NULL AND id"),
         "predictions": count("prediction WHERE image"),
         "labels": count("label WHERE image"),
         "golden": ledger.rows(
-            f"SELECT version, count(DISTINCT image) AS films FROM golden_film WHERE image {these} GROUP BY version",
+            f"SELECT version, count(DISTINCT image) AS images FROM golden_image WHERE image {these} GROUP BY version",
             wanted,
         ),
     }
@@ -120,17 +120,19 @@ def _counted(ledger: Ledger, images: list[int]) -> dict[str, Any]:
 
 def _empty_rows(site: Site, ledger: Ledger, number: int, keys: Collection[str]) -> None:
     """Make the patient's rows nameless and note their files, within the caller's transaction."""
-    images = films(site, ledger, keys)
+    images = images_of(site, ledger, keys)
     uids = set(json.loads(ledger.value("SELECT sop_uids FROM forget WHERE id = ?", number)))
     for image in images:
         row = ledger.rows("SELECT * FROM image WHERE id = ?", image)[0]
         ledger.insert("forgetting", image=image, forget=number, original=row["original"], plate=row["plate"])
         uids.add(row["sop_uid"] or "")
     ledger.run("UPDATE forget SET sop_uids = ? WHERE id = ?", canonical(sorted(uids)), number)
-    lost = f"SELECT version, count(DISTINCT image) AS films FROM golden_film WHERE image IN ({BURIED}) GROUP BY version"
+    lost = (
+        f"SELECT version, count(DISTINCT image) AS images FROM golden_image WHERE image IN ({BURIED}) GROUP BY version"
+    )
     for row in ledger.rows(lost):
         ledger.insert("golden_loss", **row, at=utc())
-    for table in of_a_film(ledger):
+    for table in of_a_image(ledger):
         ledger.run(f"DELETE FROM {table} WHERE image IN ({BURIED})")
     _drop_pulled(site, ledger, images)
     nothing = ", ".join(f"{column} = NULL" for column in EMPTIED)
@@ -143,7 +145,7 @@ def _empty_rows(site: Site, ledger: Ledger, number: int, keys: Collection[str]) 
         )  # fmt: skip
 
 
-def of_a_film(ledger: Ledger) -> list[str]:
+def of_a_image(ledger: Ledger) -> list[str]:
     """Every table that says something of an image, whoever made it; `forgetting` is the list of what goes."""
     tables = ledger.rows(
         "SELECT m.name FROM sqlite_master m JOIN pragma_table_info(m.name) c ON c.name = 'image' WHERE m.type = 'table'"
@@ -152,7 +154,7 @@ def of_a_film(ledger: Ledger) -> list[str]:
 
 
 def _drop_pulled(site: Site, ledger: Ledger, images: list[int]) -> None:
-    """Their studies count as pulled no more, so that a film which an archive still has can come in again."""
+    """Their studies count as pulled no more, so that an image which an archive still has can come in again."""
     studies = "SELECT DISTINCT study_uid FROM image WHERE study_uid NOT NULL AND id IN (SELECT value FROM json_each(?))"
     for row in ledger.rows(studies, canonical(images)):
         ledger.run("DELETE FROM pulled WHERE study = ?", study_mark(site.key("pseudonym.key"), row["study_uid"]))
@@ -170,7 +172,7 @@ def finish(site: Site, ledger: Ledger) -> str | None:
         fcntl.flock(file, fcntl.LOCK_EX)
         for row in ledger.rows(unfinished):
             if row["state"] == "files" and not _files(site, ledger, row):
-                return "a round that held a film is just being planned, or its learner has not left yet"
+                return "a round that held an image is just being planned, or its learner has not left yet"
         if why := _bytes_left(ledger):
             return why
         with ledger.transaction():
@@ -186,9 +188,9 @@ def _files(site: Site, ledger: Ledger, row: Row) -> bool:
         with ledger.transaction():
             _empty_rows(site, ledger, row["id"], keys)
     mine = ledger.rows("SELECT * FROM forgetting WHERE forget = ?", row["id"])
-    if not round_folders.clear(site, ledger, [film["image"] for film in mine]):
+    if not round_folders.clear(site, ledger, [image["image"] for image in mine]):
         return False
-    unlink(site, [place for film in mine for place in (film["original"], film["plate"]) if place])
+    unlink(site, [place for image in mine for place in (image["original"], image["plate"]) if place])
     site_files.drop_requests(site, json.loads(ledger.value("SELECT sop_uids FROM forget WHERE id = ?", row["id"])))
     with ledger.transaction():
         ledger.run("DELETE FROM forgetting WHERE forget = ?", row["id"])

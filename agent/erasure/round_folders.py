@@ -1,7 +1,7 @@
-"""What rounds hold of films that are to be forgotten: their manifest's lines, packed plates, tokens, checkpoints.
+"""What rounds hold of images that are to be forgotten: their manifest's lines, packed plates, tokens, checkpoints.
 
 A round that is still learning from them is cancelled; weights that were learnt can't be undone and are named. Touches
-no sealed bundle: those hold no film.
+no sealed bundle: those hold no image.
 """
 
 import json
@@ -19,7 +19,7 @@ from learner.round.manifest import RoundBusy, held, read_json, write_json
 LEARNING = ("planned", "training", "paused")
 LEAVES_S = 60  # a cancelled learner is told within a second and promises to be gone within 25
 POLL_S = 0.5
-# What of a round's folder holds no film: weights, curves, the log, the parts of bundles. All else goes.
+# What of a round's folder holds no image: weights, curves, the log, the parts of bundles. All else goes.
 KEPT = frozenset((
     "manifest.json", "result.json", "progress.json", "metrics.jsonl", "learner.log", "lock", "round.png",
     "backbone.safetensors", "t0", "final",
@@ -27,7 +27,7 @@ KEPT = frozenset((
 
 
 def holding(site: Site, ledger: Ledger, images: Collection[int]) -> list[Row]:
-    """The rounds whose manifest lists one of these films, oldest first."""
+    """The rounds whose manifest lists one of these images, oldest first."""
     if not images:
         return []
     later = ledger.rows("SELECT * FROM round WHERE last_image >= ? ORDER BY id", min(images))
@@ -36,7 +36,7 @@ def holding(site: Site, ledger: Ledger, images: Collection[int]) -> list[Row]:
 
 def _listed(folder: Path) -> set[int]:
     try:
-        return {film["image"] for film in json.loads((folder / "manifest.json").read_bytes())["films"]}
+        return {image["image"] for image in json.loads((folder / "manifest.json").read_bytes())["images"]}
     except FileNotFoundError:  # skipped, imported, or not written yet
         return set()
 
@@ -47,7 +47,7 @@ def _begun_with(folder: Path) -> str:
 
 
 def learnt(site: Site, ledger: Ledger, images: Collection[int]) -> dict[str, Any]:
-    """`{"rounds", "cancels", "bundles"}`: who learnt from these films, and which bundles descend from that."""
+    """`{"rounds", "cancels", "bundles"}`: who learnt from these images, and which bundles descend from that."""
     held_by = holding(site, ledger, images)
     names = {row["name"] for row in held_by}
     bundles: list[dict[str, Any]] = []
@@ -71,7 +71,7 @@ def learnt(site: Site, ledger: Ledger, images: Collection[int]) -> dict[str, Any
 
 
 def clear(site: Site, ledger: Ledger, images: Collection[int]) -> bool:
-    """Cancel rounds that learn from these films, then take the films out of every round's folder.
+    """Cancel rounds that learn from these images, then take the images out of every round's folder.
 
     False when a learner has not left yet, or a round is just being planned: to be called again.
     """
@@ -80,14 +80,14 @@ def clear(site: Site, ledger: Ledger, images: Collection[int]) -> bool:
     for row in holding(site, ledger, images):
         with ledger.transaction():
             if records.get(ledger, row["name"])["state"] in LEARNING:
-                records.advance(ledger, row["name"], "cancelled", "a film of it was forgotten")
+                records.advance(ledger, row["name"], "cancelled", "an image of it was forgotten")
         if not _cleared(site.rounds / row["name"], images):
             return False
     return True
 
 
 def _being_planned(site: Site, ledger: Ledger) -> bool:
-    """A round whose row is there and whose manifest is not may be about to list a film (the planner holds the lock)."""
+    """A round whose row is there and whose manifest is not may be about to list an image (the planner holds the lock)."""
     row = records.open_round(ledger)
     return bool(row and not (site.rounds / row["name"] / "manifest.json").exists() and training.running(site))
 
@@ -114,10 +114,10 @@ def _clear(folder: Path, images: Collection[int]) -> None:
         else:
             path.unlink()
     manifest = json.loads((folder / "manifest.json").read_bytes())
-    gone = [film for film in manifest["films"] if film["image"] in images]
-    words = {str(film[key]).encode() for film in gone for key in ("patient", "plate")}
+    gone = [image for image in manifest["images"] if image["image"] in images]
+    words = {str(image[key]).encode() for image in gone for key in ("patient", "plate")}
     log = folder / "learner.log"
-    if log.exists() and any(word in log.read_bytes() for word in words):  # a complaint about one of the films
+    if log.exists() and any(word in log.read_bytes() for word in words):  # a complaint about one of the images
         log.unlink()
-    manifest["films"] = [film for film in manifest["films"] if film["image"] not in images]
+    manifest["images"] = [image for image in manifest["images"] if image["image"] not in images]
     write_json(folder / "manifest.json", manifest)  # last: until now it says that there is something to clear

@@ -1,4 +1,4 @@
-"""Where a patient's films may lie as files without a row: the inbox, the drop folder, scratch, orphans of a crash.
+"""Where a patient's images may lie as files without a row: the inbox, the drop folder, scratch, orphans of a crash.
 
 Reads headers, and raw bytes where a header can't be read; removes what belongs to the patient. Knows no round.
 """
@@ -58,7 +58,7 @@ def _raw_ids(data: bytes) -> Iterator[str]:
 
 
 def belongs(path: Path, key: bytes, keys: Iterable[str]) -> bool:
-    """Whether a file is a film of one of these pseudonyms; False when it is gone."""
+    """Whether a file is an image of one of these pseudonyms; False when it is gone."""
     try:
         who = patient_of(path, key)
         return who in keys if who else names(path, key, keys)
@@ -67,7 +67,7 @@ def belongs(path: Path, key: bytes, keys: Iterable[str]) -> bool:
 
 
 def waiting(site: Site, keys: Iterable[str]) -> list[Path]:
-    """Films of the patient on their way in: inbox, drop folder, and what an import that died left behind."""
+    """Images of the patient on their way in: inbox, drop folder, and what an import that died left behind."""
     key, keys = site.key("pseudonym.key"), frozenset(keys)
     places = [*site.inbox.waiting(), *(site.root / "drop").rglob("*")]
     young = time.time() - FRESH_S
@@ -103,7 +103,7 @@ def remove(site: Site, ledger: Ledger, keys: Iterable[str]) -> int:
 
 
 def drop_requests(site: Site, sop_uids: Iterable[str]) -> None:
-    """Remove storage commitment requests that name one of these films: their peer may ask again, and hears no."""
+    """Remove storage commitment requests that name one of these images: their peer may ask again, and hears no."""
     wanted = frozenset(sop_uids)
     for path in (site.root / "node" / "commitment").glob("*.json"):
         try:

@@ -1,4 +1,4 @@
-"""Films that leave the site: de-identified copies in a folder, and their labels keyed by file.
+"""Images that leave the site: de-identified copies in a folder, and their labels keyed by file.
 
 What may leave and how it looks is `dicom.outgoing.deidentify`; answers to the site's own PACS are no exports.
 """
@@ -24,14 +24,14 @@ NEWEST = "superseded_by IS NULL AND reason IS NOT 'forgotten'"
 def export(
     site: Site, ledger: Ledger, uids: Iterable[str], folder: Path, with_labels: bool, by: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write the films of these UIDs (SOP instance, study) or image numbers into an empty or new folder.
+    """Write the images of these UIDs (SOP instance, study) or image numbers into an empty or new folder.
 
     `{"exported": [{"image", "file"}], "refused": [{"image", "reason"}]}`. Raises Problem for an unknown UID and for a folder
     that holds something; then nothing is written.
     """
     rows = {row["id"]: row for uid in uids for row in _named(ledger, uid)}
     if folder.exists() and any(folder.iterdir()):
-        raise Problem(f"--out {folder}: not empty; name a new folder, so that nobody takes old films for these")
+        raise Problem(f"--out {folder}: not empty; name a new folder, so that nobody takes old images for these")
     folder.mkdir(parents=True, exist_ok=True)
     exported: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
@@ -39,35 +39,35 @@ def export(
         try:
             if row["plate"] is None:
                 raise MayNotLeave(f"set aside: {row['reason']}")
-            film = deidentify(retention.original(site, row), site.key("pseudonym.key"))
-            name = f"{film.SOPInstanceUID}.dcm"
+            image = deidentify(retention.original(site, row), site.key("pseudonym.key"))
+            name = f"{image.SOPInstanceUID}.dcm"
             if (folder / name).exists():
                 raise MayNotLeave(
-                    "another film under the same SOP Instance UID leaves already, and one UID is one film"
+                    "another image under the same SOP Instance UID leaves already, and one UID is one image"
                 )
         except (MayNotLeave, Problem) as why:
             refused.append({"image": row["id"], "reason": str(why)})
             continue
         data = io.BytesIO()
-        film.save_as(data, enforce_file_format=True)
+        image.save_as(data, enforce_file_format=True)
         replace_file(folder / name, data.getvalue())
         exported.append({"image": row["id"], "file": name})
     if with_labels:
         replace_file(folder / LABELS, _labels(ledger, exported).encode())
     with ledger.transaction():
-        left = [film["image"] for film in exported]
-        audit.append(ledger, by, "films exported", "de-identified", after={"images": left, "labels": with_labels})
+        left = [image["image"] for image in exported]
+        audit.append(ledger, by, "images exported", "de-identified", after={"images": left, "labels": with_labels})
     return {"exported": exported, "refused": refused}
 
 
 def _named(ledger: Ledger, uid: str) -> list[Row]:
-    """The films of one UID, else of one image number."""
+    """The images of one UID, else of one image number."""
     for column in ("sop_uid", "study_uid"):
         if rows := ledger.rows(f"SELECT * FROM image WHERE {column} = ? AND {NEWEST} ORDER BY id", uid):
             return rows
     rows = ledger.rows(f"SELECT * FROM image WHERE id = ? AND {NEWEST}", image_number(uid))
     if not rows:
-        raise Problem(f"export {uid}: no film with this SOP Instance UID, Study Instance UID or image number")
+        raise Problem(f"export {uid}: no image with this SOP Instance UID, Study Instance UID or image number")
     return rows
 
 
@@ -76,9 +76,9 @@ def _labels(ledger: Ledger, exported: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(("file", "finding", "value", "source"))
-    for film in exported:
+    for image in exported:
         sql = "SELECT finding, value, source FROM label_now WHERE image = ? ORDER BY finding"
-        for row in ledger.rows(sql, film["image"]):
+        for row in ledger.rows(sql, image["image"]):
             value = "" if row["value"] is None else row["value"]
-            table.writerow((film["file"], row["finding"], value, row["source"]))
+            table.writerow((image["file"], row["finding"], value, row["source"]))
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""Films as a person or a script reads them: one row each, newest first."""
+"""Images as a person or a script reads them: one row each, newest first."""
 
 import json
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ SCORABLE = ("stored", "predicted", "returned", "labelled")
 
 
 def ls(site: Site, ledger: Ledger, state: str | None, limit: int) -> list[dict[str, Any]]:
-    """The newest films, in one state or in all; `received` are the files that wait in the inbox."""
+    """The newest images, in one state or in all; `received` are the files that wait in the inbox."""
     waiting = _received(site, limit) if state in (None, "received") else []
     if state == "received":
         return waiting
@@ -46,47 +46,47 @@ def ls(site: Site, ledger: Ledger, state: str | None, limit: int) -> list[dict[s
 
 
 def rerun(ledger: Ledger, uid: str | None, state: str | None, failed: bool, by: str) -> dict[str, int]:
-    """`{"films", "results"}`: films to be scored and answered once more, refused results to be sent once more.
+    """`{"images", "results"}`: images to be scored and answered once more, refused results to be sent once more.
 
-    One of: `uid` (SOP Instance UID or image number), `state` (all films in it), `failed` (what the PACS refused, as it
-    is). New films keep going first. Raises Problem for an unknown film, one that was set aside, and a state without scores.
+    One of: `uid` (SOP Instance UID or image number), `state` (all images in it), `failed` (what the PACS refused, as it
+    is). New images keep going first. Raises Problem for an unknown image, one that was set aside, and a state without scores.
     """
     if sum((uid is not None, state is not None, failed)) != 1:
         raise Problem("studies rerun: give one of UID, --state or --failed")
     if state and state not in SCORABLE:
-        raise Problem(f"--state {state}: films are scored again in one of {', '.join(SCORABLE)}")
-    film = _film(ledger, uid) if uid is not None else None
+        raise Problem(f"--state {state}: images are scored again in one of {', '.join(SCORABLE)}")
+    image = _image(ledger, uid) if uid is not None else None
     with ledger.transaction():
         before = ledger.counters()["outbox waiting"]
         if not failed:
             ledger.run(
                 "INSERT OR IGNORE INTO score_again SELECT id FROM image WHERE (id = ? OR state = ?) "
                 "AND plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL",
-                film, state,
+                image, state,
             )  # fmt: skip
-        films = 0 if failed else ledger.value("SELECT changes()")
+        images = 0 if failed else ledger.value("SELECT changes()")
         ledger.run(
             "UPDATE outbox SET state = 'waiting', attempts = 0, due = ?1, at = ?1, why = NULL WHERE state = 'failed' "
             "AND (?2 OR image IN (SELECT image FROM score_again))",
             utc(), failed,
         )  # fmt: skip
         results = ledger.counters()["outbox waiting"] - before
-        asked = f"image {film}" if film else f"state {state}" if state else "failed results"
-        audit.append(ledger, by, "studies rerun", asked, after={"films": films, "results": results})
-    return {"films": films, "results": results}
+        asked = f"image {image}" if image else f"state {state}" if state else "failed results"
+        audit.append(ledger, by, "studies rerun", asked, after={"images": images, "results": results})
+    return {"images": images, "results": results}
 
 
-def _film(ledger: Ledger, uid: str) -> int:
+def _image(ledger: Ledger, uid: str) -> int:
     row = ledger.row(
         "SELECT * FROM image WHERE sop_uid = ? OR id = ? ORDER BY plate IS NULL, superseded_by IS NOT NULL, id DESC LIMIT 1",
         uid, image_number(uid),
     )  # fmt: skip
     if not row:
-        raise Problem(f"studies rerun {uid}: no film with this SOP Instance UID or image number")
+        raise Problem(f"studies rerun {uid}: no image with this SOP Instance UID or image number")
     if row["plate"] is None:
         raise Problem(f"studies rerun {uid}: {row['state']}, so it is never scored ({row['reason']})")
     if row["heartbeat"]:
-        raise Problem(f"studies rerun {uid}: a heartbeat film, whose results go nowhere")
+        raise Problem(f"studies rerun {uid}: a heartbeat image, whose results go nowhere")
     return row["id"]
 
 

@@ -19,7 +19,7 @@ from dicom.intake.examiner import UNREAD
 from dicom.phantom.wrap import wrap
 
 PICTURES = {".png", ".jpg", ".jpeg"}
-SIDE_FILES = {".csv", ".md", ".txt", ".json"}  # company of the films, not films
+SIDE_FILES = {".csv", ".md", ".txt", ".json"}  # company of the images, not images
 CHUNK = 64
 
 

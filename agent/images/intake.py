@@ -75,11 +75,11 @@ def take(
     """Keep one examined file and write its row; stored, rejected, quarantined or duplicate.
 
     `receipt` names an inbox file whose answer must stay the same when it is taken twice; `file` is the
-    name by which labels may refer to an imported film.
+    name by which labels may refer to an imported image.
     """
     if receipt and (done := ledger.value("SELECT outcome FROM receipt WHERE name = ?", receipt)):
         return done
-    with filing(site):  # no film is forgotten or dropped between its files and its row
+    with filing(site):  # no image is forgotten or dropped between its files and its row
         return _file(site, ledger, path, examined, received_at, receipt, file)
 
 
@@ -113,7 +113,7 @@ def _file(
 
 
 def _mend(site: Site, path: Path, examined: Examined, twin: Row) -> bool:
-    """The bytes of a film came once more: they take the place of a stored file that is not what came first."""
+    """The bytes of an image came once more: they take the place of a stored file that is not what came first."""
     if twin["dropped_at"] or twin["sha256"] != examined.sha256:
         return False
     stored = site.store.path(twin["original"])
@@ -134,7 +134,7 @@ def refused(site: Site, ledger: Ledger, patient_key: str | None) -> bool:
 
 
 def _twin(ledger: Ledger, examined: Examined) -> Row | None:
-    """The row of the same content, or of the same film in another lossless syntax."""
+    """The row of the same content, or of the same image in another lossless syntax."""
     row = ledger.row("SELECT * FROM image WHERE sha256 = ?", examined.sha256)
     if row or not examined.image:
         return row

@@ -1,7 +1,7 @@
 """Retention: originals go so many days after their score, set-aside files so many days after they came; rows stay.
 
-Plates, scores, labels and hashes are kept. An intent row (`kept_file.kind = 'dropping'`, and `dropped_at` on the film),
-the unlink, then the intent row goes: a crash anywhere is finished by the next tick. Never looks at a film that isn't due.
+Plates, scores, labels and hashes are kept. An intent row (`kept_file.kind = 'dropping'`, and `dropped_at` on the image),
+the unlink, then the intent row goes: a crash anywhere is finished by the next tick. Never looks at an image that isn't due.
 """
 
 from datetime import datetime, timedelta
@@ -15,7 +15,7 @@ from agent.site.site import Site
 from cxrloop.durable import sync_folder
 
 BATCH = 256  # files of one tick: 1.4 million a day, and a tick of a second at most
-AGAIN = timedelta(days=1)  # before a film that is due but may not go yet is looked at again
+AGAIN = timedelta(days=1)  # before an image that is due but may not go yet is looked at again
 
 
 def step(site: Site, ledger: Ledger, now: datetime) -> int:
@@ -52,7 +52,7 @@ def finish(site: Site, ledger: Ledger) -> int:
     meant = "SELECT image, original FROM kept_file JOIN image ON image.id = kept_file.image WHERE kind = 'dropping'"
     if not ledger.value(meant):
         return 0
-    with filing(site):  # a film that comes in again meanwhile is kept either before this or after it
+    with filing(site):  # an image that comes in again meanwhile is kept either before this or after it
         rows = ledger.rows(meant)
         unlink(site, [row["original"] for row in rows])
         with ledger.transaction():
@@ -75,14 +75,14 @@ def unlink(site: Site, places: list[str]) -> None:
 
 
 def in_golden_set(ledger: Ledger, image: int) -> bool:
-    """Whether a film is in any frozen golden set: those keep their original, so that plates can be made anew."""
+    """Whether an image is in any frozen golden set: those keep their original, so that plates can be made anew."""
     # by version first: that is the order of the key
-    sql = "SELECT 1 FROM golden_film WHERE version IN (SELECT version FROM golden_set) AND image = ? LIMIT 1"
+    sql = "SELECT 1 FROM golden_image WHERE version IN (SELECT version FROM golden_set) AND image = ? LIMIT 1"
     return bool(ledger.value(sql, image))
 
 
 def outstanding(ledger: Ledger, image: int) -> bool:
-    """Whether an answer about this film still waits for the PACS: it is made with the original's header.
+    """Whether an answer about this image still waits for the PACS: it is made with the original's header.
 
     One that the PACS refused for good does not hold a file back; `studies rerun` then says what is missing.
     """
@@ -90,12 +90,12 @@ def outstanding(ledger: Ledger, image: int) -> bool:
 
 
 def original(site: Site, row: Row) -> Path:
-    """The file of a film as it came in; raises Problem, saying when and why it went."""
+    """The file of an image as it came in; raises Problem, saying when and why it went."""
     if row["reason"] == FORGOTTEN:
         raise Problem(f"image {row['id']}: forgotten at the patient's wish; nothing of it is left")
     if row["dropped_at"]:
         raise Problem(
             f"image {row['id']}: its original was dropped on {row['dropped_at'][:10]} ([retention]); what is made from "
-            "the original (results, exports) needs it: let the PACS send the film again"
+            "the original (results, exports) needs it: let the PACS send the image again"
         )
     return site.store.path(row["original"])

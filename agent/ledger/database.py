@@ -86,12 +86,12 @@ class Ledger:
         return self.run(f"INSERT INTO {table} ({names}) VALUES ({marks})", *values.values())
 
     def counters(self) -> dict[str, int]:
-        """Films by furthest stage reached, cumulative, kept by triggers."""
+        """Images by furthest stage reached, cumulative, kept by triggers."""
         return {row["name"]: row["n"] for row in self.rows("SELECT name, n FROM counter")}
 
 
 def image_number(text: str) -> int:
-    """The image number that a text is; -1, which no film has, where it is none that SQLite could hold."""
+    """The image number that a text is; -1, which no image has, where it is none that SQLite could hold."""
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
 
 

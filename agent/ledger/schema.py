@@ -288,3 +288,31 @@ def pulled_studies_by_mark(db: Database) -> None:
         "PRIMARY KEY (source, study, modalities)) STRICT"
     )
     db.execute("CREATE INDEX pulled_study ON pulled(study)")
+
+
+@migrations()
+def names_of_0_2(db: Database) -> None:
+    """Rename what 0.1 called films to images."""
+    for name in ("no_update", "no_delete", "forgotten"):
+        db.execute(f"DROP TRIGGER golden_film_{name}")
+    db.execute("DROP INDEX golden_film_image")
+    db.execute("ALTER TABLE golden_film RENAME TO golden_image")
+    db.execute("CREATE INDEX golden_image_image ON golden_image(image)")
+    db.execute("ALTER TABLE golden_loss RENAME COLUMN films TO images")
+    db.execute("ALTER TABLE pulled RENAME COLUMN films TO images")
+    run(db, GOLDEN_IMAGE_TRIGGERS)
+
+
+GOLDEN_IMAGE_TRIGGERS = f"""
+CREATE TRIGGER golden_image_no_update BEFORE UPDATE ON golden_image BEGIN
+  SELECT RAISE(ABORT, 'golden_image is append-only');
+END;
+CREATE TRIGGER golden_image_no_delete BEFORE DELETE ON golden_image
+  WHEN OLD.image NOT IN (SELECT image FROM forgetting) BEGIN
+  SELECT RAISE(ABORT, 'golden_image is append-only');
+END;
+CREATE TRIGGER golden_image_forgotten BEFORE INSERT ON golden_image
+  WHEN (SELECT reason FROM image WHERE id = NEW.image) = '{FORGOTTEN}' BEGIN
+  SELECT RAISE(IGNORE);
+END;
+"""

@@ -1,6 +1,6 @@
 """How this site speaks DICOM: its certificate, its node, its peers; and whether the node answers.
 
-Turns settings into what `dicom` takes. Opens no port by itself and knows no film.
+Turns settings into what `dicom` takes. Opens no port by itself and knows no image.
 """
 
 import ipaddress

@@ -1,4 +1,4 @@
-"""What storage commitment asks: is this film here, byte for byte? Looked up in the inbox, then in the ledger.
+"""What storage commitment asks: is this image here, byte for byte? Looked up in the inbox, then in the ledger.
 
 Reads only, also where the site folder is mounted read-only (the listener's unit may write the inbox alone).
 """
@@ -65,7 +65,7 @@ def _open(path: Path) -> sqlite3.Connection:
     """A read-only connection. On a read-only mount SQLite needs the -shm file that a running agent keeps; without
 
     one nobody writes, the file alone is the ledger, and `immutable` reads it (a false answer is no danger: every
-    film is checked against its hash on disk).
+    image is checked against its hash on disk).
     """
     alone = not path.with_name(path.name + "-wal").exists()
     place = f"file:{quote(str(path))}?mode=ro"

@@ -1,4 +1,4 @@
-"""What is here already: films by SOP Instance UID, in the inbox or in the ledger; and whose they are.
+"""What is here already: images by SOP Instance UID, in the inbox or in the ledger; and whose they are.
 
 The files are the truth, so nothing that was fetched is written down anywhere else. Writes nothing.
 """
@@ -21,11 +21,11 @@ class Here:
         self._inbox: dict[str, str] = {}  # file name -> SOP Instance UID, "" for an unreadable one
 
     def __call__(self, sop_uid: str) -> bool:
-        """True when the film waits in the inbox or is in the ledger, whatever became of it there."""
+        """True when the image waits in the inbox or is in the ledger, whatever became of it there."""
         if self._known(sop_uid):
             return True
         self.waiting()
-        # a film leaves the inbox after its row is written: looked at in this order, none slips through
+        # an image leaves the inbox after its row is written: looked at in this order, none slips through
         return sop_uid in self._inbox.values() or self._known(sop_uid)
 
     def waiting(self) -> int:

@@ -17,23 +17,25 @@ from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
 from agent.network.holdings import Here
 from agent.site.site import Site
-from dicom.client.archive import Busy, Film, Missing, Study, Unreachable, Wanted
+from dicom.client.archive import Busy, Image, Missing, Study, Unreachable, Wanted
 from dicom.client.dicomweb import Web
 from dicom.client.dimse import Pacs
 from dicom.pseudonyms import study_mark
 
 BACKOFF_S = (2, 4, 8, 16, 30)  # seconds between tries while the archive refuses for now
-GIVE_UP = 3  # films in a row that the archive refuses through all tries, or the first that it can't move
-MOST_WAITING = 512  # films in the inbox before a pull waits for the intake, so that today's films are not kept waiting
+GIVE_UP = 3  # images in a row that the archive refuses through all tries, or the first that it can't move
+MOST_WAITING = (
+    512  # images in the inbox before a pull waits for the intake, so that today's images are not kept waiting
+)
 HOLD_S = 5  # seconds that an association is held open without being used
 STALL_S = 120  # seconds in which the intake takes nothing before a pull ends
-ARRIVE_S = 30  # seconds for a film to arrive that an archive says it has moved; some say so before they send
+ARRIVE_S = 30  # seconds for an image to arrive that an archive says it has moved; some say so before they send
 SETTLE_S = 10  # seconds without an outcome before the rest is reported as waiting
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a person asked for. `limit` counts films fetched by this run; 0: no limit."""
+    """What a person asked for. `limit` counts images fetched by this run; 0: no limit."""
 
     wanted: tuple[Wanted, ...]
     limit: int = 0
@@ -53,7 +55,7 @@ class Tally:
 
 
 class _Full(Exception):
-    """The run has fetched as many films as it may."""
+    """The run has fetched as many images as it may."""
 
 
 def by_day(since: date | None, until: date | None, today: date) -> list[tuple[date | None, date | None]]:
@@ -132,12 +134,12 @@ class Puller:
         key = (self.source, study_mark(self.site.key("pseudonym.key"), study.uid), modalities)
         done = self.ledger.row("SELECT * FROM pulled WHERE source = ? AND study = ? AND modalities = ?", *key)
         if done and study.instances is not None and done["instances"] == study.instances:
-            self.tally.found += done["films"]
-            self.tally.already += done["films"]
+            self.tally.found += done["images"]
+            self.tally.already += done["images"]
             return
-        outcome: dict[str, str] = {}  # by film; "" while it is to be fetched
+        outcome: dict[str, str] = {}  # by image; "" while it is to be fetched
         try:
-            while not self._patiently(lambda: self._films(study, wanted, outcome)):
+            while not self._patiently(lambda: self._images(study, wanted, outcome)):
                 self._pause()
         finally:
             counts = Counter(outcome.values())
@@ -151,37 +153,37 @@ class Puller:
                 row = (*key, study.instances, len(outcome), utc())
                 self.ledger.run("INSERT OR REPLACE INTO pulled VALUES (?, ?, ?, ?, ?, ?)", *row)
 
-    def _films(self, study: Study, wanted: Wanted, outcome: dict[str, str]) -> bool:
-        """False when the next film has to wait: nothing is held open at the archive meanwhile."""
+    def _images(self, study: Study, wanted: Wanted, outcome: dict[str, str]) -> bool:
+        """False when the next image has to wait: nothing is held open at the archive meanwhile."""
         with self.archive.session() as session:
-            for film in session.films(study.uid, wanted):
-                if outcome.get(film.sop_uid):
+            for image in session.images(study.uid, wanted):
+                if outcome.get(image.sop_uid):
                     continue
-                if self.here(film.sop_uid):
-                    outcome[film.sop_uid] = "already"
+                if self.here(image.sop_uid):
+                    outcome[image.sop_uid] = "already"
                     continue
-                outcome[film.sop_uid] = ""
+                outcome[image.sop_uid] = ""
                 if self.order.dry_run:
                     continue
                 if not self._turn():
                     return False
                 try:
-                    session.fetch(film)
-                    self._arrived(film)
+                    session.fetch(image)
+                    self._arrived(image)
                 except Missing as error:
-                    outcome[film.sop_uid] = str(error)
+                    outcome[image.sop_uid] = str(error)
                     self._given_up += 1
                     if self.archive.how == "move" and not self.tally.pulled and self._given_up >= GIVE_UP:
-                        raise Unreachable(f"{self.source}, for each of the first {GIVE_UP} films: {error}") from None
+                        raise Unreachable(f"{self.source}, for each of the first {GIVE_UP} images: {error}") from None
                     continue
                 except Busy as error:
                     if self._tries >= len(BACKOFF_S):
-                        outcome[film.sop_uid] = str(error)
+                        outcome[image.sop_uid] = str(error)
                         self._given_up += 1
                         self._tries = 0 if self._given_up < GIVE_UP else self._tries
                     raise
-                outcome[film.sop_uid] = "pulled"
-                self.tally.pulled.append(film.sop_uid)
+                outcome[image.sop_uid] = "pulled"
+                self.tally.pulled.append(image.sop_uid)
                 self._tries = self._given_up = 0
                 self._progress(self.tally)
         return True
@@ -201,7 +203,7 @@ class Puller:
                 self._tries += 1
 
     def _turn(self) -> bool:
-        """True when one more film may be fetched now; raises _Full at the order's limit, Problem without room."""
+        """True when one more image may be fetched now; raises _Full at the order's limit, Problem without room."""
         if self.order.limit and len(self.tally.pulled) >= self.order.limit:
             raise _Full
         self._room()
@@ -213,13 +215,13 @@ class Puller:
         return True
 
     def _pause(self) -> None:
-        """Wait for the next film's turn, and for the intake; raises Problem when it takes nothing in."""
+        """Wait for the next image's turn, and for the intake; raises Problem when it takes nothing in."""
         still, before = 0, self.here.waiting()
         while (waiting := self.here.waiting()) >= MOST_WAITING:
             still = still + 1 if waiting >= before else 0
             before = waiting
             if still > STALL_S:
-                raise Problem(f"{waiting} films wait in the inbox; `cxrloop serve` takes them in{self._so_far()}")
+                raise Problem(f"{waiting} images wait in the inbox; `cxrloop serve` takes them in{self._so_far()}")
             self._wait(1)
         self._wait(max(0.0, self._due - time.monotonic()))
 
@@ -234,22 +236,22 @@ class Puller:
                 f"nothing is fetched: free or add disk{self._so_far()}"
             )
 
-    def _arrived(self, film: Film) -> None:
-        """Wait until a film that was moved is here; raises Problem when it went elsewhere."""
+    def _arrived(self, image: Image) -> None:
+        """Wait until an image that was moved is here; raises Problem when it went elsewhere."""
         if self.archive.how != "move":
             return
         for _ in range(ARRIVE_S * 10):
-            if self.here(film.sop_uid):
+            if self.here(image.sop_uid):
                 return
             self._wait(0.1)
         keys = self.site.config.node
         raise Problem(
-            f"{self.source} says that it has sent a film to {keys.aet}, and it did not arrive within {ARRIVE_S} s: "
+            f"{self.source} says that it has sent an image to {keys.aet}, and it did not arrive within {ARRIVE_S} s: "
             f"does its entry for {keys.aet} name this machine and port {keys.port}?{self._so_far()}"
         )
 
     def _outcomes(self, began: str) -> dict[str, int]:
-        """What the intake has made of the films fetched, waiting for it as long as it goes on."""
+        """What the intake has made of the images fetched, waiting for it as long as it goes on."""
         counts = dict.fromkeys(("stored", "rejected", "quarantined", "duplicate", "waiting"), 0)
         open_, idle = list(self.tally.pulled), 0.0
         while open_:
@@ -276,8 +278,8 @@ class Puller:
         if tally.pulled:
             counts = {"pulled": len(tally.pulled), "already": tally.already, "failed": tally.reasons.total()}
             with self.ledger.transaction():
-                audit.append(self.ledger, "cxrloop pull", "films pulled", f"from {self.source}", after=counts)
+                audit.append(self.ledger, "cxrloop pull", "images pulled", f"from {self.source}", after=counts)
 
     def _so_far(self) -> str:
         done = len(self.tally.pulled)
-        return f"; {done} films were fetched, the same command goes on from there" if done else ""
+        return f"; {done} images were fetched, the same command goes on from there" if done else ""

@@ -1,6 +1,6 @@
 """The disk's upper mark: below so much free space the node takes no new association that stores anything.
 
-The lower mark is `node.min_free_mb`, at which a film within a running association gets A700 (dicom.store.inbox). Knows no DICOM.
+The lower mark is `node.min_free_mb`, at which an image within a running association gets A700 (dicom.store.inbox). Knows no DICOM.
 """
 
 import logging
@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-RETURN = 1 / 16  # of the mark: so much more must be free before films come in again, or each film would turn the sign
+RETURN = 1 / 16  # of the mark: so much more must be free before images come in again, or each image would turn the sign
 
 
 def too_full(free: int, limit_mb: int) -> str | None:

@@ -1,4 +1,4 @@
-"""What a model said of a film, and where it looked: the map that the served graph draws, or one of the learner's.
+"""What a model said of an image, and where it looked: the map that the served graph draws, or one of the learner's.
 
 Draws the picture; how a map comes about is the graph's and the learner's business.
 """
@@ -30,27 +30,27 @@ def explain(
     """`{"bundle", "probability", "threshold", "method", "image"}`; `image` is the overlay's path, or None without `output`.
 
     `as_of` takes the bundle that was in service at that time; `positive` keeps what speaks for the finding. Integrals add
-    `completeness`. Raises Problem for an unknown film, finding, method or time, and for a map that can't be had.
+    `completeness`. Raises Problem for an unknown image, finding, method or time, and for a map that can't be had.
     """
     if method not in METHODS:
         raise Problem(f"--method {method}: must be one of {', '.join(METHODS)}")
-    film = ledger.row(
+    image = ledger.row(
         "SELECT * FROM image WHERE (sop_uid = ? OR id = ?) AND plate IS NOT NULL ORDER BY id DESC LIMIT 1",
         uid, image_number(uid),
     )  # fmt: skip
-    if not film:
-        raise Problem(f"explain {uid}: no stored film with this SOP Instance UID or image number")
+    if not image:
+        raise Problem(f"explain {uid}: no stored image with this SOP Instance UID or image number")
     bundle = evaluation.opened(site, _bundle(ledger, as_of))
     name = finding or bundle.findings[0]
     if name not in bundle.findings:
         raise Problem(f"--finding {name}: bundle {bundle.id} knows {', '.join(bundle.findings)}")
-    plate = site.store.plate(film["plate"])
+    plate = site.store.plate(image["plate"])
     answer = Session(bundle, site.config.infer.provider).predict(plate[None])
     place = bundle.findings.index(name)
     probability, measured = float(answer.probabilities[0, place]), {}
     maps = answer.heatmap[:, place].clip(min=0) if positive else answer.heatmap[:, place]
     if method != "heatmap":
-        path = site.store.path(film["plate"])
+        path = site.store.path(image["plate"])
         maps, measured = attribution.maps(site, ledger, bundle, path, name, method, positive, probability)
     if output:
         panels([overlay(plate, one) for one in maps]).save(output, "PNG")

@@ -17,7 +17,7 @@ from agent.site.config import zone
 from agent.site.site import Site
 from cxrloop import __version__, npy
 from deploy.bundle.bundle import Bundle
-from dicom.outgoing.results import CantSay, Score, Scored, read_film
+from dicom.outgoing.results import CantSay, Score, Scored, read_image
 from dicom.outgoing.secondary_capture import capture
 from dicom.outgoing.structured_report import report
 
@@ -45,13 +45,13 @@ def make(site: Site, row: Row, bundles: dict[str, Bundle]) -> Dataset:
         device=hashlib.sha256(site.key("signing.pub")).hexdigest(),
         version=__version__,
     )
-    film = read_film(retention.original(site, row))
+    image = read_image(retention.original(site, row))
     if row["kind"] == "sr":
-        return report(film, said)
+        return report(image, said)
     heat = npy.loads(row["heatmap"]).astype(np.float32)
     plate = site.store.plate(row["plate"])
     panels = [(score, np.asarray(explain.overlay(plate, heat[place]))) for place, score in chosen(scores)]
-    return capture(film, said, panels)
+    return capture(image, said, panels)
 
 
 def chosen(scores: tuple[Score, ...]) -> list[tuple[int, Score]]:

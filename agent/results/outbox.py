@@ -57,9 +57,9 @@ def kinds(site: Site) -> tuple[str, ...]:
 
 
 def put(ledger: Ledger, image: int, bundle: str, wanted: tuple[str, ...], heat: bytes | None, at: str) -> None:
-    """Queue the results of a film, inside the transaction of its score; again, if they were sent before.
+    """Queue the results of an image, inside the transaction of its score; again, if they were sent before.
 
-    Heartbeats, films set aside and versions that were corrected get none. `heat`: the film's maps, packed.
+    Heartbeats, images set aside and versions that were corrected get none. `heat`: the image's maps, packed.
     """
     for kind in wanted:
         ledger.run(
@@ -163,7 +163,7 @@ def _objects(line: Line, ledger: Ledger, rows: list[Row], under_way: list[Row], 
             _move(ledger, row, "failed", "the original or its plate is not in the store", now, line)
         except OSError as error:  # a bad block, or too many files open: later, and the others meanwhile
             _move(ledger, row, "waiting", f"the original or its plate can't be read: {error.strerror}", now, line)
-        except HOSTILE as error:  # one odd film must not keep the others; its values stay out of the reason
+        except HOSTILE as error:  # one odd image must not keep the others; its values stay out of the reason
             _move(ledger, row, "failed", f"can't be made: {type(error).__name__}", now, line)
         else:
             under_way.append(row)

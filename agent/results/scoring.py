@@ -1,6 +1,6 @@
-"""Scores every stored film that has no score, oldest first: the new ones and the backlog alike; then the ones to redo.
+"""Scores every stored image that has no score, oldest first: the new ones and the backlog alike; then the ones to redo.
 
-Asks `deploy.server.server` over loopback; when it is not up or has no model, the films simply wait. Where results are sent to
+Asks `deploy.server.server` over loopback; when it is not up or has no model, the images simply wait. Where results are sent to
 the PACS, the rows of the outbox are written with the score: both or neither.
 """
 
@@ -14,11 +14,11 @@ from agent.results import outbox
 from agent.site.site import Site
 from deploy.client import Client, ServerDown
 
-BATCH = 16  # films of one request: 4 MB, under a second on two cores
+BATCH = 16  # images of one request: 4 MB, under a second on two cores
 
 
 def step(site: Site, ledger: Ledger, client: Client) -> int:
-    """Score at most BATCH waiting films; how many left the line (0 when there is nothing, or nobody, to ask)."""
+    """Score at most BATCH waiting images; how many left the line (0 when there is nothing, or nobody, to ask)."""
     queued = _waiting(ledger, "unscored") or _waiting(ledger, "score_again")
     if not queued:
         return 0
@@ -50,7 +50,7 @@ def step(site: Site, ledger: Ledger, client: Client) -> int:
 
 
 def _read(site: Site, ledger: Ledger, queued: list[Row]) -> tuple[list[Row], list[np.ndarray]]:
-    """The films whose plate can be read, with it. One whose plate is lost leaves the line, or none behind it were scored."""
+    """The images whose plate can be read, with it. One whose plate is lost leaves the line, or none behind it were scored."""
     found: list[tuple[Row, np.ndarray]] = []
     for row in queued:
         try:

@@ -59,8 +59,8 @@ def _why_not(site: Site, ledger: Ledger, row: Row) -> str | None:
     version = golden_set.current(ledger)
     if version is None:
         return "no golden set is frozen; `cxrloop golden freeze`"
-    if not ledger.value("SELECT 1 FROM golden_film WHERE version = ? LIMIT 1", version):
-        return "the golden set has lost every film to `forget`; `cxrloop golden freeze`"
+    if not ledger.value("SELECT 1 FROM golden_image WHERE version = ? LIMIT 1", version):
+        return "the golden set has lost every image to `forget`; `cxrloop golden freeze`"
     if release.in_service(ledger) is None or _baseline(ledger) is None:
         return "nothing is in service to compare with"
     if records.budget(site, ledger, datetime.now(UTC))["looks_left"] <= 0:
@@ -85,7 +85,7 @@ def _pay(site: Site, ledger: Ledger, row: Row) -> Row:
 
 
 def _judged(site: Site, ledger: Ledger, bundle: str, paid: Row) -> Verdict:
-    reference, plates = golden_set.films(site, ledger, paid["golden"])
+    reference, plates = golden_set.load(site, ledger, paid["golden"])
     champion, baseline = release.in_service(ledger), _baseline(ledger)
     if champion is None or baseline is None:
         raise Problem("look: nothing is in service to compare with")

@@ -1,4 +1,4 @@
-"""The golden set: films of the golden patients with their labels, frozen; judged on, never learnt from.
+"""The golden set: images of the golden patients with their labels, frozen; judged on, never learnt from.
 
 Freezing again makes a new version; it never gives back alpha that was spent.
 """
@@ -21,13 +21,13 @@ POOL = """
 
 
 def freeze(site: Site, ledger: Ledger, by: str) -> dict[str, Any]:
-    """Freeze the labelled films of the golden range; the same films and labels give the same version back."""
+    """Freeze the labelled images of the golden range; the same images and labels give the same version back."""
     rows = ledger.rows(f"SELECT image.id AS image, image.sha256, finding, value {POOL} ORDER BY image.id, finding")
     rows = [row for row in rows if row["finding"] in site.findings]
     if not rows:
         raise Problem(
-            "golden freeze: no labelled film in the golden range yet; import labels (`cxrloop labels import FILE.csv`) "
-            "for films whose `range` in `cxrloop studies ls --json` is golden"
+            "golden freeze: no labelled image in the golden range yet; import labels (`cxrloop labels import FILE.csv`) "
+            "for images whose `range` in `cxrloop studies ls --json` is golden"
         )
     content = canonical([[row["sha256"], row["finding"], row["value"]] for row in rows])
     sha256 = hashlib.sha256(content.encode()).hexdigest()
@@ -38,11 +38,11 @@ def freeze(site: Site, ledger: Ledger, by: str) -> dict[str, Any]:
             ledger.insert("golden_set", version=version, sha256=sha256, by=by, at=utc())
             for row in rows:
                 ledger.insert(
-                    "golden_film", version=version, image=row["image"], finding=row["finding"], value=row["value"]
+                    "golden_image", version=version, image=row["image"], finding=row["finding"], value=row["value"]
                 )
-            films = len({row["image"] for row in rows})
+            images = len({row["image"] for row in rows})
             audit.append(
-                ledger, by, "golden set frozen", f"version {version}", after={"sha256": sha256, "images": films}
+                ledger, by, "golden set frozen", f"version {version}", after={"sha256": sha256, "images": images}
             )
     return show(site, ledger)
 
@@ -53,11 +53,11 @@ def current(ledger: Ledger) -> int | None:
 
 
 def show(site: Site, ledger: Ledger) -> dict[str, Any]:
-    """Version, hash and sizes of the frozen set, and how many films it lost to `forget`; raises Problem before there is one."""
+    """Version, hash and sizes of the frozen set, and how many images it lost to `forget`; raises Problem before there is one."""
     version = current(ledger)
     if version is None:
-        raise Problem("no golden set is frozen: label films of the golden range, then `cxrloop golden freeze`")
-    golden, _ = films(site, ledger, version)
+        raise Problem("no golden set is frozen: label images of the golden range, then `cxrloop golden freeze`")
+    golden, _ = load(site, ledger, version)
     labels = golden.labels
     return {
         "version": version,
@@ -71,20 +71,20 @@ def show(site: Site, ledger: Ledger) -> dict[str, Any]:
 
 
 def lost(ledger: Ledger, version: int) -> int:
-    """Films that a frozen set lost to `forget`: its hash is that of the whole, what it judges is the rest."""
-    return ledger.value("SELECT coalesce(sum(films), 0) FROM golden_loss WHERE version = ?", version)
+    """Images that a frozen set lost to `forget`: its hash is that of the whole, what it judges is the rest."""
+    return ledger.value("SELECT coalesce(sum(images), 0) FROM golden_loss WHERE version = ?", version)
 
 
-def films(site: Site, ledger: Ledger, version: int) -> tuple[Golden, list[str]]:
+def load(site: Site, ledger: Ledger, version: int) -> tuple[Golden, list[str]]:
     """The frozen labels float [N, F] (nan = unknown) with patient keys, and the N plates' paths in the store."""
     rows = ledger.rows(
-        "SELECT g.image, g.finding, g.value, i.patient_key, i.plate FROM golden_film g JOIN image i ON i.id = g.image "
+        "SELECT g.image, g.finding, g.value, i.patient_key, i.plate FROM golden_image g JOIN image i ON i.id = g.image "
         "WHERE g.version = ? ORDER BY g.image",
         version,
     )
     images = list(dict.fromkeys(row["image"] for row in rows))
     if not images:
-        raise Problem(f"golden set version {version} has lost every film to `forget`: `cxrloop golden freeze`")
+        raise Problem(f"golden set version {version} has lost every image to `forget`: `cxrloop golden freeze`")
     place = {image: n for n, image in enumerate(images)}
     labels = np.full((len(images), len(site.findings)), np.nan)
     patients, plates = [""] * len(images), [""] * len(images)

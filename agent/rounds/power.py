@@ -19,11 +19,11 @@ def power(site: Site, ledger: Ledger) -> dict[str, Any]:
     """
     version = golden_set.current(ledger)
     if version is None:
-        raise Problem("golden power: no golden set is frozen; label golden films, then `cxrloop golden freeze`")
+        raise Problem("golden power: no golden set is frozen; label golden images, then `cxrloop golden freeze`")
     champion = release.in_service(ledger)
     if not champion:
         raise Problem("golden power: no model is in service whose scores could be measured")
-    reference, plates = golden_set.films(site, ledger, version)
+    reference, plates = golden_set.load(site, ledger, version)
     scores = evaluation.score(site, champion["id"], plates)
     other = ledger.value("SELECT bundle FROM look WHERE bundle != ? ORDER BY id DESC LIMIT 1", champion["id"])
     gate = site.config.gate

@@ -33,14 +33,14 @@ def plan(site: Site, ledger: Ledger, why: str, now: datetime, recipe: str | None
     parent = parent_of_next(ledger)
     if parent and begins_anew(site, parent, resolved):
         parent = None
-    chosen = films(site, ledger)
+    chosen = training_images(site, ledger)
     labelled = sum(row["range"] == "train" and any(v is not None for v in row["labels"]) for row in chosen)
     unlabelled = sum(row["range"] == "train" for row in chosen)
     if not unlabelled:
-        raise Problem("round: no film in the train range yet; send or import films first")
+        raise Problem("round: no image in the train range yet; send or import images first")
     if not labelled:
         raise Problem(
-            "round: no labelled film in the train range; import labels first (`cxrloop labels import FILE.csv`)"
+            "round: no labelled image in the train range; import labels first (`cxrloop labels import FILE.csv`)"
         )
     with ledger.transaction():
         number = (ledger.value("SELECT max(id) FROM round") or 0) + 1
@@ -56,9 +56,9 @@ def plan(site: Site, ledger: Ledger, why: str, now: datetime, recipe: str | None
     folder.mkdir(exist_ok=True)
     state = f"../../{parent['training_state']}" if parent else None
     manifest = {
-        "version": 1, "round": name, "plate_version": PLATE_VERSION, "findings": list(site.findings),
+        "version": 2, "round": name, "plate_version": PLATE_VERSION, "findings": list(site.findings),
         "recipe": resolved.to_dict(), "seed": resolved.seed or number, "plates": "../../store",
-        "parent": {"bundle": parent["id"], "state": state} if parent else None, "until": None, "films": chosen,
+        "parent": {"bundle": parent["id"], "state": state} if parent else None, "until": None, "images": chosen,
     }  # fmt: skip
     write_json(folder / "manifest.json", manifest)
     return get(ledger, name)
@@ -117,8 +117,8 @@ def begins_anew(site: Site, parent: Row, recipe: Recipe) -> bool:
     return recipe.backbone not in ("random", began) and not moved
 
 
-def films(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
-    """What the learner may see: newest train films up to the cap, labelled ones always, and the labelled reserve."""
+def training_images(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
+    """What the learner may see: newest train images up to the cap, labelled ones always, and the labelled reserve."""
     cap = site.config.learn.max_unlabelled
     rows = ledger.rows(
         f"SELECT id, patient_key, plate, range FROM image WHERE {USABLE} AND range = 'train' ORDER BY id DESC LIMIT ?",

@@ -109,9 +109,9 @@ def _too_little(site: Site, ledger: Ledger) -> str | None:
     since = ledger.value("SELECT max(last_image) FROM round WHERE state != 'skipped'") or 0
     new = ledger.value(f"SELECT count(*) FROM image WHERE {records.USABLE} AND range = 'train' AND id > ?", since)
     if new < site.config.learn.min_new:
-        return f"{new} new films in the train range, fewer than learn.min_new = {site.config.learn.min_new}"
+        return f"{new} new images in the train range, fewer than learn.min_new = {site.config.learn.min_new}"
     labelled = "SELECT 1 FROM label JOIN image ON image.id = label.image WHERE range = 'train' LIMIT 1"
-    return None if ledger.value(labelled) else "no labelled film in the train range"
+    return None if ledger.value(labelled) else "no labelled image in the train range"
 
 
 def tick(site: Site, now: datetime) -> str:

@@ -86,7 +86,7 @@ def _alerts(
     found: list[tuple[str, str, bool]] = []
     keys = site.config.node
     if free < keys.min_free_mb << 20:
-        found.append(("disk", f"{free >> 20} MB free, films are refused under {keys.min_free_mb} MB", True))
+        found.append(("disk", f"{free >> 20} MB free, images are refused under {keys.min_free_mb} MB", True))
     elif full := too_full(free, site.config.retention.refuse_free_mb):
         found.append(("disk", full, True))
     found += _forgotten(ledger)
@@ -96,12 +96,12 @@ def _alerts(
     elif not node_up:
         found.append(("node down", f"no C-ECHO from {keys.aet}@{host}:{keys.port}", True))
     elif server is None:
-        found.append(("server down", f"no answer from {site.infer_url}; films wait unscored", True))
+        found.append(("server down", f"no answer from {site.infer_url}; images wait unscored", True))
     found += _certificate(site)
     found += outbox.alerts(site, ledger, now)
     current = release.in_service(ledger)
     if not current:
-        found.append(("no model", "films are stored and wait; label some, then `cxrloop round run --now`", False))
+        found.append(("no model", "images are stored and wait; label some, then `cxrloop round run --now`", False))
     found += _pointer(site, current, server)
     if site.config.release.approvers == 1:
         found.append(("solo", "one person approves alone (release.approvers = 1)", False))
@@ -119,7 +119,7 @@ def _forgotten(ledger: Ledger) -> list[tuple[str, str, bool]]:
         found.append(("forget", f"begun {since}, not done yet; the agent goes on by itself (`cxrloop serve`)", True))
     version = golden_set.current(ledger)
     if version and (lost := golden_set.lost(ledger, version)):
-        detail = f"version {version} lost {lost} films to `forget`; verdicts are on the rest: `cxrloop golden freeze`"
+        detail = f"version {version} lost {lost} images to `forget`; verdicts are on the rest: `cxrloop golden freeze`"
         found.append(("golden set", detail, False))
     return found
 

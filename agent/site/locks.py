@@ -1,4 +1,4 @@
-"""The lock under which a film's files and its row change together: one at a time, whichever process does it.
+"""The lock under which an image's files and its row change together: one at a time, whichever process does it.
 
 Held for milliseconds by the intake (keep the files, write the row), by retention and by `forget` (unlink what a row named).
 The system frees it when the holder dies. Refuses to know what is filed.

@@ -57,7 +57,7 @@ class NodeKeys(Section):
     allow_aet: tuple[str, ...] = Field((), description="calling AE titles that may send; empty = any")
     allow_ip: tuple[str, ...] = Field((), description="addresses that may connect; empty = any")
     max_associations: int = Field(16, description="associations at once", ge=1, le=256)
-    min_free_mb: int = Field(512, description="refuse films (A700) when the disk has less free than this", ge=0)
+    min_free_mb: int = Field(512, description="refuse images (A700) when the disk has less free than this", ge=0)
     max_per_peer: int = Field(8, description="associations at once from one address", ge=1, le=256)
     tls_cert: str = Field("", description="certificate chain (PEM) of the node; with tls_key: the port speaks TLS only")
     tls_key: str = Field("", description="private key (PEM) of tls_cert, readable by the node alone")
@@ -81,19 +81,19 @@ class NodeKeys(Section):
 
 
 class AdmissionKeys(Section):
-    """Which films are scored and learnt from; every other film is kept aside with its reason."""
+    """Which images are scored and learnt from; every other image is kept aside with its reason."""
 
-    children: bool = Field(False, description="admit films whose header says the patient is under 18")
-    min_side: int = Field(64, description="smallest side of a film in pixels", ge=32, le=4096)
+    children: bool = Field(False, description="admit images whose header says the patient is under 18")
+    min_side: int = Field(64, description="smallest side of an image in pixels", ge=32, le=4096)
     quality: bool = Field(
-        True, description="also ask the pixels: no chest film, inverted, rotated, saturated or empty is kept aside"
+        True, description="also ask the pixels: no chest image, inverted, rotated, saturated or empty is kept aside"
     )
-    decode_seconds: int = Field(60, description="longest time one film may take to decode", ge=1, le=600)
-    decode_memory_mb: int = Field(3072, description="most memory one film may take to decode", ge=512)
+    decode_seconds: int = Field(60, description="longest time one image may take to decode", ge=1, le=600)
+    decode_memory_mb: int = Field(3072, description="most memory one image may take to decode", ge=512)
 
 
 class InferKeys(Section):
-    """The server that scores films (loopback only)."""
+    """The server that scores images (loopback only)."""
 
     host: Literal["127.0.0.1", "localhost"] = Field("127.0.0.1", description="always loopback")
     port: int = Field(11113, description="port of /predict, /healthz, /readyz and /metrics", ge=1, le=65535)
@@ -104,7 +104,7 @@ class InferKeys(Section):
 
 
 class PatientKeys(Section):
-    """The ranges of patients, fixed at the first film; a share never changes afterwards. The rest trains."""
+    """The ranges of patients, fixed at the first image; a share never changes afterwards. The rest trains."""
 
     golden: float = Field(0.10, description="judged on, never learnt from", ge=0, le=0.9)
     golden_next: float = Field(0.10, description="untouched: the golden set after this one", ge=0, le=0.9)
@@ -127,8 +127,8 @@ class LearnKeys(Section):
         "random", description='starting weights: "random", a timm name on the hub, or a .safetensors file'
     )
     window: str = Field("22:00-05:00", description='when rounds may run, "HH:MM-HH:MM" in site time; "" = never')
-    min_new: int = Field(50, description="skip the night when fewer new films than this may be learnt from", ge=0)
-    max_unlabelled: int = Field(20000, description="most films a round takes, newest first", ge=1)
+    min_new: int = Field(50, description="skip the night when fewer new images than this may be learnt from", ge=0)
+    max_unlabelled: int = Field(20000, description="most images a round takes, newest first", ge=1)
     launcher: str = Field(
         "", description='how the learner is started, e.g. "torchrun --nproc-per-node 4"; empty = plain'
     )
@@ -165,8 +165,8 @@ class ReleaseKeys(Section):
 class ResultsKeys(Section):
     """Answers to the PACS."""
 
-    sr: bool = Field(False, description="send a structured report (TID 1500) for each scored film")
-    sc: bool = Field(False, description="send a heatmap (Secondary Capture) for each scored film")
+    sr: bool = Field(False, description="send a structured report (TID 1500) for each scored image")
+    sc: bool = Field(False, description="send a heatmap (Secondary Capture) for each scored image")
     destination: str = Field("", description='where they go, "AET@host:port" or "AET@host:port/tls"; empty = nowhere')
 
     @field_validator("destination")

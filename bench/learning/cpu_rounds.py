@@ -1,4 +1,4 @@
-"""Seconds of a first round at profile cpu over 500 phantom films, for every recipe, against its bar of ten minutes.
+"""Seconds of a first round at profile cpu over 500 phantom images, for every recipe, against its bar of ten minutes.
 
 With --whole each recipe runs as the agent starts it, `python -m learner ROUND_DIR` on two threads. Without it, each phase
 takes its first steps in this process and the others are extrapolated; packing, tokens, choices and exports happen in
@@ -33,31 +33,31 @@ from learner.round.manifest import load
 from learner.round.recipe import RECIPES, Recipe, resolve
 from learner.round.run import Run
 
-FILMS, LABELLED, HELD, BAR_S = 500, 100, 40, 600.0
+SAMPLES, LABELLED, HELD, BAR_S = 500, 100, 40, 600.0
 LEAST = 8  # steps of a phase that are run: the first is slower than the others
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
 
 
-def write_plates(folder: Path, films: int) -> list[dict]:
+def write_plates(folder: Path, samples: int) -> list[dict]:
     """Phantoms as plates (8 bit, 512 px by repetition) and their rows; labelled, unlabelled, validation, calibration."""
     rows = []
-    for i, phantom in enumerate(draw(films + 2 * HELD, 0, FINDINGS, repeat=0.0)):
+    for i, phantom in enumerate(draw(samples + 2 * HELD, 0, FINDINGS, repeat=0.0)):
         pixels = phantom.pixels(256)
         np.save(folder / f"{i}.npy", (pixels >> 4).astype(np.uint8).repeat(2, 0).repeat(2, 1))
-        range_ = "train" if i < films else "validation" if i < films + HELD else "calibration"
-        known = i < films * LABELLED // FILMS or i >= films
+        range_ = "train" if i < samples else "validation" if i < samples + HELD else "calibration"
+        known = i < samples * LABELLED // SAMPLES or i >= samples
         labels = [int(phantom.labels[name]) for name in FINDINGS] if known else [None] * len(FINDINGS)
         rows.append({"image": i, "patient": phantom.patient, "plate": f"{i}.npy", "range": range_, "labels": labels})
     return rows
 
 
 def made(folder: Path, plates: Path, rows: list[dict], recipe: str, backbone: str) -> Recipe:
-    """A round folder of these films; its recipe as the agent would resolve it."""
+    """A round folder of these images; its recipe as the agent would resolve it."""
     folder.mkdir()
     resolved = resolve(recipe, "cpu", {"backbone": backbone} if backbone != "random" else {})
     manifest = {
-        "version": 1, "round": "r0001", "plate_version": 1, "findings": list(FINDINGS), "recipe": resolved.to_dict(),
-        "seed": 0, "plates": os.path.relpath(plates, folder), "parent": None, "until": None, "films": rows,
+        "version": 2, "round": "r0001", "plate_version": 1, "findings": list(FINDINGS), "recipe": resolved.to_dict(),
+        "seed": 0, "plates": os.path.relpath(plates, folder), "parent": None, "until": None, "images": rows,
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return resolved
@@ -119,10 +119,10 @@ def extrapolated(folder: Path) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
 
 
 def main() -> None:
-    """Make the films once, run every recipe, print and write."""
+    """Make the images once, run every recipe, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whole", action="store_true", help="every round to its end, in its own process")
-    parser.add_argument("--films", type=int, default=FILMS, help="train films; the bar is for 500")
+    parser.add_argument("--images", type=int, default=SAMPLES, help="train images; the bar is for 500")
     parser.add_argument("--recipe", action="append", choices=sorted(RECIPES))
     parser.add_argument("--backbone", default="random")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu_rounds.json"))
@@ -131,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temp:
         plates = Path(temp) / "plates"
         plates.mkdir()
-        rows = write_plates(plates, given.films)
+        rows = write_plates(plates, given.samples)
         for name in given.recipe or sorted(RECIPES):
             resolved = made(Path(temp) / name, plates, rows, name, given.backbone)
             seconds, phases = (whole(Path(temp) / name), {}) if given.whole else extrapolated(Path(temp) / name)
@@ -146,7 +146,7 @@ def main() -> None:
                 flush=True,
             )
     report = {
-        "films": given.films, "labelled": given.films * LABELLED // FILMS, "whole": given.whole,
+        "images": given.samples, "labelled": given.samples * LABELLED // SAMPLES, "whole": given.whole,
         "pretrained": given.backbone != "random", "cores": os.cpu_count(), "load_before": load_before, "rows": results,
     }  # fmt: skip
     given.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Bio-creep under four policies, the true level of the gate's test, and the power of a golden set.
 
 Simulated scores, decided by the gate's own functions (`learner.evaluation.auc`); `judge` is asked too at every 97th decision and
-must agree. Says how the rules behave when the normal model holds; says nothing about any model, film or hospital.
+must agree. Says how the rules behave when the normal model holds; says nothing about any model, image or hospital.
 
     python bench/learning/creep.py [--runs 200] [--draws 20000] [--jobs 2] [--out bench/results/creep.json]
 """
@@ -53,17 +53,17 @@ def year(run: int, policy: str, seed: int) -> dict[str, float]:
     alpha, held, superior = POLICIES[policy]
     rng = np.random.default_rng([seed, run])  # the same golden set and luck for every policy
     labels = np.r_[np.ones(POSITIVE), np.zeros(NEGATIVE)]
-    films = np.arange(len(labels))
+    samples = np.arange(len(labels))
     shared = rng.standard_normal(len(labels))
     raw = {
         who: scores(np.random.default_rng([seed, run, 1]), labels, START, shared) for who in ("champion", "baseline")
     }
-    curves = {who: stats.curve(s, labels, films, len(films)) for who, s in raw.items()}
+    curves = {who: stats.curve(s, labels, samples, len(samples)) for who, s in raw.items()}
     z, level, approved, asked = NORMAL.inv_cdf(1 - alpha), START, 0, 0
     for step in range(ROUNDS):
         proposed = min(max(level + rng.normal(DRIFT, SPREAD), 0.5), 0.999)
         fresh = scores(rng, labels, proposed, shared)
-        mine = stats.curve(fresh, labels, films, len(films))
+        mine = stats.curve(fresh, labels, samples, len(samples))
         noninferior = all(float(stats.statistic(mine, curves[who], -MARGIN)) > z for who in held)
         better = float(stats.statistic(mine, curves["champion"], 0.0)) > z
         if (run * ROUNDS + step) % 97 == 0:
@@ -90,11 +90,11 @@ def level(case: tuple[float, int], draws: int, seed: int, alpha: float) -> dict[
     value, positive = case
     rng = np.random.default_rng([seed, int(value * 1000), positive])
     labels = np.r_[np.ones(positive), np.zeros(round(positive * NEGATIVE / POSITIVE))]
-    films, z, plain, logit = np.arange(len(labels)), NORMAL.inv_cdf(1 - alpha), 0, 0
+    samples, z, plain, logit = np.arange(len(labels)), NORMAL.inv_cdf(1 - alpha), 0, 0
     for _ in range(draws):
         shared = rng.standard_normal(len(labels))
-        worse = stats.curve(scores(rng, labels, value - MARGIN, shared), labels, films, len(films))
-        champion = stats.curve(scores(rng, labels, value, shared), labels, films, len(films))
+        worse = stats.curve(scores(rng, labels, value - MARGIN, shared), labels, samples, len(samples))
+        champion = stats.curve(scores(rng, labels, value, shared), labels, samples, len(samples))
         spread = worse.variance + champion.variance - 2 * stats.covariance(worse, champion)
         plain += worse.value - champion.value + MARGIN > z * sqrt(spread)
         logit += float(stats.statistic(worse, champion, -MARGIN)) > z
@@ -108,11 +108,11 @@ def powers(case: tuple[float, int], draws: int, seed: int) -> dict[str, object]:
     correlation, positive = case
     rng = np.random.default_rng([seed, 7, int(100 * correlation), positive])
     labels = np.r_[np.ones(positive), np.zeros(round(positive * NEGATIVE / POSITIVE))]
-    films, shown, promised, measured = np.arange(len(labels)), dict.fromkeys(LOOKS, 0), dict.fromkeys(LOOKS, 0.0), 0.0
+    samples, shown, promised, measured = np.arange(len(labels)), dict.fromkeys(LOOKS, 0), dict.fromkeys(LOOKS, 0.0), 0.0
     for _ in range(draws):
         shared = rng.standard_normal(len(labels))
         a, b = (
-            stats.curve(scores(rng, labels, 0.91, shared, correlation), labels, films, len(films)) for _ in range(2)
+            stats.curve(scores(rng, labels, 0.91, shared, correlation), labels, samples, len(samples)) for _ in range(2)
         )
         z, r = float(stats.statistic(a, b, -MARGIN)), stats.correlation(a, b)
         measured += r / draws

@@ -2,7 +2,7 @@
 
 `python bench/learning/demo_recipe.py [--seeds 4] [--arms ...]` runs real rounds (`python -m learner`), scores the exported
 graphs with onnxruntime, prints a table and writes bench/results/demo_recipe.json. Arms beside the round itself:
-`no stream` (the same steps, but the labelled films are the whole pool), `poisoned` (teacher logits inverted).
+`no stream` (the same steps, but the labelled images are the whole pool), `poisoned` (teacher logits inverted).
 Phantoms are easy: the raw-pixel floor is printed beside every AUC.
 """
 
@@ -49,7 +49,7 @@ def write_round(folder: Path, ranges: dict, seed: int, arm: str, overrides: dict
     """A round folder as the agent would write it."""
     (folder / "plates").mkdir(parents=True)
     recipe = resolve("distl", "demo", {**overrides, **ARMS[arm], "seed": seed})
-    films = []
+    samples = []
     for name, (plates, labels, patients) in ranges.items():
         for i in range(len(plates)):
             known = name != "train" or i < LABELLED
@@ -58,14 +58,14 @@ def write_round(folder: Path, ranges: dict, seed: int, arm: str, overrides: dict
             file = f"{name}{i}.npy"
             np.save(folder / "plates" / file, plates[i])
             labelled = [int(v) for v in labels[i]] if known else None
-            film = {"image": len(films), "patient": patients[i], "plate": file, "range": name, "labels": labelled}
-            films.append(film)
+            sample = {"image": len(samples), "patient": patients[i], "plate": file, "range": name, "labels": labelled}
+            samples.append(sample)
     if arm == "no stream":  # as many steps as the round with the stream takes
         steps = TRAIN // recipe.batch * recipe.epochs
         recipe = recipe.override({"epochs": round(steps / (LABELLED // recipe.batch))})
     manifest = {
-        "version": 1, "round": "r0001", "plate_version": 1, "findings": list(FINDINGS), "recipe": recipe.to_dict(),
-        "seed": seed, "plates": "plates", "parent": None, "until": None, "films": films,
+        "version": 2, "round": "r0001", "plate_version": 1, "findings": list(FINDINGS), "recipe": recipe.to_dict(),
+        "seed": seed, "plates": "plates", "parent": None, "until": None, "images": samples,
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

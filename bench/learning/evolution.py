@@ -1,12 +1,12 @@
-"""Does the loop pay? Real films: few labels, a stream without labels, rounds T=0..3, paired draws.
+"""Does the loop pay? Real images: few labels, a stream without labels, rounds T=0..3, paired draws.
 
     python bench/learning/evolution.py --data DIR --backbone FILE --work DIR [--experiment A B C] [--shares 0.01 0.02] [--draws ...]
 
-A: children's films, 1 and 2 % labelled. B: 80 labelled films of adults at 64 px, another hospital's stream. C: as A,
+A: children's images, 1 and 2 % labelled. B: 80 labelled images of adults at 64 px, another hospital's stream. C: as A,
 and B's stream joins from T=2 on (drift). DIR/kermany224, nih1000_64 and mednist_cxr64 hold a manifest.csv and pictures
 (see bench/learning/evolution_images.py); FILE is a ViT in timm's key names. Resumable: each finished cell is a line of
 bench/results/evolution.jsonl and isn't run again. The scores of each cell stay in the work folder, for the intervals;
-they and the films are never committed.
+they and the images are never committed.
 """
 
 import argparse
@@ -39,13 +39,13 @@ from bench.learning.evolution_table import report
 from bench.learning.floor_of_images import pixel_floor, view_floor
 from learner.data.token_bank import Bank
 from learner.evaluation.auc import auc
-from learner.round.manifest import Film, Round
+from learner.round.manifest import Round, Sample
 from learner.round.recipe import Recipe
 from learner.round.run import Run
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 DRAWS = list(range(8))
-# Sizes that two cores can train: ViT-S/14 at 140 px, eleven of its twelve blocks frozen, two noised versions of a film.
+# Sizes that two cores can train: ViT-S/14 at 140 px, eleven of its twelve blocks frozen, two noised versions of an image.
 SIZES = {
     "image_size": 140, "local_size": 70, "local_views": 2, "cached_views": 2, "frozen_blocks": 11, "mean": 0.45,
     "std": 0.226, "pos_embed": "timm", "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "class_hidden": 0,
@@ -61,7 +61,7 @@ EVOLVE = {
 DISTL = {"pool": "cls", "t0_lr": 1e-3, "t0_steps": 100, "lr": 3e-4, "lam": 0.5, "ema_base": 0.99, "correct_every": 10}
 _PLAIN = {"average": "ema", "replay": 0.0, "refit": "linear"}
 # Trained by the product's recipes; after the first two, what is left of them when one of the signals goes, and how far
-# the same recipe on the same films lies from itself.
+# the same recipe on the same images lies from itself.
 TRAINED = {
     "distl": ("distl", DISTL),
     "evolve": ("evolve", EVOLVE),
@@ -115,10 +115,10 @@ def main() -> None:
     scores = given.work / "scores"
     scores.mkdir(exist_ok=True)
     if not given.report:
-        near = sum(film.plate.name.startswith(NEAR) for film in pool.films)
-        banks = [open_bank_of(pool.films[:near], recipe, given.work / "bank")]
+        near = sum(sample.plate.name.startswith(NEAR) for sample in pool.samples)
+        banks = [open_bank_of(pool.samples[:near], recipe, given.work / "bank")]
         if set(given.experiment) & {"B", "C"}:
-            banks.append(open_bank_of(pool.films[near:], recipe, given.work / "bank_far"))
+            banks.append(open_bank_of(pool.samples[near:], recipe, given.work / "bank_far"))
         pool = pool.first(sum(len(bank.row) for bank in banks))
         site = Site(pool, Banks(banks), recipe, given.cells or given.work / "cells")
         frozen = frozen_features(site)
@@ -136,15 +136,15 @@ def main() -> None:
 
 
 def asked_for(given: argparse.Namespace) -> list[tuple[str, float]]:
-    """Experiments and their shares of labelled films; B has one number of films, C the first share."""
+    """Experiments and their shares of labelled images; B has one number of images, C the first share."""
     shares = {"A": given.shares, "B": [0.0], "C": given.shares[:1]}
     return [(one, share) for one in (["A"] if given.ladder else given.experiment) for share in shares[one]]
 
 
-def open_bank_of(films: tuple[Film, ...], recipe: Recipe, folder: Path) -> Bank:
-    """Tokens of these films, made once by the product's own code."""
+def open_bank_of(samples: tuple[Sample, ...], recipe: Recipe, folder: Path) -> Bank:
+    """Tokens of these images, made once by the product's own code."""
     folder.mkdir(parents=True, exist_ok=True)
-    work = Run(Round(folder, "bank", ("abnormal",), recipe, None, None, None, films, "bank"))
+    work = Run(Round(folder, "bank", ("abnormal",), recipe, None, None, None, samples, "bank"))
     bank = work.bank
     work.teller.close()
     return bank

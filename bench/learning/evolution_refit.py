@@ -2,7 +2,7 @@
 
     python bench/learning/evolution_refit.py --data DIR --backbone FILE --work DIR [--shares 0.01 0.02] [--draws 16]
 
-Experiment A of bench/learning/evolution.py at T=3 on frozen features, on draws of labelled films that the evidence doesn't use
+Experiment A of bench/learning/evolution.py at T=3 on frozen features, on draws of labelled images that the evidence doesn't use
 (from 100 on), so that what is chosen here isn't chosen on them. The test patients are the same, so a choice made here is
 still a choice made on the test. Prints a table and writes
 bench/results/evolution_refit.json.
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.learning.evolution import RESULTS, SIZES, open_bank_of
 from bench.learning.evolution_arms import Banks, Frozen, Site, frozen_features
-from bench.learning.evolution_images import NEAR, Draw, as_films, draw, read_pool
+from bench.learning.evolution_images import NEAR, Draw, as_samples, draw, read_pool
 from learner.data.feed import label_table
 from learner.evaluation.auc import auc
 from learner.objectives import head_refit, label_propagation, logistic
@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pool = read_pool(given.data, given.work, NEAR)
     recipe = Recipe().override({**SIZES, "backbone": str(given.backbone)})
-    site = Site(pool, Banks([open_bank_of(pool.films, recipe, given.work / "bank")]), recipe, given.work / "cells")
+    site = Site(pool, Banks([open_bank_of(pool.samples, recipe, given.work / "bank")]), recipe, given.work / "cells")
     frozen, rows = frozen_features(site), []
     for share in given.shares:
         found = [measure(site, frozen, draw(pool, "A", share, FIRST + n)) for n in range(given.draws)]
@@ -59,8 +59,8 @@ def measure(site: Site, frozen: Frozen, division: Draw) -> dict[tuple[float, flo
     """AUC on the tests for each sharpness and share."""
     places = np.concatenate([division.labelled, *division.rounds])
     labels = label_table(
-        as_films(site.pool, division.labelled, "train", True)
-        + as_films(site.pool, places[len(division.labelled) :], "train", False)
+        as_samples(site.pool, division.labelled, "train", True)
+        + as_samples(site.pool, places[len(division.labelled) :], "train", False)
     )
     seen, prevalence = frozen[places], head_refit.shrunk_prevalence(labels)
     own = logistic.fit(seen, labels, head_refit.FEW_PENALTY)

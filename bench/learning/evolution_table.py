@@ -32,15 +32,15 @@ COLOURS: dict[str, str] = dict(
 
 
 class Paired:
-    """AUC of many cells on one test, for weights of its films: each cell is a matrix of won pairs."""
+    """AUC of many cells on one test, for weights of its images: each cell is a matrix of won pairs."""
 
     def __init__(self, pool: Pool, at: np.ndarray, seed: int = 7) -> None:
         self.positive, self.negative = pool.truth[at] == 1, pool.truth[at] == 0
-        patients = np.unique([pool.films[i].patient for i in at], return_inverse=True)[1]
+        patients = np.unique([pool.samples[i].patient for i in at], return_inverse=True)[1]
         rng = np.random.default_rng(seed)
         drawn = rng.integers(0, patients.max() + 1, (BOOTSTRAPS, patients.max() + 1))
         counts = np.stack([np.bincount(row, minlength=patients.max() + 1) for row in drawn])
-        self.weights = np.concatenate([np.ones((1, len(at))), counts[:, patients]])  # the films themselves come first
+        self.weights = np.concatenate([np.ones((1, len(at))), counts[:, patients]])  # the images themselves come first
 
     def auc(self, scores: np.ndarray) -> np.ndarray:
         """(1 + BOOTSTRAPS,): the AUC, then that of each resampling of patients."""
@@ -186,7 +186,9 @@ def panels(said: dict) -> Iterator[tuple[str, str, str, dict]]:
 
 def title(experiment: str, share: str) -> str:
     return (
-        f"{experiment}, {SEEDS_B} labelled films" if experiment == "B" else f"{experiment}, {float(share):.0%} labelled"
+        f"{experiment}, {SEEDS_B} labelled images"
+        if experiment == "B"
+        else f"{experiment}, {float(share):.0%} labelled"
     )
 
 

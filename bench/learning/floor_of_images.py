@@ -1,4 +1,4 @@
-"""Floors under every figure on these films: raw 24 x 24 pixels with logistic regression, and the view alone."""
+"""Floors under every figure on these images: raw 24 x 24 pixels with logistic regression, and the view alone."""
 
 import csv
 from pathlib import Path
@@ -12,7 +12,7 @@ from learner.evaluation.auc import auc
 
 def pixel_floor(pool: Pool, asked: list[tuple[str, float]], draws: list[int]) -> dict[str, dict[str, float]]:
     """Mean AUC over the draws by "experiment share", on both tests."""
-    small = np.concatenate([pixel_baseline.thumbnails(np.load(film.plate)[None]) for film in pool.films])
+    small = np.concatenate([pixel_baseline.thumbnails(np.load(sample.plate)[None]) for sample in pool.samples])
     said = {}
     for experiment, share in asked:
         rows = []
@@ -28,7 +28,7 @@ def pixel_floor(pool: Pool, asked: list[tuple[str, float]], draws: list[int]) ->
 
 
 def view_floor(data: Path) -> float:
-    """AUC for abnormal of knowing only whether an adult's film is AP (a bed) or PA (standing)."""
+    """AUC for abnormal of knowing only whether an adult's image is AP (a bed) or PA (standing)."""
     with (data / "nih1000_64" / "manifest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     abnormal = np.array([float(row["labels"] != "No Finding") for row in rows])

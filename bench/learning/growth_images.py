@@ -1,10 +1,10 @@
-"""What a feed costs as a site grows: 1,000, 10,000 and 100,000 films, packed and then read through for one pass.
+"""What a feed costs as a site grows: 1,000, 10,000 and 100,000 images, packed and then read through for one pass.
 
-Each number of films runs in its own process, on one thread; time per film and memory should stay level. The plates are
+Each number of images runs in its own process, on one thread; time per image and memory should stay level. The plates are
 1,000 synthetic ones under as many names as it takes (hard links: the disk isn't timed), packed at a small size that fits
 any disk. Says nothing of training.
 
-    python bench/learning/growth_images.py [--films 1000 10000 100000] [--folder DIR] [--out bench/results/growth_films.json]
+    python bench/learning/growth_images.py [--images 1000 10000 100000] [--folder DIR] [--out bench/results/growth_images.json]
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 Result = TypeVar("Result")
 
 PLATES, PER_FOLDER = 1000, 1000
-SPAN = 31  # batches timed together; 1,000 films are two spans a pass
-LEAST = 10_000  # films read at least, in as many passes as it takes
-SIZE, LOCAL = 48, 24  # pixels: 4.6 kB a film
-LEVEL = 1.25  # time per film at the largest number over that at the smallest, and so for memory, that counts as level
+SPAN = 31  # batches timed together; 1,000 images are two spans a pass
+LEAST = 10_000  # images read at least, in as many passes as it takes
+SIZE, LOCAL = 48, 24  # pixels: 4.6 kB an image
+LEVEL = 1.25  # time per image at the largest number over that at the smallest, and so for memory, that counts as level
 SLACK_MB = 16  # memory may differ by this much between processes that do the same: allocator and threads
 
 
@@ -79,30 +79,31 @@ def watched(work: Callable[[], Result]) -> tuple[Result, float, float]:
 
 
 def one(folder: Path, number: int) -> dict[str, float]:
-    """Pack and read `number` films; times in ms of processor a film, memory in MB."""
+    """Pack and read `number` images; times in ms of processor an image, memory in MB."""
     import torch
 
-    from learner.data.feed import Films
+    from learner.data.feed import ImageFeed
     from learner.data.packed_plates import open_shard, remove_shard
-    from learner.round.manifest import Film
+    from learner.round.manifest import Sample
     from learner.round.recipe import resolve
 
     torch.set_num_threads(1)
     recipe = resolve("distl", "demo", {"image_size": SIZE, "local_size": LOCAL})
     (start,) = memory("RssAnon")
-    films = [
-        Film(i, f"p{i}", folder / "links" / str(i // PER_FOLDER) / f"{i}.npy", "train", (None,)) for i in range(number)
+    samples = [
+        Sample(i, f"p{i}", folder / "links" / str(i // PER_FOLDER) / f"{i}.npy", "train", (None,))
+        for i in range(number)
     ]
     (listed,) = memory("RssAnon")
-    _, packing, packing_peak = watched(lambda: open_shard(folder, films, SIZE))
-    shard = open_shard(folder, films, SIZE)  # found, not made again
-    feed = Films(films, recipe, torch.device("cpu"), "unlabelled", fixed_order=False, shard=shard)
+    _, packing, packing_peak = watched(lambda: open_shard(folder, samples, SIZE))
+    shard = open_shard(folder, samples, SIZE)  # found, not made again
+    feed = ImageFeed(samples, recipe, torch.device("cpu"), "unlabelled", fixed_order=False, shard=shard)
     feed.batch(0, 0).views(slice(0, 4))
 
     passes = -(-LEAST // number)
 
     def spans(views: bool) -> list[float]:
-        """Processor seconds a film, of spans of some 500 films: the median forgives what else the machine does."""
+        """Processor seconds an image, of spans of some 500 images: the median forgives what else the machine does."""
         spent = []
         for sweep, first in product(range(passes), range(0, feed.batches - SPAN + 1, SPAN)):
             began = time.process_time()
@@ -122,7 +123,7 @@ def one(folder: Path, number: int) -> dict[str, float]:
     remove_shard(folder)
     each = 1e3 / number
     return {
-        "films": number, "pack_ms": packing * each, "read_ms": median(reading) * 1e3, "feed_ms": median(feeding) * 1e3,
+        "images": number, "pack_ms": packing * each, "read_ms": median(reading) * 1e3, "feed_ms": median(feeding) * 1e3,
         "shuffle_ms_a_pass": shuffle, "start_mb": start, "list_mb": listed - start,
         "pack_mb": packing_peak - listed, "feed_mb": feeding_peak - listed, "mapped_mb": mapped, "highest_mb": highest,
         "shard_mb": number * SIZE * SIZE * 2 / 1e6,
@@ -135,10 +136,10 @@ def level(rows: list[dict[str, float]], key: str, slack: float) -> bool:
 
 def show(rows: list[dict[str, float]], bars: dict[str, bool]) -> None:
     print(
-        f"packed at {SIZE} px; processor ms a film; MB of own memory (RssAnon) above the list of films; mapped = shard's pages"
+        f"packed at {SIZE} px; processor ms an image; MB of own memory (RssAnon) above the list of images; mapped = shard's pages"
     )
     names = (
-        "films",
+        "images",
         "pack_ms",
         "read_ms",
         "feed_ms",
@@ -154,7 +155,7 @@ def show(rows: list[dict[str, float]], bars: dict[str, bool]) -> None:
     for row in rows:
         print(
             " ".join(
-                f"{row[name]:{max(9, len(name))},.{0 if name == 'films' else 3 if name.endswith('ms') else 1}f}"
+                f"{row[name]:{max(9, len(name))},.{0 if name == 'images' else 3 if name.endswith('ms') else 1}f}"
                 for name in names
             )
         )
@@ -164,10 +165,10 @@ def show(rows: list[dict[str, float]], bars: dict[str, bool]) -> None:
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--films", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    ask.add_argument("--images", type=int, nargs="+", default=[1000, 10_000, 100_000])
     ask.add_argument("--folder", type=Path, help="where the plates are made; default: the system's temporary folder")
     ask.add_argument(
-        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "bench" / "results" / "growth_films.json"
+        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "bench" / "results" / "growth_images.json"
     )
     ask.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = ask.parse_args()
@@ -177,7 +178,7 @@ def main() -> None:
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write_plates(Path(folder))
-        for number in args.films:
+        for number in args.images:
             link_plates(Path(folder), number)
             child = [sys.executable, __file__, "--one", str(number), "--folder", folder]
             rows.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))

@@ -1,7 +1,7 @@
-"""Knowledge distillation by strategy on real films, after Ho & Gwak's Table 1 but with seeds and paired differences.
+"""Knowledge distillation by strategy on real images, after Ho & Gwak's Table 1 but with seeds and paired differences.
 
-Small networks from random weights on Kermany's films at 64 px: each seed draws 300 labelled and 700 unlabelled films
-by patient from the train split, and every network is measured on the 338 test films. The phases are the product's own
+Small networks from random weights on Kermany's images at 64 px: each seed draws 300 labelled and 700 unlabelled images
+by patient from the train split, and every network is measured on the 338 test images. The phases are the product's own
 (`learner/recipes/kd.py`); only the export is replaced by a measurement. A cell that stands in the results is skipped.
 Says nothing of adults, of large networks or of pretrained ones.
 
@@ -36,7 +36,7 @@ from learner.evaluation.auc import auc
 from learner.networks.architecture import Plan
 from learner.recipes import kd
 from learner.recipes.pseudo_label import answers
-from learner.round.manifest import PLATE_SHAPE, Film, load, read_plate, write_json
+from learner.round.manifest import PLATE_SHAPE, Sample, load, read_plate, write_json
 from learner.round.recipe import resolve
 from learner.round.run import Run
 
@@ -46,7 +46,7 @@ RECIPE = {
     "image_size": 64, "epochs": 8, "t0_epochs": 8, "lr": 1e-3, "t0_lr": 1e-3, "threads": 1, "clip": 3.0,
     "balance": "none",  # as the committed cells were made
 }  # fmt: skip
-# strategy, the one of the recipe, whether the unlabelled films are there; a cell's base has the network that is served
+# strategy, the one of the recipe, whether the unlabelled images are there; a cell's base has the network that is served
 ROWS = {
     "base": ("base", True), "base, teacher": ("base", True), "standard": ("standard", True), "self": ("self", True),
     "defective": ("defective", True), "reversed": ("reversed", True), "standard, labelled only": ("standard", False),
@@ -56,62 +56,64 @@ BASE_OF = {"reversed": "base, teacher"}
 
 
 class Measured(Run):
-    """A run whose exports are AUCs on test films."""
+    """A run whose exports are AUCs on test images."""
 
-    test: list[Film]
+    test: list[Sample]
     aucs: dict[str, float]
 
     def export(self, name: str, state: State, serve: str, chosen: str | None = None, plan: Plan | None = None) -> None:
         scores = answers(self, state.student, self.test)[:, 0].numpy()
-        self.aucs[name] = auc(scores, np.array([film.labels[0] for film in self.test], float))
+        self.aucs[name] = auc(scores, np.array([sample.labels[0] for sample in self.test], float))
 
 
-def read_films(folder: Path) -> list[Film]:
-    """Every film of the manifest, whose `plate` is still its picture; the `personNN` numbers restart with each split."""
+def read_samples(folder: Path) -> list[Sample]:
+    """Every image of the manifest, whose `plate` is still its picture; the `personNN` numbers restart with each split."""
     with (folder / "manifest.csv").open(newline="") as file:
         return [
-            Film(i, f"{row['split']}-{row['patient_id']}", folder / row["file"], row["split"],
+            Sample(i, f"{row['split']}-{row['patient_id']}", folder / row["file"], row["split"],
                  (int("Pneumonia" in row["labels"].split("|")),))
             for i, row in enumerate(csv.DictReader(file))
         ]  # fmt: skip
 
 
-def draw(films: list[Film], seed: int) -> tuple[list[Film], list[Film]]:
-    """Labelled and unlabelled train films, whole patients in random order; no patient is in both."""
-    by_patient: dict[str, list[Film]] = {}
-    for film in films:
-        if film.range == "train":
-            by_patient.setdefault(film.patient, []).append(film)
+def draw(samples: list[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Labelled and unlabelled train images, whole patients in random order; no patient is in both."""
+    by_patient: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if sample.range == "train":
+            by_patient.setdefault(sample.patient, []).append(sample)
     patients = sorted(by_patient)
     random.Random(seed).shuffle(patients)
-    chosen: tuple[list[Film], list[Film]] = ([], [])
+    chosen: tuple[list[Sample], list[Sample]] = ([], [])
     for patient in patients:
         part = 0 if len(chosen[0]) < LABELLED else 1
         chosen[part].extend(by_patient[patient])
     return chosen[0][:LABELLED], chosen[1][:UNLABELLED]
 
 
-def write_plate(film: Film, plates: Path) -> Path:
+def write_plate(sample: Sample, plates: Path) -> Path:
     """The picture as a plate, once."""
-    path = plates / f"{film.image}.npy"
+    path = plates / f"{sample.image}.npy"
     if not path.exists():
-        np.save(path, np.asarray(Image.open(film.plate).convert("L").resize(PLATE_SHAPE, Image.Resampling.BICUBIC)))
+        np.save(path, np.asarray(Image.open(sample.plate).convert("L").resize(PLATE_SHAPE, Image.Resampling.BICUBIC)))
     return path
 
 
-def measure(row: str, seed: int, work: Path, labelled: list[Film], unlabelled: list[Film], test: list[Film]) -> float:
+def measure(
+    row: str, seed: int, work: Path, labelled: list[Sample], unlabelled: list[Sample], test: list[Sample]
+) -> float:
     """AUC of the served network. Networks on labels alone are trained once a seed and lent to the other cells."""
     strategy, stream = ROWS[row]
     own, other = PAIR[::-1] if row == "base, teacher" else PAIR
     folder = work / f"{seed} {row}"
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     recipe = resolve("kd", "demo", {**RECIPE, "arch": own, "kd_teacher": other, "kd_strategy": strategy})
-    films = [(film, [*film.labels]) for film in labelled] + [(film, None) for film in unlabelled if stream]
+    samples = [(sample, [*sample.labels]) for sample in labelled] + [(sample, None) for sample in unlabelled if stream]
     write_json(folder / "manifest.json", {
-        "version": 1, "round": row, "plate_version": 1, "findings": ["Pneumonia"], "recipe": recipe.to_dict(),
+        "version": 2, "round": row, "plate_version": 1, "findings": ["Pneumonia"], "recipe": recipe.to_dict(),
         "seed": seed, "plates": "../plates", "parent": None, "until": None,
-        "films": [{"image": film.image, "patient": film.patient, "plate": f"{film.image}.npy", "range": "train",
-                   "labels": labels} for film, labels in films],
+        "images": [{"image": sample.image, "patient": sample.patient, "plate": f"{sample.image}.npy", "range": "train",
+                   "labels": labels} for sample, labels in samples],
     })  # fmt: skip
     for phase, network in (("t0", own), ("teacher", other)):
         if (lent := work / f"{seed} {network}.safetensors").exists() and (phase, strategy) != ("teacher", "defective"):
@@ -125,12 +127,12 @@ def measure(row: str, seed: int, work: Path, labelled: list[Film], unlabelled: l
     return run.aucs["final"]
 
 
-def floor_auc(labelled: list[Film], test: list[Film]) -> float:
-    """Logistic regression on 24 x 24 raw pixels of the labelled films."""
+def floor_auc(labelled: list[Sample], test: list[Sample]) -> float:
+    """Logistic regression on 24 x 24 raw pixels of the labelled images."""
     small = [
-        pixel_baseline.thumbnails(np.stack([read_plate(film.plate) for film in part])) for part in (labelled, test)
+        pixel_baseline.thumbnails(np.stack([read_plate(sample.plate) for sample in part])) for part in (labelled, test)
     ]
-    truth = [np.array([film.labels for film in part], float) for part in (labelled, test)]
+    truth = [np.array([sample.labels for sample in part], float) for part in (labelled, test)]
     return auc(pixel_baseline.fit(small[0], truth[0]).scores(small[1])[:, 0], truth[1][:, 0])
 
 
@@ -166,13 +168,13 @@ def main() -> None:
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     there = {(line["row"], line["seed"]) for line in lines}
     warnings.simplefilter("ignore")  # random weights are meant here
-    films = read_films(args.data / "kermany224")
+    samples = read_samples(args.data / "kermany224")
     with contextlib.ExitStack() as stack:
         work = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (work / "plates").mkdir(parents=True, exist_ok=True)
 
-        def plated(chosen: list[Film]) -> list[Film]:
-            return [Film(f.image, f.patient, write_plate(f, work / "plates"), f.range, f.labels) for f in chosen]
+        def plated(chosen: list[Sample]) -> list[Sample]:
+            return [Sample(f.image, f.patient, write_plate(f, work / "plates"), f.range, f.labels) for f in chosen]
 
         order = [
             (row, seed) for last in (False, True) for seed in range(SEEDS) for row in ROWS if (row in LAST) == last
@@ -181,13 +183,13 @@ def main() -> None:
             if (row, seed) in there:
                 continue
             begun = time.monotonic()
-            labelled, unlabelled = (plated(part) for part in draw(films, seed))
-            test = plated([film for film in films if film.range == "test"])
+            labelled, unlabelled = (plated(part) for part in draw(samples, seed))
+            test = plated([sample for sample in samples if sample.range == "test"])
             value = (
                 floor_auc(labelled, test) if row == "floor" else measure(row, seed, work, labelled, unlabelled, test)
             )
             line = {"row": row, "seed": seed, "auc": round(value, 5), "seconds": round(time.monotonic() - begun, 1)}
-            line |= {"positives": sum(film.labels[0] or 0 for film in labelled), "test": len(test)}
+            line |= {"positives": sum(sample.labels[0] or 0 for sample in labelled), "test": len(test)}
             lines.append(line)
             with args.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")

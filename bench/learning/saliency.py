@@ -1,8 +1,8 @@
 """How often a map points at the lesion: every method on phantoms, whose lesions have a known place.
 
-`python bench/learning/saliency.py [--films 16] [--networks ...]` trains small networks on phantoms (on the CPU, under two minutes
-each), draws every map of films that show a finding, prints a table and writes bench/results/saliency.json. A lesion's
-place is where the film differs from the same film without it. Columns: AUC of the network on fresh phantoms; pointing
+`python bench/learning/saliency.py [--images 16] [--networks ...]` trains small networks on phantoms (on the CPU, under two minutes
+each), draws every map of images that show a finding, prints a table and writes bench/results/saliency.json. A lesion's
+place is where the image differs from the same image without it. Columns: AUC of the network on fresh phantoms; pointing
 game (the map's peak lies within 16 of 512 px of the lesion); share of the map's strength there, and in the lesion's box;
 rank correlation with the untouched map when the class head, and when everything, is reset (0 = the map depends on them).
 Beside the methods: what a map without any network scores. Phantoms are easy, and their lesions have typical places.
@@ -43,7 +43,7 @@ FINDINGS = ("cardiomegaly", "effusion", "opacity")
 PREVALENCE, STRENGTH = 0.45, (0.5, 1.3)  # as in `cxrloop demo`
 SIDE, NEAR = 512, 16  # px of the plate; the pointing game's usual tolerance is 15
 CONTRAST = 0.25  # of the largest change: what counts as lesion
-TESTED, CHECKED = 200, 2  # films for AUC and for the sanity check
+TESTED, CHECKED = 200, 2  # images for AUC and for the sanity check
 BATCH = 16
 STEPS = 10  # of each integral under SmoothGrad, here: ten noisy paths of ten steps sample the integral enough
 NETWORKS = {  # settings, epochs, peak learning rate
@@ -56,7 +56,7 @@ CANDIDATES = ("share x rollout", "share x last look", "share smoothed")
 ALL = (*saliency.METHODS, *CANDIDATES)
 
 
-def films(count: int, seed: int) -> tuple[list[Phantom], torch.Tensor, np.ndarray]:
+def samples(count: int, seed: int) -> tuple[list[Phantom], torch.Tensor, np.ndarray]:
     """Phantoms, plates uint8 (N, 512, 512) by the product's own pixel path, labels [N, F]."""
     drawn = draw(count, seed, FINDINGS, PREVALENCE, STRENGTH, repeat=0.15)
     plates = torch.from_numpy(np.stack([to_plate(wrap(p.pixels(), p.patient, p.view)) for p in drawn]))
@@ -162,12 +162,12 @@ def scored(made: np.ndarray, near: np.ndarray, box: np.ndarray) -> tuple[float, 
 
 
 def shuffled(network: Network, recipe: Recipe, images: torch.Tensor, method: str) -> list[tuple[str, float]]:
-    """The sanity check of a method on a few films."""
+    """The sanity check of a method on a few images."""
     return sanity.cascade(deepcopy(network), lambda net: drawn(net, recipe, images, 1, method))
 
 
 def measure(network: Network, recipe: Recipe, test: tuple, per_finding: int, methods: list[str]) -> dict[str, dict]:
-    """Every method's numbers on the first films that show each finding; without a network first."""
+    """Every method's numbers on the first images that show each finding; without a network first."""
     phantoms, plates, labels = test
     images = to_images(plates, recipe)
     chosen = [(i, f) for f in range(len(FINDINGS)) for i in np.flatnonzero(labels[:, f])[:per_finding]]
@@ -217,7 +217,7 @@ def line(name: str, row: dict) -> str:
 def main() -> None:
     """The study; its record is whole after every network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--films", type=int, default=16, help="of each finding")
+    parser.add_argument("--images", type=int, default=16, help="of each finding")
     parser.add_argument("--train", type=int, default=800, help="phantoms that the networks learn from")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
@@ -226,8 +226,8 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     warnings.simplefilter("ignore")
-    _, plates, labels = films(asked.train, 41)
-    test = films(TESTED, 42)
+    _, plates, labels = samples(asked.train, 41)
+    test = samples(TESTED, 42)
     for name, seed in [(name, seed) for name in asked.networks for seed in asked.seeds]:
         begun = time.monotonic()
         network, recipe = trained(*NETWORKS[name], plates, labels, seed)
@@ -240,10 +240,10 @@ def main() -> None:
             + ", ".join(f"{f} {v:.3f}" for f, v in quality.items())
         )
         print(f"  {'':34}{'pointing':>10}{'near':>10}{'box':>10}{'head reset':>12}{'all reset':>12}", flush=True)
-        methods = measure(network, recipe, test, asked.films, asked.methods)
+        methods = measure(network, recipe, test, asked.images, asked.methods)
         print("\n".join(line(key, row) for key, row in methods.items()), flush=True)
         record(
-            f"{name}, seed {seed}, {asked.films} films a finding",
+            f"{name}, seed {seed}, {asked.images} images a finding",
             {
                 "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "trained_on": asked.train,
                 "seconds_of_training": round(seconds, 1), "keys": NETWORKS[name][0], "auc": quality, "methods": methods,

@@ -1,8 +1,8 @@
-"""What decoding a film costs in each transfer syntax: ours, pylibjpeg, pydicom's default and dcmtk's tools, in one run.
+"""What decoding an image costs in each transfer syntax: ours, pylibjpeg, pydicom's default and dcmtk's tools, in one run.
 
-`python bench/node/decode.py [--film FILE] [--rounds 5] [--films 8]` (dcmtk on the path) transcodes one real film (by default
+`python bench/node/decode.py [--image FILE] [--rounds 5] [--images 8]` (dcmtk on the path) transcodes one real image (by default
 pydicom-data's RG1, 1955 x 1841) into every syntax with other people's encoders, then times decoders in turn, from the
-file to stored values, and whole films through the pool of 1 and 2 workers. Writes bench/results/decode.json.
+file to stored values, and whole images through the pool of 1 and 2 workers. Writes bench/results/decode.json.
 """
 
 import argparse
@@ -57,7 +57,7 @@ SYNTAXES = {
 def transcode(source: Path, target: Path, writer: str) -> None:
     if writer.startswith("dcm"):
         command, *options = writer.split()
-        # where loss is meant, 8 and 12 bit want the film's values first cut to as many bits: dcmtk does it, and says so
+        # where loss is meant, 8 and 12 bit want the image's values first cut to as many bits: dcmtk does it, and says so
         subprocess.run([command, *options, source, target], check=True, stderr=subprocess.DEVNULL)
         return
     ds = dcmread(source)
@@ -117,8 +117,8 @@ def one_by_one(files: dict[str, Path], folder: Path, rounds: int) -> dict[str, d
     return rows
 
 
-def through_the_pool(files: dict[str, Path], films: int, rounds: int) -> dict[str, dict]:
-    """Films a second from file to plate, hash and quality answer, with 1 and 2 worker processes, interleaved."""
+def through_the_pool(files: dict[str, Path], images: int, rounds: int) -> dict[str, dict]:
+    """Images a second from file to plate, hash and quality answer, with 1 and 2 worker processes, interleaved."""
     rates: dict[str, dict[int, list[float]]] = {name: {1: [], 2: []} for name in files}
     pools = {n: Examiner(KEY, Admission(children=True, quality=True), workers=n) for n in (1, 2)}
     try:
@@ -128,10 +128,10 @@ def through_the_pool(files: dict[str, Path], films: int, rounds: int) -> dict[st
             for name, path in files.items():
                 for workers, pool in pools.items():
                     began = time.perf_counter()
-                    outcomes = {found.outcome for _, found in pool.examine([path] * films)}
-                    rates[name][workers].append(films / (time.perf_counter() - began))
+                    outcomes = {found.outcome for _, found in pool.examine([path] * images)}
+                    rates[name][workers].append(images / (time.perf_counter() - began))
                     if outcomes != {"admitted"}:
-                        raise SystemExit(f"{name}: {outcomes}, expected a chest film that is admitted")
+                        raise SystemExit(f"{name}: {outcomes}, expected a chest image that is admitted")
     finally:
         for pool in pools.values():
             pool.close()
@@ -139,7 +139,7 @@ def through_the_pool(files: dict[str, Path], films: int, rounds: int) -> dict[st
 
 
 def stages(path: Path, rounds: int) -> dict[str, float]:
-    """ms of each step after reading an uncompressed film."""
+    """ms of each step after reading an uncompressed image."""
     ds = dcmread(path)
     stored = decode(ds)
     plate = render(ds, stored)
@@ -181,21 +181,21 @@ def show(result: dict) -> None:
     for name, row in result["syntaxes"].items():
         times = "".join(f"{'-' if row['ms'].get(one) is None else row['ms'][one]:>11}" for one in head)
         exact = "lossy" if row["exact"] is None else "yes" if row["exact"] else "NO"
-        rate = result["films_a_second"][name]
+        rate = result["images_a_second"][name]
         off = row["furthest_from_others"]
         print(f"{name:28}{row['bytes'] / 1e6:6.1f}{times}{exact:>7}{off:5}{rate['1']:10}{rate['2']:7}")
-    print("ms (median); off: largest difference to another decoder; films a second from file to plate by workers")
+    print("ms (median); off: largest difference to another decoder; images a second from file to plate by workers")
     print("stages, ms:", result["stages_ms"], "\nJPEG 2000 lossless, ms:", result["jpeg_2000_ms"])
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--film", type=Path, help="an uncompressed chest film")
+    parser.add_argument("--image", type=Path, help="an uncompressed chest image")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--films", type=int, default=8, help="films through the pool at a time")
+    parser.add_argument("--images", type=int, default=8, help="images through the pool at a time")
     options = parser.parse_args()
-    source = options.film or Path(get_testdata_file("RG1_UNCR.dcm", download=False))
+    source = options.image or Path(get_testdata_file("RG1_UNCR.dcm", download=False))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files = {name: folder / f"{number}.dcm" for number, name in enumerate(SYNTAXES)}
@@ -203,12 +203,12 @@ def main() -> None:
             transcode(source, path, SYNTAXES[name][0])
         ds = dcmread(source)
         result = {
-            "film": f"{ds.Rows} x {ds.Columns}, {ds.BitsStored} of {ds.BitsAllocated} bits",
+            "image": f"{ds.Rows} x {ds.Columns}, {ds.BitsStored} of {ds.BitsAllocated} bits",
             "rounds": options.rounds,
             "cores": os.cpu_count(),
             "imagecodecs": imagecodecs.__version__,
             "syntaxes": one_by_one(files, folder, options.rounds),
-            "films_a_second": through_the_pool(files, options.films, max(1, options.rounds // 2)),
+            "images_a_second": through_the_pool(files, options.images, max(1, options.rounds // 2)),
             "stages_ms": stages(files["explicit little endian"], options.rounds),
             "jpeg_2000_ms": jpeg_2000(files["JPEG 2000 lossless"], options.rounds),
         }

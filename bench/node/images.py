@@ -26,11 +26,11 @@ def compressed(folder: Path, count: int) -> list[Path]:
 def _copies(folder: Path, names: tuple[str, ...], count: int) -> list[Path]:
     folder.mkdir()
     paths = []
-    films = [dcmread(str(get_testdata_file(name))) for name in names]
+    images = [dcmread(str(get_testdata_file(name))) for name in names]
     for n in range(count):
-        film = films[(n + n // 4 + n // 8) % len(films)]  # so that each of 1, 4 or 8 hands gets both kinds
-        film.SOPInstanceUID = film.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        image = images[(n + n // 4 + n // 8) % len(images)]  # so that each of 1, 4 or 8 hands gets both kinds
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
         path = folder / f"{n:03d}.dcm"
-        film.save_as(path, enforce_file_format=True)
+        image.save_as(path, enforce_file_format=True)
         paths.append(path)
     return paths

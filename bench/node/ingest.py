@@ -1,8 +1,8 @@
-"""How fast films come in, durably: ours beside Orthanc, storescp, a naive handler and the disk itself, in one run.
+"""How fast images come in, durably: ours beside Orthanc, storescp, a naive handler and the disk itself, in one run.
 
 Every round runs every receiver once, in changing order, so that a busy neighbour hits all of them; figures are
 medians over rounds, ratios are of pairs within a round. Durable means fsync before Success; the two that are not are
-marked. The films are RG1 and RG3 of pydicom-data with new UIDs; they lie in memory, the receivers' folders on disk.
+marked. The images are RG1 and RG3 of pydicom-data with new UIDs; they lie in memory, the receivers' folders on disk.
 
     python bench/node/ingest.py [--quick] [--rounds 5] [--objects 32] [--store FOLDER] [--out bench/results/ingest.json]
 """
@@ -35,21 +35,21 @@ DISK = """
 import json, os, sys, time
 from pathlib import Path
 from dicom.inbox import sync_folder
-folder, films = Path(sys.argv[1]), [Path(path).read_bytes() for path in sys.argv[2:]]
+folder, images = Path(sys.argv[1]), [Path(path).read_bytes() for path in sys.argv[2:]]
 print("ready", flush=True)
 sys.stdin.readline()
 started, latencies = time.monotonic(), []
-for n, film in enumerate(films):
+for n, image in enumerate(images):
     first = time.monotonic()
     temp = folder / f"{os.getpid()}-{n}.tmp"
     with temp.open("xb", buffering=0) as file:
-        file.write(film)
+        file.write(image)
         os.fsync(file.fileno())
     temp.rename(temp.with_suffix(".dcm"))
     sync_folder(folder)
     latencies.append(time.monotonic() - first)
 print(json.dumps({"associate": 0, "started": started, "ended": time.monotonic(), "latencies": latencies,
-                  "bytes": sum(map(len, films)), "bad": 0}))
+                  "bytes": sum(map(len, images)), "bad": 0}))
 """
 
 
@@ -69,8 +69,8 @@ def together(commands: list[list[str]]) -> list[dict]:
     return [json.loads(process.communicate(timeout=600)[0]) for process in running]
 
 
-def dealt(films: list[Path], hands: int) -> list[list[str]]:
-    return [[str(path) for path in films[n::hands]] for n in range(hands)]
+def dealt(images: list[Path], hands: int) -> list[list[str]]:
+    return [[str(path) for path in images[n::hands]] for n in range(hands)]
 
 
 def figures(said: list[dict], cpu: float, peak: int) -> dict:
@@ -90,44 +90,44 @@ def figures(said: list[dict], cpu: float, peak: int) -> dict:
     }
 
 
-def raw(receiver: Receiver, films: list[Path], associations: int) -> dict:
+def raw(receiver: Receiver, images: list[Path], associations: int) -> dict:
     sender = [sys.executable, str(ROOT / "bench" / "node" / "sender.py"), "127.0.0.1", str(receiver.port), "BENCH"]
     before = receiver.cpu()
-    said = together([[*sender, *hand] for hand in dealt(films, associations)])
+    said = together([[*sender, *hand] for hand in dealt(images, associations)])
     return figures(said, receiver.cpu() - before, receiver.peak)
 
 
-def dcmsend(receiver: Receiver, films: list[Path], associations: int) -> dict:
+def dcmsend(receiver: Receiver, images: list[Path], associations: int) -> dict:
     """With dcmtk's sender the association is part of the time, and there are no latencies."""
     base = ["dcmsend", "-aec", "BENCH", "-pdu", "131072", "127.0.0.1", str(receiver.port)]
     environment = {**os.environ, "TCP_BUFFER_LENGTH": "1048576", "TCP_NODELAY": "1"}
     before, began = receiver.cpu(), time.monotonic()
     running = [
         subprocess.Popen([*base, *hand], env=environment, stderr=subprocess.DEVNULL)
-        for hand in dealt(films, associations)
+        for hand in dealt(images, associations)
     ]
     bad = sum(process.wait(600) != 0 for process in running)
-    seconds, size = time.monotonic() - began, sum(path.stat().st_size for path in films)
+    seconds, size = time.monotonic() - began, sum(path.stat().st_size for path in images)
     cpu = 1e9 * (receiver.cpu() - before) / size
-    return {"mb_s": size / 1e6 / seconds, "objects_s": len(films) / seconds, "cpu_ms_mb": cpu, "bad": bad}
+    return {"mb_s": size / 1e6 / seconds, "objects_s": len(images) / seconds, "cpu_ms_mb": cpu, "bad": bad}
 
 
-def disk(folder: Path, films: list[Path], writers: int) -> dict:
+def disk(folder: Path, images: list[Path], writers: int) -> dict:
     """The limit: the same bytes written, synced and renamed by as many processes, with no network at all."""
     folder.mkdir(parents=True)
-    said = together([[sys.executable, "-c", DISK, str(folder), *hand] for hand in dealt(films, writers)])
+    said = together([[sys.executable, "-c", DISK, str(folder), *hand] for hand in dealt(images, writers)])
     return figures(said, 0, 0) | {"cpu_ms_mb": None, "peak_mb": None, "associate_ms": None}
 
 
-def cell(name: str, scratch: Path, films: list[Path], sender: str, associations: int) -> dict:
+def cell(name: str, scratch: Path, images: list[Path], sender: str, associations: int) -> dict:
     """Run one receiver on an empty folder and clean up behind it."""
     folder = scratch / "one"
     try:
         if name == "disk":
-            return disk(folder, films, associations)
+            return disk(folder, images, associations)
         kind = next(kind for kind in KINDS if kind.name == name)
         with Receiver(kind, folder) as receiver:
-            return {"raw": raw, "dcmsend": dcmsend}[sender](receiver, films, associations)
+            return {"raw": raw, "dcmsend": dcmsend}[sender](receiver, images, associations)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.sync()  # the next one starts with an idle disk
@@ -156,12 +156,12 @@ def main() -> None:
             asked_first = [kind.name for kind in KINDS]
             random.Random(turn).shuffle(asked_first)
             echoed += [{"round": turn, **one} for one in echoes(Path(scratch), asked_first)]
-            for label, films in sets.items():
+            for label, images in sets.items():
                 for sender, associations in plan:
                     names = [kind.name for kind in KINDS] + ["disk"] * (sender == "raw")
                     random.Random(turn).shuffle(names)
                     for name in names:
-                        found = cell(name, Path(scratch), films, sender, associations)
+                        found = cell(name, Path(scratch), images, sender, associations)
                         where = {"round": turn, "set": label, "sender": sender, "associations": associations}
                         cells.append({**where, "receiver": name, **found})
                         print(

@@ -1,4 +1,4 @@
-"""kill -9 at random moments under load: is every film that got Success there, byte for byte, and none half?
+"""kill -9 at random moments under load: is every image that got Success there, byte for byte, and none half?
 
 Each time, a fresh node on the same inbox, senders at full speed, SIGKILL after a random while, then the count.
 Says nothing of a power cut: the kernel lives on and writes what it was given.
@@ -18,18 +18,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.node.load import Films, Sender, found, start
+from bench.node.load import Images, Sender, found, start
 
 ROOT = Path(__file__).resolve().parents[2]
 SOONEST, LATEST = 0.02, 0.8  # seconds of load before the kill
 
 
-def once(inbox: Path, films: Films, senders: int, chance: random.Random) -> dict:
+def once(inbox: Path, images: Images, senders: int, chance: random.Random) -> dict:
     """One kill: what was sent, acknowledged, there, and wrong."""
     process, port = start(inbox)
     swept = len(list((inbox / ".tmp").iterdir()))
     stop = threading.Event()
-    load = [Sender(port, films, random.Random(chance.random()), stop) for _ in range(senders)]
+    load = [Sender(port, images, random.Random(chance.random()), stop) for _ in range(senders)]
     try:
         for sender in load:
             sender.start()
@@ -67,9 +67,9 @@ def main() -> None:
     words.add_argument("--store", type=Path, help="a folder on the disk to use; default: beside this repository")
     words.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ingest_kill.json")
     asked = words.parse_args()
-    chance, films = random.Random(asked.seed), Films(asked.seed)
+    chance, images = random.Random(asked.seed), Images(asked.seed)
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=asked.store or ROOT) as folder:
-        runs = [once(Path(folder), films, asked.senders, chance) for _ in range(asked.kills)]
+        runs = [once(Path(folder), images, asked.senders, chance) for _ in range(asked.kills)]
     total = {name: sum(run[name] for run in runs) for name in runs[0]}
     print(f"{asked.kills} kills under {asked.senders} senders")
     for name, value in total.items():

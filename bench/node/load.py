@@ -1,6 +1,6 @@
-"""What the kill and soak benches share: films without end, senders that note what was acknowledged, our node apart.
+"""What the kill and soak benches share: images without end, senders that note what was acknowledged, our node apart.
 
-Every film has its own UID and its own bytes, so that a mix-up shows; nothing is judged here.
+Every image has its own UID and its own bytes, so that a mix-up shows; nothing is judged here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.node.receivers import free_port
-from bench.node.sender import Film, associate, encoded, pdu, store
+from bench.node.sender import Image, associate, encoded, pdu, store
 from dicom.dataset.facts import COMPUTED_RADIOGRAPHY
 from dicom.dataset.part10 import EXPLICIT_LE, open_envelope
 from dicom.phantom.wrap import wrap
@@ -41,7 +41,7 @@ threading.Event().wait()
 """
 
 
-class Films:
+class Images:
     """Data sets on demand: templates with another UID and other pixels each time."""
 
     def __init__(self, seed: int):
@@ -56,12 +56,12 @@ class Films:
             self._templates.append(buffer.getvalue()[open_envelope(buffer).offset :])
         self._lock = threading.Lock()
 
-    def film(self, chance: random.Random) -> Film:
+    def image(self, chance: random.Random) -> Image:
         with self._lock:
             self._count += 1
             uid = f"{ROOT}1{self._count:0{DIGITS - 1}d}"
         plain = chance.choice(self._templates).replace((ROOT + "1" * DIGITS).encode(), uid.encode(), 1)
-        made = Film.__new__(Film)
+        made = Image.__new__(Image)
         made.sop_class, made.sop_uid, made.syntax = COMPUTED_RADIOGRAPHY, uid, EXPLICIT_LE
         made.data = memoryview(plain[:-4] + struct.pack("<HH", chance.getrandbits(12), chance.getrandbits(12)))
         return made
@@ -75,12 +75,12 @@ class Sender(threading.Thread):
     """Sends until the node is gone or it is told to stop; `sent` and `acknowledged` map UIDs to hashes."""
 
     def __init__(
-        self, port: int, films: Films, chance: random.Random, stop: threading.Event,
+        self, port: int, images: Images, chance: random.Random, stop: threading.Event,
         a_while: int = 1 << 30, pause: float = 0,
     ):  # fmt: skip
         super().__init__(daemon=True)
-        self._pause = pause  # seconds between two films
-        self._port, self._films, self._chance, self._stop_it, self._a_while = port, films, chance, stop, a_while
+        self._pause = pause  # seconds between two images
+        self._port, self._images, self._chance, self._stop_it, self._a_while = port, images, chance, stop, a_while
         self.sent: dict[str, str] = {}
         self.acknowledged: dict[str, str] = {}
         self.refused = self.dropped = 0
@@ -102,10 +102,10 @@ class Sender(threading.Thread):
             for n in range(self._a_while):
                 if self._stop_it.is_set():
                     break
-                film = self._films.film(self._chance)
-                self.sent[film.sop_uid] = digest = sha(film.data)
-                if store(wire, encoded(film, 1, n % 60_000 + 1, largest)) == 0:
-                    self.acknowledged[film.sop_uid] = digest
+                image = self._images.image(self._chance)
+                self.sent[image.sop_uid] = digest = sha(image.data)
+                if store(wire, encoded(image, 1, n % 60_000 + 1, largest)) == 0:
+                    self.acknowledged[image.sop_uid] = digest
                 else:
                     self.refused += 1
                 self._stop_it.wait(self._pause)
@@ -131,5 +131,5 @@ def start(inbox: Path) -> tuple[subprocess.Popen, int]:
 
 def found(path: Path) -> tuple[str, str]:
     """(UID, hash of the data set) of a file in the inbox."""
-    film = Film(path)
-    return film.sop_uid, sha(film.data)
+    image = Image(path)
+    return image.sop_uid, sha(image.data)

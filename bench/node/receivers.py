@@ -1,6 +1,6 @@
 """The receivers that bench/node/ingest.py compares: each a process of its own, started, measured from outside, stopped.
 
-CPU and memory come from /proc, of the process and its children; knows nothing of films and senders.
+CPU and memory come from /proc, of the process and its children; knows nothing of images and senders.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ import sys
 from pathlib import Path
 from pynetdicom import AE, evt, AllStoragePresentationContexts, ALL_TRANSFER_SYNTAXES
 def store(event):
-    film = event.dataset
-    film.file_meta = event.file_meta
-    film.save_as(Path(sys.argv[1]) / f"{event.request.AffectedSOPInstanceUID}.dcm", enforce_file_format=True)
+    image = event.dataset
+    image.file_meta = event.file_meta
+    image.save_as(Path(sys.argv[1]) / f"{event.request.AffectedSOPInstanceUID}.dcm", enforce_file_format=True)
     return 0
 entity = AE("BENCH")
 for context in AllStoragePresentationContexts:

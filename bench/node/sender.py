@@ -26,7 +26,7 @@ CONTEXT_NAME = "1.2.840.10008.3.1.1.1"
 DATA = 0  # control header of a fragment of a data set
 
 
-class Film:
+class Image:
     """One file: its UIDs, its syntax and the bytes after the file meta."""
 
     def __init__(self, path: Path):
@@ -102,14 +102,14 @@ def store_request(sop_class: str, sop_uid: str, message: int) -> bytes:
     return element(0, struct.pack("<L", len(body))) + body
 
 
-def encoded(film: Film, context: int, message: int, largest: int) -> list[bytes | memoryview]:
+def encoded(image: Image, context: int, message: int, largest: int) -> list[bytes | memoryview]:
     """The whole C-STORE as PDUs: headers, and views of the file between them."""
-    command = store_request(film.sop_class, film.sop_uid, message)
+    command = store_request(image.sop_class, image.sop_uid, message)
     out: list[bytes | memoryview] = [p_data(pdv(context, IS_COMMAND | IS_LAST, command))]
     step = largest - 6
-    for at in range(0, len(film.data), step):
-        piece = film.data[at : at + step]
-        control = IS_LAST if at + step >= len(film.data) else DATA
+    for at in range(0, len(image.data), step):
+        piece = image.data[at : at + step]
+        control = IS_LAST if at + step >= len(image.data) else DATA
         out += [struct.pack(">BxLLBB", 4, len(piece) + 6, len(piece) + 2, context, control), piece]
     return out
 
@@ -137,16 +137,16 @@ def store(wire: socket.socket, parts: list[bytes | memoryview]) -> int:
 
 def main() -> None:
     host, port, aet, *paths = sys.argv[1:]
-    films = [Film(Path(path)) for path in paths]
-    kinds = sorted({(film.sop_class, film.syntax) for film in films})
+    images = [Image(Path(path)) for path in paths]
+    kinds = sorted({(image.sop_class, image.syntax) for image in images})
     began = time.monotonic()
     wire = socket.create_connection((host, int(port)), timeout=120)
     wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     largest = associate(wire, aet, kinds)
     associated = time.monotonic() - began
     objects = [
-        encoded(film, 2 * kinds.index((film.sop_class, film.syntax)) + 1, n + 1, largest)
-        for n, film in enumerate(films)
+        encoded(image, 2 * kinds.index((image.sop_class, image.syntax)) + 1, n + 1, largest)
+        for n, image in enumerate(images)
     ]
     print("ready", flush=True)
     sys.stdin.readline()
@@ -165,7 +165,7 @@ def main() -> None:
                 "started": started,
                 "ended": ended,
                 "latencies": latencies,
-                "bytes": sum(len(film.data) for film in films),
+                "bytes": sum(len(image.data) for image in images),
                 "bad": sum(status != 0 for status in statuses),
             }
         )

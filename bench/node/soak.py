@@ -1,6 +1,6 @@
 """Eight associations for an hour: is everything that was acknowledged there, once, and does the node stay small?
 
-Senders associate anew every 50 films; beside them others abort in the middle, hang up and say nothing. A taker
+Senders associate anew every 50 images; beside them others abort in the middle, hang up and say nothing. A taker
 empties the inbox as the intake does, and hashes what it finds.
 
     python bench/node/soak.py [--minutes 60] [--associations 8] [--pause 0] [--out bench/results/ingest_soak.json]
@@ -20,13 +20,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.node.load import Films, Sender, found, start
+from bench.node.load import Images, Sender, found, start
 from bench.node.sender import associate, encoded
 from dicom.dataset.facts import COMPUTED_RADIOGRAPHY
 from dicom.dataset.part10 import EXPLICIT_LE
 
 ROOT = Path(__file__).resolve().parents[2]
-A_WHILE = 50  # films of one association
+A_WHILE = 50  # images of one association
 
 
 def resident(pid: int) -> tuple[int, int, int]:
@@ -36,8 +36,8 @@ def resident(pid: int) -> tuple[int, int, int]:
     return int(fields["VmRSS"].split()[0]) << 10, int(fields["Threads"]), files
 
 
-def disturb(port: int, films: Films, chance: random.Random, stop: threading.Event, count: list[int]) -> None:
-    """Two a second: a film cut short by an abort or a hang-up, or a connection that says nothing."""
+def disturb(port: int, images: Images, chance: random.Random, stop: threading.Event, count: list[int]) -> None:
+    """Two a second: an image cut short by an abort or a hang-up, or a connection that says nothing."""
     silent: list[socket.socket] = []
     while not stop.wait(0.5):
         try:
@@ -46,7 +46,7 @@ def disturb(port: int, films: Films, chance: random.Random, stop: threading.Even
                 silent.append(wire)
             else:
                 largest = associate(wire, "BENCH", [(COMPUTED_RADIOGRAPHY, EXPLICIT_LE)], "TROUBLE")
-                parts = encoded(films.film(chance), 1, 1, largest)
+                parts = encoded(images.image(chance), 1, 1, largest)
                 wire.sendmsg(parts[: max(2, len(parts) // 2)])
                 if chance.random() < 0.5:
                     wire.sendall(b"\x07\0\0\0\0\x04\0\0\0\0")
@@ -76,22 +76,22 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--minutes", type=float, default=60)
     words.add_argument("--associations", type=int, default=8)
-    words.add_argument("--pause", type=float, default=0, help="seconds between two films of an association")
+    words.add_argument("--pause", type=float, default=0, help="seconds between two images of an association")
     words.add_argument("--seed", type=int, default=0)
     words.add_argument("--store", type=Path, help="a folder on the disk to use; default: beside this repository")
     words.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ingest_soak.json")
     asked = words.parse_args()
-    chance, films = random.Random(asked.seed), Films(asked.seed)
+    chance, images = random.Random(asked.seed), Images(asked.seed)
     stop, taken, there, troubles = threading.Event(), threading.Event(), {}, [0]
     with tempfile.TemporaryDirectory(prefix=".ingest-", dir=asked.store or ROOT) as folder:
         inbox = Path(folder)
         process, port = start(inbox)
         load = [
-            Sender(port, films, random.Random(chance.random()), stop, A_WHILE, asked.pause)
+            Sender(port, images, random.Random(chance.random()), stop, A_WHILE, asked.pause)
             for _ in range(asked.associations)
         ]
         taker = threading.Thread(target=take, args=(inbox, taken, there))
-        trouble = threading.Thread(target=disturb, args=(port, films, random.Random(chance.random()), stop, troubles))
+        trouble = threading.Thread(target=disturb, args=(port, images, random.Random(chance.random()), stop, troubles))
         try:
             for thread in (*load, taker, trouble):
                 thread.start()
@@ -124,7 +124,7 @@ def main() -> None:
         "senders_dropped": sum(sender.dropped for sender in load),
         "troubles": troubles[0],
         "half_written_left": half,
-        "films_s": round(len(acknowledged) / seconds, 1),
+        "images_s": round(len(acknowledged) / seconds, 1),
         "memory_mb_early": round(early[0] / 1e6, 1),
         "memory_mb_late": round(sizes[-1][0] / 1e6, 1),
         "memory_mb_peak": round(max(size for size, _, _ in sizes) / 1e6, 1),

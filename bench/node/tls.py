@@ -1,10 +1,10 @@
-"""What TLS costs the node: the same films and echoes in the clear, over TLS and over mutual TLS, in interleaved rounds.
+"""What TLS costs the node: the same images and echoes in the clear, over TLS and over mutual TLS, in interleaved rounds.
 
 Each way has a node of its own in a process of its own; every round uses every one, in changing order. Figures are
 medians over rounds, ratios are of pairs within a round. The receiver's CPU time is the figure that a busy machine
-disturbs least. Films: RG1 of pydicom-data, uncompressed, 7.2 MB, with new UIDs.
+disturbs least. Images: RG1 of pydicom-data, uncompressed, 7.2 MB, with new UIDs.
 
-    python bench/node/tls.py [--rounds 7] [--films 6] [--echoes 10] [--out bench/results/tls.json]
+    python bench/node/tls.py [--rounds 7] [--images 6] [--echoes 10] [--out bench/results/tls.json]
 """
 
 import argparse
@@ -76,17 +76,17 @@ class Way:
         self.node.stdin.flush()
         return float(self._said())
 
-    def round(self, films: list[Path], echoes: int) -> dict[str, float]:
-        """One round: echoes, each on a connection of its own, then the films on one association."""
+    def round(self, images: list[Path], echoes: int) -> dict[str, float]:
+        """One round: echoes, each on a connection of its own, then the images on one association."""
         where = ("127.0.0.1", self.port, "CXRLOOP")
         took = []
         for _ in range(echoes):
             began = time.perf_counter()
             assert echo(*where, tls=self.context)
             took.append(time.perf_counter() - began)
-        size = sum(film.stat().st_size for film in films) / 1e6
+        size = sum(image.stat().st_size for image in images) / 1e6
         before, began = self.cpu(), time.perf_counter()
-        assert all(status == 0 for _, status in send(films, *where, tls=self.context))
+        assert all(status == 0 for _, status in send(images, *where, tls=self.context))
         seconds = time.perf_counter() - began
         return {
             "echo_ms": median(took) * 1e3,
@@ -95,7 +95,7 @@ class Way:
         }
 
 
-def films(folder: Path, count: int) -> list[Path]:
+def images(folder: Path, count: int) -> list[Path]:
     made = []
     for n in range(count):
         ds = dcmread(get_testdata_file("RG1_UNCR.dcm", download=False))
@@ -108,13 +108,13 @@ def films(folder: Path, count: int) -> list[Path]:
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--rounds", type=int, default=7)
-    asked.add_argument("--films", type=int, default=6)
+    asked.add_argument("--images", type=int, default=6)
     asked.add_argument("--echoes", type=int, default=10)
     asked.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "tls.json")
     options = asked.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        hospital, sent = authority(folder), films(folder, options.films)
+        hospital, sent = authority(folder), images(folder, options.images)
         ways = [
             Way("in the clear", folder, None),
             Way("TLS", folder, hospital.issue("one")),

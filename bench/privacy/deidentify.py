@@ -39,7 +39,7 @@ from dicom.outgoing.deidentify import (
 KEY = b"a key for this bench, 32 bytes.."
 TEXT = ("AE", "PN", "LO", "SH", "ST", "LT", "UT", "UC", "UR", "DA", "DT", "TM", "UI", "UN", "OB")
 SHORTEST = 4  # characters; shorter texts are found by chance
-# Words that we write ourselves, whatever the film said
+# Words that we write ourselves, whatever the image said
 OURS = " ".join(
     [*METHOD, *sum(METHOD_CODES, ()), *CHEST, *sum(VIEW_CODES.values(), ()), "CHEST", *sum(WORDS.values(), ())]
 )
@@ -116,7 +116,7 @@ def main() -> int:
         "--out", type=Path, default=Path(__file__).resolve().parents[2] / "bench" / "results" / "deidentify.json"
     )
     asked = parser.parse_args()
-    sums = dict.fromkeys(("files", "films", "headers_alone", "texts", "left", "errors_before", "new_errors"), 0)
+    sums = dict.fromkeys(("files", "images", "headers_alone", "texts", "left", "errors_before", "new_errors"), 0)
     print(f"{'file':44} {'texts':>6} {'left':>5} {'errors before':>14} {'new errors':>11}")
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted(p for p in asked.folder.rglob("*") if p.is_file() and p.suffix not in (".csv", ".md")):
@@ -127,7 +127,7 @@ def main() -> int:
             )
             print(lines, end="\n" if lines else "")
             sums["files"] += 1
-            sums["films"] += not why
+            sums["images"] += not why
             sums["headers_alone"] += bool(why and numbers)
             for name, value in numbers.items():
                 sums[name] += value

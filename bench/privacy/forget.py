@@ -1,9 +1,9 @@
-"""How long `forget`, `studies ls` and `status` take on a ledger of a million films.
+"""How long `forget`, `studies ls` and `status` take on a ledger of a million images.
 
-The rows are synthetic and go straight into SQLite (as the triggers want them); only the forgotten patients' films have
-files, so that walking a full store for orphans is not in these times. Three patients with 1, 10 and 100 films are forgotten.
+The rows are synthetic and go straight into SQLite (as the triggers want them); only the forgotten patients' images have
+files, so that walking a full store for orphans is not in these times. Three patients with 1, 10 and 100 images are forgotten.
 
-    python bench/privacy/forget.py [--films 1000000] [--store FOLDER] [--out bench/results/forget.json]
+    python bench/privacy/forget.py [--images 1000000] [--store FOLDER] [--out bench/results/forget.json]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BUNDLE, FINDINGS = "b0001", ("cardiomegaly", "effusion", "opacity")
 SCORES = json.dumps(dict.fromkeys(FINDINGS, 0.123456))
 AT = "2025-06-01T08:00:00.000Z"
 PATIENTS = {"ONE": 1, "TEN": 10, "HUNDRED": 100}
-LABELLED, ASIDE, GOLDEN = 20, 50, 100  # one film in so many
+LABELLED, ASIDE, GOLDEN = 20, 50, 100  # one image in so many
 REPEATS = 9  # of what changes nothing
 BLOCK = 50_000  # rows of one transaction
 
@@ -45,8 +45,8 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def films(site: Site, count: int) -> Iterator[tuple[Any, ...]]:
-    """Image rows in their order: three patients known by name at random places, everybody else with two films."""
+def image_rows(site: Site, count: int) -> Iterator[tuple[Any, ...]]:
+    """Image rows in their order: three patients known by name at random places, everybody else with two images."""
     owners = [name for name, many in PATIENTS.items() for _ in range(many)]
     known = dict(zip(random.Random(0).sample(range(1, count + 1), len(owners)), owners, strict=True))
     keys = {name: forget.keys_of(site, name, ())[0] for name in PATIENTS}
@@ -59,7 +59,7 @@ def films(site: Site, count: int) -> Iterator[tuple[Any, ...]]:
             for place in (f"originals/{sha[:2]}/{sha}.dcm", f"plates/{sha[:2]}/{sha}.npy"):
                 path = site.store.path(place)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(b"a film")
+                path.write_bytes(b"an image")
         yield (
             n, sha, "rejected" if aside else "stored", "view" if aside else None, f"1.2.826.0.1.{n}", f"1.2.840.{n // 2}",
             key, "train", "PA", AT, AT, "CR", sha, None if aside else f"plates/{sha[:2]}/{sha}.npy", 1,
@@ -71,7 +71,7 @@ IMAGE = (
     "INSERT INTO image (id, sha256, state, reason, sop_uid, study_uid, patient_key, range, view, received_at, stored_at, "
     "scanner, pixel_sha256, plate, plate_version, original) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-REST = (  # of the films from ? to ?: what a year of service writes beside each
+REST = (  # of the images from ? to ?: what a year of service writes beside each
     "INSERT INTO receipt SELECT 'f' || sha256, id, state, stored_at FROM image WHERE id BETWEEN ? AND ?",
     f"INSERT INTO prediction (image, bundle, probabilities, at) SELECT id, '{BUNDLE}', '{SCORES}', stored_at FROM image "
     "WHERE id BETWEEN ? AND ? AND plate IS NOT NULL",
@@ -79,22 +79,22 @@ REST = (  # of the films from ? to ?: what a year of service writes beside each
     "stored_at, stored_at FROM image, (SELECT 'sr' AS kind UNION SELECT 'sc') WHERE id BETWEEN ? AND ? AND plate IS NOT NULL",
     "INSERT INTO label (image, finding, value, source, by, at) SELECT id, 'opacity', id % 2, 'report', 'bench', stored_at "
     f"FROM image WHERE id BETWEEN ? AND ? AND plate IS NOT NULL AND id % {LABELLED} = 1",
-    f"INSERT INTO golden_film SELECT 1, id, 'opacity', id % 2 FROM image WHERE id BETWEEN ? AND ? AND id % {GOLDEN} = 1",
+    f"INSERT INTO golden_image SELECT 1, id, 'opacity', id % 2 FROM image WHERE id BETWEEN ? AND ? AND id % {GOLDEN} = 1",
     "INSERT OR IGNORE INTO pulled SELECT 'ARCHIVE', study_uid, 'CR', 1, 1, stored_at FROM image WHERE id BETWEEN ? AND ?",
 )
 
 
 def fill(site: Site, ledger: Ledger, count: int) -> None:
-    """The ledger of a site that has taken in, scored and answered `count` films."""
+    """The ledger of a site that has taken in, scored and answered `count` images."""
     with ledger.transaction():
         ledger.insert("golden_set", version=1, sha256=digest("golden"), by="bench", at=AT)
-    rows = films(site, count)
+    rows = image_rows(site, count)
     for first in range(1, count + 1, BLOCK):
         with ledger.transaction():
             ledger.db.conn.executemany(IMAGE, (row for row, _ in zip(rows, range(BLOCK), strict=False)))
             for sql in REST:
                 ledger.run(sql, first, first + BLOCK - 1)
-        print(f"{min(first + BLOCK - 1, count)} films", file=sys.stderr, flush=True)
+        print(f"{min(first + BLOCK - 1, count)} images", file=sys.stderr, flush=True)
     ledger.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
@@ -117,7 +117,7 @@ def measured(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
     }
     for name, many in PATIENTS.items():
         keys = forget.keys_of(site, name, ())
-        harmless[f"forget --dry-run, {many} films"] = lambda keys=keys: forget.preview(site, ledger, keys)
+        harmless[f"forget --dry-run, {many} images"] = lambda keys=keys: forget.preview(site, ledger, keys)
     rows = []
     for what, work in harmless.items():
         seconds = timed(work, REPEATS)
@@ -130,32 +130,32 @@ def measured(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
         began = time.perf_counter()
         said = forget.forget(site, ledger, keys, "bench", "a bench", False)
         took = time.perf_counter() - began
-        if (said["state"], said["films"]) != ("done", many):
+        if (said["state"], said["images"]) != ("done", many):
             raise SystemExit(f"forget {name} did not do its work: {said}")
-        rows.append({"what": f"forget, {many} films", "median_s": took, "most_s": took})
+        rows.append({"what": f"forget, {many} images", "median_s": took, "most_s": took})
     return rows
 
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--films", type=int, default=1_000_000)
+    words.add_argument("--images", type=int, default=1_000_000)
     words.add_argument(
-        "--store", type=Path, help="a folder with 4 GB for a million films; default: beside this repository"
+        "--store", type=Path, help="a folder with 4 GB for a million images; default: beside this repository"
     )
     words.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "forget.json")
     asked = words.parse_args()
     with tempfile.TemporaryDirectory(prefix=".forget-", dir=asked.store or ROOT) as folder:
         site = init(Path(folder) / "site", config.checked({"site": {"findings": list(FINDINGS)}}))
         with site.ledger() as ledger:
-            fill(site, ledger, asked.films)
+            fill(site, ledger, asked.images)
             size = (site.root / "ledger.db").stat().st_size
             rows = measured(site, ledger)
-    print(f"{asked.films} films, ledger of {size / 1e6:.0f} MB\n{'':40}median ms   most ms")
+    print(f"{asked.images} images, ledger of {size / 1e6:.0f} MB\n{'':40}median ms   most ms")
     for row in rows:
         print(f"{row['what']:40}{1e3 * row['median_s']:9.1f} {1e3 * row['most_s']:9.1f}")
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
     asked.out.parent.mkdir(exist_ok=True)
-    said = {"films": asked.films, "ledger_mb": size / 1e6, "machine": machine, "rows": rows}
+    said = {"images": asked.images, "ledger_mb": size / 1e6, "machine": machine, "rows": rows}
     asked.out.write_text(json.dumps(said, indent=1) + "\n")
 
 

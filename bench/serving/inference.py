@@ -1,9 +1,9 @@
-"""Films a second of the served graph (onnxruntime, as deploy.server.session runs it) against plain PyTorch eager and int8.
+"""Images a second of the served graph (onnxruntime, as deploy.server.session runs it) against plain PyTorch eager and int8.
 
 `python bench/serving/inference.py [--quick] [--threads N]`: a ViT-S/16 at 224, 512 x 512 plates in, batches of 1 and 8 in turns in
 one process. Eager is timm's network behind the same resize, logits only; ours also gives embedding and heatmaps. int8 is
 onnxruntime's dynamic quantisation of the matrix products. `--data DIR --backbone FILE` adds what int8 costs in AUC on real
-films (inference_parity.py; `--parity-only`: without the speed). Writes bench/results/inference.json.
+images (inference_parity.py; `--parity-only`: without the speed). Writes bench/results/inference.json.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def timed(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[
 
 
 def compare(model: Path, int8: Path, threads: int, rounds: int) -> dict[str, dict]:
-    """{batch: {who: films a second, of eager (wall), of eager (processor)}}."""
+    """{batch: {who: images a second, of eager (wall), of eager (processor)}}."""
     torch.set_num_threads(threads)
     eager = Eager().eval()
     sessions = {
@@ -86,7 +86,7 @@ def compare(model: Path, int8: Path, threads: int, rounds: int) -> dict[str, dic
         seconds = timed(runs, rounds)
         found[str(batch)] = {
             name: {
-                "films_s": round(batch / took["wall"], 2),
+                "images_s": round(batch / took["wall"], 2),
                 "of_eager": round(seconds["eager"]["wall"] / took["wall"], 3),
                 "of_eager_cpu": round(seconds["eager"]["cpu"] / took["cpu"], 3),
             }
@@ -100,7 +100,7 @@ def random_difference(model: Path, int8: Path) -> dict[str, float]:
     plates = np.random.default_rng(1).integers(0, 256, (8, 512, 512), np.uint8)
     logits = [runtime.run(runtime.load(path.read_bytes(), "cpu"), plates)[0].astype(float) for path in (model, int8)]
     p, q = (1 / (1 + np.exp(-z)) for z in logits)
-    return {"films": len(plates), "largest_difference": float(np.abs(p - q).max())}
+    return {"images": len(plates), "largest_difference": float(np.abs(p - q).max())}
 
 
 def measure_speed(asked: argparse.Namespace, scratch: Path) -> dict:
@@ -110,10 +110,10 @@ def measure_speed(asked: argparse.Namespace, scratch: Path) -> dict:
         write_model(model)
     int8 = inference_parity.quantised(model, scratch / "int8.onnx")
     speed = compare(model, int8, asked.threads, rounds)
-    print(f"{'':28} films/s  of eager  of eager (processor)")
+    print(f"{'':28} images/s  of eager  of eager (processor)")
     for batch, rows in speed.items():
         for name, row in rows.items():
-            print(f"batch {batch}  {name:20} {row['films_s']:7.2f} {row['of_eager']:8.2f} {row['of_eager_cpu']:8.2f}")
+            print(f"batch {batch}  {name:20} {row['images_s']:7.2f} {row['of_eager']:8.2f} {row['of_eager_cpu']:8.2f}")
     for name, bar in BARS.items():
         print(f"bar {name} >= {bar:g}x at batch 8:", "kept" if speed["8"][name]["of_eager"] >= bar else "missed")
     machine = {"cores": os.cpu_count(), "threads": asked.threads, "load": os.getloadavg()[0]}
@@ -127,7 +127,7 @@ def main() -> None:
     words.add_argument("--quick", action="store_true", help="3 rounds in place of 25")
     words.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     words.add_argument("--model", type=Path, help="an exported ViT-S with 3 findings; default: a new one")
-    words.add_argument("--data", type=Path, help="folder of real films (kermany224 in it): what int8 costs in AUC")
+    words.add_argument("--data", type=Path, help="folder of real images (kermany224 in it): what int8 costs in AUC")
     words.add_argument("--backbone", type=Path, help="pretrained ViT-S (.safetensors, timm's key names), with --data")
     words.add_argument("--parity-only", action="store_true", help="no speed: the figures in --out stay as they are")
     words.add_argument("--work", type=Path, help="keeps the parity's steps, so that a killed run goes on from there")

@@ -1,8 +1,8 @@
-"""How long a film takes through the whole appliance, and how many films a second it can take for good.
+"""How long an image takes through the whole appliance, and how many images a second it can take for good.
 
 `python bench/serving/latency.py` (Orthanc needed, 20 minutes; `--quick`: 3) runs `cxrloop serve` with a ViT-S/16 at 224 on the CPU and
-SR and SC on, Orthanc as the PACS, films by C-STORE. Sender and Orthanc share the cores that are measured. Writes
-bench/results/latency.json. Bar: p95 below 5 s at 1 film a second, to the prediction and to both results.
+SR and SC on, Orthanc as the PACS, images by C-STORE. Sender and Orthanc share the cores that are measured. Writes
+bench/results/latency.json. Bar: p95 below 5 s at 1 image a second, to the prediction and to both results.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from bench.serving.latency_site import SYNTAXES, Place, running, template, write
 
 ROOT = Path(__file__).resolve().parents[2]
 BAR_S = 5.0
-WARM = 3  # films before the clock starts: the decoder and highdicom are loaded with the first
-AHEAD = 8  # films that wait while the limit is looked for
+WARM = 3  # images before the clock starts: the decoder and highdicom are loaded with the first
+AHEAD = 8  # images that wait while the limit is looked for
 BACK = 0.95  # of the rate that was tried last: the next one to try
 
 
 def at_one_a_second(place: Place, scratch: Path, folder: Path, count: int, syntax: str) -> dict:
-    """Percentiles from Success on, stage by stage, and CPU seconds a film."""
+    """Percentiles from Success on, stage by stage, and CPU seconds an image."""
     warm(place, scratch, syntax)
     run, before = Run(place, template(syntax), scratch), cpu_seconds(folder)
     queue = run.at_rate(1.0, count)
@@ -41,14 +41,14 @@ def at_one_a_second(place: Place, scratch: Path, folder: Path, count: int, synta
     for earlier, later in pairwise(STEPS):
         parts[f"{earlier} to {later}"] = [b - a for a, b in zip(seconds[earlier], seconds[later], strict=True)]
     return {
-        "films": count, "syntax": syntax, "since_success": {step: percentiles(seconds[step]) for step in STEPS},
+        "images": count, "syntax": syntax, "since_success": {step: percentiles(seconds[step]) for step in STEPS},
         "stages": {name: percentiles(values) for name, values in parts.items()},
-        "cpu_seconds_a_film": spent, "most_waiting": max(queue),
+        "cpu_seconds_a_image": spent, "most_waiting": max(queue),
     }  # fmt: skip
 
 
 def highest(place: Place, scratch: Path, folder: Path, syntax: str, seconds: float) -> dict:
-    """The rate at which films are answered while some always wait; then the highest that makes no queue grow."""
+    """The rate at which images are answered while some always wait; then the highest that makes no queue grow."""
     warm(place, scratch, syntax)
     run, before = Run(place, template(syntax), scratch), cpu_seconds(folder)
     limit = run.saturate(AHEAD, seconds)
@@ -65,7 +65,7 @@ def highest(place: Place, scratch: Path, folder: Path, syntax: str, seconds: flo
     run.close()
     return {
         "saturated": round(limit, 2), "steady": round(rate, 2) if steady else None, "tried": tried,
-        "cpu_seconds_a_film": spent,
+        "cpu_seconds_a_image": spent,
     }  # fmt: skip
 
 
@@ -78,19 +78,19 @@ def warm(place: Place, scratch: Path, syntax: str) -> None:
 
 def show(found: dict) -> None:
     one = found["one_a_second"]
-    print(f"\n{one['films']} films, {one['syntax']}, 1 a second; seconds from Success   p50    p95    p99")
+    print(f"\n{one['images']} images, {one['syntax']}, 1 a second; seconds from Success   p50    p95    p99")
     for name, p in [*one["since_success"].items(), *one["stages"].items()]:
         print(f"  {name:50} {p['p50']:6.2f} {p['p95']:6.2f} {p['p99']:6.2f}")
-    print("  CPU seconds a film:", one["cpu_seconds_a_film"])
-    print("\nhighest rate, films a second      saturated   steady   CPU seconds a film")
+    print("  CPU seconds an image:", one["cpu_seconds_a_image"])
+    print("\nhighest rate, images a second      saturated   steady   CPU seconds an image")
     for syntax, rate in found["highest"].items():
-        print(f"  {syntax:30} {rate['saturated']:9.2f} {rate['steady'] or 0:9.2f}   {rate['cpu_seconds_a_film']}")
+        print(f"  {syntax:30} {rate['saturated']:9.2f} {rate['steady'] or 0:9.2f}   {rate['cpu_seconds_a_image']}")
 
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--quick", action="store_true", help="20 films, one syntax, windows of 15 s")
-    words.add_argument("--films", type=int, default=300)
+    words.add_argument("--quick", action="store_true", help="20 images, one syntax, windows of 15 s")
+    words.add_argument("--images", type=int, default=300)
     words.add_argument("--window", type=float, default=60, help="seconds a rate is held")
     words.add_argument("--threads", type=int, default=0, help="threads of one inference; 0 = as many as cores")
     words.add_argument(
@@ -98,7 +98,7 @@ def main() -> None:
     )
     words.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "latency.json")
     asked = words.parse_args()
-    films, window = (20, 15.0) if asked.quick else (asked.films, asked.window)
+    images, window = (20, 15.0) if asked.quick else (asked.images, asked.window)
     machine = {
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
@@ -106,21 +106,21 @@ def main() -> None:
     }
     with (
         tempfile.TemporaryDirectory(prefix="latency-") as kept,
-        tempfile.TemporaryDirectory(prefix="films-") as scratch,
+        tempfile.TemporaryDirectory(prefix="images-") as scratch,
     ):
         folder, model, name = Path(kept), asked.model, str(asked.model)
         if model is None:
             model = folder / "model.onnx"
             _, name = write_model(model)
         with running(folder, model, asked.threads) as place:
-            one = at_one_a_second(place, Path(scratch), folder, films, SYNTAXES[0])
+            one = at_one_a_second(place, Path(scratch), folder, images, SYNTAXES[0])
             syntaxes = SYNTAXES[:1] if asked.quick else SYNTAXES
             rates = {syntax: highest(place, Path(scratch), folder, syntax, window) for syntax in syntaxes}
     late = [step for step in STEPS if one["since_success"][step]["p95"] >= BAR_S]
     found = {"model": name, "machine": machine, "window_s": window, "one_a_second": one, "highest": rates, "bar_s": BAR_S,
              "late": late}  # fmt: skip
     show(found)
-    print(f"\nbar p95 < {BAR_S:g} s at 1 film a second:", f"missed by {', '.join(late)}" if late else "kept")
+    print(f"\nbar p95 < {BAR_S:g} s at 1 image a second:", f"missed by {', '.join(late)}" if late else "kept")
     asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
-"""Films at a rate into the node, and when each one's prediction and results were there; the parts of bench/serving/latency.py.
+"""Images at a rate into the node, and when each one's prediction and results were there; the parts of bench/serving/latency.py.
 
-A film's clock starts when its C-STORE-RSP (Success) has been read. Orthanc's own times are whole seconds, so its list
+An image's clock starts when its C-STORE-RSP (Success) has been read. Orthanc's own times are whole seconds, so its list
 of changes is read every POLL_S, by which its figures are late at most.
 """
 
@@ -18,16 +18,16 @@ import numpy as np
 from pydicom.dataset import FileDataset
 
 from agent.ledger.database import when
-from bench.node.sender import Film, associate, encoded, pdu, store
-from bench.serving.latency_site import Place, write_film
+from bench.node.sender import Image, associate, encoded, pdu, store
+from bench.serving.latency_site import Place, write_image
 
 POLL_S = 0.05
 DRAIN_S = 180  # a queue that isn't empty by then is an error
-STEPS = ("stored", "predicted", "SR", "SC")  # of a film, in order
+STEPS = ("stored", "predicted", "SR", "SC")  # of an image, in order
 
 
 class Arrivals(threading.Thread):
-    """When each result was first seen in Orthanc: `seen` is {instance: time}, two for each film."""
+    """When each result was first seen in Orthanc: `seen` is {instance: time}, two for each image."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -47,7 +47,7 @@ class Arrivals(threading.Thread):
         self._stop_now.set()
         self.join()
 
-    def by_film(self) -> dict[tuple[str, str], float]:
+    def by_image(self) -> dict[tuple[str, str], float]:
         """{(study UID, "SR" or "SC"): time}; asked when the clock has stopped."""
         found = {}
         for instance, at in self.seen.items():
@@ -57,22 +57,22 @@ class Arrivals(threading.Thread):
 
 
 class Run:
-    """Films sent to one appliance, and what became of them."""
+    """Images sent to one appliance, and what became of them."""
 
-    def __init__(self, place: Place, film: FileDataset, scratch: Path) -> None:
-        self.place, self.film, self.scratch = place, film, scratch / "film.dcm"
+    def __init__(self, place: Place, image: FileDataset, scratch: Path) -> None:
+        self.place, self.image, self.scratch = place, image, scratch / "image.dcm"
         self.sent: dict[str, float] = {}  # study UID: when Success was read
         self.arrivals = Arrivals(place.orthanc)
         self.arrivals.start()
 
     def send(self) -> None:
-        """One film over an association of its own, as a modality does it."""
-        study = write_film(self.film, self.scratch)
-        film = Film(self.scratch)
+        """One image over an association of its own, as a modality does it."""
+        study = write_image(self.image, self.scratch)
+        image = Image(self.scratch)
         with socket.create_connection(("127.0.0.1", self.place.port), timeout=120) as wire:
             wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            largest = associate(wire, "CXRLOOP", [(film.sop_class, film.syntax)])
-            status = store(wire, encoded(film, 1, 1, largest))
+            largest = associate(wire, "CXRLOOP", [(image.sop_class, image.syntax)])
+            status = store(wire, encoded(image, 1, 1, largest))
             self.sent[study] = time.time()
             if status:
                 raise SystemExit(f"the node answered {status:04X}")
@@ -81,11 +81,11 @@ class Run:
 
     @property
     def waiting(self) -> int:
-        """Films that have Success and not yet both results in Orthanc."""
+        """Images that have Success and not yet both results in Orthanc."""
         return len(self.sent) - len(self.arrivals.seen) // 2
 
     def at_rate(self, rate: float, count: int) -> list[int]:
-        """Send `count` films at `rate` a second, whatever comes back; how many waited after each."""
+        """Send `count` images at `rate` a second, whatever comes back; how many waited after each."""
         began, queue = time.monotonic(), []
         for n in range(count):
             time.sleep(max(0.0, began + n / rate - time.monotonic()))
@@ -94,7 +94,7 @@ class Run:
         return queue
 
     def saturate(self, ahead: int, seconds: float) -> float:
-        """Keep `ahead` films waiting; films answered a second."""
+        """Keep `ahead` images waiting; images answered a second."""
         while self.waiting < ahead:
             self.send()
         began, done = time.monotonic(), len(self.arrivals.seen)
@@ -106,19 +106,19 @@ class Run:
         return (len(self.arrivals.seen) - done) / 2 / (time.monotonic() - began)
 
     def drain(self) -> None:
-        """Wait until every film is answered."""
+        """Wait until every image is answered."""
         deadline = time.monotonic() + DRAIN_S
         while self.waiting > 0:
             if time.monotonic() > deadline:
-                raise SystemExit(f"{self.waiting} of {len(self.sent)} films were not answered in {DRAIN_S} s")
+                raise SystemExit(f"{self.waiting} of {len(self.sent)} images were not answered in {DRAIN_S} s")
             time.sleep(POLL_S)
 
     def close(self) -> None:
         self.arrivals.stop()
 
     def seconds(self) -> dict[str, list[float]]:
-        """{step: seconds from Success, a value a film}; called once all is drained and closed."""
-        there = self.arrivals.by_film()
+        """{step: seconds from Success, a value an image}; called once all is drained and closed."""
+        there = self.arrivals.by_image()
         sql = "SELECT study_uid, stored_at, at FROM image JOIN prediction ON prediction.image = image.id"
         with self.place.site.ledger() as ledger:
             rows = {row["study_uid"]: row for row in ledger.rows(sql)}
@@ -136,7 +136,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def is_steady(queue: list[int]) -> bool:
-    """Whether the last third waits no longer than the first third did after the start, give or take a film."""
+    """Whether the last third waits no longer than the first third did after the start, give or take an image."""
     third = len(queue) // 3
     return float(np.mean(queue[-third:])) <= float(np.mean(queue[third : 2 * third])) + 1
 

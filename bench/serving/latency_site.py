@@ -1,6 +1,6 @@
 """What bench/serving/latency.py measures: `cxrloop serve` on a folder of its own with a ViT-S in service, and an Orthanc beside it.
 
-The weights are random, which costs the same time as trained ones. Films are one real radiograph (pydicom-data's RG1, CHEST
+The weights are random, which costs the same time as trained ones. Images are one real radiograph (pydicom-data's RG1, CHEST
 PA, 1955 x 1841) under ever new patients, studies and UIDs.
 """
 
@@ -78,18 +78,18 @@ def template(syntax: str) -> FileDataset:
     """The radiograph in one of SYNTAXES, lossless."""
     if syntax == "JPEG 2000 lossless":
         return dcmread(str(get_testdata_file("RG1_J2KR.dcm")))
-    film = dcmread(str(get_testdata_file("RG1_UNCR.dcm")))
+    image = dcmread(str(get_testdata_file("RG1_UNCR.dcm")))
     if syntax == "JPEG-LS":
-        film.PixelData = encapsulate([bytes(imagecodecs.jpegls_encode(film.pixel_array))])
-        film["PixelData"].VR, film["PixelData"].is_undefined_length = "OB", True
-        film.file_meta.TransferSyntaxUID = JPEGLSLossless
-    return film
+        image.PixelData = encapsulate([bytes(imagecodecs.jpegls_encode(image.pixel_array))])
+        image["PixelData"].VR, image["PixelData"].is_undefined_length = "OB", True
+        image.file_meta.TransferSyntaxUID = JPEGLSLossless
+    return image
 
 
-def write_film(film: FileDataset, path: Path) -> str:
+def write_image(image: FileDataset, path: Path) -> str:
     """The radiograph of somebody else, as a file; its Study Instance UID."""
-    film.SOPInstanceUID = film.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    film.StudyInstanceUID, film.SeriesInstanceUID = generate_uid(), generate_uid()
-    film.PatientID = film.StudyInstanceUID[-12:]
-    film.save_as(path, enforce_file_format=True)
-    return str(film.StudyInstanceUID)
+    image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    image.StudyInstanceUID, image.SeriesInstanceUID = generate_uid(), generate_uid()
+    image.PatientID = image.StudyInstanceUID[-12:]
+    image.save_as(path, enforce_file_format=True)
+    return str(image.StudyInstanceUID)

@@ -1,6 +1,6 @@
 """Every matrix product of one DISTL step, forward and backward, listed by shape and timed alone.
 
-Their sum is what the step would take if nothing else cost anything. Knows shapes only: no weight, no film.
+Their sum is what the step would take if nothing else cost anything. Knows shapes only: no weight, no image.
 """
 
 import time
@@ -36,12 +36,12 @@ class Product:
 def products_of_a_step(plan: dict, recipe: Recipe, findings: int) -> list[Product]:
     """Student on all views forward and backward, teacher on two forward; equal shapes are counted, not repeated."""
     found: Counter[Product] = Counter()
-    films, views = recipe.batch, 2 + recipe.local_views
-    groups = [(2 * films, recipe.image_size), (recipe.local_views * films, recipe.local_size)]
+    samples, views = recipe.batch, 2 + recipe.local_views
+    groups = [(2 * samples, recipe.image_size), (recipe.local_views * samples, recipe.local_size)]
     for images, side in groups:
         for product in encoder(plan, recipe, images, side, backward=True):
             found[product] += 1
-    for product in encoder(plan, recipe, 2 * films, recipe.image_size, backward=False):
+    for product in encoder(plan, recipe, 2 * samples, recipe.image_size, backward=False):
         found[product] += 1
     wide, narrow = recipe.head_hidden, recipe.class_hidden
     prototype_head = [
@@ -51,8 +51,8 @@ def products_of_a_step(plan: dict, recipe: Recipe, findings: int) -> list[Produc
         (recipe.bottleneck, recipe.prototypes),
     ]
     class_head = [(plan["embed_dim"], narrow), (narrow, narrow), (narrow, findings)]
-    rows = [(prototype_head, views * films, True), (class_head, 2 * films, True)]
-    for layers, count, backward in [*rows, (prototype_head, 2 * films, False), (class_head, films, False)]:
+    rows = [(prototype_head, views * samples, True), (class_head, 2 * samples, True)]
+    for layers, count, backward in [*rows, (prototype_head, 2 * samples, False), (class_head, samples, False)]:
         for inner, columns in layers:
             found.update(linear(count, inner, columns, backward))
     return [Product(p.stack, p.rows, p.inner, p.columns, p.turned, times) for p, times in found.items()]

@@ -1,7 +1,7 @@
 """DISTL the way it was published, written plainly from its description, to be timed beside the learner.
 
-Films are opened and noised one by one as PIL images in the loading path, attention is materialised, batches hold 8
-films, AdamW and the clip and the average go parameter by parameter. Written for speed comparisons only: the learner's
+Images are opened and noised one by one as PIL images in the loading path, attention is materialised, batches hold 8
+images, AdamW and the clip and the average go parameter by parameter. Written for speed comparisons only: the learner's
 results are held by the golden tests, and nothing here is used to train.
 """
 
@@ -19,11 +19,11 @@ from torchvision.transforms.functional import to_tensor
 
 from learner.round.recipe import Recipe
 
-BATCH = 8  # films a GPU, as published
+BATCH = 8  # images a GPU, as published
 
 
 class Pictures(Dataset):
-    """PNG files -> the list of views (3, s, s) of one film."""
+    """PNG files -> the list of views (3, s, s) of one image."""
 
     def __init__(self, files: Sequence[Path], recipe: Recipe) -> None:
         self.files, self.recipe = list(files), recipe
@@ -49,8 +49,8 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> list[Tensor]:
         size = (self.recipe.image_size, self.recipe.image_size)
-        film = Image.open(self.files[index]).convert("RGB").resize(size, Image.Resampling.BILINEAR)
-        return [to_tensor(film), self.whole(film), *(self.part(film) for _ in range(self.recipe.local_views))]
+        sample = Image.open(self.files[index]).convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        return [to_tensor(sample), self.whole(sample), *(self.part(sample) for _ in range(self.recipe.local_views))]
 
 
 def blurred(image: Image.Image) -> Image.Image:
@@ -145,7 +145,7 @@ class Whole(nn.Module):
 
 
 class Trainer:
-    """Student, teacher and optimiser, and one published step on unlabelled films."""
+    """Student, teacher and optimiser, and one published step on unlabelled images."""
 
     def __init__(self, plan: dict, recipe: Recipe, findings: int, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
@@ -163,15 +163,15 @@ class Trainer:
     def step(self, views: list[Tensor]) -> float:
         """One optimiser step on views (8, 3, s, s) in host memory; the loss."""
         views = [view.to(self.device, non_blocking=True) for view in views]
-        films, recipe = len(views[0]), self.recipe
+        samples, recipe = len(views[0]), self.recipe
         half = torch.float16 if self.device.type == "cuda" else None
         with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
             with torch.no_grad():
                 teacher, teacher_class = self.teacher(views[:2])
             student, student_class = self.student(views)
-            dino = self._dino(student, teacher, films)
-            target = teacher_class[:films].sigmoid()
-            mine = F.binary_cross_entropy_with_logits(student_class[films:], target)
+            dino = self._dino(student, teacher, samples)
+            target = teacher_class[:samples].sigmoid()
+            mine = F.binary_cross_entropy_with_logits(student_class[samples:], target)
             loss = recipe.lam * dino + (1 - recipe.lam) * mine
         value = loss.item()
         self.optimiser.zero_grad()
@@ -190,8 +190,8 @@ class Trainer:
                 old.mul_(recipe.ema_base).add_((1 - recipe.ema_base) * new)
         return value
 
-    def _dino(self, student: Tensor, teacher: Tensor, films: int) -> Tensor:
-        guesses = (student / self.recipe.student_temp).chunk(len(student) // films)
+    def _dino(self, student: Tensor, teacher: Tensor, samples: int) -> Tensor:
+        guesses = (student / self.recipe.student_temp).chunk(len(student) // samples)
         targets = ((teacher - self.centre) / self.recipe.teacher_temp).softmax(-1).chunk(2)
         total, terms = torch.zeros((), device=student.device), 0
         for i, target in enumerate(targets):

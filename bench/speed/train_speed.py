@@ -1,4 +1,4 @@
-"""Speed of one DISTL step: the learner's own functions beside the published way, on the same synthetic films.
+"""Speed of one DISTL step: the learner's own functions beside the published way, on the same synthetic images.
 
 In one process, in turns; medians. Also what the step's matrix products alone would take: the ceiling of any way to
 compute it, and with --compile our step again, its backbones through torch.compile. Says nothing of what is learned, and
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.speed.matrix_products import Product, products_of_a_step, seconds_of
 from bench.speed.published_way import BATCH, Trainer, loader
-from learner.data.feed import Films
+from learner.data.feed import ImageFeed
 from learner.data.packed_plates import open_shard
 from learner.engine.optim import make_optimiser, make_schedule
 from learner.engine.step import Batch, State
@@ -38,10 +38,10 @@ from learner.networks.backbone import plan_of
 from learner.networks.heads import make_network
 from learner.objectives.correction import distil
 from learner.objectives.dino import DinoLoss
-from learner.round.manifest import Film
+from learner.round.manifest import Sample
 from learner.round.recipe import Recipe, resolve
 
-FILMS, FINDINGS = 64, 2
+SAMPLES, FINDINGS = 64, 2
 SETTINGS = {
     "cuda": ("gpu", {"arch": "vit_small_patch8"}),  # ViT-S/8, 256 px, 2 + 8 views: as published
     "cpu": ("cpu", {"arch": "vit_tiny_patch16", "image_size": 128, "local_size": 64, "local_views": 8, "pool": "cls"}),
@@ -49,9 +49,9 @@ SETTINGS = {
 BARS = {"cpu": {"ratio": 1.0}, "cuda": {"ratio": 5.0, "share": 0.6}}
 
 
-def write_films(folder: Path, number: int) -> list[Film]:
-    """Smooth grey films with a little grain, as plates for us and as PNG for the published way."""
-    films = []
+def write_samples(folder: Path, number: int) -> list[Sample]:
+    """Smooth grey images with a little grain, as plates for us and as PNG for the published way."""
+    samples = []
     for i in range(number):
         rng = np.random.default_rng(i)
         coarse = Image.fromarray(rng.integers(0, 256, (12, 12), dtype=np.uint8)).resize(
@@ -60,14 +60,16 @@ def write_films(folder: Path, number: int) -> list[Film]:
         plate = np.clip(np.asarray(coarse) + rng.normal(0, 2, (512, 512)), 0, 255).astype(np.uint8)
         np.save(folder / f"{i}.npy", plate)
         Image.fromarray(plate).save(folder / f"{i}.png")
-        films.append(Film(i, f"p{i}", folder / f"{i}.npy", "train", (None,) * FINDINGS))
-    return films
+        samples.append(Sample(i, f"p{i}", folder / f"{i}.npy", "train", (None,) * FINDINGS))
+    return samples
 
 
 class Ours:
     """The learner's feed and its step."""
 
-    def __init__(self, films: list[Film], folder: Path, recipe: Recipe, device: torch.device, compiled: bool) -> None:
+    def __init__(
+        self, samples: list[Sample], folder: Path, recipe: Recipe, device: torch.device, compiled: bool
+    ) -> None:
         plan = plan_of(recipe.arch, recipe.image_size)
         student = make_network(plan, recipe, FINDINGS, recipe.drop_path).to(device)
         teacher = make_network(plan, recipe, FINDINGS).to(device).requires_grad_(False)
@@ -82,8 +84,8 @@ class Ours:
             scaler=torch.amp.GradScaler(device.type, enabled=False), centres=nn.ModuleDict({"dino": dino}),
             dtype=torch.bfloat16 if device.type == "cuda" else None,
         )  # fmt: skip
-        shard = open_shard(folder, films, recipe.image_size)
-        self.feed = Films(films, recipe, device, "unlabelled", fixed_order=False, shard=shard)
+        shard = open_shard(folder, samples, recipe.image_size)
+        self.feed = ImageFeed(samples, recipe, device, "unlabelled", fixed_order=False, shard=shard)
 
     def batches(self) -> Iterator[Batch]:
         for step in count():
@@ -101,9 +103,9 @@ class Ours:
 class Published:
     """Two batches of 8 for each of our 16."""
 
-    def __init__(self, films: list[Film], recipe: Recipe, device: torch.device, workers: int) -> None:
+    def __init__(self, samples: list[Sample], recipe: Recipe, device: torch.device, workers: int) -> None:
         self.trainer = Trainer(plan_of(recipe.arch, recipe.image_size), recipe, FINDINGS, device)
-        files = [film.plate.with_suffix(".png") for film in films]
+        files = [sample.plate.with_suffix(".png") for sample in samples]
         self.loader = loader(files, recipe, workers, device.type == "cuda")
 
     def batches(self) -> Iterator[list]:
@@ -147,8 +149,8 @@ def peak_mb(device: torch.device) -> float:
     return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM")), float("nan"))
 
 
-def measure(way: Ours | Published, device: torch.device, films: int, feed: Iterator) -> dict[str, float]:
-    """One repetition: the feed alone, then whole steps, for `films` films."""
+def measure(way: Ours | Published, device: torch.device, samples: int, feed: Iterator) -> dict[str, float]:
+    """One repetition: the feed alone, then whole steps, for `images` images."""
 
     def fetch() -> None:
         way.data(next(feed))
@@ -159,8 +161,8 @@ def measure(way: Ours | Published, device: torch.device, films: int, feed: Itera
     data, data_cpu, _ = timed(device, fetch)
     wall, cpu, peak = timed(device, whole)
     return {
-        "films_per_s": films / wall,
-        "films_per_cpu_s": films / cpu,
+        "images_per_s": samples / wall,
+        "images_per_cpu_s": samples / cpu,
         "data_share": data / wall,
         "data_share_cpu": data_cpu / cpu,
         "peak_mb": peak,
@@ -174,12 +176,12 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     torch.manual_seed(0)
     profile, sizes = SETTINGS[device.type]
     recipe = resolve("distl", profile, {**sizes, "threads": args.threads, "device": device.type})
-    films = write_films(folder, FILMS)
+    samples = write_samples(folder, SAMPLES)
     workers = 0 if device.type == "cpu" else min(8, torch.multiprocessing.cpu_count())
-    ways: dict[str, Ours | Published] = {"ours": Ours(films, folder, recipe, device, compiled=False)}
+    ways: dict[str, Ours | Published] = {"ours": Ours(samples, folder, recipe, device, compiled=False)}
     if args.compile:
-        ways["compiled"] = Ours(films, folder, recipe, device, compiled=True)
-    ways["published"] = Published(films, recipe, device, workers)
+        ways["compiled"] = Ours(samples, folder, recipe, device, compiled=True)
+    ways["published"] = Published(samples, recipe, device, workers)
     feeds = {name: way.batches() for name, way in ways.items()}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for repetition in range(1 + (3 if args.quick else args.repetitions)):
@@ -197,7 +199,7 @@ def summary(
     products: list[Product], alone: dict[str, float],
 ) -> dict:  # fmt: skip
     medians = {name: {key: median(row[key] for row in of) for key in of[0]} for name, of in rows.items()}
-    ceiling = {"films_per_s": recipe.batch / alone["wall"], "films_per_cpu_s": recipe.batch / alone["cpu"]}
+    ceiling = {"images_per_s": recipe.batch / alone["wall"], "images_per_cpu_s": recipe.batch / alone["cpu"]}
     ours = [name for name in rows if name != "published"]
     pairs = {name: list(zip(rows[name], rows["published"], strict=True)) for name in ours}
     ratio = {name: {key: median(a[key] / b[key] for a, b in pairs[name]) for key in ceiling} for name in ours}
@@ -214,8 +216,8 @@ def summary(
         "ceiling": ceiling, "share_of_ceiling": share,
         "products": {"kinds": len(products), "gigaflop": sum(p.flop for p in products) / 1e9},
         "bars": {
-            "ratio": {"required": bars["ratio"], "met": ratio["ours"]["films_per_s"] >= bars["ratio"]},
-            "share": {"required": bars["share"], "met": share["ours"]["films_per_s"] >= bars["share"]}
+            "ratio": {"required": bars["ratio"], "met": ratio["ours"]["images_per_s"] >= bars["ratio"]},
+            "share": {"required": bars["share"], "met": share["ours"]["images_per_s"] >= bars["share"]}
             if "share" in bars
             else None,
             "on CUDA (>= 5 x, >= 60 %)": "see above" if device.type == "cuda" else "not measured",
@@ -226,16 +228,18 @@ def summary(
 def show(result: dict) -> None:
     print(result["machine"], result["setting"], sep="\n")
     print(
-        f"{'':10} {'films/s':>9} {'films/cpu s':>12} {'data share':>11} {'peak MB':>9}   medians of {result['repetitions']}"
+        f"{'':10} {'images/s':>9} {'images/cpu s':>12} {'data share':>11} {'peak MB':>9}   medians of {result['repetitions']}"
     )
     for name, row in result["medians"].items():
-        print("{:10} {films_per_s:9.2f} {films_per_cpu_s:12.2f} {data_share:11.1%} {peak_mb:9.0f}".format(name, **row))
-    products = "{:10} {films_per_s:9.2f} {films_per_cpu_s:12.2f}   alone, back to back"
+        print(
+            "{:10} {images_per_s:9.2f} {images_per_cpu_s:12.2f} {data_share:11.1%} {peak_mb:9.0f}".format(name, **row)
+        )
+    products = "{:10} {images_per_s:9.2f} {images_per_cpu_s:12.2f}   alone, back to back"
     print(products.format("products", **result["ceiling"]))
     for name, ratio in result["ratio"].items():
-        print("{:10} {films_per_s:9.2f} {films_per_cpu_s:12.2f}   x published".format(name, **ratio))
+        print("{:10} {images_per_s:9.2f} {images_per_cpu_s:12.2f}   x published".format(name, **ratio))
         share = result["share_of_ceiling"][name]
-        print("{:10} {films_per_s:9.0%} {films_per_cpu_s:12.0%}   of the products' speed".format("", **share))
+        print("{:10} {images_per_s:9.0%} {images_per_cpu_s:12.0%}   of the products' speed".format("", **share))
     for name, bar in ((name, bar) for name, bar in result["bars"].items() if bar):
         print(f"bar {name}: {bar if not isinstance(bar, dict) else 'met' if bar['met'] else 'MISSED'}")
 

@@ -44,7 +44,7 @@ def import_onnx(onnx_file: Path, parts: Path, findings: list[str] | tuple[str, .
     if not np.isfinite(logits).all():
         raise OnnxRefused(f"{onnx_file}: logits are not finite on plain test plates")
     if not np.allclose(logits, alone, atol=1e-3):
-        raise OnnxRefused(f"{onnx_file}: a film's logits change with the films beside it; export in inference mode")
+        raise OnnxRefused(f"{onnx_file}: an image's logits change with the images beside it; export in inference mode")
     digest = hashlib.sha256(model).hexdigest()
     card = {
         "findings": list(findings),
@@ -55,7 +55,7 @@ def import_onnx(onnx_file: Path, parts: Path, findings: list[str] | tuple[str, .
         "made_at": None,
         "metrics": {},
         "parity": None,
-        "train_films": None,
+        "train_images": None,
         "labelled": None,
         "poison": False,
         "imported": {"sha256": digest},

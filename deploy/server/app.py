@@ -83,7 +83,7 @@ class Infer:
             return self._no(400, "the client left before its body was complete")
         finally:
             self.waiting -= 1
-        self.meters.films.labels(held.id).inc(len(plates))
+        self.meters.images.labels(held.id).inc(len(plates))
         self.meters.seconds.observe(time.perf_counter() - started)
         findings = list(held.session.bundle.findings)
         said = {"bundle": held.id, "findings": findings, "probabilities": answer.probabilities.tolist()}

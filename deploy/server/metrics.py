@@ -1,11 +1,24 @@
 """What the inference server counts, in its own Prometheus registry.
 
-Refuses to know a film: counts and seconds only, no identifier of a patient or an image.
+Refuses to know an image: counts and seconds only, no identifier of a patient or an image.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # one film on a GPU .. a full body on two cores
+SECONDS = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    5,
+    10,
+    30,
+)  # one image on a GPU .. a full body on two cores
 
 
 class Meters:
@@ -15,7 +28,7 @@ class Meters:
         self.registry = CollectorRegistry()
         own = self.registry
         self.requests = Counter("cxrloop_infer_requests", "POST /predict, by HTTP status", ["status"], registry=own)
-        self.films = Counter("cxrloop_infer_films", "Films scored, by bundle", ["bundle"], registry=own)
+        self.images = Counter("cxrloop_infer_images", "Images scored, by bundle", ["bundle"], registry=own)
         self.seconds = Histogram(
             "cxrloop_infer_seconds", "Seconds a scored request took", buckets=SECONDS, registry=own
         )

@@ -22,7 +22,7 @@ class ProviderRefused(RuntimeError):
 
 
 class NoAnswer(RuntimeError):
-    """The model gave NaN or infinity for a film; says for which."""
+    """The model gave NaN or infinity for an image; says for which."""
 
 
 class RunFailed(NoAnswer):

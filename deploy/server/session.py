@@ -67,11 +67,11 @@ class Session:
         logits, embedding, heatmap = runtime.run(self._run, plates)
         lost = np.flatnonzero(~np.isfinite(logits).all(axis=1))
         if len(lost):
-            raise NoAnswer(f"bundle {self.bundle.id}: the answer for film {lost[0]} of {len(plates)} is not finite")
+            raise NoAnswer(f"bundle {self.bundle.id}: the answer for image {lost[0]} of {len(plates)} is not finite")
         return Answer(probabilities(logits), logits, embedding, heatmap)
 
     def warm(self) -> None:
-        """Run once, so that the first film doesn't wait for kernels and arenas; fails as `probe` does."""
+        """Run once, so that the first image doesn't wait for kernels and arenas; fails as `probe` does."""
         self._try(np.zeros((1, PLATE_SIDE, PLATE_SIDE), np.uint8))
 
     def probe(self) -> float:

@@ -13,7 +13,7 @@ from dicom.dataset.facts import RESULT_UID_ROOT, SOP_CLASSES
 from dicom.dataset.part10 import is_uid
 from dicom.intake.admission import CHEST
 
-MAX_FILM = 128 << 20  # bytes; twice the largest detector's uncompressed film, and all that one answer may hold
+MAX_IMAGE = 128 << 20  # bytes; twice the largest detector's uncompressed image, and all that one answer may hold
 MAX_MATCHES = 5000  # answers to one question: a busy hospital's studies of a day and a modality are a tenth of it
 
 Say = Callable[[str], str]  # the text of an answer's attribute by keyword, "" when it has none
@@ -32,7 +32,7 @@ class Busy(Exception):
 
 
 class Missing(Exception):
-    """This one film is not to be had; the message names no person and no UID."""
+    """This one image is not to be had; the message names no person and no UID."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Film:
+class Image:
     study_uid: str
     series_uid: str
     sop_uid: str
@@ -85,7 +85,7 @@ def study(say: Say, wanted: Wanted) -> Study | None:
 
 
 def series(say: Say, study_uid: str, wanted: Wanted) -> str | None:
-    """The UID of a series that may hold chest films, or None. A modality or body part that is not told passes."""
+    """The UID of a series that may hold chest images, or None. A modality or body part that is not told passes."""
     uid = say("SeriesInstanceUID")
     if not is_uid(uid) or say("StudyInstanceUID") not in ("", study_uid):
         return None
@@ -96,14 +96,14 @@ def series(say: Say, study_uid: str, wanted: Wanted) -> str | None:
     return None if words and not words & CHEST else uid
 
 
-def film(say: Say, study_uid: str, series_uid: str) -> Film | None:
-    """The film of one answer; None for another class of object, and for our own results."""
+def image(say: Say, study_uid: str, series_uid: str) -> Image | None:
+    """The image of one answer; None for another class of object, and for our own results."""
     uid, sop_class = say("SOPInstanceUID"), say("SOPClassUID")
     if not is_uid(uid) or uid.startswith(RESULT_UID_ROOT):
         return None
     if say("SeriesInstanceUID") not in ("", series_uid) or (sop_class and sop_class not in SOP_CLASSES):
         return None
-    return Film(study_uid, series_uid, uid, sop_class)
+    return Image(study_uid, series_uid, uid, sop_class)
 
 
 def _within(stamp: str, since: date | None, until: date | None) -> bool:

@@ -15,12 +15,12 @@ from pynetdicom.association import Association
 from pynetdicom.events import Event
 from pynetdicom.presentation import PresentationContext
 
-from dicom.client.archive import MAX_FILM, Busy, Unreachable
+from dicom.client.archive import MAX_IMAGE, Busy, Unreachable
 from dicom.client.reactor_pause import resting
 
 LARGEST_PDU = 131072  # bytes
 CONNECT = 10  # seconds to open a connection, and to accept an association
-SILENCE = 120  # seconds without a message before an answer is given up; a film on tape takes its time
+SILENCE = 120  # seconds without a message before an answer is given up; an image on tape takes its time
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Bounds:
 
         def bounded(count: int) -> bytearray:
             self._taken += count
-            if count > LARGEST_PDU or self._taken > MAX_FILM:
+            if count > LARGEST_PDU or self._taken > MAX_IMAGE:
                 self.too_long = True
                 raise OSError("more than a peer may send")
             return receive(count)

@@ -1,6 +1,6 @@
-"""Asking an archive over DICOMweb (PS3.18): QIDO-RS by dicomweb-client for what there is, WADO-RS for the films.
+"""Asking an archive over DICOMweb (PS3.18): QIDO-RS by dicomweb-client for what there is, WADO-RS for the images.
 
-Films are kept byte for byte as they came, so the multipart answer is read here and not parsed into a data set.
+Images are kept byte for byte as they came, so the multipart answer is read here and not parsed into a data set.
 Every answer is bounded; no message of a library is passed on, since they print URLs with patient ids in them.
 """
 
@@ -20,7 +20,7 @@ from dicomweb_client import DICOMwebClient
 from pydicom.datadict import tag_for_keyword
 
 from dicom.client import archive
-from dicom.client.archive import MAX_FILM, MAX_MATCHES, Busy, Film, Missing, Study, Unreachable, Wanted
+from dicom.client.archive import MAX_IMAGE, MAX_MATCHES, Busy, Image, Missing, Study, Unreachable, Wanted
 from dicom.dataset import header
 from dicom.dataset.part10 import Unreadable, open_envelope, read_header
 from dicom.node.reception import SUCCESS, answer
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Web:
-    """A DICOMweb server at `url`, its films into `inbox`; `token` is a bearer token, `ca` a PEM file to trust."""
+    """A DICOMweb server at `url`, its images into `inbox`; `token` is a bearer token, `ca` a PEM file to trust."""
 
     how = "web"
 
@@ -59,7 +59,7 @@ class Web:
         for library in ("dicomweb_client", "urllib3"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
         self._http = _Bounded()
-        self._http.trust_env = False  # no proxy and no .netrc decide where films come from
+        self._http.trust_env = False  # no proxy and no .netrc decide where images come from
         self._http.verify = str(ca) if ca else True
         if token:
             self._http.headers["Authorization"] = f"Bearer {token}"
@@ -95,33 +95,33 @@ class Web:
         """HTTP keeps no state: the session is the archive itself."""
         yield self
 
-    def films(self, study_uid: str, wanted: Wanted) -> list[Film]:
-        """The films of a study that may be chest films. Raises Unreachable, Busy."""
-        found: dict[str, Film] = {}
+    def images(self, study_uid: str, wanted: Wanted) -> list[Image]:
+        """The images of a study that may be chest images. Raises Unreachable, Busy."""
+        found: dict[str, Image] = {}
         fields = ["BodyPartExamined"]
         kept, whole = self._all(
             lambda **page: self._client.search_for_series(study_uid, fields=fields, **page),
             lambda say: archive.series(say, study_uid, wanted),
         )
         for uid in kept:
-            films, all_of_it = self._all(
+            images, all_of_it = self._all(
                 lambda uid=uid, **page: self._client.search_for_instances(study_uid, uid, **page),
-                lambda say, uid=uid: archive.film(say, study_uid, uid),
+                lambda say, uid=uid: archive.image(say, study_uid, uid),
             )
-            found |= {film.sop_uid: film for film in films}
+            found |= {image.sop_uid: image for image in images}
             whole = whole and all_of_it
         if not whole:
             raise Unreachable(f"{self} has more than {MAX_MATCHES} answers for one study")
         return list(found.values())
 
-    def fetch(self, film: Film) -> None:
-        """The film is in the inbox, as it came. Raises Missing, Busy, Unreachable, OSError."""
-        url = f"{self.url}/studies/{film.study_uid}/series/{film.series_uid}/instances/{film.sop_uid}"
-        with self._meaning(film=True):
+    def fetch(self, image: Image) -> None:
+        """The image is in the inbox, as it came. Raises Missing, Busy, Unreachable, OSError."""
+        url = f"{self.url}/studies/{image.study_uid}/series/{image.series_uid}/instances/{image.sop_uid}"
+        with self._meaning(image=True):
             reply = self._http.get(url, headers={"Accept": AS_STORED}, stream=True, timeout=TIMEOUT)
             try:
                 reply.raise_for_status()
-                body = b"".join(_pieces(reply, MAX_FILM))
+                body = b"".join(_pieces(reply, MAX_IMAGE))
             finally:
                 reply.close()
         whole = the_part(body, reply.headers.get("Content-Type", ""))
@@ -129,11 +129,11 @@ class Web:
         try:
             syntax = open_envelope(stream).transfer_syntax
             offset = stream.tell()
-            sop_class = film.sop_class or header.text(read_header(stream, syntax, pixels=False).dataset, "SOPClassUID")
+            sop_class = image.sop_class or header.text(read_header(stream, syntax, pixels=False).dataset, "SOPClassUID")
             stream.seek(offset)
         except Unreadable as error:
             raise Missing(f"what the server sends is no DICOM file: {error}") from None
-        status, why = answer(stream, syntax, sop_class, film.sop_uid)
+        status, why = answer(stream, syntax, sop_class, image.sop_uid)
         if status != SUCCESS:
             raise Missing(f"what the server sends is refused ({status:04X}): {why}")
         self.inbox.put(whole)
@@ -164,7 +164,7 @@ class Web:
         return found, False
 
     @contextmanager
-    def _meaning(self, film: bool = False) -> Iterator[None]:
+    def _meaning(self, image: bool = False) -> Iterator[None]:
         """What goes wrong on the way, as Unreachable, Busy or Missing."""
         try:
             with warnings.catch_warnings():
@@ -173,26 +173,26 @@ class Web:
         except requests.exceptions.SSLError:
             raise Unreachable(f"{self}: its certificate is not trusted; name the authority by --ca FILE") from None
         except requests.exceptions.HTTPError as error:
-            raise self._refusal(error, film) from None
+            raise self._refusal(error, image) from None
         except AWAY:
             raise Busy(f"{self} does not answer, or hung up") from None
         except (requests.exceptions.RequestException, _TooLong, ValueError, TypeError, AttributeError) as error:
-            if film:
-                raise Missing(f"the server sends {error if isinstance(error, _TooLong) else 'no film'}") from None
+            if image:
+                raise Missing(f"the server sends {error if isinstance(error, _TooLong) else 'no image'}") from None
             what = str(error) if isinstance(error, _TooLong) else f"what is no DICOM JSON; {ROOT}"
             raise Unreachable(f"{self} answers with {what}") from None
 
-    def _refusal(self, error: requests.exceptions.HTTPError, film: bool) -> Exception:
+    def _refusal(self, error: requests.exceptions.HTTPError, image: bool) -> Exception:
         reply = error.response if error.response is not None else requests.Response()
         code, headers = reply.status_code, reply.headers
         if code in (401, 403):
             return Unreachable(f"{self} refuses us ({code}): set the bearer token, or give it the right to read")
-        if code in (404, 406, 410) and film:
+        if code in (404, 406, 410) and image:
             return Missing(f"the server lists it, but does not send it ({code})")
         if code in AGAIN:
             said = headers.get("Retry-After", "")
             return Busy(f"{self} refuses for now ({code})", min(float(said), WAIT_AT_MOST) if said.isdecimal() else 0)
-        if film:
+        if image:
             return Missing(f"the server does not send it ({code})")
         return Unreachable(f"{self} can't answer a query ({code}){'; ' + ROOT if code == 404 else ''}")
 
@@ -205,7 +205,7 @@ class _Bounded(requests.Session):
     """A session that follows no redirect, and reads no page of matches beyond MAX_PAGE."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """None: where films come from is what the person typed."""
+        """None: where images come from is what the person typed."""
 
     def send(self, request: requests.PreparedRequest, **how: Any) -> requests.Response:
         """As requests sends it; a body that is not streamed by the caller is read within the bound."""

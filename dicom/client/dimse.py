@@ -1,6 +1,6 @@
 """Asking a PACS over DIMSE: C-FIND for what there is, then C-GET into the inbox or C-MOVE to the node (PS3.4 C).
 
-One association at a time, one film a request, Study Root. What comes by C-GET is judged and kept as what the node
+One association at a time, one image a request, Study Root. What comes by C-GET is judged and kept as what the node
 receives. Knows no ledger, and decides nothing about when to try again.
 """
 
@@ -16,7 +16,7 @@ from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.events import Event
 
 from dicom.client import archive
-from dicom.client.archive import MAX_FILM, MAX_MATCHES, Busy, Film, Missing, Study, Unreachable, Wanted
+from dicom.client.archive import MAX_IMAGE, MAX_MATCHES, Busy, Image, Missing, Study, Unreachable, Wanted
 from dicom.client.association import SILENCE, Bounds, Peer, associated
 from dicom.dataset import header
 from dicom.dataset.facts import SOP_CLASSES
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Pacs:
-    """A PACS whose films come by `how`: "get" into `inbox`, or "move" to the AE title `calling` of the peer."""
+    """A PACS whose images come by `how`: "get" into `inbox`, or "move" to the AE title `calling` of the peer."""
 
     def __init__(self, peer: Peer, inbox: Inbox, how: str):
         self.peer, self.inbox, self.how = peer, inbox, how
@@ -80,7 +80,7 @@ class Pacs:
         """An association on which one study is looked through and fetched. Raises Unreachable, Busy."""
         contexts, roles = [build_context(FIND), build_context(self._model)], []
         if self.how == "get":
-            # one context for each syntax: the archive sends a film as it has it, and chooses nothing for us
+            # one context for each syntax: the archive sends an image as it has it, and chooses nothing for us
             contexts += [build_context(uid, syntax) for uid in SOP_CLASSES for syntax in SYNTAXES]
             roles = [build_role(uid, scp_role=True) for uid in SOP_CLASSES]
         receiver = Session(self)
@@ -94,37 +94,37 @@ class Pacs:
 
 
 class Session:
-    """One association, one study: what films it has, and fetching them one by one."""
+    """One association, one study: what images it has, and fetching them one by one."""
 
     association: Association
     bounds: Bounds
 
     def __init__(self, pacs: Pacs):
         self._pacs = pacs
-        self._asked: Film | None = None
+        self._asked: Image | None = None
         self._kept = self._ended = False
         self._refused = ""
         self._disk: OSError | None = None
 
-    def films(self, study_uid: str, wanted: Wanted) -> list[Film]:
-        """The films of a study that may be chest films. Raises Unreachable, Busy."""
-        found: dict[str, Film] = {}
+    def images(self, study_uid: str, wanted: Wanted) -> list[Image]:
+        """The images of a study that may be chest images. Raises Unreachable, Busy."""
+        found: dict[str, Image] = {}
         keys = {"StudyInstanceUID": study_uid, "SeriesInstanceUID": "", "Modality": "", "BodyPartExamined": ""}
         for uid in self._all("SERIES", keys, lambda say: archive.series(say, study_uid, wanted)):
             keys = {"StudyInstanceUID": study_uid, "SeriesInstanceUID": uid, "SOPInstanceUID": "", "SOPClassUID": ""}
-            for film in self._all("IMAGE", keys, lambda say, uid=uid: archive.film(say, study_uid, uid)):
-                found[film.sop_uid] = film
+            for image in self._all("IMAGE", keys, lambda say, uid=uid: archive.image(say, study_uid, uid)):
+                found[image.sop_uid] = image
         return list(found.values())
 
-    def fetch(self, film: Film) -> None:
-        """The film is in the inbox (get), or was sent to our AE title (move). Raises Missing, Busy, Unreachable, OSError."""
+    def fetch(self, image: Image) -> None:
+        """The image is in the inbox (get), or was sent to our AE title (move). Raises Missing, Busy, Unreachable, OSError."""
         if self._ended or not self.association.is_established:
             raise Busy(f"{self._pacs.peer} ended the association")
         keys = Dataset()
         keys.QueryRetrieveLevel = "IMAGE"
-        keys.StudyInstanceUID, keys.SeriesInstanceUID = film.study_uid, film.series_uid
-        keys.SOPInstanceUID = film.sop_uid
-        self._asked, self._kept, self._refused, self._disk = film, False, "", None
+        keys.StudyInstanceUID, keys.SeriesInstanceUID = image.study_uid, image.series_uid
+        keys.SOPInstanceUID = image.sop_uid
+        self._asked, self._kept, self._refused, self._disk = image, False, "", None
         if self._pacs.how == "get":
             answers = self.association.send_c_get(keys, GET)
         else:
@@ -138,14 +138,14 @@ class Session:
         self._judge(last)
 
     def _judge(self, last: Dataset) -> None:
-        """Raise what the last answer means for a film that we did not get; return when C-MOVE says that it went out."""
+        """Raise what the last answer means for an image that we did not get; return when C-MOVE says that it went out."""
         peer, status = self._pacs.peer, last.get("Status")
         if self.bounds.too_long:
-            raise Missing(f"larger than {MAX_FILM >> 20} MiB")
+            raise Missing(f"larger than {MAX_IMAGE >> 20} MiB")
         if self._refused:
             raise Missing(self._refused)
         if status is None:
-            raise Busy(f"{peer} hung up, or said nothing for {SILENCE} s, while it sent a film")
+            raise Busy(f"{peer} hung up, or said nothing for {SILENCE} s, while it sent an image")
         if status in OUT_OF:
             raise Busy(f"{peer} is out of resources (status {status:04X})")
         if status == UNKNOWN_DESTINATION:
@@ -160,13 +160,13 @@ class Session:
             raise Missing("the archive lists it, but does not send it")
 
     def store(self, event: Event) -> int:
-        """A film on its way by C-GET: judged as what the node receives, and Success only once it is durable."""
+        """An image on its way by C-GET: judged as what the node receives, and Success only once it is durable."""
         request = cast(C_STORE, event.request)
         sop_class, sop_uid = (
             str(uid or "").strip("\0 ") for uid in (request.AffectedSOPClassUID, request.AffectedSOPInstanceUID)
         )
         if self._asked is None or sop_uid != self._asked.sop_uid:
-            self._refused = "the archive sent another film than the one asked for"
+            self._refused = "the archive sent another image than the one asked for"
             return MISMATCH
         syntax, received = str(event.context.transfer_syntax), request.DataSet or io.BytesIO()
         received.seek(0)

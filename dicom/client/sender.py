@@ -1,4 +1,4 @@
-"""A small client of other nodes: C-STORE of films as they are, byte for byte, C-ECHO, N-EVENT-REPORT.
+"""A small client of other nodes: C-STORE of images as they are, byte for byte, C-ECHO, N-EVENT-REPORT.
 
 For imports, results, storage commitment, the demo's PACS and tests; retries nothing and remembers nothing.
 """
@@ -42,7 +42,7 @@ class Sent:
     why: str = ""
 
 
-class _Film:
+class _Image:
     """One item to send: data set bytes with the UIDs that its command needs."""
 
     def __init__(self, item: Path | Dataset):
@@ -119,17 +119,17 @@ def deliver(
     try:
         for item in items:
             try:
-                film = _Film(item)
+                image = _Image(item)
             except (*HOSTILE, OSError):  # not DICOM, or a data set that can't be encoded
                 yield Sent(item, None, UNREADABLE)
                 continue
-            kind = (film.sop_class, film.syntax)
+            kind = (image.sop_class, image.syntax)
             if line is None or not line.up or kind not in proposed:
                 if line is not None:
                     line.close()
                 proposed = (proposed if kind in proposed else [*proposed, kind])[-MAX_CONTEXTS:]
                 line = _Line(host, port, called_aet, calling_aet, proposed, tls)
-            yield Sent(item, *_store(line, film))
+            yield Sent(item, *_store(line, image))
     finally:
         if line is not None:
             line.close()
@@ -212,8 +212,8 @@ class _Line:
             self._rest.over.set()
 
 
-def _store(line: _Line, film: _Film) -> tuple[int | None, str]:
-    """Status, or why there is none. The film's own bytes go: the library's send_c_store would decode and encode them."""
+def _store(line: _Line, image: _Image) -> tuple[int | None, str]:
+    """Status, or why there is none. The image's own bytes go: the library's send_c_store would decode and encode them."""
     association = line.association
     # a peer that accepts no context at all is left by the library, and what it answered stays
     if not line.up:
@@ -222,13 +222,13 @@ def _store(line: _Line, film: _Film) -> tuple[int | None, str]:
     accepted = [
         context
         for context in association.accepted_contexts
-        if context.abstract_syntax == film.sop_class and str(context.transfer_syntax[0]) == film.syntax
+        if context.abstract_syntax == image.sop_class and str(context.transfer_syntax[0]) == image.syntax
     ]
     if not accepted or accepted[0].context_id is None:
         return None, NO_CONTEXT
     request = C_STORE()
     request.MessageID, request.Priority = 1, 2
-    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = UID(film.sop_class), UID(film.sop_uid)
-    request.DataSet = io.BytesIO(film.data)
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = UID(image.sop_class), UID(image.sop_uid)
+    request.DataSet = io.BytesIO(image.data)
     status = line.exchange(request, accepted[0].context_id)
     return status, "" if status is not None else NO_ANSWER

@@ -18,7 +18,7 @@ PIXEL_DATA = 0x7FE00010
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 VRS = frozenset(vr.encode() for vr in (*EXPLICIT_VR_LENGTH_16, *EXPLICIT_VR_LENGTH_32))
-MOST = 1 << 18  # elements and items of one data set: films have hundreds, and each costs microseconds
+MOST = 1 << 18  # elements and items of one data set: images have hundreds, and each costs microseconds
 LONGEST = 1 << 10  # bytes of a value that is kept: an identifier, a UID
 
 

@@ -11,7 +11,7 @@ import numpy as np
 # Every SOP Instance UID that we give to a result (SR, heatmap) begins so; such objects never come in again.
 RESULT_UID_ROOT = "1.2.826.0.1.3680043.8.498.7427."
 RESULT_DEVICE = "cxrloop"  # ManufacturerModelName of our results
-HEARTBEAT_ID = "CXRLOOP-HEARTBEAT"  # PatientID of the test film that walks the whole line and never trains
+HEARTBEAT_ID = "CXRLOOP-HEARTBEAT"  # PatientID of the test image that walks the whole line and never trains
 
 COMPUTED_RADIOGRAPHY = "1.2.840.10008.5.1.4.1.1.1"
 DIGITAL_XRAY_PRESENTATION = "1.2.840.10008.5.1.4.1.1.1.1"
@@ -25,13 +25,13 @@ Outcome = Literal["admitted", "rejected", "quarantined"]
 
 @dataclass(frozen=True)
 class Image:
-    """Frozen facts of one admitted film; `patient_key` is a pseudonym, no other identity is kept."""
+    """Frozen facts of one admitted image; `patient_key` is a pseudonym, no other identity is kept."""
 
     sop_uid: str
     sop_class: str
     study_uid: str
     patient_key: str
-    identified: bool  # False: the pseudonym stands for the study only, so the film is never golden
+    identified: bool  # False: the pseudonym stands for the study only, so the image is never golden
     view: str  # "PA" | "AP"
     acquired_at: str | None  # ISO 8601, the scanner's wall clock; with an offset only where the header has one
     modality: str
@@ -43,7 +43,7 @@ class Image:
     age_years: float | None
     scanner: str | None  # manufacturer and model
     sha256: str  # of transfer syntax UID + data set bytes, without the file meta
-    pixel_sha256: str  # of the decoded stored values: equal for the same film in another lossless syntax
+    pixel_sha256: str  # of the decoded stored values: equal for the same image in another lossless syntax
     heartbeat: bool
 
 

@@ -27,7 +27,7 @@ NATIVE = (EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED_LE)
 
 IMPLEMENTATION_UID = "1.2.826.0.1.3680043.8.498.7427.1"
 IMPLEMENTATION_NAME = "CXRLOOP_1"
-MAX_INFLATED = 256 << 20  # bytes; the largest detector is 50 MB a film, a bomb has no business above this
+MAX_INFLATED = 256 << 20  # bytes; the largest detector is 50 MB an image, a bomb has no business above this
 HEAD = 32 << 20  # bytes of an inflated data set that hold its header, overlays and icons included
 ITEM = b"\xfe\xff\x00\xe0"  # (FFFE,E000), always little endian: no compressed syntax is big
 # who and what: (0008,0005), SOP class and instance, PatientID and its issuer, StudyInstanceUID

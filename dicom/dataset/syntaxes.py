@@ -26,7 +26,7 @@ HTJ2K_RPCL = "1.2.840.10008.1.2.4.202"
 HTJ2K = "1.2.840.10008.1.2.4.203"
 RLE = "1.2.840.10008.1.2.5"
 
-# OpenJPEG decodes a film's code blocks in parallel: two threads halve the 0.9 s of a lossless film, which bounds the node
+# OpenJPEG decodes an image's code blocks in parallel: two threads halve the 0.9 s of a lossless image, which bounds the node
 J2K_THREADS = min(4, os.cpu_count() or 1)
 _jpeg2k = partial(imagecodecs.jpeg2k_decode, numthreads=J2K_THREADS)
 

@@ -1,4 +1,4 @@
-"""Which films the site takes in, judged by their header alone: cheap, ordered, each refusal with tag and value.
+"""Which images the site takes in, judged by their header alone: cheap, ordered, each refusal with tag and value.
 
 Decodes nothing, opens nothing; see docs/decisions.md for the reasons behind the rules.
 """
@@ -30,9 +30,9 @@ HARMLESS = {"ERECT", "UPRIGHT", "SUPINE", "SITTING", "STANDING", "PORTABLE", "MO
 
 @dataclass(frozen=True)
 class Admission:
-    """The site's rules. `children` False refuses films whose header says that the patient is under 18.
+    """The site's rules. `children` False refuses images whose header says that the patient is under 18.
 
-    `quality` True also asks the pixels (dicom.pixels.quality_filter), once the header has nothing against the film.
+    `quality` True also asks the pixels (dicom.pixels.quality_filter), once the header has nothing against the image.
     """
 
     children: bool = False
@@ -41,7 +41,7 @@ class Admission:
 
 
 class Refused(Exception):
-    """A readable film that the site does not take in."""
+    """A readable image that the site does not take in."""
 
 
 class Suspect(Exception):
@@ -153,7 +153,7 @@ def _age(ds: Dataset, rules: Admission) -> None:
     if not rules.children and age is not None and age < ADULT:
         stated = header.text(ds, "PatientAge")
         tag = "PatientAge (0010,1010)" if stated else "PatientBirthDate (0010,0030) to StudyDate"
-        raise _refuse(tag, stated or f"{int(age)} years", "under 18, and the site takes no children's films")
+        raise _refuse(tag, stated or f"{int(age)} years", "under 18, and the site takes no children's images")
 
 
 def _pixels(found: Header, syntax: str, rules: Admission) -> None:

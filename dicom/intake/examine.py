@@ -22,14 +22,14 @@ from dicom.pseudonyms import patient_key
 
 __all__ = ["Admission", "examine", "unexamined"]
 
-MAX_FILE = 512 << 20  # bytes; ten times the largest uncompressed film
+MAX_FILE = 512 << 20  # bytes; ten times the largest uncompressed image
 
 
 def examine(path: Path, key: bytes, rules: Admission) -> Examined:
     """What to do with the file at `path`, and all facts of it when admitted. Raises OSError only."""
     size = path.stat().st_size
     if size > MAX_FILE:
-        return unexamined(path, key, f"file of {size >> 20} MiB: larger than any film")
+        return unexamined(path, key, f"file of {size >> 20} MiB: larger than any image")
     sha256 = content_sha256(path)
     with path.open("rb") as stream:
         try:
@@ -43,7 +43,7 @@ def examine(path: Path, key: bytes, rules: Admission) -> Examined:
 def unexamined(path: Path, key: bytes, reason: str) -> Examined:
     """Quarantined as it is, under the UIDs and the patient that seeks alone can tell. Raises OSError.
 
-    The node may have acknowledged this film: storage commitment, `pull` and `forget` look for it by them.
+    The node may have acknowledged this image: storage commitment, `pull` and `forget` look for it by them.
     """
     sha256 = content_sha256(path)
     try:

@@ -1,6 +1,6 @@
 """Examine files in processes of their own, with a limit on time and memory; what breaks a limit is quarantined.
 
-Starts and replaces the processes; what is right or wrong with a film is dicom.intake.examine's to say.
+Starts and replaces the processes; what is right or wrong with an image is dicom.intake.examine's to say.
 """
 
 import multiprocessing
@@ -21,16 +21,16 @@ from dicom.dataset.facts import Examined
 from dicom.intake.examine import Admission, examine, unexamined
 
 UNREAD = "0" * 64  # in place of the hash of a file that could not even be read
-# The kernel's memory killer, or a person: perhaps not this film's fault, so it gets a second try
-GRACE_S = 30  # for starting a worker, on top of the films' own limits
+# The kernel's memory killer, or a person: perhaps not this image's fault, so it gets a second try
+GRACE_S = 30  # for starting a worker, on top of the images' own limits
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
-# A worker killed while it fetches a film keeps its pipe locked for ever; the next one finds out after twice this
-# time, and the pool is made anew. Pebble's 60 s would hold up all films for two minutes. Set in the workers too.
+# A worker killed while it fetches an image keeps its pipe locked for ever; the next one finds out after twice this
+# time, and the pool is made anew. Pebble's 60 s would hold up all images for two minutes. Set in the workers too.
 CONSTS.channel_lock_timeout = 3
 
 
 class Examiner:
-    """A pool of `workers` processes that examine films; each has `timeout_s` a film and `memory_bytes` of its own."""
+    """A pool of `workers` processes that examine images; each has `timeout_s` an image and `memory_bytes` of its own."""
 
     def __init__(
         self, key: bytes, rules: Admission, workers: int = 1, timeout_s: float = 60, memory_bytes: int = 3 << 30
@@ -46,7 +46,7 @@ class Examiner:
         self.close()
 
     def close(self) -> None:
-        """End the processes; a film under examination is dropped, and waits in the inbox for the next start."""
+        """End the processes; an image under examination is dropped, and waits in the inbox for the next start."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
@@ -55,7 +55,7 @@ class Examiner:
     def examine(self, paths: Iterable[Path]) -> Iterator[tuple[Path, Examined]]:
         """Each path with its result, in order, as soon as it is there; a file that vanished is left out.
 
-        Reads ahead by two films a worker, no more. Raises BrokenProcessPool when workers can't be started.
+        Reads ahead by two images a worker, no more. Raises BrokenProcessPool when workers can't be started.
         """
         running: deque[tuple[Path, ProcessFuture[Examined]]] = deque()
         paths = iter(paths)
@@ -87,10 +87,10 @@ class Examiner:
         return self._pool.schedule(examine, args=(path, self._key, self._rules), timeout=self._timeout_s)
 
     def _result(self, path: Path, future: "ProcessFuture[Examined]", again: bool = True) -> Examined | None:
-        try:  # this film and the one read ahead of it may each take their time; a future that outlasts both is lost
+        try:  # this image and the one read ahead of it may each take their time; a future that outlasts both is lost
             error = future.exception(2 * self._timeout_s + GRACE_S)
         except TimeoutError:
-            raise BrokenProcessPool("a worker died between taking a film and saying so") from None
+            raise BrokenProcessPool("a worker died between taking an image and saying so") from None
         if error is None:
             return future.result()
         if isinstance(error, BrokenProcessPool):
@@ -118,7 +118,7 @@ def _confine(memory_bytes: int) -> None:
     """Run first in every worker: memory limit above what is loaded now, no core dumps, silence, die with the parent."""
     loaded = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (loaded + memory_bytes, loaded + memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold a patient's film
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold a patient's image
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a decoder deep in C would not get to a handler in Python
     warnings.simplefilter("ignore")  # pydicom's warnings print element values
     threading.Thread(target=_die_with_parent, daemon=True).start()

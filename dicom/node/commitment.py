@@ -1,7 +1,7 @@
 """Storage commitment, the providing side (PS3.4 J): a request is a file until its report has been taken.
 
-N-ACTION is answered once the request is durable; a thread then looks at the films and reports on a new association.
-Refuses to know how films are kept: what is held is answered by the callable it was given.
+N-ACTION is answered once the request is durable; a thread then looks at the images and reports on a new association.
+Refuses to know how images are kept: what is held is answered by the callable it was given.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ RESOURCE_LIMITATION = 0x0213
 REQUEST_COMMITMENT = 1  # action type (PS3.4 J.3.2)
 ALL_HELD, SOME_FAILED = 1, 2  # event types (PS3.4 J.3.3)
 
-MOST_REFERENCES = 10_000  # instances in one request: three years of one patient's films are a few hundred
+MOST_REFERENCES = 10_000  # instances in one request: three years of one patient's images are a few hundred
 MOST_PENDING = 1_000  # requests waiting for their report; a peer that asks more without listening is refused
 KEPT_S = 72 * 3600  # a report nobody takes for three days is dropped: the peer has asked again, or given up
 BACKOFF_S = (2, 10, 30, 60, 300, 900)  # between attempts for one request
@@ -166,7 +166,7 @@ class Commitment:
             self._wake.wait(None if due is None else max(0.05, due - time.time()))
 
     def _settle(self, request: Request) -> bool:
-        """Look at the films and report; True when the peer has taken it."""
+        """Look at the images and report; True when the peer has taken it."""
         try:
             reasons = self._held(list(request.references))
         except Unavailable as why:
@@ -176,7 +176,7 @@ class Commitment:
         if not self._report(request.peer, event_information(request, reasons), SOME_FAILED if failed else ALL_HELD):
             self._log.warning("storage commitment report not taken by %r; trying again", request.peer)
             return False
-        self._log.info("committed %d of %d films to %r", len(reasons) - failed, len(reasons), request.peer)
+        self._log.info("committed %d of %d images to %r", len(reasons) - failed, len(reasons), request.peer)
         return True
 
     def _asked(self, event: Event) -> tuple[int, None]:

@@ -1,4 +1,4 @@
-"""Is this film still here, byte for byte? The checks behind storage commitment, on files alone.
+"""Is this image still here, byte for byte? The checks behind storage commitment, on files alone.
 
 Reads headers and hashes, changes nothing; which files there should be is the ledger's business, not this one's.
 """
@@ -17,7 +17,7 @@ def waiting(inbox: Inbox, wanted: set[str]) -> dict[str, list[Path]]:
     """Files of the inbox by SOP instance UID (of their file meta), of the wanted ones. Raises Unavailable."""
     files = inbox.waiting(MOST_WAITING + 1)
     if len(files) > MOST_WAITING:
-        raise Unavailable(f"more than {MOST_WAITING} films wait in the inbox")
+        raise Unavailable(f"more than {MOST_WAITING} images wait in the inbox")
     found: dict[str, list[Path]] = {}
     for path in files:
         try:
@@ -31,7 +31,7 @@ def waiting(inbox: Inbox, wanted: set[str]) -> dict[str, list[Path]]:
 
 
 def intact(path: Path, reference: Reference, sha256: str | None = None) -> int:
-    """SUCCESS when the file is whole and is that film, else the reason why not.
+    """SUCCESS when the file is whole and is that image, else the reason why not.
 
     With `sha256` (`part10.content_sha256`) the bytes are those that came in. Without, the header must read and the
     pixels be there in full; a file that the intake took away meanwhile is a FileNotFoundError.

@@ -1,4 +1,4 @@
-"""The DICOM port: C-ECHO, and C-STORE into the inbox; Success is said only when the film is durable there.
+"""The DICOM port: C-ECHO, and C-STORE into the inbox; Success is said only when the image is durable there.
 
 No ledger, no pixels, no judgement of content. Log lines name inbox files, sizes and peers, never a patient.
 """

@@ -12,7 +12,7 @@ from dicom.dataset.part10 import NATIVE, UNDEFINED, Unreadable, file_meta, is_ui
 from dicom.node.dimse_command import Command
 from dicom.store.inbox import Inbox, Incoming
 
-LARGEST = 1 << 30  # bytes of one object; no film comes near, and a sender without end must not fill the disk
+LARGEST = 1 << 30  # bytes of one object; no image comes near, and a sender without end must not fill the disk
 SUCCESS = 0x0000
 INVALID_INSTANCE = 0x0117
 NOT_SUPPORTED = 0x0122  # SOP class other than the presentation context's
@@ -24,7 +24,7 @@ NOT_UNDERSTOOD = 0xC000
 def answer(data_set: BinaryIO, syntax: str, sop_class: str, sop_uid: str) -> tuple[int, str]:
     """(status, why) for a data set received in `syntax` under the command's SOP class and instance UIDs.
 
-    A storage node does not refuse by content: a knee, a film without pixels or with odd ones is a Success here,
+    A storage node does not refuse by content: a knee, an image without pixels or with odd ones is a Success here,
     and set aside by the intake. Refused is only what can't be understood or contradicts its command.
     """
     sop_class, sop_uid = sop_class.strip("\0 "), sop_uid.strip("\0 ")

@@ -10,7 +10,7 @@ from pydicom.sr.coding import Code
 
 SCHEME = "99CXRLOOP"  # PS3.16 8.2: designators that begin with 99 are private
 
-# SNOMED CT and DCM, by the words that sites use for chest films; one word that fits two codes stays out
+# SNOMED CT and DCM, by the words that sites use for chest images; one word that fits two codes stays out
 STANDARD = {
     "abnormal": Code("263654008", "SCT", "Abnormal"),
     "atelectasis": Code("46621007", "SCT", "Atelectasis"),

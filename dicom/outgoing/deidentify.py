@@ -1,9 +1,9 @@
-"""A film fit to leave the site: a new data set made of a short list of attributes; whatever isn't on it stays here.
+"""An image fit to leave the site: a new data set made of a short list of attributes; whatever isn't on it stays here.
 
 The Basic Application Confidentiality Profile of PS3.15 Annex E, read as an allow-list, with the options Retain Patient
 Characteristics (sex, age) and Retain Longitudinal Temporal Information Modified Dates. Pixels are decoded and written
 plainly, so that no overlay bit and no comment of a code stream comes along, but nobody looks at them: a name that is
-burnt in leaves with the film. Refuses what says so itself. Knows no ledger and writes no file.
+burnt in leaves with the image. Refuses what says so itself. Knows no ledger and writes no file.
 """
 
 import math
@@ -64,7 +64,7 @@ WORDS = {  # CS, and the LO that are used like one: copied when the value is one
     "PixelIntensityRelationship": ("LIN", "LOG"),
     "ImageLaterality": ("R", "L", "U", "B"),
     "Laterality": ("R", "L"),
-    "DetectorType": ("DIRECT", "SCINTILLATOR", "STORAGE", "FILM"),
+    "DetectorType": ("DIRECT", "SCINTILLATOR", "STORAGE", "IMAGE"),
     "PositionerType": ("NONE", "COLUMN", "C-ARM", "CARM"),
     "VOILUTFunction": ("LINEAR", "LINEAR_EXACT", "SIGMOID"),
     "RescaleType": ("US", "OD", "UNSPECIFIED"),
@@ -89,14 +89,14 @@ METHOD_CODES = (  # CID 7050
 
 
 class MayNotLeave(Exception):
-    """A film that is not given out: the reason, without a word of the patient's."""
+    """An image that is not given out: the reason, without a word of the patient's."""
 
 
 def deidentify(path: Path, key: bytes) -> Dataset:
-    """The film at `path` as it may leave the site, native pixels, explicit little endian, with file meta.
+    """The image at `path` as it may leave the site, native pixels, explicit little endian, with file meta.
 
-    The same patient, study, series and film get the same new identity each time, under the site's `key`. Raises
-    MayNotLeave for what is no readable chest film, a secondary capture, or says that it shows a name or a face; OSError.
+    The same patient, study, series and image get the same new identity each time, under the site's `key`. Raises
+    MayNotLeave for what is no readable chest image, a secondary capture, or says that it shows a name or a face; OSError.
     """
     with path.open("rb") as stream:
         try:
@@ -119,7 +119,7 @@ def _may_leave(found: Header, syntax: str) -> str:
         raise MayNotLeave("Secondary Capture: may show anything, names included")
     for keyword in ("BurnedInAnnotation", "RecognizableVisualFeatures"):
         if header.text(ds, keyword).upper() not in ("", "NO"):
-            raise MayNotLeave(f"{keyword} is not NO: the film itself says that it identifies the patient")
+            raise MayNotLeave(f"{keyword} is not NO: the image itself says that it identifies the patient")
     return check_header(found, syntax, ANY_AGE)
 
 
@@ -233,7 +233,7 @@ def _tables(ds: Dataset, keyword: str) -> list[Dataset]:
 
 
 def _pixels(out: Dataset, found: Header, syntax: str) -> None:
-    """Stored values, decoded and written plainly: only the bits that are the film's."""
+    """Stored values, decoded and written plainly: only the bits that are the image's."""
     ds = found.dataset
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = UID(syntax)
@@ -244,7 +244,7 @@ def _pixels(out: Dataset, found: Header, syntax: str) -> None:
     out.Rows, out.Columns = stored.shape
     out.BitsAllocated, out.BitsStored, out.HighBit = (8 if bits <= 8 else 16), bits, bits - 1
     out.PixelRepresentation = int(stored.dtype.kind == "i")
-    if syntax in SURELY_LOSSY:  # also where the film doesn't say so (PS3.3 C.7.6.1.1.5)
+    if syntax in SURELY_LOSSY:  # also where the image doesn't say so (PS3.3 C.7.6.1.1.5)
         out.LossyImageCompression = "01"
     data = stored.astype(np.uint8 if bits <= 8 else stored.dtype.newbyteorder("<")).tobytes()
     out.PixelData = data + b"\0" * (len(data) % 2)

@@ -1,6 +1,6 @@
-"""What every result says of itself and takes over from its film: identity, patient, study, maker, time.
+"""What every result says of itself and takes over from its image: identity, patient, study, maker, time.
 
-Copies the patient's and the study's attributes byte for byte, in the film's own character set, where they are valid.
+Copies the patient's and the study's attributes byte for byte, in the image's own character set, where they are valid.
 The objects themselves are `report` (SR) and `capture` (Secondary Capture). Knows no model, no ledger and no network.
 """
 
@@ -63,7 +63,7 @@ _ANY = re.compile(r".+", re.S)
 
 
 class CantSay(ValueError):
-    """The film's header leaves out something without which no valid result can be made; the message names it."""
+    """The image's header leaves out something without which no valid result can be made; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the model says of one film, and who speaks."""
+    """What the model says of one image, and who speaks."""
 
-    sha256: str  # of the film
+    sha256: str  # of the image
     bundle: str
     scores: tuple[Score, ...]
     at: datetime  # aware, in the site's time zone
@@ -96,51 +96,51 @@ class Scored:
 
 
 def result_uid(*parts: str) -> str:
-    """A UID under our own root that depends on `parts` alone; `admission` refuses films that carry one."""
+    """A UID under our own root that depends on `parts` alone; `admission` refuses images that carry one."""
     digest = hashlib.sha256("\n".join(parts).encode()).digest()
     return RESULT_UID_ROOT + str(int.from_bytes(digest[:13]))  # 104 bits: 32 digits at most
 
 
-def read_film(path: Path) -> Dataset:
+def read_image(path: Path) -> Dataset:
     """The header of an original, said to be lossy where its syntax is. Raises Unreadable, OSError."""
     with path.open("rb") as stream:
         syntax = open_envelope(stream).transfer_syntax
-        film = read_header(stream, syntax).dataset
+        image = read_header(stream, syntax).dataset
     if syntax in SURELY_LOSSY:
-        film.LossyImageCompression = "01"
-    return film
+        image.LossyImageCompression = "01"
+    return image
 
 
-def reference(film: Dataset) -> Dataset:
-    """Only the UIDs of a film and an empty patient: what highdicom may read. Raises CantSay."""
+def reference(image: Dataset) -> Dataset:
+    """Only the UIDs of an image and an empty patient: what highdicom may read. Raises CantSay."""
     ds = Dataset()
     for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
-        value = header.text(film, keyword)
+        value = header.text(image, keyword)
         if not is_uid(value):
-            raise CantSay(f"the film has no valid {keyword}")
+            raise CantSay(f"the image has no valid {keyword}")
         setattr(ds, keyword, value)
     for keyword in EMPTY_IF_UNKNOWN:
         setattr(ds, keyword, "")
     return ds
 
 
-def finish(result: Dataset, film: Dataset, said: Scored) -> Dataset:
-    """The result with patient and study of the film, our device, its time and file meta; ready to be encoded."""
-    charset = character_set(film)
+def finish(result: Dataset, image: Dataset, said: Scored) -> Dataset:
+    """The result with patient and study of the image, our device, its time and file meta; ready to be encoded."""
+    charset = character_set(image)
     if charset:
         result.SpecificCharacterSet = list(charset)
     elif "SpecificCharacterSet" in result:
         del result.SpecificCharacterSet
     for keyword in (*EMPTY_IF_UNKNOWN, *OPTIONAL):
-        value = _value(film, keyword)
+        value = _value(image, keyword)
         tag = Tag(keyword_dict[keyword])
         if tag in result:
             del result[tag]
         if value or keyword in EMPTY_IF_UNKNOWN:
             # raw, so that the bytes travel as they are and no library prints or judges them
             result[tag] = RawDataElement(tag, dictionary_VR(tag), len(value), value, 0, True, True)
-    result.StudyInstanceUID = header.text(film, "StudyInstanceUID")
-    _clock(result, film, said.at)
+    result.StudyInstanceUID = header.text(image, "StudyInstanceUID")
+    _clock(result, image, said.at)
     result.Manufacturer, result.ManufacturerModelName = "cxrloop", RESULT_DEVICE
     result.DeviceSerialNumber, result.SoftwareVersions = said.device[:16], [said.version, said.bundle]
     meta = result.file_meta
@@ -150,10 +150,10 @@ def finish(result: Dataset, film: Dataset, said: Scored) -> Dataset:
     return result
 
 
-def character_set(film: Dataset) -> tuple[str, ...]:
-    """SpecificCharacterSet for a result: the film's own where it fits its bytes, else what they look like; () is ASCII."""
-    declared = _declared(film)
-    raw = b"\n".join(_value(film, keyword) for keyword in (*EMPTY_IF_UNKNOWN, *OPTIONAL))
+def character_set(image: Dataset) -> tuple[str, ...]:
+    """SpecificCharacterSet for a result: the image's own where it fits its bytes, else what they look like; () is ASCII."""
+    declared = _declared(image)
+    raw = b"\n".join(_value(image, keyword) for keyword in (*EMPTY_IF_UNKNOWN, *OPTIONAL))
     if declared and all(name in python_encoding for name in declared):
         if len(declared) > 1 or b"\x1b" in raw:
             return declared  # code extensions: escape sequences say what is meant
@@ -164,10 +164,10 @@ def character_set(film: Dataset) -> tuple[str, ...]:
     return ("ISO_IR 192",) if _decodes(raw, "utf-8") else ("ISO_IR 100",)
 
 
-def _declared(film: Dataset) -> tuple[str, ...]:
+def _declared(image: Dataset) -> tuple[str, ...]:
     """SpecificCharacterSet as the standard spells it (PS3.3 C.12.1.1.2); GBK is a part of GB18030, which more receivers know."""
     names = (
-        re.sub(r"^ISO(.2022)?.IR.?(\d+)$", _iso_name, name) for name in header.values(film, "SpecificCharacterSet")
+        re.sub(r"^ISO(.2022)?.IR.?(\d+)$", _iso_name, name) for name in header.values(image, "SpecificCharacterSet")
     )
     return tuple("GB18030" if name == "GBK" else name for name in names)
 
@@ -184,9 +184,9 @@ def _decodes(raw: bytes, encoding: str) -> bool:
     return True
 
 
-def _value(film: Dataset, keyword: str) -> bytes:
+def _value(image: Dataset, keyword: str) -> bytes:
     """The value's bytes, padded to an even length; b"" when it is absent or not valid."""
-    element = film.get_item(Tag(keyword_dict[keyword]))
+    element = image.get_item(Tag(keyword_dict[keyword]))
     value = element.value if element is not None else None
     if not isinstance(value, bytes):
         return b""
@@ -194,17 +194,17 @@ def _value(film: Dataset, keyword: str) -> bytes:
     vr = dictionary_VR(keyword)
     text = value.decode("latin-1")
     if vr == "DA":
-        day = header.day(film, keyword)
+        day = header.day(image, keyword)
         text = day.strftime("%Y%m%d") if day else ""
     elif vr == "TM":
         text = text.replace(":", "")
     elif keyword == "PatientSex":
         text = text if text in ("M", "F", "O") else ""
-    elif vr == "PN" and b"\x1b" not in value and not header.text(film, "SpecificCharacterSet").startswith("GB"):
+    elif vr == "PN" and b"\x1b" not in value and not header.text(image, "SpecificCharacterSet").startswith("GB"):
         value = value.split(b"\\")[0].strip()  # one name; in code extensions and GB a backslash is half a character
-        text = _characters(film, value)
+        text = _characters(image, value)
     elif vr in ("SH", "LO", "PN"):
-        text = _characters(film, value)
+        text = _characters(image, value)
     valid = _ANY if keyword in IDENTIFYING else _VALID.get(vr, _ANY)
     if not valid.fullmatch(text):
         return b""
@@ -212,9 +212,9 @@ def _value(film: Dataset, keyword: str) -> bytes:
     return value + b" " * (len(value) % 2)
 
 
-def _characters(film: Dataset, value: bytes) -> str:
-    """The value's characters, to be counted: in the film's character set, else in the one that they look like."""
-    declared = _declared(film)
+def _characters(image: Dataset, value: bytes) -> str:
+    """The value's characters, to be counted: in the image's character set, else in the one that they look like."""
+    declared = _declared(image)
     if value.isascii() and b"\x1b" not in value:
         return value.decode("ascii")
     if declared and all(name in python_encoding for name in declared):
@@ -222,9 +222,9 @@ def _characters(film: Dataset, value: bytes) -> str:
     return value.decode("utf-8" if _decodes(value, "utf-8") else "latin-1")
 
 
-def _clock(result: Dataset, film: Dataset, at: datetime) -> None:
-    """Dates and times of making; in the film's offset from UTC where its header states one, for it holds for all."""
-    offset = header.text(film, "TimezoneOffsetFromUTC")
+def _clock(result: Dataset, image: Dataset, at: datetime) -> None:
+    """Dates and times of making; in the image's offset from UTC where its header states one, for it holds for all."""
+    offset = header.text(image, "TimezoneOffsetFromUTC")
     if re.fullmatch(r"[+-](0\d|1[0-4])[0-5]\d", offset):
         sign = -1 if offset[0] == "-" else 1
         at = at.astimezone(timezone(sign * timedelta(hours=int(offset[1:3]), minutes=int(offset[3:]))))

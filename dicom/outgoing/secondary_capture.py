@@ -1,4 +1,4 @@
-"""The heatmap of a scored film as a Secondary Capture: panels with captions burned in, in the film's own study.
+"""The heatmap of a scored image as a Secondary Capture: panels with captions burned in, in the image's own study.
 
 The panels come drawn; this adds what they mean and what they must not be used for. Knows no model and no network.
 """
@@ -21,9 +21,9 @@ LETTERS = 18  # pixels: readable where a workstation fits the sheet into a quart
 LARGEST_VALUE = 10240  # characters of LT (PS3.5 6.2)
 
 
-def capture(film: Dataset, said: Scored, panels: Sequence[tuple[Score, np.ndarray]]) -> Dataset:
+def capture(image: Dataset, said: Scored, panels: Sequence[tuple[Score, np.ndarray]]) -> Dataset:
     """A Secondary Capture (PS3.3 A.8.1), RGB, of panels uint8 [512, 512, 3] side by side; raises CantSay."""
-    source = reference(film)
+    source = reference(image)
     result = SCImage(
         pixel_array=sheet(panels, said),
         photometric_interpretation="RGB",
@@ -40,19 +40,19 @@ def capture(film: Dataset, said: Scored, panels: Sequence[tuple[Score, np.ndarra
         transfer_syntax_uid=SYNTAX,
         series_description=f"cxrloop heatmap: {NOTICE.lower()}",
     )
-    # as the film has it: the plate is not turned; empty where unknown (type 2C)
-    result.add_new("PatientOrientation", "CS", _orientation(film))
+    # as the image has it: the plate is not turned; empty where unknown (type 2C)
+    result.add_new("PatientOrientation", "CS", _orientation(image))
     result.ConversionType = "SYN"  # a synthetic image (PS3.3 C.8.6.1)
     result.BodyPartExamined = "CHEST"
-    burned = header.text(film, "BurnedInAnnotation")
-    if burned in ("YES", "NO"):  # the film's own letters are in the plate; ours name no one
+    burned = header.text(image, "BurnedInAnnotation")
+    if burned in ("YES", "NO"):  # the image's own letters are in the plate; ours name no one
         result.BurnedInAnnotation = burned
-    if header.text(film, "LossyImageCompression") == "01":  # once lossy, always (PS3.3 C.7.6.1.1.5)
+    if header.text(image, "LossyImageCompression") == "01":  # once lossy, always (PS3.3 C.7.6.1.1.5)
         result.LossyImageCompression = "01"
     result.DerivationDescription = f"Heatmap of cxrloop {said.version}, model bundle {said.bundle}. {NOTICE}."
     result.ImageComments = _comments(said)[:LARGEST_VALUE]
     result.SourceImageSequence = [_source(source)]
-    finish(result, film, said)
+    finish(result, image, said)
     result.DateOfSecondaryCapture, result.TimeOfSecondaryCapture = result.ContentDate, result.ContentTime
     return result
 
@@ -88,8 +88,8 @@ def _line(
     pen.text((x + 8, y + (STRIP - LETTERS) // 2), words + end, ink, font)
 
 
-def _orientation(film: Dataset) -> list[str] | str:
-    rows = header.values(film, "PatientOrientation")
+def _orientation(image: Dataset) -> list[str] | str:
+    rows = header.values(image, "PatientOrientation")
     known = {"A", "P", "R", "L", "H", "F"}
     return list(rows) if len(rows) == 2 and all(set(one) <= known and 0 < len(one) <= 3 for one in rows) else ""
 

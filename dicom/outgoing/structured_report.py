@@ -1,4 +1,4 @@
-"""The structured report of a scored film: TID 1500, one measurement group a finding, in the film's own study.
+"""The structured report of a scored image: TID 1500, one measurement group a finding, in the image's own study.
 
 Probability and threshold are numbers, presence is never asserted: the group says on which side of the threshold
 the probability lies. Knows no model and no network.
@@ -28,14 +28,14 @@ from dicom.dataset.facts import RESULT_DEVICE
 from dicom.outgoing.codes import finding_code, own_code, schemes
 from dicom.outgoing.results import NOTICE, SERIES_NUMBERS, SYNTAX, Score, Scored, finish, reference, result_uid
 
-CHEST_FILM = Code("399208008", "SCT", "Plain chest X-ray")
+CHEST_IMAGE = Code("399208008", "SCT", "Plain chest X-ray")
 AT_OR_ABOVE = own_code("above-threshold", "Probability is at or above the threshold")
 DEVICE_OBSERVER = CodedConcept("121007", "DCM", "Device")
 
 
-def report(film: Dataset, said: Scored) -> Dataset:
-    """A Comprehensive SR (PS3.3 A.35.3) of one film; raises CantSay where the film's header is too thin to refer to."""
-    source = reference(film)
+def report(image: Dataset, said: Scored) -> Dataset:
+    """A Comprehensive SR (PS3.3 A.35.3) of one image; raises CantSay where the image's header is too thin to refer to."""
+    source = reference(image)
     observer = DeviceObserverIdentifyingAttributes(
         uid=result_uid("device", said.device), name="cxrloop", manufacturer_name="cxrloop",
         model_name=RESULT_DEVICE, serial_number=said.device[:16],
@@ -46,7 +46,7 @@ def report(film: Dataset, said: Scored) -> Dataset:
                 observer_type=DEVICE_OBSERVER, observer_identifying_attributes=observer
             )
         ),
-        procedure_reported=CHEST_FILM,
+        procedure_reported=CHEST_IMAGE,
         imaging_measurements=[_group(source, said, score) for score in said.scores],
     )
     content[0].ContentSequence.append(_comment(said))
@@ -65,7 +65,7 @@ def report(film: Dataset, said: Scored) -> Dataset:
         series_description=f"cxrloop report: {NOTICE.lower()}",
         coding_schemes=schemes(),
     )
-    return finish(result, film, said)
+    return finish(result, image, said)
 
 
 def _group(source: Dataset, said: Scored, score: Score) -> MeasurementsAndQualitativeEvaluations:

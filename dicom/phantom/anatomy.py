@@ -69,7 +69,7 @@ def build(rng: Seed, sex: str, age: float) -> Body:
 
 
 def breathe(body: Body, rng: Seed, ap: bool) -> Body:
-    """The same patient on another day: breath, turn, aeration; a bedside film breathes less and magnifies the heart."""
+    """The same patient on another day: breath, turn, aeration; a bedside image breathes less and magnifies the heart."""
     down = rng.normal(-0.05 if ap else 0.0, 0.05)
     right, left = (dome + down + rng.normal(0, 0.02) for dome in body.dome)
     wide, narrow = (arch * rng.uniform(0.8, 1.2) for arch in body.arch)
@@ -92,7 +92,7 @@ def chest(
 ) -> Array:
     """float32 density, 0 in air, about 1 behind the heart.
 
-    A finding draws its place from its own generator in `lesion`, so a film with it and one without differ there only.
+    A finding draws its place from its own generator in `lesion`, so an image with it and one without differ there only.
     """
     spine = x - b.curve * np.sin(2.5 * y + 0.5)
     away = np.abs(x)

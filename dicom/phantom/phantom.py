@@ -1,8 +1,8 @@
-"""Procedural chest films: lungs, heart, bones and four findings, drawn by numpy from a seed.
+"""Procedural chest images: lungs, heart, bones and four findings, drawn by numpy from a seed.
 
 For demos, tests and heartbeats. Phantoms are EASY: anatomy is a dozen curves and a finding is one more. An AUC
 measured on them says that the loop turns, and nothing at all about patients; print the raw-pixel floor beside it.
-Knows nothing of DICOM: it returns stored values (12 bit, MONOCHROME2 sense); `dicom.phantom.wrap` makes them a film.
+Knows nothing of DICOM: it returns stored values (12 bit, MONOCHROME2 sense); `dicom.phantom.wrap` makes them an image.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 from dicom.phantom.anatomy import Array, Seed, breathe, build, chest, soft
 
 FINDINGS = ("cardiomegaly", "effusion", "opacity", "nodule")  # nodule is the hard one
-SIZE = 288  # about 15 ms a film on one core; enough for a 2-pixel fissure, small enough for a test
+SIZE = 288  # about 15 ms an image on one core; enough for a 2-pixel fissure, small enough for a test
 TOP = 4095  # 12 bit
 
 
 @dataclass(frozen=True)
 class Phantom:
-    """One film still to be drawn: who, how, and what it shows; `pixels()` draws it."""
+    """One image still to be drawn: who, how, and what it shows; `pixels()` draws it."""
 
     patient: str
     seed: int
-    anatomy: int  # seed of the patient's build, the same on all films of a patient
-    number: int  # 0 for the patient's first film
+    anatomy: int  # seed of the patient's build, the same on all images of a patient
+    number: int  # 0 for the patient's first image
     view: str
     sex: str
     age_years: int
@@ -36,7 +36,7 @@ class Phantom:
 
     def pixels(self, size: int = SIZE) -> Array:
         """uint16 [size, size], 12 bit, MONOCHROME2."""
-        return film(self.seed, self.strengths, self.view, size, self.anatomy, self.sex, self.age_years)
+        return image(self.seed, self.strengths, self.view, size, self.anatomy, self.sex, self.age_years)
 
 
 def draw(
@@ -51,7 +51,7 @@ def draw(
 ) -> list[Phantom]:
     """`n` phantoms, the same for the same arguments; `draw(n)` begins with `draw(m)` for m < n.
 
-    `strength`: a finding's range from barely visible to obvious. `repeat`: chance that a film is one more of
+    `strength`: a finding's range from barely visible to obvious. `repeat`: chance that an image is one more of
     the same patient, who then keeps each answer four times in five. View, sex and age are drawn without looking
     at the labels, so none of them gives a label away.
     """
@@ -89,7 +89,7 @@ def draw(
     return made
 
 
-def film(
+def image(
     seed: int,
     findings: Mapping[str, float] | None = None,
     view: str = "PA",
@@ -101,7 +101,7 @@ def film(
     """uint16 [size, size], 12 bit, MONOCHROME2: a frontal chest; `findings` maps a name to a strength in (0, 1]."""
     shown = dict(findings or {})
     if not set(shown) <= set(FINDINGS) or view not in ("PA", "AP"):
-        raise ValueError(f"film(findings={shown}, view={view!r}): allowed are {FINDINGS} and PA, AP")
+        raise ValueError(f"image(findings={shown}, view={view!r}): allowed are {FINDINGS} and PA, AP")
     rng = np.random.default_rng(seed)
     body = build(np.random.default_rng(seed if anatomy is None else anatomy), sex, age_years)
     body = breathe(body, rng, view == "AP")
@@ -158,7 +158,7 @@ def hip(seed: int, size: int = SIZE) -> Array:
 
 
 def _grid(size: int, rng: Seed, turn: float) -> tuple[Array, Array]:
-    """x, y float32 [size, size] after the film's own shift, tilt and magnification."""
+    """x, y float32 [size, size] after the image's own shift, tilt and magnification."""
     line = np.linspace(-1, 1, size, dtype=np.float32)
     angle, scale = np.radians(rng.normal(0, turn / 2)), rng.uniform(0.92, 1.08)
     dx, dy = rng.normal(0, 0.03, 2)

@@ -1,4 +1,4 @@
-"""A picture as a DICOM film: PNG, JPEG or array in, data set out; for imports, the demo's PACS and tests.
+"""A picture as a DICOM image: PNG, JPEG or array in, data set out; for imports, the demo's PACS and tests.
 
 Deterministic: the same picture of the same patient always gets the same SOP Instance UID. Writes no file.
 """
@@ -18,7 +18,7 @@ from dicom.dataset.part10 import EXPLICIT_LE, IMPLEMENTATION_UID, NATIVE
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 
 WRAPPER = "cxrloop wrap"  # ManufacturerModelName; not our results' device, so never refused as one
-FILM_MM = 350  # the width of a common chest cassette
+IMAGE_MM = 350  # the width of a common chest cassette
 VIEWS = {  # CID 4010
     "PA": ("272479007", "postero-anterior"),
     "AP": ("399348003", "antero-posterior"),
@@ -43,14 +43,14 @@ def wrap(
     sop_uid: str | None = None,
     study_uid: str | None = None,
 ) -> Dataset:
-    """A film of `source`: a picture file, or a uint8 / uint16 [H, W] array (brighter is denser).
+    """An image of `source`: a picture file, or a uint8 / uint16 [H, W] array (brighter is denser).
 
     `study_date` YYYYMMDD; `bits` stored, by default 8, 12 or 16, by the source; MONOCHROME1 is stored inverted.
     Syntaxes: native ones, JPEG 2000 lossless, JPEG-LS. Raises ValueError, OSError.
     """
     grey = read_grey(source) if isinstance(source, Path) else np.ascontiguousarray(source)
     if grey.ndim != 2 or grey.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"{grey.dtype} {grey.shape}: a film is uint8 or uint16 [H, W]")
+        raise ValueError(f"{grey.dtype} {grey.shape}: an image is uint8 or uint16 [H, W]")
     bits = bits or (8 if grey.dtype == np.uint8 else 12 if grey.max(initial=0) < 4096 else 16)
     if int(grey.max(initial=0)) >> bits:
         raise ValueError(f"values up to {grey.max()} do not fit {bits} bits")
@@ -60,7 +60,7 @@ def wrap(
     ds = Dataset()
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.SOPClassUID = CLASS_OF.get(modality, SECONDARY_CAPTURE)
-    ds.SOPInstanceUID = sop_uid or generate_uid(entropy_srcs=["film", patient_id, content])
+    ds.SOPInstanceUID = sop_uid or generate_uid(entropy_srcs=["image", patient_id, content])
     ds.StudyInstanceUID = study_uid or generate_uid(entropy_srcs=["study", patient_id, study_date or "", content])
     ds.SeriesInstanceUID = generate_uid(entropy_srcs=["series", str(ds.StudyInstanceUID)])
     _patient(ds, patient_id, sex, age_years)
@@ -107,8 +107,8 @@ def _pixels(ds: Dataset, stored: np.ndarray, bits: int, photometric: str, syntax
     ds.Rows, ds.Columns = stored.shape
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8 * stored.dtype.itemsize, bits, bits - 1, 0
     if ds.Modality == "DX":
-        # required in a DX object, and not known of a picture: as if the film were FILM_MM wide
-        ds.ImagerPixelSpacing = [f"{FILM_MM / stored.shape[1]:.5f}"] * 2
+        # required in a DX object, and not known of a picture: as if the image were IMAGE_MM wide
+        ds.ImagerPixelSpacing = [f"{IMAGE_MM / stored.shape[1]:.5f}"] * 2
         ds.PresentationLUTShape = "INVERSE" if photometric == "MONOCHROME1" else "IDENTITY"
     # the full range is the window: plates come out as the picture was, whatever percentiles would say
     ds.WindowCenter, ds.WindowWidth = str(1 << bits - 1), str(1 << bits)
@@ -140,7 +140,7 @@ def _encapsulate(ds: Dataset, stream: bytes | bytearray) -> None:
 def read_grey(path: Path) -> np.ndarray:
     """uint8 or uint16 [H, W] of a PNG or JPEG; colour and palettes become grey, transparency black.
 
-    Raises OSError, and ValueError for a damaged picture and one larger than any film.
+    Raises OSError, and ValueError for a damaged picture and one larger than any image.
     """
     try:
         with Picture.open(path) as picture:

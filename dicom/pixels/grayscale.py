@@ -13,7 +13,7 @@ TAILS = (0.005, 0.995)  # where no window is given; burnt-in markers and collima
 
 
 class Blank(ValueError):
-    """There is nothing on the film: all pixels, padding aside, hold one value."""
+    """There is nothing on the image: all pixels, padding aside, hold one value."""
 
 
 def brightness(ds: Dataset, lowest: int, counts: np.ndarray, windowed: bool = True) -> np.ndarray:
@@ -34,7 +34,7 @@ def brightness(ds: Dataset, lowest: int, counts: np.ndarray, windowed: bool = Tr
     if shown is None:
         shown = np.clip((values - low) / (high - low), 0, 1)
     inverse = header.text(ds, "PhotometricInterpretation").upper() == "MONOCHROME1"
-    # a DX film says MONOCHROME1 and INVERSE together (PS3.3 C.8.11.3): one inversion, not two
+    # a DX image says MONOCHROME1 and INVERSE together (PS3.3 C.8.11.3): one inversion, not two
     if inverse or header.text(ds, "PresentationLUTShape").upper() == "INVERSE":
         shown = 1 - shown
     return np.where(padding, 0.0, shown)
@@ -92,7 +92,7 @@ def _voi(ds: Dataset, values: np.ndarray) -> np.ndarray | None:
     """0..1 by the VOI LUT, else by the first window (C.11.2.1.2); None when the header has neither, or a broken one."""
     if "VOILUTSequence" in ds and ds["VOILUTSequence"].value:
         shown, table = _lookup(ds, ds["VOILUTSequence"].value[0], values)
-        # by the table's own top: many say 16 bits and fill 12. Not by this film's brightest pixel, which is no white
+        # by the table's own top: many say 16 bits and fill 12. Not by this image's brightest pixel, which is no white
         return shown / table.max() if table.max() > table.min() else None
     try:
         centre, width = header.number(ds, "WindowCenter"), header.number(ds, "WindowWidth")

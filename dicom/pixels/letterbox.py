@@ -1,4 +1,4 @@
-"""Letterbox of a film onto the plate: area average when it shrinks, bilinear when it grows.
+"""Letterbox of an image onto the plate: area average when it shrinks, bilinear when it grows.
 
 Plain arithmetic on one array; knows nothing of DICOM.
 """
@@ -10,26 +10,26 @@ import numpy as np
 SIDE = 512  # pixels; the plate's side, part of PLATE_VERSION
 
 
-def letterbox(film: np.ndarray, side: int = SIDE) -> np.ndarray:
+def letterbox(image: np.ndarray, side: int = SIDE) -> np.ndarray:
     """uint8 [side, side] from float [H, W] in 0..255: aspect kept, centred, black around."""
-    rows, columns = film.shape
+    rows, columns = image.shape
     scale = side / max(rows, columns)
     height, width = max(1, round(rows * scale)), max(1, round(columns * scale))
-    small = _along_rows(_along_rows(film, height).T, width).T
+    small = _along_rows(_along_rows(image, height).T, width).T
     plate = np.zeros((side, side), np.uint8)
     top, left = (side - height) // 2, (side - width) // 2
     plate[top : top + height, left : left + width] = np.clip(np.rint(small), 0, 255)
     return plate
 
 
-def _along_rows(film: np.ndarray, out: int) -> np.ndarray:
+def _along_rows(image: np.ndarray, out: int) -> np.ndarray:
     """float32 [out, W] from [H, W]; each output row is a short weighted sum of neighbouring input rows."""
-    film = np.ascontiguousarray(film, np.float32)
-    if film.shape[0] == out:
-        return film
-    small = np.empty((out, film.shape[1]), np.float32)
-    for row, (start, weights) in enumerate(taps(film.shape[0], out)):
-        np.matmul(weights, film[start : start + len(weights)], out=small[row])
+    image = np.ascontiguousarray(image, np.float32)
+    if image.shape[0] == out:
+        return image
+    small = np.empty((out, image.shape[1]), np.float32)
+    for row, (start, weights) in enumerate(taps(image.shape[0], out)):
+        np.matmul(weights, image[start : start + len(weights)], out=small[row])
     return small
 
 

@@ -22,7 +22,7 @@ PLATE_VERSION = 1  # written on every bundle; a change to any step below is a ne
 
 
 def to_plate(ds: Dataset) -> np.ndarray:
-    """uint8 [512, 512], MONOCHROME2, letterboxed. Raises ValueError (Blank when nothing is on the film)."""
+    """uint8 [512, 512], MONOCHROME2, letterboxed. Raises ValueError (Blank when nothing is on the image)."""
     return render(ds, decode(ds))
 
 
@@ -112,7 +112,7 @@ def _integers(values: np.ndarray, bits: int, shift: int, signed: bool) -> np.nda
 
 
 def pixel_sha256(stored: np.ndarray) -> str:
-    """Hex sha256 of dtype, shape and little-endian bytes: one value for one film in any lossless syntax."""
+    """Hex sha256 of dtype, shape and little-endian bytes: one value for one image in any lossless syntax."""
     digest = hashlib.sha256(f"{stored.dtype.kind}{stored.dtype.itemsize} {stored.shape}".encode())
     digest.update(np.ascontiguousarray(stored, stored.dtype.newbyteorder("<")).data)
     return digest.hexdigest()
@@ -123,11 +123,11 @@ def render(ds: Dataset, stored: np.ndarray) -> np.ndarray:
     lowest = int(stored.min())
     index = stored if lowest == 0 and stored.dtype == np.uint16 else stored.astype(np.int32) - lowest
     counts = np.bincount(index.ravel())
-    plate = letterbox(_film(ds, lowest, counts, index))
-    if plate.min() == plate.max():  # a window that shows nothing; the film's own range is better than black
-        plate = letterbox(_film(ds, lowest, counts, index, windowed=False))
+    plate = letterbox(_image(ds, lowest, counts, index))
+    if plate.min() == plate.max():  # a window that shows nothing; the image's own range is better than black
+        plate = letterbox(_image(ds, lowest, counts, index, windowed=False))
     return plate
 
 
-def _film(ds: Dataset, lowest: int, counts: np.ndarray, index: np.ndarray, windowed: bool = True) -> np.ndarray:
+def _image(ds: Dataset, lowest: int, counts: np.ndarray, index: np.ndarray, windowed: bool = True) -> np.ndarray:
     return np.take((brightness(ds, lowest, counts, windowed) * 255).astype(np.float32), index)

@@ -1,7 +1,7 @@
-"""Is this plate a frontal chest film, upright, not inverted, with something on it? From pixels alone.
+"""Is this plate a frontal chest image, upright, not inverted, with something on it? From pixels alone.
 
 A small convolutional net in numpy over the plate at 32 x 32 (tools/quality_filter/train.py made quality.npz and the figures),
-and two plain rules for what is saturated or empty. Knows no header, and can't tell a lateral: its films held none.
+and two plain rules for what is saturated or empty. Knows no header, and can't tell a lateral: its images held none.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 WEIGHTS = Path(__file__).with_name("quality.npz")
-SIDE = 32  # pixels; every source film has more, so that no set's own resolution survives
-CLIPPED = 0.70  # share of the film that is pure black or pure white; all 16,000 chest films of three sets are under .4
-FLAT = 4.0  # grey levels, standard deviation at 32 x 32; chest films of three sets have 18 and more
-ROUGH = 0.4  # correlation of neighbours at 32 x 32: noise has less than .15, the roughest chest film .67
+SIDE = 32  # pixels; every source image has more, so that no set's own resolution survives
+CLIPPED = (
+    0.70  # share of the image that is pure black or pure white; all 16,000 chest images of three sets are under .4
+)
+FLAT = 4.0  # grey levels, standard deviation at 32 x 32; chest images of three sets have 18 and more
+ROUGH = 0.4  # correlation of neighbours at 32 x 32: noise has less than .15, the roughest chest image .67
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,17 @@ def fault(plate: np.ndarray) -> str | None:
     """Why a plate (uint8 [512, 512]) is not to be scored or learnt from; None when nothing speaks against it."""
     share = clipped(plate)
     if share > CLIPPED:
-        return f"quality: saturated, {share:.0%} of the film is black or white"
+        return f"quality: saturated, {share:.0%} of the image is black or white"
     small = shrink(plate)
     if small.std() < FLAT or _likeness(small) < ROUGH:
-        return "quality: nothing but noise on the film"
+        return "quality: nothing but noise on the image"
     return verdict(look(plate), _net()["limits"])
 
 
 def verdict(said: Answer, limits: np.ndarray) -> str | None:
     """The reason that an answer is, by the limits for not a chest, inverted and rotated; None within all three."""
     if 1 - said.chest > limits[0]:
-        return f"quality: not a chest film ({1 - said.chest:.2f})"
+        return f"quality: not a chest image ({1 - said.chest:.2f})"
     if said.inverted > limits[1]:
         return f"quality: inverted, black for white ({said.inverted:.2f})"
     if 1 - said.turned[0] > limits[2]:
@@ -63,7 +65,7 @@ def look(plate: np.ndarray, net: dict[str, np.ndarray] | None = None) -> Answer:
 
 
 def clipped(plate: np.ndarray) -> float:
-    """Share of pure black and white on the film, the outermost all-black rows and columns (letterbox, shutters) aside."""
+    """Share of pure black and white on the image, the outermost all-black rows and columns (letterbox, shutters) aside."""
     rows, columns = np.flatnonzero(plate.any(1)), np.flatnonzero(plate.any(0))
     if not len(rows):
         return 1.0

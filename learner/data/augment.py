@@ -1,8 +1,8 @@
 """Plates to network inputs, and the random views of DISTL, as batched tensor arithmetic on any device.
 
 Resizing, cropping and blurring are products with small matrices, `R @ x @ R.T`; the exported graph uses the very same
-`resize_matrix`, so training and serving can't skew. Randomness comes in as uniform numbers drawn per film elsewhere:
-this file draws none, so a view depends on nothing but its film and its numbers.
+`resize_matrix`, so training and serving can't skew. Randomness comes in as uniform numbers drawn per image elsewhere:
+this file draws none, so a view depends on nothing but its image and its numbers.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from learner.round.recipe import Recipe
 
-TRIES = 10  # draws of area and aspect before a crop falls back to the whole film, as torchvision does
+TRIES = 10  # draws of area and aspect before a crop falls back to the whole image, as torchvision does
 NUMBERS = 2 * TRIES + 8  # uniform numbers a view needs
 ASPECT = (log(3 / 4), log(4 / 3))
 BLUR = (0.1, 2.0)  # sigma in pixels
@@ -64,12 +64,12 @@ def make_views(images: Tensor, numbers: Tensor, recipe: Recipe) -> list[Tensor]:
 
 
 def views_of(images: Tensor, numbers: Tensor, noise: Noise) -> Tensor:
-    """V random views of each film (V, B, 1, s, s), in the published order: crop, flip, rotate, contrast, equalise, blur.
+    """V random views of each image (V, B, 1, s, s), in the published order: crop, flip, rotate, contrast, equalise, blur.
 
-    Images (B, 1, S, S), numbers (B, V, NUMBERS). All views of all films go through each operation at once; the last
+    Images (B, 1, S, S), numbers (B, V, NUMBERS). All views of all images go through each operation at once; the last
     three are done for the chosen views alone.
     """
-    films, views = numbers.shape[:2]
+    samples, views = numbers.shape[:2]
     flat, side = numbers.flatten(0, 1), images.shape[-1]
     flip, angle, auto, equal, blurred, sigma = flat[:, 2 * TRIES + 2 :].unbind(1)
     settings = [*crop_boxes(flat, side, noise.scale), (2 * angle - 1) * noise.rotate]
@@ -77,8 +77,8 @@ def views_of(images: Tensor, numbers: Tensor, noise: Noise) -> Tensor:
     top, left, high, wide, degrees, width = torch.stack(settings).to(images.device).unbind()
     down = crop_matrix(top, high, side, noise.size)  # (B V, s, S)
     across = crop_matrix(left, wide, side, noise.size)
-    # the V matrices of one film stand on top of each other: the film itself is never copied
-    rows = (down.view(films, views * noise.size, side) @ images[:, 0]).view_as(down)
+    # the V matrices of one image stand on top of each other: the image itself is never copied
+    rows = (down.view(samples, views * noise.size, side) @ images[:, 0]).view_as(down)
     out = (rows @ across.transpose(1, 2)).clamp(0, 1)
     if noise.flip:
         out = changed(out, flip < 0.5, lambda chosen, _: chosen.flip(-1))
@@ -86,7 +86,7 @@ def views_of(images: Tensor, numbers: Tensor, noise: Noise) -> Tensor:
     out = changed(out, auto < noise.chance, lambda chosen, _: autocontrast(chosen))
     out = changed(out, equal < noise.chance, lambda chosen, _: equalise(chosen))
     out = changed(out, blurred < noise.chance, lambda chosen, which: blur(chosen, width[which]))
-    return out.unflatten(0, (films, views)).transpose(0, 1)[:, :, None]
+    return out.unflatten(0, (samples, views)).transpose(0, 1)[:, :, None]
 
 
 def changed(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

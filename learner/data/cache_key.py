@@ -1,6 +1,6 @@
 """Folders that can be made again: whole, made of the very same things, and as long as they were, or not used.
 
-A disk that lost the end of a file must not end a round that could pack its films anew. Knows no film and no array.
+A disk that lost the end of a file must not end a round that could pack its images anew. Knows no image and no array.
 """
 
 import json

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from learner.data import augment, cache_key
-from learner.round.manifest import PLATE_SHAPE, PLATE_VERSION, Film, read_plate, whole_folder
+from learner.round.manifest import PLATE_SHAPE, PLATE_VERSION, Sample, read_plate, whole_folder
 
 CHUNK = 4  # plates resized at once: 4 MB of float32 stay in a core's cache; 64 at once take twice as long a plate
 READERS = 4  # threads that read the next chunk meanwhile
@@ -29,18 +29,18 @@ MIDDLE = 32768  # levels are stored as int16 around 0: torch has no arithmetic o
 
 
 class Shard:
-    """Packed images of films, read by film: `read(films)` on the host, `images(levels)` on any device."""
+    """Packed images of images, read by image: `read(images)` on the host, `images(levels)` on any device."""
 
-    def __init__(self, folder: Path, films: Sequence[Film], size: int) -> None:
-        shape = (len(films), size, size)
+    def __init__(self, folder: Path, samples: Sequence[Sample], size: int) -> None:
+        shape = (len(samples), size, size)
         self.levels = np.memmap(folder / "levels.i16", np.int16, "r", shape=shape)
-        images = np.array([film.image for film in films])
-        self.row = np.argsort(images)  # of the images in ascending order: 16 bytes a film, a dict takes 100
+        images = np.array([sample.image for sample in samples])
+        self.row = np.argsort(images)  # of the images in ascending order: 16 bytes an image, a dict takes 100
         self.sorted = images[self.row]
 
-    def read(self, films: Sequence[Film]) -> Tensor:
-        """int16 (B, S, S), a copy of the films' rows."""
-        places = np.searchsorted(self.sorted, [film.image for film in films])
+    def read(self, samples: Sequence[Sample]) -> Tensor:
+        """int16 (B, S, S), a copy of the images' rows."""
+        places = np.searchsorted(self.sorted, [sample.image for sample in samples])
         return torch.from_numpy(self.levels[self.row[places]])
 
     def images(self, levels: Tensor) -> Tensor:
@@ -48,15 +48,15 @@ class Shard:
         return levels.float().add_(MIDDLE).div_(LEVELS)[:, None]
 
 
-def open_shard(round_folder: Path, films: Sequence[Film], size: int) -> Shard | None:
-    """The shard of these films at `size` pixels, made now unless it is there; None, with a warning, without room for it.
+def open_shard(round_folder: Path, samples: Sequence[Sample], size: int) -> Shard | None:
+    """The shard of these images at `size` pixels, made now unless it is there; None, with a warning, without room for it.
 
     Raises ManifestError for a missing or malformed plate. A half-made shard is never seen.
     """
-    folder, key = round_folder / "shard", key_of(films, size)
+    folder, key = round_folder / "shard", key_of(samples, size)
     if not cache_key.holds(folder, key):
         shutil.rmtree(folder, ignore_errors=True)  # of other plates, or of another size
-        needed, free = len(films) * size * size * 2, shutil.disk_usage(round_folder).free
+        needed, free = len(samples) * size * size * 2, shutil.disk_usage(round_folder).free
         if needed > free // 2:  # the other half is for checkpoints and the results
             warnings.warn(
                 f"{folder}: packed plates need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: plates are read "
@@ -65,9 +65,9 @@ def open_shard(round_folder: Path, films: Sequence[Film], size: int) -> Shard | 
             )
             return None
         with whole_folder(folder) as temp:
-            pack(films, size, temp / "levels.i16")
+            pack(samples, size, temp / "levels.i16")
             cache_key.seal(temp, key)
-    return Shard(folder, films, size)
+    return Shard(folder, samples, size)
 
 
 def remove_shard(round_folder: Path) -> None:
@@ -75,11 +75,11 @@ def remove_shard(round_folder: Path) -> None:
     shutil.rmtree(round_folder / "shard", ignore_errors=True)
 
 
-def pack(films: Sequence[Film], size: int, target: Path) -> None:
-    """Write the levels of all films, in their order, to `target`; memory is that of two chunks, whatever their number."""
+def pack(samples: Sequence[Sample], size: int, target: Path) -> None:
+    """Write the levels of all images, in their order, to `target`; memory is that of two chunks, whatever their number."""
     matrix = augment.resize_matrix(PLATE_SHAPE[0], size)
     with target.open("wb") as file, ThreadPoolExecutor(READERS, thread_name_prefix="pack") as pool:
-        for plates in _chunks(films, pool):
+        for plates in _chunks(samples, pool):
             file.write(
                 to_levels(augment.to_image(plates, matrix)).contiguous().numpy().data
             )  # tofile hides a full disk
@@ -90,22 +90,22 @@ def to_levels(images: Tensor) -> Tensor:
     return (images[:, 0] * LEVELS).round().clamp(0, LEVELS).sub(MIDDLE).to(torch.int16)
 
 
-def key_of(films: Sequence[Film], size: int) -> str:
-    """Changes with any plate's name, size or time of writing, the films' order, the image size and the pixel path."""
+def key_of(samples: Sequence[Sample], size: int) -> str:
+    """Changes with any plate's name, size or time of writing, the images' order, the image size and the pixel path."""
     digest = hashlib.sha256(f"levels {LEVELS} plates {PLATE_VERSION} size {size}\n".encode())
-    for film in films:
+    for sample in samples:
         try:
-            at = film.plate.stat()
-            digest.update(f"{film.image} {film.plate} {at.st_size} {at.st_mtime_ns}\n".encode())
+            at = sample.plate.stat()
+            digest.update(f"{sample.image} {sample.plate} {at.st_size} {at.st_mtime_ns}\n".encode())
         except (OSError, ValueError):  # not there, or no name that a file can have
-            read_plate(film.plate)  # says what is missing
+            read_plate(sample.plate)  # says what is missing
     return digest.hexdigest()
 
 
-def _chunks(films: Sequence[Film], pool: ThreadPoolExecutor) -> Iterator[Tensor]:
+def _chunks(samples: Sequence[Sample], pool: ThreadPoolExecutor) -> Iterator[Tensor]:
     """uint8 (at most CHUNK, 512, 512) in order, the next chunk being read meanwhile."""
-    waiting = [pool.submit(read_plate, film.plate) for film in films[:CHUNK]]
-    for low in range(0, len(films), CHUNK):
-        ahead = [pool.submit(read_plate, film.plate) for film in films[low + CHUNK : low + 2 * CHUNK]]
+    waiting = [pool.submit(read_plate, sample.plate) for sample in samples[:CHUNK]]
+    for low in range(0, len(samples), CHUNK):
+        ahead = [pool.submit(read_plate, sample.plate) for sample in samples[low + CHUNK : low + 2 * CHUNK]]
         yield torch.from_numpy(np.stack([plate.result() for plate in waiting]))
         waiting = ahead

@@ -18,8 +18,8 @@ def measure(teacher: Tensor, centre: Tensor, temperature: float, cls: Tensor, di
 
     teacher: prototype logits (R, K) of both global views; centre (1, K) as the loss subtracted it; cls: the teacher's
     embedding (B, D) of the original view; dino: L_dino. A step taken in parts concatenates the rows of its parts first:
-    three of these compare films, so an average over parts would depend on the parts. For a single film they are nan.
-    Every mean is over the films of all ranks, each of which brings its own.
+    three of these compare images, so an average over parts would depend on the parts. For a single image they are nan.
+    Every mean is over the images of all ranks, each of which brings its own.
     """
     assigned = ((teacher.float() - centre.float()) / temperature).softmax(-1)
     seen = {
@@ -29,18 +29,18 @@ def measure(teacher: Tensor, centre: Tensor, temperature: float, cls: Tensor, di
         "cls_std": cls_std(cls),
         "centre_norm": centre_norm(centre),
     }
-    films = torch.full((), len(cls), dtype=torch.float64, device=cls.device)
-    distributed.add_up([films])
-    *numbers, count = torch.stack([value.double() for value in (*seen.values(), films)]).tolist()  # one wait
+    samples = torch.full((), len(cls), dtype=torch.float64, device=cls.device)
+    distributed.add_up([samples])
+    *numbers, count = torch.stack([value.double() for value in (*seen.values(), samples)]).tolist()  # one wait
     shown = {"dino_gap": dino_gap(dino, teacher.shape[1]), **dict(zip(seen, numbers, strict=True))}
     return shown if count > 1 else shown | dict.fromkeys(("teacher_kl", "max_share", "cls_std"), math.nan)
 
 
 def spread(cls: Tensor) -> dict[str, float]:
-    """The one monitor of a step without prototypes: `cls_std` of embeddings (B, D), nan for a single film."""
-    films = torch.full((), len(cls), dtype=torch.float64, device=cls.device)
-    distributed.add_up([films])
-    return {"cls_std": float(cls_std(cls)) if films > 1 else math.nan}
+    """The one monitor of a step without prototypes: `cls_std` of embeddings (B, D), nan for a single image."""
+    samples = torch.full((), len(cls), dtype=torch.float64, device=cls.device)
+    distributed.add_up([samples])
+    return {"cls_std": float(cls_std(cls)) if samples > 1 else math.nan}
 
 
 def dino_gap(dino: float, prototypes: int) -> float:
@@ -49,14 +49,14 @@ def dino_gap(dino: float, prototypes: int) -> float:
 
 
 def teacher_entropy(assigned: Tensor) -> Tensor:
-    """Mean entropy of the teacher's answers (R, K), over ln K: 1 = uniform, 0 = each film on one prototype."""
+    """Mean entropy of the teacher's answers (R, K), over ln K: 1 = uniform, 0 = each image on one prototype."""
     return distributed.mean(_entropy(assigned)) / math.log(assigned.shape[1])
 
 
 def teacher_kl(assigned: Tensor) -> Tensor:
-    """Mean KL(answer || mean answer) of (R, K), in nats: what an answer tells about its film; 0 = nothing.
+    """Mean KL(answer || mean answer) of (R, K), in nats: what an answer tells about its image; 0 = nothing.
 
-    Equals H(mean) - mean H, the mutual information of film and prototype; at most ln R. It falls to 0 in either kind
+    Equals H(mean) - mean H, the mutual information of image and prototype; at most ln R. It falls to 0 in either kind
     of collapse, uniform or one prototype (DINO, Caron et al. 2021, section 5.3).
     """
     return _entropy(distributed.mean(assigned)) - distributed.mean(_entropy(assigned))
@@ -68,16 +68,16 @@ def max_share(assigned: Tensor) -> Tensor:
 
 
 def cls_std(cls: Tensor) -> Tensor:
-    """Mean over dimensions of the deviation between films of L2-normalised CLS (B, D), times sqrt D.
+    """Mean over dimensions of the deviation between images of L2-normalised CLS (B, D), times sqrt D.
 
-    1 = spread over the whole sphere, 0 = all films look the same.
+    1 = spread over the whole sphere, 0 = all images look the same.
     """
     unit = torch.nn.functional.normalize(cls.double(), dim=1)
     return distributed.mean((unit - distributed.mean(unit)).square()).sqrt().mean() * math.sqrt(cls.shape[1])
 
 
 def centre_norm(centre: Tensor) -> Tensor:
-    """Length of the centre (1, K) over sqrt K, the longest a mean of cosines can be: 1 = all prototypes and films agree."""
+    """Length of the centre (1, K) over sqrt K, the longest a mean of cosines can be: 1 = all prototypes and images agree."""
     return centre.double().norm() / math.sqrt(centre.shape[1])
 
 

@@ -1,7 +1,7 @@
 """The processes that share a round: who they are, what they add up, and what they tell each other.
 
 torchrun starts several; started plainly there is one, and every function here hands back what it was given. Numbers of
-a step go over `add_up` and `mean`, decisions over `gather`, so that all ranks decide alike. Knows no loss and no film.
+a step go over `add_up` and `mean`, decisions over `gather`, so that all ranks decide alike. Knows no loss and no image.
 """
 
 import ctypes

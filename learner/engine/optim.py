@@ -1,6 +1,6 @@
 """The arithmetic around a step: schedules, parameter groups, clipping, the moving average.
 
-Knows tensors and names of parameters, no loss and no film. Every schedule is an array over the steps of a phase, so a
+Knows tensors and names of parameters, no loss and no image. Every schedule is an array over the steps of a phase, so a
 resumed round reads the same number at the same step.
 """
 
@@ -43,7 +43,7 @@ def alpha_ramp(epochs: int) -> np.ndarray:
 
 
 def make_schedule(recipe: Recipe, epochs: int, steps: int, peak: float, batch: int) -> Schedule:
-    """The schedules of a phase; the peak learning rate is given for 16 films and scales with the batch."""
+    """The schedules of a phase; the peak learning rate is given for 16 images and scales with the batch."""
     warmup = min(recipe.warmup_epochs, epochs - 1)
     return Schedule(
         lr=cosine_schedule(peak * batch / 16, recipe.lr_min, epochs, steps, warmup),

@@ -151,7 +151,7 @@ class Teller:
             sys.stderr.write(f"{phase}: step {step} of {steps}, {', '.join(words)}\n")
 
     def between(self, phase: str, done: int, of: int) -> None:
-        """`say`, then `check`, in work that is no step: thousands of films take an hour, the window's end doesn't wait."""
+        """`say`, then `check`, in work that is no step: thousands of images take an hour, the window's end doesn't wait."""
         self.say(phase, done, of)
         self.check()
 

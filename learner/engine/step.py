@@ -1,4 +1,4 @@
-"""One optimiser step over one or several sources of films, and the walk over steps: what every recipe shares.
+"""One optimiser step over one or several sources of images, and the walk over steps: what every recipe shares.
 
 An objective says what a part of a batch costs; here the parts are summed, the gradients clipped, the step taken and the
 centres moved. Knows no loss by name, no file and no clock. When memory runs out, the parts get smaller and the result
@@ -31,17 +31,17 @@ class OutOfMemory(torch.OutOfMemoryError):
 
 @dataclass
 class Batch:
-    """This rank's films of one step: `views(part)` makes the views of a slice of them, so that a part fits into memory.
+    """This rank's images of one step: `views(part)` makes the views of a slice of them, so that a part fits into memory.
 
-    Shares of a mean are taken of the whole batch, which all ranks have together; a rank may have no film of it.
+    Shares of a mean are taken of the whole batch, which all ranks have together; a rank may have no image of it.
     """
 
     size: int
     views: Callable[[slice], list[Tensor]]
     labels: Tensor | None = None  # (B, F), nan = unknown; or soft targets
-    index: Tensor | None = None  # (B,) position of each film in its feed's list
-    whole: int = 0  # films of all ranks; 0 = these are all
-    known: Tensor | None = None  # known labels of all ranks' films; None = counted here
+    index: Tensor | None = None  # (B,) position of each image in its feed's list
+    whole: int = 0  # images of all ranks; 0 = these are all
+    known: Tensor | None = None  # known labels of all ranks' images; None = counted here
 
     def __post_init__(self) -> None:
         self.whole = self.whole or self.size
@@ -76,7 +76,7 @@ class State:
     step: int = 0
     burst: int | None = None  # next labelled batch of a correction under way after `step`
     bursts: int = 0  # corrections begun: picks the views of the next one
-    micro: int = 0  # films in one pass; 0 = all
+    micro: int = 0  # images in one pass; 0 = all
     watch: dict[str, int] = field(default_factory=dict)  # for how many steps each monitor has been out of bounds
     notes: list[str] = field(default_factory=list)
 
@@ -128,7 +128,7 @@ def optimise(state: State, work: Sequence[tuple[Batch, Objective]], freeze_last:
 
 
 def _accumulate(state: State, work: Sequence[tuple[Batch, Objective]]) -> tuple[Losses, dict[str, Tensor]]:
-    """Gradients of this rank's films; the loss and what is shown beside it (nothing without a film), and their rows."""
+    """Gradients of this rank's images; the loss and what is shown beside it (nothing without an image), and their rows."""
     told: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}
     for batch, objective in work:
@@ -185,7 +185,7 @@ def watch(state: State, losses: Losses) -> None:
 
 
 def parts(size: int, micro: int) -> list[slice]:
-    """Slices of at most `micro` films (0 = all at once)."""
+    """Slices of at most `micro` images (0 = all at once)."""
     width = micro or max(size, 1)
     return [slice(low, min(low + width, size)) for low in range(0, size, width)]
 
@@ -210,7 +210,7 @@ def walk(state: State, tick: Tick, after: Callable[[Losses], None]) -> None:
 
 
 def _halving(state: State, tick: Tick) -> Losses:
-    """A tick; when memory runs out, the same tick again in halves, noted; raises Stopped at one film a pass."""
+    """A tick; when memory runs out, the same tick again in halves, noted; raises Stopped at one image a pass."""
     while True:
         try:
             # stochastic depth draws from torch's generator: seeded by place, never saved
@@ -220,8 +220,8 @@ def _halving(state: State, tick: Tick) -> Losses:
             if ONE_VALUE not in str(error):
                 raise
             raise Stopped(
-                f"batch norm: a pass over one film leaves one value a channel ({error}), and no statistic; use a larger "
-                "image_size, a batch of two or more, or more films in range train"
+                f"batch norm: a pass over one image leaves one value a channel ({error}), and no statistic; use a larger "
+                "image_size, a batch of two or more, or more images in range train"
             ) from None
         except (RuntimeError, MemoryError) as error:
             if not memory_ran_out(error) or (distributed.world() > 1 and not isinstance(error, OutOfMemory)):
@@ -229,12 +229,12 @@ def _halving(state: State, tick: Tick) -> Losses:
             size = state.micro or -(-state.recipe.batch // distributed.world())
             if size == 1:
                 raise Stopped(
-                    "out of memory: one film a pass doesn't fit; use smaller images or a smaller arch"
+                    "out of memory: one image a pass doesn't fit; use smaller images or a smaller arch"
                 ) from None
             state.micro = max(1, size // 2)
             state.optimiser.zero_grad(set_to_none=True)
             state.notes.append(
-                f"out of memory: {state.micro} films a pass instead of {size}, the same batch and result"
+                f"out of memory: {state.micro} images a pass instead of {size}, the same batch and result"
             )
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

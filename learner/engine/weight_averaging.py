@@ -1,6 +1,6 @@
 """Averages of weights: the teacher that follows, a running mean over steps, a step between two models, a soup of many.
 
-Knows networks and state dicts of one shape; which of the averages is served is decided elsewhere, on validation films.
+Knows networks and state dicts of one shape; which of the averages is served is decided elsewhere, on validation images.
 Batch-norm statistics are averaged like weights, which says little of the mean network: `settle` measures them anew.
 """
 

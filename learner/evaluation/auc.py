@@ -1,4 +1,4 @@
-"""AUC, its variance where a patient has several films, and the difference of two AUCs on the logit scale.
+"""AUC, its variance where a patient has several images, and the difference of two AUCs on the logit scale.
 
 Sources: DeLong, DeLong & Clarke-Pearson, Biometrics 1988 (components); Obuchowski, Biometrics 1997 (clusters);
 Sun & Xu, IEEE SPL 2014 (midranks).
@@ -60,11 +60,11 @@ class Curve:
     above: np.ndarray
     below: np.ndarray
     cross: float  # weight of above x below: 1 but for the small-sample factors; only clusters make it matter
-    pair: float  # 1 / (m n), the weight of one pair of films
+    pair: float  # 1 / (m n), the weight of one pair of images
 
     @property
     def level(self) -> float:
-        """`value`, but 1 is read as one pair of films wrong and 0 as one pair right: the logit stays finite."""
+        """`value`, but 1 is read as one pair of images wrong and 0 as one pair right: the logit stays finite."""
         return min(max(self.value, self.pair), 1 - self.pair)
 
     @property
@@ -123,7 +123,7 @@ def correlation(a: Curve, b: Curve) -> float:
 
 
 def same(a: Curve, b: Curve) -> bool:
-    """No film is placed differently: the difference of the AUCs is 0 on every sample of these patients."""
+    """No image is placed differently: the difference of the AUCs is 0 on every sample of these patients."""
     return a.value == b.value and np.array_equal(a.above, b.above) and np.array_equal(a.below, b.below)
 
 

@@ -1,4 +1,4 @@
-"""Numbers read off held-out films: AUC, the temperature of a finding, its operating threshold.
+"""Numbers read off held-out images: AUC, the temperature of a finding, its operating threshold.
 
 Pure numpy on logits and labels (nan = unknown). Each answer says by which rule it was reached, so a site with few
 labels sees that its threshold is a default and not a measurement.
@@ -10,7 +10,7 @@ import numpy as np
 
 from learner.evaluation import auc as curves
 
-MIN_CLASS = 5  # films of each class below which neither a temperature nor a threshold is fitted: it would be noise
+MIN_CLASS = 5  # images of each class below which neither a temperature nor a threshold is fitted: it would be noise
 BETA = (0.05, 20.0)  # 1 / temperature; wider fits come from labels that the logits separate completely
 
 

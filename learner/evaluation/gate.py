@@ -21,7 +21,7 @@ from learner.evaluation.verdict import Check, Golden, Rules, Scores, Verdict, co
 __all__ = ["Check", "Golden", "Power", "Rules", "Scores", "Verdict", "alpha_per_look", "auc", "golden_power", "judge"]
 
 WANTED_POWER = 0.8  # what "needs N more" aims at
-CONSTANT = "the same answer to every film: label train films of both kinds, or leave this finding out"
+CONSTANT = "the same answer to every image: label train images of both kinds, or leave this finding out"
 Columns = dict[str, np.ndarray]  # finding -> float [N]
 Pairs = dict[str, tuple[Curve, Curve]]  # finding -> candidate, reference
 
@@ -38,7 +38,7 @@ def judge(
 ) -> Verdict:
     """The verdict of one look at one-sided level `alpha`.
 
-    `parity`: largest difference in probability between torch and ONNX, by batch size (or "probe"); key "films" is
+    `parity`: largest difference in probability between torch and ONNX, by batch size (or "probe"); key "images" is
     a count; None fails, since nobody measured. `measured`: rows found elsewhere (operating point, subgroups, replay),
     which count like the gate's own. ValueError for scores that do not fit the golden set, for a reference whose
     scores are not finite, for a must_show that golden does not know.
@@ -70,13 +70,13 @@ class _Table:
         self.patients = len(keys)
         shape = len(self.patient), len(self.findings)
         if self.labels.shape != shape:
-            raise ValueError(f"golden labels are {self.labels.shape}, films x findings are {shape}")
+            raise ValueError(f"golden labels are {self.labels.shape}, images x findings are {shape}")
 
     def columns(self, scores: Scores, who: str) -> Columns:
         names = tuple(scores.findings) or self.findings
         p = np.asarray(scores.probabilities, float)
         if p.shape != (len(self.patient), len(names)):
-            raise ValueError(f"{who}: scores are {p.shape}, films x findings are {(len(self.patient), len(names))}")
+            raise ValueError(f"{who}: scores are {p.shape}, images x findings are {(len(self.patient), len(names))}")
         return {name: p[:, i] for i, name in enumerate(names) if name in self.findings}
 
     def reference(self, scores: Scores, who: str) -> Columns:
@@ -87,12 +87,12 @@ class _Table:
         return columns
 
     def known(self, finding: str) -> tuple[np.ndarray, np.ndarray]:
-        """bool [N], films with a label; float [known], those labels."""
+        """bool [N], images with a label; float [known], those labels."""
         column = self.labels[:, self.findings.index(finding)]
         return ~np.isnan(column), column[~np.isnan(column)]
 
     def counts(self, finding: str) -> tuple[int, int]:
-        """Patients with the finding on some film, and patients without it on some film."""
+        """Patients with the finding on some image, and patients without it on some image."""
         known, labels = self.known(finding)
         who = self.patient[known]
         return len(np.unique(who[labels > 0.5])), len(np.unique(who[labels <= 0.5]))
@@ -191,7 +191,7 @@ def _tail(a: Curve, b: Curve) -> float:
 
 def _parity(parity: Mapping[str, float] | None, rules: Rules) -> Check:
     required = f"largest |dp| torch/ONNX <= {rules.parity_limit:g}"
-    seen = [float(v) for k, v in (parity or {}).items() if k != "films"]
+    seen = [float(v) for k, v in (parity or {}).items() if k != "images"]
     if not seen:
         return Check("parity", None, None, None, required, "fail", note="not measured")
     if not all(map(isfinite, seen)):

@@ -11,13 +11,13 @@ import numpy as np
 
 from learner.evaluation.auc import Curve, covariance, curve, macro
 
-FEWEST = 5  # films of each class of each finding below which nothing is chosen by their AUC
+FEWEST = 5  # images of each class of each finding below which nothing is chosen by their AUC
 
 
 def macro_curve(logits: np.ndarray, labels: np.ndarray, patients: Sequence[str]) -> Curve | None:
     """Macro AUC of logits float [N, F] against labels [N, F] (nan = unknown), errors clustered by patient.
 
-    None where a finding has fewer than FEWEST films, or two patients, of a class.
+    None where a finding has fewer than FEWEST images, or two patients, of a class.
     """
     numbers = np.unique(np.asarray(patients), return_inverse=True)[1]
     found = []

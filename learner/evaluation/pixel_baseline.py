@@ -1,4 +1,4 @@
-"""The floor: a logistic regression on 24 x 24 raw pixels, to be printed beside every AUC on phantoms or public films.
+"""The floor: a logistic regression on 24 x 24 raw pixels, to be printed beside every AUC on phantoms or public images.
 
 What so plain a model reaches is owed to the data, not to the learner. L2-regularised, by Newton's method, in numpy;
 a label that is unknown is left out. It is never a candidate and knows nothing of bundles.
@@ -61,7 +61,7 @@ def fit(small: np.ndarray, labels: np.ndarray, penalty: float = PENALTY) -> Floo
 def _newton(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
     """Weights [D] and bias that minimise the summed log loss + penalty / 2 |weights|^2 (bias free), by damped Newton.
 
-    Weights lie in the span of the films, so where films are fewer than pixels the equations are as small as films.
+    Weights lie in the span of the images, so where images are fewer than pixels the equations are as small as images.
     """
     n, d = x.shape
     if n == 0 or y.min() == y.max():

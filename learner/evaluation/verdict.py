@@ -15,7 +15,7 @@ COMPARED = ("vs champion", "vs baseline")  # rows that must_show speaks of; else
 
 @dataclass(frozen=True)
 class Scores:
-    """float [N, F] probabilities of one sealed bundle on the golden films; empty `findings` means golden's own."""
+    """float [N, F] probabilities of one sealed bundle on the golden images; empty `findings` means golden's own."""
 
     probabilities: np.ndarray
     findings: tuple[str, ...] = ()

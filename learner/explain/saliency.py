@@ -1,7 +1,7 @@
-"""Where a network looked: maps of one finding's logit (never its probability) over a film, in the film's own pixels.
+"""Where a network looked: maps of one finding's logit (never its probability) over an image, in the image's own pixels.
 
 `python -m learner.explain.saliency STATE PLATE --finding F --method M --out MAP` writes one; on the CPU, which is enough for one
-film. Knows no ledger and no bundle, and draws no picture. A method that isn't defined for a network is refused by name,
+image. Knows no ledger and no bundle, and draws no picture. A method that isn't defined for a network is refused by name,
 an integral that doesn't add up too.
 """
 
@@ -43,7 +43,7 @@ Logit = Callable[[Tensor], Tensor]  # images (B, ...) -> one finding's logit (B,
 
 
 class SaliencyError(ValueError):
-    """A map that can't be had of this network or film: says why and what to ask for instead."""
+    """A map that can't be had of this network or image: says why and what to ask for instead."""
 
 
 def gradient(logit: Logit, images: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def complete(logit: Logit, images: Tensor, baseline: Tensor) -> tuple[Tensor, fl
         steps *= 2
     raise SaliencyError(
         f"integrated gradients: the sum is {error:.0%} off after {MOST_STEPS} steps (allowed {COMPLETE:.0%}): "
-        "film and baseline score alike, or the network is too kinked; ask for another baseline or for smoothgrad"
+        "image and baseline score alike, or the network is too kinked; ask for another baseline or for smoothgrad"
     )
 
 
@@ -155,7 +155,7 @@ def _of_patches(backbone: Backbone | ConvNet, looks: Tensor, images: Tensor) -> 
 def explain(network: Network, recipe: Recipe, images: Tensor, finding: int, method: str) -> tuple[Tensor, float | None]:
     """Map of one finding by a method of METHODS, signed, and the completeness error of an integral.
 
-    `images` (B, 1, S, S) in [0, 1], as `to_image` makes them: a baseline of zero is a black film. Per pixel (B, 1, S, S),
+    `images` (B, 1, S, S) in [0, 1], as `to_image` makes them: a baseline of zero is a black image. Per pixel (B, 1, S, S),
     per place (B, 1, h, w) for heatmap and rollout, per place and head for attention. `network` in evaluation mode.
     """
     seen = normalise(images, recipe)

@@ -197,7 +197,7 @@ def open_backbone(recipe: Recipe) -> tuple[Plan, dict[str, Tensor] | None]:
     """The plan, and the pretrained weights (None = start at random, with a warning); raises BackboneError."""
     if recipe.backbone == "random":
         warnings.warn(
-            f"no pretrained backbone: {recipe.arch} starts from random weights and will learn little from few films; "
+            f"no pretrained backbone: {recipe.arch} starts from random weights and will learn little from few images; "
             "give one with --backbone FILE",
             stacklevel=2,
         )

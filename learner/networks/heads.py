@@ -1,6 +1,6 @@
 """The two heads on a backbone, and the network that carries them over many crops at once.
 
-Shapes only: no loss, no optimiser, no image file. Views go in and logits come out *view-major*: all films of view 0,
+Shapes only: no loss, no optimiser, no image file. Views go in and logits come out *view-major*: all images of view 0,
 then all of view 1, and so on.
 """
 
@@ -92,7 +92,7 @@ class Network(nn.Module):
         self.patch_head: DinoHead | None = None  # answers for them
 
     def forward(self, views: list[Tensor], cls_views: int = 2) -> tuple[Tensor, Tensor]:
-        """Views of B films, largest first -> prototype logits (V B, K) and class logits of the first two (2 B, F)."""
+        """Views of B images, largest first -> prototype logits (V B, K) and class logits of the first two (2 B, F)."""
         cls = self.encode(views)
         return self.head(cls), self.cls_head(cls[: cls_views * views[0].shape[0]])
 

@@ -1,8 +1,8 @@
-"""A random start that already looks at its surroundings, for transformers that see too few films to learn that.
+"""A random start that already looks at its surroundings, for transformers that see too few images to learn that.
 
 Attention weights are drawn so that their products have the structure of trained ones (Trockman & Kolter, "Mimetic
 initialization of self-attention layers", ICML 2023: query-key near the identity, value-projection near its
-negative), over sine-cosine positions. No film and no pretrained weight is involved.
+negative), over sine-cosine positions. No image and no pretrained weight is involved.
 """
 
 from typing import cast

@@ -1,6 +1,6 @@
-"""What takes all films of a step at once: KoLeo's nearest neighbours and Sinkhorn's balance over the whole batch.
+"""What takes all images of a step at once: KoLeo's nearest neighbours and Sinkhorn's balance over the whole batch.
 
-When a batch is taken in parts or shared by ranks, its films are looked at once more beforehand, without gradients, and
+When a batch is taken in parts or shared by ranks, its images are looked at once more beforehand, without gradients, and
 their rows put together; so both are the same however much fits into memory. Knows no loss but these two.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from learner.engine import distributed
 from learner.objectives.self_supervised import koleo
 
-Ahead = dict[str, dict[int, Tensor]]  # by name, then by the first film of a part
+Ahead = dict[str, dict[int, Tensor]]  # by name, then by the first image of a part
 
 
 def together(rows: Sequence[Tensor], width: int, make: Callable[[Tensor], Tensor], like: Tensor) -> list[Tensor]:

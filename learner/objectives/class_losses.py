@@ -1,7 +1,7 @@
 """The class losses: soft self-training against the teacher, and labels with the unknown ones masked.
 
-Both are means over known (film, finding) pairs of one binary cross-entropy; the number of known labels of a batch lets
-it be summed in parts. Knows no film and no schedule; weights for rare findings come in as tensors.
+Both are means over known (image, finding) pairs of one binary cross-entropy; the number of known labels of a batch lets
+it be summed in parts. Knows no image and no schedule; weights for rare findings come in as tensors.
 """
 
 from typing import TypedDict
@@ -39,9 +39,9 @@ def label_loss(
     """Student logits (B, F) against labels (B, F), nan = unknown and masked; 0 when nothing is known.
 
     With `known_in_batch` the sum is divided by that number instead: the parts of a batch then add up to its mean.
-    For findings out of balance, each (F,): `class_weights` weigh a finding, `positive_weights` its positive films (see
+    For findings out of balance, each (F,): `class_weights` weigh a finding, `positive_weights` its positive images (see
     `effective_weights`), `adjustment` = tau logit(prevalence) is added to the logits while training, so that the plain
-    ones answer as if half the films had the finding (Menon et al. 2021). `smoothing` moves a label that far towards 1/2.
+    ones answer as if half the images had the finding (Menon et al. 2021). `smoothing` moves a label that far towards 1/2.
     """
     known = ~labels.isnan()
     target = labels.nan_to_num(0.0)
@@ -56,10 +56,10 @@ def label_loss(
 
 
 def effective_weights(labels: Tensor, beta: float = 0.999) -> Tensor:
-    """Weight (F,) of a positive film over a negative one, from labels (N, F) with nan = unknown.
+    """Weight (F,) of a positive image over a negative one, from labels (N, F) with nan = unknown.
 
     The ratio of effective numbers E(n) = (1 - beta^n) / (1 - beta) (Cui et al. 2019): beta = 0 gives 1, beta = 1 the
-    ratio of the counts. A finding without a film on one side counts as having one there.
+    ratio of the counts. A finding without an image on one side counts as having one there.
     """
     positive, negative = ((labels == side).sum(0).clamp(min=1).double() for side in (1, 0))
     weights = negative / positive if beta == 1 else (1 - beta**negative) / (1 - beta**positive)

@@ -1,6 +1,6 @@
-"""DISTL's walk through a phase: unlabelled steps, and at intervals one more pass over all labelled films.
+"""DISTL's walk through a phase: unlabelled steps, and at intervals one more pass over all labelled images.
 
-Knows when a correction is due and what one of its batches does; resumable between any two optimiser steps. Films and
+Knows when a correction is due and what one of its batches does; resumable between any two optimiser steps. Images and
 files are the caller's.
 """
 
@@ -40,7 +40,7 @@ def supervise(state: State, labelled: Feed, balance: Balance | None = None) -> L
 
 
 def distil(state: State, batch: Batch) -> Losses:
-    """One step on unlabelled films: self-supervision and self-training, then the teacher follows."""
+    """One step on unlabelled images: self-supervision and self-training, then the teacher follows."""
     recipe, ramp = state.recipe, float(state.schedule.alpha[state.epoch])
     objective = distilling(recipe.lam, (1 - recipe.lam) * ramp)
     losses = optimise(state, [(batch, objective)], freeze_last=state.epoch < recipe.freeze_last)

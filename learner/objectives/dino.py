@@ -1,6 +1,6 @@
-"""DISTL's two costs: self-distillation between views with self-training on top, and the labelled films.
+"""DISTL's two costs: self-distillation between views with self-training on top, and the labelled images.
 
-Knows views as tensors and a state in memory: no file, no clock, no film. The golden end-to-end test drives these very
+Knows views as tensors and a state in memory: no file, no clock, no image. The golden end-to-end test drives these very
 functions with the published inputs.
 """
 
@@ -33,8 +33,8 @@ class DinoLoss(nn.Module):
         if assigned is None:
             assigned = ((teacher - self.centre) / (teacher_temp or self.teacher_temp)).softmax(-1)
         targets = assigned.detach().chunk(2)
-        films = targets[0].shape[0]
-        guesses = (student / self.student_temp).log_softmax(-1).split(films)
+        samples = targets[0].shape[0]
+        guesses = (student / self.student_temp).log_softmax(-1).split(samples)
         terms = [
             -(t * guess).sum(-1).mean() for i, t in enumerate(targets) for j, guess in enumerate(guesses) if i != j
         ]
@@ -59,7 +59,7 @@ def distilling(lam: float, class_weight: float) -> Objective:
 
 
 def correcting(lam: float, class_weight: float, balance: Balance | None = None) -> Objective:
-    """lam L_dino + class_weight L_label on labelled films; with lam = 0 only the noised view is looked at."""
+    """lam L_dino + class_weight L_label on labelled images; with lam = 0 only the noised view is looked at."""
 
     def objective(state: State, batch: Batch, part: slice) -> Terms:
         assert batch.labels is not None
@@ -91,16 +91,18 @@ def _both(
     watched: bool = False,
 ) -> Terms:
     views = batch.views(part)
-    films = views[0].shape[0]
+    samples = views[0].shape[0]
     with autocast(state, views[0]):
         with torch.no_grad():
             seen = state.teacher.encode(views[:2])
-            teacher_head, teacher_class = full(state.teacher.head(seen)), full(state.teacher.cls_head(seen[:films]))
+            teacher_head, teacher_class = full(state.teacher.head(seen)), full(state.teacher.cls_head(seen[:samples]))
         student_head, student_class = state.student(views)
-    classes = cost(full(student_class)[films:], teacher_class)  # class logits of the noised view
+    classes = cost(full(student_class)[samples:], teacher_class)  # class logits of the noised view
     dino = state.centres["dino"](full(student_head), teacher_head) * share_of(batch, part)
     shown = {"dino": dino, "classes": classes}
-    return Terms(lam * dino + class_weight * classes, shown, {"dino": teacher_head}, seen[:films] if watched else None)
+    return Terms(
+        lam * dino + class_weight * classes, shown, {"dino": teacher_head}, seen[:samples] if watched else None
+    )
 
 
 def autocast(state: State, like: Tensor) -> torch.autocast:

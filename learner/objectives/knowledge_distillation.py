@@ -37,7 +37,7 @@ def kd_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(1 - alpha) label loss + alpha `bernoulli_kl`, and the two by themselves; all (B, F).
 
-    Of a part of a batch: `known_in_batch` counts the whole batch's known labels, `share` is the part's of the films.
+    Of a part of a batch: `known_in_batch` counts the whole batch's known labels, `share` is the part's of the images.
     `balance`: weights of `label_loss`.
     """
     hard = label_loss(student, labels, known_in_batch, **balance)

@@ -1,4 +1,4 @@
-"""Pseudo-labels from neighbours: films that look alike to the encoder share labels along a k-nearest-neighbour graph.
+"""Pseudo-labels from neighbours: images that look alike to the encoder share labels along a k-nearest-neighbour graph.
 
 Label propagation (Zhou et al., "Learning with local and global consistency", 2004) on whitened features, one finding
 against its absence at a time. Features and a table of labels in, soft targets out; knows no network and no file.
@@ -10,10 +10,10 @@ from torch import Tensor
 DAMPING = 0.95  # share that comes from neighbours at each pass; the rest is the seeds
 PASSES = 60  # 0.95^60 = 5 %: what is further away than that many edges hardly counts
 FLAT = 1e-5  # share of the largest variance below which a direction is rounding and isn't blown up to 1
-CHUNK = 1024  # films whose distances to all others are held at once
-EXACT = 100_000  # films up to which neighbours are exact; beyond, they are looked for in the nearest cells only
+CHUNK = 1024  # images whose distances to all others are held at once
+EXACT = 100_000  # images up to which neighbours are exact; beyond, they are looked for in the nearest cells only
 SHARPNESS = 2.0  # slope of soft targets over the logit of the rank (bench/learning/evolution_refit.py)
-PROBES = 8  # cells that are searched for each film then
+PROBES = 8  # cells that are searched for each image then
 
 
 def whiten(features: Tensor, components: int) -> Tensor:
@@ -27,9 +27,9 @@ def whiten(features: Tensor, components: int) -> Tensor:
 
 
 def neighbours(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarity (N, count) and index (N, count) of each film's nearest others.
+    """Cosine similarity (N, count) and index (N, count) of each image's nearest others.
 
-    Exact up to EXACT films; beyond, among the films of the PROBES nearest of sqrt(N) cells (k-means on a sample).
+    Exact up to EXACT images; beyond, among the images of the PROBES nearest of sqrt(N) cells (k-means on a sample).
     """
     points = torch.nn.functional.normalize(points, dim=1)
     count = min(count, len(points) - 1)
@@ -49,7 +49,7 @@ def neighbours(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _cells(points: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Centres (C, D), the cell of each film (N,) and the films of each cell."""
+    """Centres (C, D), the cell of each image (N,) and the images of each cell."""
     number = int(len(points) ** 0.5)
     take = torch.linspace(0, len(points) - 1, min(len(points), 64 * number)).long()
     sample = points[take]
@@ -64,17 +64,17 @@ def _cells(points: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 def _in_cells(
-    points: Tensor, part: Tensor, low: int, count: int, centres: Tensor, cell: Tensor, films: list[Tensor]
+    points: Tensor, part: Tensor, low: int, count: int, centres: Tensor, cell: Tensor, samples: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     value = part.new_full((len(part), count), -2.0)
     index = torch.zeros(len(part), count, dtype=torch.long)
     probes = (part @ centres.T).topk(min(PROBES, len(centres)), dim=1).indices
     for c in probes.unique():
         rows = (probes == c).any(1).nonzero()[:, 0]
-        close = part[rows] @ points[films[c]].T
-        close[(rows + low)[:, None] == films[c][None]] = -2.0
+        close = part[rows] @ points[samples[c]].T
+        close[(rows + low)[:, None] == samples[c][None]] = -2.0
         both = torch.cat([value[rows], close], 1)
-        which = torch.cat([index[rows], films[c].expand(len(rows), -1)], 1)
+        which = torch.cat([index[rows], samples[c].expand(len(rows), -1)], 1)
         best, place = both.topk(count, dim=1)
         value[rows], index[rows] = best, which.gather(1, place)
     return value, index
@@ -82,34 +82,34 @@ def _in_cells(
 
 def affinity(near: Tensor, where: Tensor) -> Tensor:
     """The symmetric, degree-normalised graph (N, N), sparse: D^-1/2 W D^-1/2, w = exp(-d^2 / median d^2)."""
-    films, count = near.shape
+    samples, count = near.shape
     distance = (2 - 2 * near).clamp(min=0)
     weight = torch.exp(-distance / distance.median().clamp(min=1e-12))
-    rows = torch.arange(films).repeat_interleave(count)
-    there = _sparse(torch.stack([rows, where.flatten()]), weight.flatten(), films)
+    rows = torch.arange(samples).repeat_interleave(count)
+    there = _sparse(torch.stack([rows, where.flatten()]), weight.flatten(), samples)
     both = (there + there.T).coalesce()
-    degree = torch.zeros(films).index_add_(0, both.indices()[0], both.values()).clamp(min=1e-12).rsqrt()
+    degree = torch.zeros(samples).index_add_(0, both.indices()[0], both.values()).clamp(min=1e-12).rsqrt()
     values = both.values() * degree[both.indices()[0]] * degree[both.indices()[1]]
-    return _sparse(both.indices(), values, films)
+    return _sparse(both.indices(), values, samples)
 
 
-def _sparse(places: Tensor, values: Tensor, films: int) -> Tensor:
-    return torch.sparse_coo_tensor(places, values, (films, films), check_invariants=True).coalesce()
+def _sparse(places: Tensor, values: Tensor, samples: int) -> Tensor:
+    return torch.sparse_coo_tensor(places, values, (samples, samples), check_invariants=True).coalesce()
 
 
 def propagate(graph: Tensor, labels: Tensor, damping: float = DAMPING, passes: int = PASSES) -> Tensor:
-    """log of how much the positives reach a film over how much the negatives do: (N, F); labels (N, F), nan = unknown.
+    """log of how much the positives reach an image over how much the negatives do: (N, F); labels (N, F), nan = unknown.
 
     Both classes start with the same mass, so the rarer one isn't drowned. A finding without both classes gives 0.
     """
-    films, findings = labels.shape
+    samples, findings = labels.shape
     seeds = torch.stack([labels == 1, labels == 0], 2).float()  # (N, F, 2)
     both = (seeds.sum(0) > 0).all(1)
-    seeds = (seeds / seeds.sum(0, keepdim=True).clamp(min=1)).reshape(films, -1)
+    seeds = (seeds / seeds.sum(0, keepdim=True).clamp(min=1)).reshape(samples, -1)
     mass = seeds
     for _ in range(passes):
         mass = damping * (graph @ mass) + (1 - damping) * seeds
-    positive, negative = mass.reshape(films, findings, 2).clamp(min=1e-12).log().unbind(2)
+    positive, negative = mass.reshape(samples, findings, 2).clamp(min=1e-12).log().unbind(2)
     return torch.where(both, positive - negative, torch.zeros_like(positive))
 
 
@@ -124,7 +124,7 @@ def by_rank(scores: Tensor, prevalence: Tensor) -> Tensor:
 
 
 def pseudo_labels(features: Tensor, labels: Tensor, prevalence: Tensor, count: int, components: int) -> Tensor:
-    """Soft targets (N, F) for all films from features (N, D) and labels (N, F), nan = unknown; known labels stay.
+    """Soft targets (N, F) for all images from features (N, D) and labels (N, F), nan = unknown; known labels stay.
 
     A finding without both classes among the labels has no target (nan).
     """
@@ -136,5 +136,5 @@ def pseudo_labels(features: Tensor, labels: Tensor, prevalence: Tensor, count: i
 
 
 def both_classes(labels: Tensor) -> Tensor:
-    """Bool (F,): the findings of labels (N, F), nan = unknown, that a positive and a negative film were labelled for."""
+    """Bool (F,): the findings of labels (N, F), nan = unknown, that a positive and a negative image were labelled for."""
     return (labels == 1).any(0) & (labels == 0).any(0)

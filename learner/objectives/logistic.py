@@ -44,7 +44,7 @@ def fit(features: Tensor, targets: Tensor, penalty: float, weights: Tensor | Non
 
 
 def _newton(x: Tensor, y: Tensor, weight: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weights (D,) and bias; weights lie in the span of the films, so few films make small equations."""
+    """Weights (D,) and bias; weights lie in the span of the images, so few images make small equations."""
     total = weight.sum()
     if not len(x) or total <= 0:
         return x.new_zeros(x.shape[1]), x.new_zeros(())

@@ -1,7 +1,7 @@
-"""Targets for unlabelled films: which answers of a teacher to believe, how far, and how to keep them at the prevalence.
+"""Targets for unlabelled images: which answers of a teacher to believe, how far, and how to keep them at the prevalence.
 
-Knows scores, logits and labels as tensors, nan = unknown or dropped. Prevalence comes from labelled films alone: no
-function here takes a label of the film it makes a target for. Every finding is treated by itself.
+Knows scores, logits and labels as tensors, nan = unknown or dropped. Prevalence comes from labelled images alone: no
+function here takes a label of the image it makes a target for. Every finding is treated by itself.
 """
 
 from math import exp
@@ -9,14 +9,14 @@ from math import exp
 import torch
 from torch import Tensor, nn
 
-SHRINKAGE = 10.0  # labelled films: with so many a finding's own rate weighs as much as the rate over all findings
-NARROWEST = 1e-6  # logits: a reference side whose films all score the same has no width to divide by
+SHRINKAGE = 10.0  # labelled images: with so many a finding's own rate weighs as much as the rate over all findings
+NARROWEST = 1e-6  # logits: a reference side whose images all score the same has no width to divide by
 
 
 def shrunk_prevalence(labels: Tensor, strength: float = SHRINKAGE) -> Tensor:
     """Prevalence (F,) from labels (N, F), nan = unknown: the mean of a Beta posterior, always inside (0, 1).
 
-    The prior is worth `strength` films at the rate over all findings, which itself starts from one film in two.
+    The prior is worth `strength` images at the rate over all findings, which itself starts from one image in two.
     """
     known, positive = (~labels.isnan()).sum(0), labels.nan_to_num(0.0).sum(0)
     pooled = (positive.sum() + 0.5) / (known.sum() + 1)
@@ -30,15 +30,15 @@ def kappa_filter(scores: Tensor, positive_ratio: float, kappa: float) -> Tensor:
     Exact order statistics (Martins & Silva); the low rule wins ties. Raises ValueError for a kappa outside (0, 1].
     """
     _check(kappa)
-    films = len(scores)
-    most, least = int(kappa * positive_ratio * films), int(kappa * (1 - positive_ratio) * films)
+    samples = len(scores)
+    most, least = int(kappa * positive_ratio * samples), int(kappa * (1 - positive_ratio) * samples)
     ordered = scores.sort().values
-    high = ordered[films - most] if most else ordered.new_tensor(torch.inf)
-    return outside(scores, ordered[min(least, films - 1)], high)
+    high = ordered[samples - most] if most else ordered.new_tensor(torch.inf)
+    return outside(scores, ordered[min(least, samples - 1)], high)
 
 
 def kappa_labels(scores: Tensor, labels: Tensor, kappa: float) -> Tensor:
-    """The filter for each finding of scores (N, F), its positive ratio from other films' labels (M, F); (N, F)."""
+    """The filter for each finding of scores (N, F), its positive ratio from other images' labels (M, F); (N, F)."""
     ratios = shrunk_prevalence(labels).tolist()
     return torch.stack([kappa_filter(of, ratio, kappa) for of, ratio in zip(scores.T, ratios, strict=True)], 1)
 
@@ -47,7 +47,7 @@ def class_thresholds(scores: Tensor, prevalence: Tensor, kappa: float) -> tuple[
     """Low and high cut (F,) of each finding: the kappa (1 - pi) and the (1 - kappa pi) quantile of scores (N, F).
 
     Class-aware pseudo-labelling (Xie et al. 2023), for a rolling buffer of scores; nan = not filled yet. `kappa_filter`
-    is its case for a fixed set of films. Raises ValueError for a kappa outside (0, 1].
+    is its case for a fixed set of images. Raises ValueError for a kappa outside (0, 1].
     """
     _check(kappa)
     pairs = list(zip(scores.T, prevalence, strict=True))
@@ -96,17 +96,17 @@ def soft_weights(logits: Tensor, reference: Tensor, cut: Tensor) -> Tensor:
 
     Mean and deviation of that distance come from the `reference` logits (N, F), a rolling buffer, by finding and by
     side: one for both would be the negatives', and a rare positive would never weigh (after SoftMatch, Chen et al.
-    2023). On a side where the reference has no film nothing is known of the distance: weight 0.
+    2023). On a side where the reference has no image nothing is known of the distance: weight 0.
     """
     weights = torch.zeros_like(logits)
     for side in (1.0, -1.0):
         distance, seen = side * (logits - cut), side * (reference - cut)
         on = seen > 0  # nan, not filled yet, is on neither side
-        films, seen = on.sum(0), seen.where(on, 0.0)
-        mean = seen.sum(0) / films.clamp(min=1)
-        variance = ((seen - mean) ** 2 * on).sum(0) / films.clamp(min=1)
+        samples, seen = on.sum(0), seen.where(on, 0.0)
+        mean = seen.sum(0) / samples.clamp(min=1)
+        variance = ((seen - mean) ** 2 * on).sum(0) / samples.clamp(min=1)
         short = (distance - mean).clamp(max=0.0)
-        bell = (-(short**2) / (2 * variance.clamp(min=NARROWEST**2))).exp() * (films > 0)
+        bell = (-(short**2) / (2 * variance.clamp(min=NARROWEST**2))).exp() * (samples > 0)
         weights = bell.where(distance > 0, weights)
     return weights
 
@@ -139,4 +139,4 @@ def ten_crop(images: Tensor, size: int) -> Tensor:
 
 def _check(kappa: float) -> None:
     if not 0 < kappa <= 1:
-        raise ValueError(f"kappa = {kappa}: give the share of films to label, above 0 and at most 1")
+        raise ValueError(f"kappa = {kappa}: give the share of images to label, above 0 and at most 1")

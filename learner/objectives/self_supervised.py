@@ -1,7 +1,7 @@
 """What joins DINO in later recipes: masked patches (iBOT), spread of the embeddings (KoLeo), balanced assignment.
 
-Knows logits, embeddings and masks as tensors: no network, no film, no clock. Random masks come from uniform numbers
-drawn per film elsewhere. iBOT's class-token term is `DinoLoss` as it is, so iBOT's two centres are its and `PatchLoss`'s.
+Knows logits, embeddings and masks as tensors: no network, no image, no clock. Random masks come from uniform numbers
+drawn per image elsewhere. iBOT's class-token term is `DinoLoss` as it is, so iBOT's two centres are its and `PatchLoss`'s.
 """
 
 from math import log
@@ -60,7 +60,7 @@ class PatchLoss(nn.Module):
 def block_masks(numbers: Tensor, side: int, ratio: tuple[float, float] = (0.1, 0.5), chance: float = 0.5) -> Tensor:
     """Uniform numbers (B, MASK_NUMBERS) -> bool (B, side, side); True = masked.
 
-    A film is masked at all with `chance`, then `ratio` of its patches are: exactly round(r side^2) of them, at least
+    An image is masked at all with `chance`, then `ratio` of its patches are: exactly round(r side^2) of them, at least
     one. Four rectangles of their own place, shape and size grow together until they cover that many, where iBOT
     places rectangles by trial until about that many are covered.
     """
@@ -81,7 +81,7 @@ def block_masks(numbers: Tensor, side: int, ratio: tuple[float, float] = (0.1, 0
 def koleo(embeddings: Tensor) -> Tensor:
     """- mean log distance of each embedding (B, D) to its nearest neighbour, after normalising; 0 for fewer than two.
 
-    Sablayrolles et al. 2019 as DINOv2 uses it: pushes the films of a batch apart.
+    Sablayrolles et al. 2019 as DINOv2 uses it: pushes the images of a batch apart.
     """
     if len(embeddings) < 2:
         return embeddings.sum() * 0.0

@@ -1,4 +1,4 @@
-"""The costs of `evolve`: several self-supervisions and pseudo-labels on unlabelled films, labels in every step.
+"""The costs of `evolve`: several self-supervisions and pseudo-labels on unlabelled images, labels in every step.
 
 Each objective says what a part of a batch costs; weights and choices come from the recipe. Pseudo-labels come in as a
 table made before the phase (`graph`), or from the teacher as it goes. Knows no file and no clock.
@@ -29,15 +29,15 @@ RAMP = 0.3  # share of the phase after which pseudo-labels count fully
 LATE = 0.9  # from here on self-supervision counts half: the last word is the classes'
 LAST = 5  # one in so many steps, the last ones, are in the running mean of weights
 MEAN = "swa."  # its names among what a state carries along
-SCORES = "scores"  # and that of the teacher's newest logit of each unlabelled film (N, F)
+SCORES = "scores"  # and that of the teacher's newest logit of each unlabelled image (N, F)
 
 
 def evolve(
     state: State, unlabelled: Feed, labelled: Feed | None, table: dict[str, Tensor], balance: Balance | None = None
 ) -> Losses:
-    """One step: unlabelled films and labelled ones together, then the teacher follows, and its buffers are copied.
+    """One step: unlabelled images and labelled ones together, then the teacher follows, and its buffers are copied.
 
-    table: `soft` (N, F) targets and `weight` (N, F) by film of the unlabelled feed, or neither (the teacher's answers);
+    table: `soft` (N, F) targets and `weight` (N, F) by image of the unlabelled feed, or neither (the teacher's answers);
     `champion` (N, F), logits of the model before this round, where something asks for them; `prevalence` (F,).
     """
     recipe = state.recipe
@@ -88,7 +88,7 @@ def supervised(balance: Balance) -> Objective:
 
 
 def look_ahead(state: State, batch: Batch) -> Ahead:
-    """What the parts of a batch need of the whole of it (see `learner.objectives.batchwise`); nothing where one pass has all films."""
+    """What the parts of a batch need of the whole of it (see `learner.objectives.batchwise`); nothing where one pass has all images."""
     recipe, pieces = state.recipe, parts(batch.size, state.micro)
     balanced = recipe.centring == "sinkhorn"
     if (distributed.world() == 1 and len(pieces) == 1) or not (recipe.koleo or balanced):
@@ -132,16 +132,16 @@ def unsupervised(table: dict[str, Tensor], ahead: Ahead, said: list[Tensor]) -> 
         own = 0.5 if time > LATE else 1.0
         views, index = batch.views(part), batch.index
         assert index is not None
-        films = views[0].shape[0]
+        samples = views[0].shape[0]
         alone = not (recipe.lam or recipe.ibot or recipe.koleo)  # answers only: no view is looked at for nothing
         mask = masks(state, index[part], views[0]) if recipe.ibot else None
         with autocast(state, views[0]):
             with torch.no_grad():
                 taught, taught_patches = look(state.teacher, views[: 1 if alone else 2], None, mask)
-                teacher_class = full(state.teacher.cls_head(taught[:films]))
+                teacher_class = full(state.teacher.cls_head(taught[:samples]))
             seen, patches = look(state.student, views[1:2] if alone else views, mask, mask)
-            classes = full(state.student.cls_head(seen if alone else seen[films : 2 * films]))
-            terms = Terms(classes.sum() * 0.0, seen=taught[:films])
+            classes = full(state.student.cls_head(seen if alone else seen[samples : 2 * samples]))
+            terms = Terms(classes.sum() * 0.0, seen=taught[:samples])
 
             def balanced(name: str, rows: Tensor) -> Tensor | None:
                 if recipe.centring == "centre":
@@ -163,7 +163,7 @@ def unsupervised(table: dict[str, Tensor], ahead: Ahead, said: list[Tensor]) -> 
                 add("ibot", own * recipe.ibot, cost)
                 terms.rows["ibot"] = there
             if recipe.koleo:
-                first = full(seen[:films])
+                first = full(seen[:samples])
                 near = ahead.get("koleo")
                 add("koleo", own * recipe.koleo, with_slope(first, near[part.start], share) if near else koleo(first))
         if recipe.align:
@@ -203,7 +203,7 @@ def answers(state: State, table: dict[str, Tensor], index: Tensor, teacher: Tens
 
 
 def remember(state: State, said: list[Tensor]) -> None:
-    """The teacher's logits of this step's films, of all ranks, take the place of their earlier ones."""
+    """The teacher's logits of this step's images, of all ranks, take the place of their earlier ones."""
     findings = state.extra[SCORES].shape[1]
     rows, _ = distributed.all_rows(
         torch.cat([state.extra[SCORES].new_empty(0, 1 + findings, dtype=torch.float64), *said])
@@ -229,7 +229,7 @@ def look(
 
 
 def masks(state: State, index: Tensor, view: Tensor) -> Tensor:
-    """Bool (2 B, h, w) for the two global views of these films, from their own numbers at this step."""
+    """Bool (2 B, h, w) for the two global views of these images, from their own numbers at this step."""
     backbone = cast(Backbone, state.student.backbone)
     patches = (
         view.shape[1] - backbone.vit.num_prefix_tokens if view.ndim == 3 else (view.shape[-1] // backbone.patch) ** 2

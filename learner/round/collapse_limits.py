@@ -32,9 +32,9 @@ class Limit:
 LIMITS = {
     "dino_gap": Limit(low=1e-5, below="L_dino stands at ln K: every prototype gets the same answer"),
     "teacher_entropy": Limit(1e-6, 0.99999, "nothing is left to sharpen", "the teacher's answers are uniform"),
-    "teacher_kl": Limit(low=1e-4, below="the teacher's answer no longer depends on the film"),
-    "max_share": Limit(high=0.99, above="one prototype takes all films"),
-    "cls_std": Limit(low=1e-3, below="all films have the same embedding"),
+    "teacher_kl": Limit(low=1e-4, below="the teacher's answer no longer depends on the image"),
+    "max_share": Limit(high=0.99, above="one prototype takes all images"),
+    "cls_std": Limit(low=1e-3, below="all images have the same embedding"),
     "centre_norm": Limit(high=0.9, above="all prototypes point one way"),
 }
 

@@ -28,12 +28,12 @@ from learner.engine.step import State, Stopped, must_be_numbers
 from learner.evaluation.calibrate import auc, temperature, threshold
 from learner.networks.backbone import Plan, at_size
 from learner.networks.heads import Network
-from learner.round.manifest import PLATE_SHAPE, PLATE_VERSION, Film, Round, whole_folder, write_json
+from learner.round.manifest import PLATE_SHAPE, PLATE_VERSION, Round, Sample, whole_folder, write_json
 from learner.round.recipe import Recipe
 
 OPSET = 18
 PARITY = 1e-3  # largest allowed difference in probability between torch and onnxruntime
-PARITY_FILMS = 32
+PARITY_SAMPLES = 32
 PROBES = 8
 
 
@@ -98,7 +98,7 @@ def card(
         "findings": list(round_.findings), "round": round_.name, "parent": round_.parent, "phase": state.phase,
         "plate_version": PLATE_VERSION, "made_at": now.isoformat(timespec="seconds"),
         "metrics": metrics, "parity": parity, "temperatures": model.temperatures.tolist(), "serve": serve,
-        "train_films": len(round_.unlabelled), "labelled": len(round_.labelled),
+        "train_images": len(round_.unlabelled), "labelled": len(round_.labelled),
         "poison": state.recipe.poison_teacher, "seed": state.recipe.seed, "notes": state.notes,
         "recipe": state.recipe.to_dict(),
         "versions": {
@@ -109,19 +109,19 @@ def card(
 
 
 @torch.no_grad()
-def score(model: Served, films: Sequence[Film]) -> np.ndarray:
-    """Logits (films, F) in torch, on the model's device."""
+def score(model: Served, samples: Sequence[Sample]) -> np.ndarray:
+    """Logits (images, F) in torch, on the model's device."""
     device, rows = model.matrix.device, [np.empty((0, len(model.temperatures)), np.float32)]
-    for low in range(0, len(films), 16):
-        rows.append(model(read_plates(films[low : low + 16]).to(device))[0].cpu().numpy())
+    for low in range(0, len(samples), 16):
+        rows.append(model(read_plates(samples[low : low + 16]).to(device))[0].cpu().numpy())
     return np.concatenate(rows)
 
 
 def calibrate(model: Served, round_: Round) -> dict[str, Any]:
     """Fit the temperatures (kept in the model) and thresholds on calibration patients; defaults are named as such."""
-    films = round_.of("calibration")
-    logits = score(model, films)
-    labels = label_table(films).numpy() if films else np.empty((0, len(round_.findings)))
+    samples = round_.of("calibration")
+    logits = score(model, samples)
+    labels = label_table(samples).numpy() if samples else np.empty((0, len(round_.findings)))
     result = {}
     for i, finding in enumerate(round_.findings):
         fitted = temperature(logits[:, i], labels[:, i])
@@ -138,7 +138,7 @@ def export_onnx(model: Served, path: Path) -> None:
         torch.onnx.export(
             model, (example,), path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
             input_names=["plates"], output_names=["logits", "embedding", "heatmap"],
-            dynamic_shapes={"plates": {0: torch.export.Dim("films", min=1, max=4096)}},
+            dynamic_shapes={"plates": {0: torch.export.Dim("images", min=1, max=4096)}},
         )  # fmt: skip
     onnx.checker.check_model(str(path))
 
@@ -151,9 +151,9 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
 
 
 @torch.no_grad()
-def check_parity(model: Served, session: onnxruntime.InferenceSession, films: Sequence[Film]) -> dict[str, float]:
-    """Largest difference in probability at batch 1 and 8, on validation plates, else on the probes (films = 0)."""
-    plates = read_plates(films[:PARITY_FILMS]) if films else torch.from_numpy(probe_plates())
+def check_parity(model: Served, session: onnxruntime.InferenceSession, samples: Sequence[Sample]) -> dict[str, float]:
+    """Largest difference in probability at batch 1 and 8, on validation plates, else on the probes (images = 0)."""
+    plates = read_plates(samples[:PARITY_SAMPLES]) if samples else torch.from_numpy(probe_plates())
     worst = {"1": 0.0, "8": 0.0}
     for size in (1, 8):
         for low in range(0, len(plates), size):
@@ -165,11 +165,11 @@ def check_parity(model: Served, session: onnxruntime.InferenceSession, films: Se
         raise Stopped(
             f"parity: onnxruntime and torch differ by {max(worst.values()):.2g} in probability (> {PARITY:g})"
         )
-    return worst | {"films": min(len(films), PARITY_FILMS)}
+    return worst | {"images": min(len(samples), PARITY_SAMPLES)}
 
 
 def probe_plates() -> np.ndarray:
-    """uint8 [8, 512, 512], made of waves and noise: no film of a patient leaves with a bundle."""
+    """uint8 [8, 512, 512], made of waves and noise: no image of a patient leaves with a bundle."""
     rng = np.random.default_rng(20)
     y, x = np.mgrid[0 : PLATE_SHAPE[0], 0 : PLATE_SHAPE[1]] / PLATE_SHAPE[0]
     plates = []

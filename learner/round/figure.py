@@ -31,12 +31,12 @@ WORDS = {
     "lr": "learning rate",
     "momentum": "momentum of the teacher",
     "dino_gap": "|L_dino / ln K - 1|: 0 = every prototype gets the same answer",
-    "teacher_entropy": "entropy of the teacher's answers / ln K: 1 = uniform, 0 = one prototype a film",
-    "teacher_kl": "KL(teacher || mean teacher), nats: 0 = the answer says nothing of the film",
-    "max_share": "share of the largest prototype: 1 = one takes all films",
-    "cls_std": "deviation of CLS between films, times sqrt D: 0 = all films look alike",
+    "teacher_entropy": "entropy of the teacher's answers / ln K: 1 = uniform, 0 = one prototype an image",
+    "teacher_kl": "KL(teacher || mean teacher), nats: 0 = the answer says nothing of the image",
+    "max_share": "share of the largest prototype: 1 = one takes all images",
+    "cls_std": "deviation of CLS between images, times sqrt D: 0 = all images look alike",
     "centre_norm": "norm of the centre / sqrt K: 1 = all prototypes point one way",
-    "pseudo_rate": "pseudo-labels: share of (film, finding) pairs that have one",
+    "pseudo_rate": "pseudo-labels: share of (image, finding) pairs that have one",
     "pseudo_auc": "pseudo-labels: macro AUC against the hidden labels",
     "auc": "macro AUC on validation patients",
 }
@@ -77,7 +77,7 @@ def _title(figure: "Figure", manifest: dict[str, Any], result: dict[str, Any], r
     """Round, recipe and state; why it stopped; how much it saw."""
     state = result.get("state", "unfinished")
     colour = RED if state == "stopped" else "black"
-    about = [f"{result[key]:,} {words}" for key, words in (("unlabelled", "films"), ("labelled", "of them labelled")) if result.get(key)]  # fmt: skip
+    about = [f"{result[key]:,} {words}" for key, words in (("unlabelled", "images"), ("labelled", "of them labelled")) if result.get(key)]  # fmt: skip
     about += [f"{steps:,} steps" if steps else "no step was taken"]
     about += [f"{timedelta(seconds=round(result['seconds']))} h"] if result.get("seconds") else []
     high = figure.get_figheight()

@@ -1,6 +1,6 @@
 """A round folder: the manifest read strictly, and everything the learner writes, whole or not at all.
 
-Refuses a golden film, a patient in two ranges and plates of another version at load, by rule and not by convention.
+Refuses a golden image, a patient in two ranges and plates of another version at load, by rule and not by convention.
 Knows no torch: numpy and the standard library only, so that the agent can read a round's state with it.
 """
 
@@ -27,11 +27,12 @@ PLATE_VERSION = 1  # must equal the version of the plates in the manifest; a cha
 PLATE_SHAPE = (512, 512)
 RANGES = ("train", "validation", "calibration")
 _HEADER = threading.Lock()  # numpy reads headers with `ast`, which threads break up to CPython 3.12 (gh-106905)
+VERSION = 2  # of the manifest
 KEYS = {  # of the manifest, and the kinds of value that each may have
     "version": (int,), "round": (str,), "plate_version": (int,), "findings": (list,), "recipe": (dict,), "seed": (int,),
-    "plates": (str,), "parent": (dict, NoneType), "until": (str, NoneType), "films": (list,),
+    "plates": (str,), "parent": (dict, NoneType), "until": (str, NoneType), "images": (list,),
 }  # fmt: skip
-FILM_KEYS = {
+SAMPLE_KEYS = {
     "image": (int,), "patient": (str, int), "plate": (str,), "range": (str,), "labels": (list, NoneType),
 }  # fmt: skip
 PARENT_KEYS = {"bundle": (str,), "state": (str,)}
@@ -49,7 +50,7 @@ class RoundBusy(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Film:
+class Sample:
     """One plate and what is known of it; labels[f] is 1, 0 or None (unknown)."""
 
     image: int
@@ -74,19 +75,19 @@ class Round:
     parent: str | None
     parent_state: Path | None
     until: datetime | None
-    films: tuple[Film, ...]
+    samples: tuple[Sample, ...]
     fingerprint: str  # of all that decides the result: everything but `until`
 
-    def of(self, range_: str) -> tuple[Film, ...]:
-        return tuple(f for f in self.films if f.range == range_)
+    def of(self, range_: str) -> tuple[Sample, ...]:
+        return tuple(f for f in self.samples if f.range == range_)
 
     @property
-    def unlabelled(self) -> tuple[Film, ...]:
-        """The unlabelled pool: every train film, the labelled ones too, used without their labels."""
+    def unlabelled(self) -> tuple[Sample, ...]:
+        """The unlabelled pool: every train image, the labelled ones too, used without their labels."""
         return self.of("train")
 
     @property
-    def labelled(self) -> tuple[Film, ...]:
+    def labelled(self) -> tuple[Sample, ...]:
         return tuple(f for f in self.of("train") if f.labelled)
 
 
@@ -99,9 +100,13 @@ def load(folder: Path) -> Round:
         raise ManifestError(f"{path}: no manifest; the agent writes it before the learner starts") from None
     except ValueError as error:  # not JSON, or not UTF-8
         raise ManifestError(f"{path}: not JSON ({error})") from None
+    decides = (
+        json.dumps({k: v for k, v in raw.items() if k != "until"}, sort_keys=True) if isinstance(raw, dict) else ""
+    )
+    raw = _of_today(raw)
     _same_keys("manifest", raw, KEYS)
-    if raw["version"] != 1:
-        raise ManifestError(f"manifest: version {raw['version']!r}; this learner reads version 1")
+    if raw["version"] != VERSION:
+        raise ManifestError(f"manifest: version {raw['version']!r}; this learner reads versions 1 and {VERSION}")
     if raw["plate_version"] != PLATE_VERSION:
         raise ManifestError(
             f"manifest: plate_version {raw['plate_version']!r}, this learner was made for {PLATE_VERSION}: "
@@ -114,24 +119,30 @@ def load(folder: Path) -> Round:
         recipe = Recipe.from_dict(raw["recipe"]).override({"seed": raw["seed"]})
     except RecipeError as error:
         raise ManifestError(f"manifest: {error}") from None
-    films = _films(raw["films"], folder / raw["plates"], len(findings))
+    samples = _samples(raw["images"], folder / raw["plates"], len(findings))
     parent, state = _parent(raw["parent"], folder)
-    decides = json.dumps({k: v for k, v in raw.items() if k != "until"}, sort_keys=True)
     return Round(
         folder=folder, name=raw["round"], findings=findings, recipe=recipe, parent=parent, parent_state=state,
-        until=_until(raw["until"]), films=films, fingerprint=hashlib.sha256(decides.encode()).hexdigest(),
+        until=_until(raw["until"]), samples=samples, fingerprint=hashlib.sha256(decides.encode()).hexdigest(),
     )  # fmt: skip
 
 
-def _films(rows: Any, plates: Path, width: int) -> tuple[Film, ...]:
+def _of_today(raw: Any) -> Any:
+    """A manifest of version 1 (cxrloop 0.1 called the images films) in the keys of today; any other as it is."""
+    if isinstance(raw, dict) and raw.get("version") == 1 and "films" in raw:
+        return {**{k: v for k, v in raw.items() if k != "films"}, "version": VERSION, "images": raw["films"]}
+    return raw
+
+
+def _samples(rows: Any, plates: Path, width: int) -> tuple[Sample, ...]:
     if not rows:
-        raise ManifestError("manifest: films is empty; a round needs train films")
-    films, range_of, seen = [], {}, set()
+        raise ManifestError("manifest: images is empty; a round needs train images")
+    samples, range_of, seen = [], {}, set()
     for number, row in enumerate(rows):
-        where = f"manifest: films[{number}]"
-        _same_keys(where, row, FILM_KEYS)
+        where = f"manifest: images[{number}]"
+        _same_keys(where, row, SAMPLE_KEYS)
         if row["range"].startswith("golden"):
-            raise ManifestError(f"{where}: image {row['image']} is {row['range']}: a golden film is never trained on")
+            raise ManifestError(f"{where}: image {row['image']} is {row['range']}: a golden image is never trained on")
         if row["range"] not in RANGES:
             raise ManifestError(f"{where}: range {row['range']!r}; must be one of {', '.join(RANGES)}")
         _one_range(where, row, range_of)
@@ -145,10 +156,10 @@ def _films(rows: Any, plates: Path, width: int) -> tuple[Film, ...]:
         if relative.is_absolute() or ".." in relative.parts:
             raise ManifestError(f"{where}: plate {row['plate']!r} leaves the plates folder")
         labels = tuple(None if v is None else int(v) for v in labels)
-        films.append(Film(row["image"], str(row["patient"]), plates / relative, row["range"], labels))
-    if not any(f.range == "train" for f in films):
-        raise ManifestError("manifest: no film in range train")
-    return tuple(films)
+        samples.append(Sample(row["image"], str(row["patient"]), plates / relative, row["range"], labels))
+    if not any(f.range == "train" for f in samples):
+        raise ManifestError("manifest: no image in range train")
+    return tuple(samples)
 
 
 def _one_range(where: str, row: dict[str, Any], range_of: dict[str, str]) -> None:

@@ -80,5 +80,5 @@ def read(folder: Path) -> Curves:
 
 
 def correcting(rows: tuple[dict[str, Any], ...]) -> list[bool]:
-    """Which of a phase's rows are steps on the labelled films between two others (`burst` names the *next* one)."""
+    """Which of a phase's rows are steps on the labelled images between two others (`burst` names the *next* one)."""
     return [False, *(row["burst"] is not None for row in rows[:-1])]

@@ -24,7 +24,7 @@ class Recipe:
     backbone: str = "random"  # "random", a timm hub name, or the path of a .safetensors file (its shape is inferred)
     pos_embed: str = "dino"  # how position embeddings are resampled to other sizes: "dino" or "timm"
     pool: str = "cls"  # the embedding: "cls" = class token (as published), "mean" = mean of the patches, or "both"
-    init: str = "timm"  # of a random backbone: "timm", or "mimetic" (imitates trained attention; for few films)
+    init: str = "timm"  # of a random backbone: "timm", or "mimetic" (imitates trained attention; for few images)
     image_size: int = 256
     local_size: int = 128
     local_views: int = 8
@@ -38,11 +38,11 @@ class Recipe:
     # lower blocks that stay as they are; their outputs are computed once a round and kept. -1 = all but the last of a
     # pretrained transformer, none of another network
     frozen_blocks: int = 0
-    cached_views: int = 4  # noised global views (and as many times local_views) a film has in that cache
+    cached_views: int = 4  # noised global views (and as many times local_views) an image has in that cache
     # -- optimisation
     epochs: int = 5
     t0_epochs: int = 5
-    t0_steps: int = 0  # at least this many at T=0: few labelled films get more epochs
+    t0_steps: int = 0  # at least this many at T=0: few labelled images get more epochs
     batch: int = 16
     lr: float = 5e-5  # for a batch of 16; scaled linearly
     t0_lr: float = 5e-5
@@ -59,7 +59,7 @@ class Recipe:
     centre_momentum: float = 0.9
     centring: str = "centre"  # of the teacher's answers: a running "centre", or "sinkhorn" (each batch used evenly)
     ema_base: float = 0.9995
-    correct_every: int = 500  # unlabelled steps between two passes over the labelled films; 0 = never
+    correct_every: int = 500  # unlabelled steps between two passes over the labelled images; 0 = never
     correct_first: bool = True  # also after step 0, whose learning rate is 0 (as published)
     correct_loss: str = "mix"  # "mix" = self-supervision and labels, "ce" = labels only
     # -- evolve: more self-supervision, pseudo-labels from neighbours, labels in every step
@@ -71,8 +71,8 @@ class Recipe:
     # pseudo-labels weighted by agreement, of graph and "teacher" or of two "heads" on half the labels, or by how far
     # beyond the prevalence's cut they are ("soft", SoftMatch)
     agree: str = "none"
-    thresholds: bool = False  # class-wise: only the surest share `kappa` of films has a pseudo-label
-    neighbours: int = 10  # of a film in the graph
+    thresholds: bool = False  # class-wise: only the surest share `kappa` of images has a pseudo-label
+    neighbours: int = 10  # of an image in the graph
     components: int = 64  # of the whitened features under it
     label_weight: float = 1.0
     replay: float = 0.0  # weight of distillation from the champion (the parent's model)
@@ -82,7 +82,7 @@ class Recipe:
     # mean of late steps ("swa")
     average: str = "ema"
     # -- pseudo-label (Martins & Silva) and kd (Ho & Gwak)
-    kappa: float = 0.75  # share of films that get a pseudo-label, surest first
+    kappa: float = 0.75  # share of images that get a pseudo-label, surest first
     finetune_epochs: int = 15
     kd_teacher: str = "densenet121"  # timm name or arch of the other network
     kd_strategy: str = "standard"  # "base", "standard", "reversed", "defective" or "self"
@@ -108,7 +108,7 @@ class Recipe:
     precision: str = (
         "auto"  # "auto" = bf16, else fp16, on CUDA and fp32 on the CPU; "bf16" also where the CPU is fast at it
     )
-    micro_batch: int = 0  # films in one pass; 0 = the whole batch (halved when memory runs out)
+    micro_batch: int = 0  # images in one pass; 0 = the whole batch (halved when memory runs out)
     checkpoint_seconds: int = 60
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ RECIPES: dict[str, Recipe] = {
 # What a profile changes in any recipe: sizes, and the settings that only make sense at that size.
 PROFILES: dict[str, dict[str, Any]] = {
     "gpu": {},
-    "cpu": {  # 500 films, all labelled or few, on two cores: under ten minutes, both phases
+    "cpu": {  # 500 images, all labelled or few, on two cores: under ten minutes, both phases
         "arch": "vit_tiny_patch16", "image_size": 96, "local_size": 48, "local_views": 4, "prototypes": 4096,
         "head_hidden": 512, "bottleneck": 128, "epochs": 3, "t0_epochs": 5, "t0_steps": 150, "correct_every": 10,
         "correct_first": False, "correct_loss": "ce", "lr": 2e-4, "t0_lr": 5e-4, "ema_base": 0.99, "mean": 0.5,

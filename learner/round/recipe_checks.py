@@ -83,7 +83,12 @@ def _of_use(recipe: Any) -> None:
     """Raises RecipeError for a key of `evolve` or `pretrain` that the other keys leave nothing to do."""
     sees = recipe.lam or recipe.ibot
     rules = (
-        ("targets", "none", recipe.method == "evolve", "pretrain learns from films alone; leave it out, or use evolve"),
+        (
+            "targets",
+            "none",
+            recipe.method == "evolve",
+            "pretrain learns from images alone; leave it out, or use evolve",
+        ),
         ("replay", 0.0, recipe.method == "evolve", "pretrain has no answer to keep; leave it out, or use evolve"),
         ("align", False, recipe.targets == "teacher", 'it moves the teacher\'s answers; set targets = "teacher"'),
         ("thresholds", False, recipe.targets == "graph", 'they are for neighbours\' answers; set targets = "graph"'),

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.data.feed import Films
+from learner.data.feed import ImageFeed
 from learner.data.packed_plates import Shard, open_shard
-from learner.data.token_bank import Bank, TokenFilms, open_bank
+from learner.data.token_bank import Bank, TokenFeed, open_bank
 from learner.engine import distributed
 from learner.engine.checkpoint import (
     CheckpointError,
@@ -39,10 +39,10 @@ from learner.networks.backbone import Backbone, BackboneError, Plan, build, fit_
 from learner.networks.heads import Network, make_network
 from learner.objectives.centring import make_centres
 from learner.round.export import write_parts
-from learner.round.manifest import Film, ManifestError, Round
+from learner.round.manifest import ManifestError, Round, Sample
 from learner.round.recipe import Recipe
 
-SCORED = 64  # films in one pass when only looked at
+SCORED = 64  # images in one pass when only looked at
 
 
 class Run:
@@ -233,68 +233,68 @@ class Run:
 
         return start
 
-    # -- films
+    # -- images
 
     def labelled(
         self, name: str, local_views: int = 0, fixed_order: bool = False, labels: Tensor | None = None
-    ) -> Films | TokenFilms:
-        """The labelled train films, every one in each pass; by default the two global views only."""
+    ) -> ImageFeed | TokenFeed:
+        """The labelled train images, every one in each pass; by default the two global views only."""
         if not self.round.labelled:
-            raise ManifestError("manifest: no labelled train film and no parent: a first round needs labels")
+            raise ManifestError("manifest: no labelled train image and no parent: a first round needs labels")
         return self.feed(self.round.labelled, name, local_views, fixed_order, labels)
 
-    def unlabelled(self, labels: Tensor | None = None) -> Films | TokenFilms:
-        """All train films with all views; `labels` are targets of a recipe's own."""
+    def unlabelled(self, labels: Tensor | None = None) -> ImageFeed | TokenFeed:
+        """All train images with all views; `labels` are targets of a recipe's own."""
         return self.feed(self.round.unlabelled, "unlabelled", self.recipe.local_views, False, labels)
 
     def feed(
-        self, films: Sequence[Film], name: str, local_views: int, fixed_order: bool, labels: Tensor | None = None
-    ) -> Films | TokenFilms:
+        self, samples: Sequence[Sample], name: str, local_views: int, fixed_order: bool, labels: Tensor | None = None
+    ) -> ImageFeed | TokenFeed:
         recipe = replace(self.recipe, local_views=local_views)
         if self.recipe.frozen_blocks:
-            return TokenFilms(Films(films, recipe, self.device, name, fixed_order, labels), self.bank)
+            return TokenFeed(ImageFeed(samples, recipe, self.device, name, fixed_order, labels), self.bank)
         train, size = self.round.of("train"), recipe.image_size
-        packed = all(f.range == "train" for f in films) and distributed.by_first(
+        packed = all(f.range == "train" for f in samples) and distributed.by_first(
             lambda: open_shard(self.round.folder, train, size) is not None
         )
         shard = Shard(self.round.folder / "shard", train, size) if packed else None
-        return Films(films, recipe, self.device, name, fixed_order, labels, shard)
+        return ImageFeed(samples, recipe, self.device, name, fixed_order, labels, shard)
 
     @property
     def bank(self) -> Bank:
-        """Tokens of all films after the frozen blocks, which no phase changes."""
+        """Tokens of all images after the frozen blocks, which no phase changes."""
         alone = distributed.world() == 1  # opened so, by rank 0 within `by_first`, it isn't yet open for all
         if alone not in self.banks:
             distributed.by_first(self._fill_bank)
-            self.banks[alone] = Bank(self.round.folder / "tokens", self.round.films)
+            self.banks[alone] = Bank(self.round.folder / "tokens", self.round.samples)
         return self.banks[alone]
 
     def _fill_bank(self) -> None:
         state = self.state("tokens", make_schedule(self.recipe, 1, 1, self.recipe.lr, 1))
         self.from_backbone(state) if self.first else self.from_parent(state)
-        films = self.round.films
+        samples = self.round.samples
 
-        def feed(recipe: Recipe, name: str) -> Films:
-            return Films(films, recipe, self.device, name, fixed_order=True)
+        def feed(recipe: Recipe, name: str) -> ImageFeed:
+            return ImageFeed(samples, recipe, self.device, name, fixed_order=True)
 
         lower, said = cast(Backbone, state.student.backbone), partial(self.teller.between, "tokens")
-        open_bank(self.round.folder, films, self.recipe, lower, feed, self.dtype, str(self.round.parent), said)
+        open_bank(self.round.folder, samples, self.recipe, lower, feed, self.dtype, str(self.round.parent), said)
 
     @torch.no_grad()
-    def embeddings(self, network: Network, films: Sequence[Film]) -> Tensor:
-        """Embeddings (N, D) of films without noise, float32 on the host, by a network in eval mode."""
-        feed, rows = self.feed(films, "plain", 0, True), []
+    def embeddings(self, network: Network, samples: Sequence[Sample]) -> Tensor:
+        """Embeddings (N, D) of images without noise, float32 on the host, by a network in eval mode."""
+        feed, rows = self.feed(samples, "plain", 0, True), []
         was = network.training
         network.eval()
-        for low in range(0, len(films), SCORED):
-            images = feed.originals(np.arange(low, min(low + SCORED, len(films))))
+        for low in range(0, len(samples), SCORED):
+            images = feed.originals(np.arange(low, min(low + SCORED, len(samples))))
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                 rows.append(network.backbone(images).float().cpu())
             self.teller.check()
         network.train(was)
-        must_be_numbers("embeddings of the films", rows)
+        must_be_numbers("embeddings of the images", rows)
         return torch.cat(rows)
 
-    def schedule(self, feed: Films | TokenFilms, epochs: int, peak: float, least_steps: int = 0) -> Schedule:
+    def schedule(self, feed: ImageFeed | TokenFeed, epochs: int, peak: float, least_steps: int = 0) -> Schedule:
         """Whole passes over a feed, at least `epochs` and `least_steps`."""
         return make_schedule(self.recipe, max(epochs, -(-least_steps // feed.batches)), feed.batches, peak, feed.size)

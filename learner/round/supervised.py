@@ -1,4 +1,4 @@
-"""Learning the labelled films alone: T=0 of every recipe, from wherever a recipe begins.
+"""Learning the labelled images alone: T=0 of every recipe, from wherever a recipe begins.
 
 Knows a run and its labels; what the labels weigh is said here once for all phases, from train labels only.
 """
@@ -18,9 +18,9 @@ def learn_labels(run: Run, begin: Callable[[State], None]) -> State:
     A moving average of so few steps is no teacher; the published code keeps one here too, and discards it. A first
     round exports it.
     """
-    recipe, films, balance = run.recipe, run.labelled("t0"), balance_of(run)
-    schedule = run.schedule(films, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
-    state = run.train("t0", schedule, begin, lambda state: supervise(state, films, balance))
+    recipe, samples, balance = run.recipe, run.labelled("t0"), balance_of(run)
+    schedule = run.schedule(samples, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
+    state = run.train("t0", schedule, begin, lambda state: supervise(state, samples, balance))
     state.teacher.load_state_dict(state.student.state_dict())
     if run.first:
         run.export("t0", state, "student")

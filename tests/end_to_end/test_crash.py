@@ -14,7 +14,7 @@ from deploy.bundle.bundle import open_bundle
 from deploy.server.session import Session
 from tests.conftest import make_site
 from tests.support.agent.crash_line import write_labels
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 from tests.support.deploy.model_server import FINDINGS, ROOT, make_parts, write_model
 
 
@@ -28,7 +28,7 @@ def tmp_path():
 
 @pytest.fixture
 def base(tmp_path):
-    """A site with 40 films, two models on disk, and labels that the second model gets right and the first does not."""
+    """A site with 40 images, two models on disk, and labels that the second model gets right and the first does not."""
     site = make_site(
         tmp_path / "base",
         site={"findings": list(FINDINGS)},
@@ -37,7 +37,7 @@ def base(tmp_path):
     )
     with site.ledger() as ledger:
         for seed in range(40):
-            put(site, film(seed), f"{seed}.dcm")
+            put(site, xray(seed), f"{seed}.dcm")
         take_in(site, ledger)
         rows = ledger.rows("SELECT sop_uid, plate FROM image WHERE range = 'golden'")
     write_model(site.root / "first.onnx", 1)

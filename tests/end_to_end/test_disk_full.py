@@ -1,6 +1,6 @@
 """A disk that is full and then is not, on a real small file system: the node, the intake and the ledger go on by themselves.
 
-The real processes live on the disk; the films, their senders and the hand that frees space are outside it.
+The real processes live on the disk; the images, their senders and the hand that frees space are outside it.
 """
 
 import os
@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 from conftest import make_site
-from pacs import data_set, film, save, wait_for
-from scu import A_ASSOCIATE_AC, IMPLICIT, VERIFICATION, Scu, echoes
 
 from agent.ledger import audit
 from agent.site.site import Site
@@ -23,6 +21,8 @@ from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION as DX
 from dicom.dataset.part10 import EXPLICIT_LE, open_envelope
 from dicom.node.reception import OUT_OF_RESOURCES
 from dicom.store.inbox import Inbox
+from tests.support.dicom.pacs import data_set, save, wait_for, xray
+from tests.support.dicom.raw_scu import A_ASSOCIATE_AC, IMPLICIT, VERIFICATION, Scu, echoes
 from tests.support.small_disk import small_disk
 
 pytestmark = pytest.mark.peer("mount")
@@ -90,9 +90,9 @@ def everything(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_films_come_until_a700_nothing_partial_stays_and_the_next_film_after_space_is_freed_is_there(disk, tmp_path):
-    films = [film(seed, side=900, bits=12) for seed in range(8)]  # 1.6 MB each
-    sent = {str(one.SOPInstanceUID): data_set(one) for one in films}
+def test_images_come_until_a700_nothing_partial_stays_and_the_next_image_after_space_is_freed_is_there(disk, tmp_path):
+    images = [xray(seed, side=900, bits=12) for seed in range(8)]  # 1.6 MB each
+    sent = {str(one.SOPInstanceUID): data_set(one) for one in images}
     with running(disk, tmp_path) as node, Scu(node.port) as scu:
         inbox = node.site / "inbox"
         assert scu.associate([(DX, EXPLICIT_LE), (VERIFICATION, IMPLICIT)]) == A_ASSOCIATE_AC
@@ -101,7 +101,7 @@ def test_films_come_until_a700_nothing_partial_stays_and_the_next_film_after_spa
         assert 4 <= len(held) < 8
         assert list(statuses.values()) == [0] * len(held) + [OUT_OF_RESOURCES] * (8 - len(held))
         ballast = disk.fill()  # now not one byte is left, for a temporary file's first either
-        last = films[-1]
+        last = images[-1]
         assert scu.store(data_set(last), DX, last.SOPInstanceUID) == OUT_OF_RESOURCES
         assert sorted(body(path) for path in everything(inbox)) == sorted(sent[uid] for uid in held)
         assert scu.echo(ECHO) == 0
@@ -128,56 +128,56 @@ def hold(disk, node):
 
 
 def put(inbox, ds, tmp_path):
-    """Lay a film into the inbox; its bytes."""
-    data = save(ds, tmp_path / "film.dcm").read_bytes()
+    """Lay an image into the inbox; its bytes."""
+    data = save(ds, tmp_path / "image.dcm").read_bytes()
     inbox.put(data)
     return data
 
 
-def nothing_is_lost(disk, tmp_path, films):
-    """What the stopped node left: a sound ledger, a true audit, a row a film, and each film's bytes."""
+def nothing_is_lost(disk, tmp_path, images):
+    """What the stopped node left: a sound ledger, a true audit, a row an image, and each image's bytes."""
     shutil.copytree(disk.seen / "site", tmp_path / "after")
     site = Site.open(tmp_path / "after" / "appliance.toml")
     with site.ledger() as ledger:
         assert ledger.value("PRAGMA integrity_check") == "ok"
         assert audit.verify(ledger, site.root / "audit.heads", site.key("signing.pub"))["ok"]
         rows = ledger.rows("SELECT * FROM image ORDER BY id")
-        assert [site.store.path(row["original"]).read_bytes() for row in rows] == films
-        assert ledger.value("SELECT count(*) FROM receipt") == len(films)
-        assert sum(ledger.counters()[state] for state in ("stored", "rejected")) == len(films)
+        assert [site.store.path(row["original"]).read_bytes() for row in rows] == images
+        assert ledger.value("SELECT count(*) FROM receipt") == len(images)
+        assert sum(ledger.counters()[state] for state in ("stored", "rejected")) == len(images)
     assert list(site.store.folder.glob("*/.tmp-*")) == []
 
 
 def test_a_full_disk_stops_the_ledger_and_the_store_which_lose_nothing_and_go_on(disk, tmp_path):
     ledger = ("database or disk is full", "disk I/O error")  # the log can't grow, or its index can't
-    turns = [("LL", ledger), ("PA", ("No space left on device",))]  # a lateral film needs no plate
-    films = []
+    turns = [("LL", ledger), ("PA", ("No space left on device",))]  # a lateral image needs no plate
+    images = []
     with running(disk, tmp_path, "learn") as node:
         assert node.says("learn ready")
         for seed, (view, words) in enumerate(turns):
             hold(disk, node)
-            films.append(put(node.inbox, film(seed, view=view), tmp_path))
+            images.append(put(node.inbox, xray(seed, view=view), tmp_path))
             ballast = disk.fill()
             node.process.send_signal(signal.SIGCONT)
             assert node.says(*words)
             assert len(node.inbox.waiting()) == 1
             ballast.unlink()
             assert wait_for(lambda: not node.inbox.waiting(), PATIENCE_S), node.log.read_text()[-3000:]
-    nothing_is_lost(disk, tmp_path, films)
+    nothing_is_lost(disk, tmp_path, images)
 
 
 def test_a_node_that_starts_on_a_full_disk_goes_on_as_soon_as_there_is_room(disk, tmp_path):
-    films = []
+    images = []
 
     def begin():
-        films.append(put(Inbox(disk.seen / "site" / "inbox", 0), film(0), tmp_path))
+        images.append(put(Inbox(disk.seen / "site" / "inbox", 0), xray(0), tmp_path))
         disk.fill()
 
     with running(disk, tmp_path, "learn", begin) as node:
         assert node.says("disk")
         (disk.seen / "ballast").unlink()
         assert wait_for(lambda: not node.inbox.waiting(), PATIENCE_S), node.log.read_text()[-3000:]
-    nothing_is_lost(disk, tmp_path, films)
+    nothing_is_lost(disk, tmp_path, images)
 
 
 def test_a_head_of_the_audit_that_the_disk_cut_off_is_signed_anew(disk, tmp_path):

@@ -14,7 +14,7 @@ from tests.support.agent.appliance import TINY, Appliance, alive, kill
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory):
-    """One appliance that the tests below walk in order, and the films of its PACS."""
+    """One appliance that the tests below walk in order, and the images of its PACS."""
     folder = tmp_path_factory.mktemp("line")
     site = make_site(
         folder / "site",
@@ -24,9 +24,9 @@ def line(tmp_path_factory: pytest.TempPathFactory):
         release={"probation_days": 0},
     )
     (site.root / "tiny.toml").write_text(TINY)
-    films, odd = pacs.phantoms(folder / "pacs", 90, 5)
+    images, odd = pacs.phantoms(folder / "pacs", 90, 5)
     with Appliance(site) as appliance:
-        yield appliance, films, odd
+        yield appliance, images, odd
 
 
 def write_labels(path: Path, rows: list[dict], truth: dict[str, dict[str, int]]) -> Path:
@@ -38,9 +38,9 @@ def write_labels(path: Path, rows: list[dict], truth: dict[str, dict[str, int]])
     return path
 
 
-def test_1_films_are_acknowledged_and_stored_before_there_is_a_model(line):
-    appliance, films, odd = line
-    sent = [film.path for film in films[:80]] + odd
+def test_1_images_are_acknowledged_and_stored_before_there_is_a_model(line):
+    appliance, images, odd = line
+    sent = [image.path for image in images[:80]] + odd
     statuses = [status for _, status in pacs.deliver(sent, appliance.site.config.node.port, "CXRLOOP")]
     assert statuses == [0] * 84 + [None]  # the file cut in half can't be read by a sender either
     said = appliance.until("ingest", inbox=0, stored=80, rejected=4)
@@ -49,8 +49,8 @@ def test_1_films_are_acknowledged_and_stored_before_there_is_a_model(line):
 
 
 def test_2_labels_come_by_csv_and_the_golden_set_is_frozen(line):
-    appliance, films, _ = line
-    truth = {film.sop_uid: film.truth for film in films}
+    appliance, images, _ = line
+    truth = {image.sop_uid: image.truth for image in images}
     rows = [row for row in appliance.ask("studies", "ls", "--limit", "1000") if row["range"]]
     path = write_labels(appliance.site.root / "labels.csv", rows, truth)
     said = appliance.ask("labels", "import", str(path))
@@ -75,13 +75,13 @@ def test_3_the_first_round_makes_the_baseline_and_the_backlog_is_scored(line):
     appliance.ask("approve", said["bundle"], "--by", "Dr. A", "--reason", "please", code=2)
 
 
-def test_4_a_film_that_comes_now_is_scored_without_being_asked(line):
-    appliance, films, _ = line
+def test_4_a_image_that_comes_now_is_scored_without_being_asked(line):
+    appliance, images, _ = line
     port = appliance.site.config.node.port
-    assert [s for _, s in pacs.deliver([films[80].path], port, "CXRLOOP")] == [0]
+    assert [s for _, s in pacs.deliver([images[80].path], port, "CXRLOOP")] == [0]
     appliance.until("ingest", predicted=81)
     row = appliance.ask("studies", "ls", "--state", "predicted", "--limit", "1")[0]
-    assert row["sop_uid"] == films[80].sop_uid
+    assert row["sop_uid"] == images[80].sop_uid
     assert set(row["predictions"]) == {"cardiomegaly", "effusion", "opacity"}
 
 
@@ -103,9 +103,9 @@ def test_5_a_look_gives_a_verdict_that_reading_does_not_spend(line):
 
 
 def test_6_explain_and_audit_answer(line):
-    appliance, films, _ = line
+    appliance, images, _ = line
     picture = appliance.site.root / "heat.png"
-    said = appliance.ask("explain", films[0].sop_uid, "-o", str(picture))
+    said = appliance.ask("explain", images[0].sop_uid, "-o", str(picture))
     assert 0 <= said["probability"] <= 1
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert appliance.ask("audit", "verify")["ok"]
@@ -113,7 +113,7 @@ def test_6_explain_and_audit_answer(line):
 
 @pytest.mark.parametrize("part", ["listen", "infer", "learn"])
 def test_7_a_part_that_is_killed_comes_back(line, part):
-    appliance, films, _ = line
+    appliance, images, _ = line
     pid = appliance.children()[part]
     kill(pid)
     deadline = time.monotonic() + 30
@@ -122,7 +122,7 @@ def test_7_a_part_that_is_killed_comes_back(line, part):
         time.sleep(0.1)
     time.sleep(2)
     number = {"listen": 81, "infer": 82, "learn": 83}[part]
-    while [s for _, s in pacs.deliver([films[number].path], appliance.site.config.node.port, "CXRLOOP")] != [0]:
+    while [s for _, s in pacs.deliver([images[number].path], appliance.site.config.node.port, "CXRLOOP")] != [0]:
         assert time.monotonic() < deadline
         time.sleep(0.5)
     appliance.until("ingest", stored=number + 1, predicted=number + 1)

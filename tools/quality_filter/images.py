@@ -1,4 +1,4 @@
-"""The films that the quality filter is trained and judged on: public sets from their folders, split by patient.
+"""The images that the quality filter is trained and judged on: public sets from their folders, split by patient.
 
 Reads DIR/kermany224, DIR/nih1000_64, DIR/mednist_cxr64 (frontal chests) and DIR/mednist_other64 (everything else), each
 a manifest.csv with its images, through the plate's own letterbox. Writes nothing but a cache; nothing of it is committed.
@@ -26,7 +26,7 @@ SHARES = {"kermany224": (12, 12), "nih1000_64": (20, 40), "mednist_cxr64": (10, 
 
 
 @dataclass(frozen=True)
-class Films:
+class Images:
     """Small plates and what is known of them, all by position."""
 
     small: np.ndarray  # uint8 [n, 64, 64]
@@ -34,15 +34,15 @@ class Films:
     patient: np.ndarray
     part: np.ndarray  # "train", "validation", "test"
     chest: np.ndarray  # bool
-    clipped: np.ndarray  # share of the plate's film that is pure black or white
+    clipped: np.ndarray  # share of the plate's image that is pure black or white
 
-    def where(self, mask: np.ndarray) -> "Films":
+    def where(self, mask: np.ndarray) -> "Images":
         columns = (self.small, self.origin, self.patient, self.part, self.chest, self.clipped)
-        return Films(*(column[mask] for column in columns))
+        return Images(*(column[mask] for column in columns))
 
 
-def read_films(data: Path, cache: Path) -> Films:
-    """Every film of the four sets; decoded once into `cache` (.npz)."""
+def read_images(data: Path, cache: Path) -> Images:
+    """Every image of the four sets; decoded once into `cache` (.npz)."""
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for name in (*CHESTS, OTHERS) for row in _read_set(data, name)]
@@ -51,7 +51,7 @@ def read_films(data: Path, cache: Path) -> Films:
     with np.load(cache) as file:
         part = np.array([part_of(patient) for patient in file["patient"]])
         chest = np.isin(file["origin"], CHESTS)
-        return Films(file["small"], file["origin"], file["patient"], part, chest, file["clipped"])
+        return Images(file["small"], file["origin"], file["patient"], part, chest, file["clipped"])
 
 
 def _read_set(data: Path, name: str) -> list[tuple[np.ndarray, float, str, str]]:
@@ -66,7 +66,7 @@ def _read_set(data: Path, name: str) -> list[tuple[np.ndarray, float, str, str]]
 
 
 def part_of(patient: str) -> str:
-    """The same part for the same patient, on every machine; Kermany's own test films stay test films."""
+    """The same part for the same patient, on every machine; Kermany's own test images stay test images."""
     name, split, _ = patient.split("/", 2)
     number = int(hashlib.sha256(patient.encode()).hexdigest(), 16) % 100
     validation, test = SHARES[name]

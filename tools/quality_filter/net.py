@@ -1,4 +1,4 @@
-"""The quality filter's net in torch, and the films it is shown: turned, inverted, blurred, and what is no chest at all.
+"""The quality filter's net in torch, and the images it is shown: turned, inverted, blurred, and what is no chest at all.
 
 Training only; the net that runs is dicom.pixels.quality_filter's, in numpy, from the weights that `export` gives. Knows no files.
 """
@@ -62,14 +62,14 @@ def normal(small: Tensor) -> Tensor:
 
 @dataclass
 class Shelf:
-    """Films to draw batches from, by origin; each uint8 (n, 64, 64)."""
+    """Images to draw batches from, by origin; each uint8 (n, 64, 64)."""
 
     chests: dict[str, Tensor]
     others: dict[str, Tensor]
 
 
 def drawn(seed: int) -> dict[str, Tensor]:
-    """Limbs, pelves and clouds, uint8 (DRAWN, 64, 64) each: drawings, for want of films of other parts.
+    """Limbs, pelves and clouds, uint8 (DRAWN, 64, 64) each: drawings, for want of images of other parts.
 
     Phantom chests are not among the chests: that the net takes them for chests is a test, not a lesson.
     """
@@ -79,13 +79,13 @@ def drawn(seed: int) -> dict[str, Tensor]:
         "pelves": [phantom.hip(seed + i, 64) // 16 for i in range(DRAWN)],
         "clouds": [_cloud(rng) for _ in range(DRAWN)],
     }
-    return {name: torch.from_numpy(np.stack(films).astype(np.uint8)) for name, films in made.items()}
+    return {name: torch.from_numpy(np.stack(images).astype(np.uint8)) for name, images in made.items()}
 
 
 def _limbs(rng: np.random.Generator) -> np.ndarray:
     """uint8 [64, 64]: one to six bones in soft tissue, anyhow."""
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
-    film = np.zeros((64, 64))
+    image = np.zeros((64, 64))
     angle = rng.uniform(0, np.pi)
     for _ in range(rng.integers(1, 7)):
         turn = angle + rng.normal(0, 0.25)
@@ -97,32 +97,32 @@ def _limbs(rng: np.random.Generator) -> np.ndarray:
         reach = rng.uniform(0.3, 2.0)
         inside = np.clip((reach - np.abs(along)) * 8, 0, 1)
         bone, ends = flesh * rng.uniform(0.25, 0.6), 1 + rng.uniform(0, 0.8) * (np.abs(along) / reach) ** 4
-        film += inside * 0.45 * np.sqrt(np.clip(1 - (across / flesh) ** 2, 0, 1)) * rng.uniform(0.3, 1)
+        image += inside * 0.45 * np.sqrt(np.clip(1 - (across / flesh) ** 2, 0, 1)) * rng.uniform(0.3, 1)
         shaft = np.sqrt(np.clip(1 - (across / bone / ends) ** 2, 0, 1))
-        film += inside * (0.5 * shaft - 0.3 * np.sqrt(np.clip(1 - (across / bone / ends * 1.5) ** 2, 0, 1)))
-    return np.clip(film / max(film.max(), 1e-6) * 255 + rng.uniform(0, 30), 0, 255).astype(np.uint8)
+        image += inside * (0.5 * shaft - 0.3 * np.sqrt(np.clip(1 - (across / bone / ends * 1.5) ** 2, 0, 1)))
+    return np.clip(image / max(image.max(), 1e-6) * 255 + rng.uniform(0, 30), 0, 255).astype(np.uint8)
 
 
 def _cloud(rng: np.random.Generator) -> np.ndarray:
     """uint8 [64, 64]: smooth noise of some slope, or a few shapes; what a detector or a phantom test may leave."""
     f = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64)[None, :]) * 64
     spectrum = np.fft.rfft2(rng.normal(size=(64, 64))) / np.maximum(f, 1) ** rng.uniform(0.3, 2.5)
-    film = np.fft.irfft2(spectrum)
-    film = (film - film.min()) / np.ptp(film)
+    image = np.fft.irfft2(spectrum)
+    image = (image - image.min()) / np.ptp(image)
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
     for _ in range(rng.integers(0, 5)):
         cx, cy, a, b = *rng.uniform(-0.8, 0.8, 2), *rng.uniform(0.05, 0.8, 2)
         round_ = rng.random() < 0.5
         shape = ((x - cx) / a) ** 2 + ((y - cy) / b) ** 2 < 1 if round_ else (abs(x - cx) < a) & (abs(y - cy) < b)
-        film = film * rng.uniform(0.1, 1) + shape * rng.uniform(-1, 1)
-    return (np.clip((film - film.min()) / max(np.ptp(film), 1e-6), 0, 1) * 255).astype(np.uint8)
+        image = image * rng.uniform(0.1, 1) + shape * rng.uniform(-1, 1)
+    return (np.clip((image - image.min()) / max(np.ptp(image), 1e-6), 0, 1) * 255).astype(np.uint8)
 
 
 def batch(shelf: Shelf, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(inputs (B, 1, 32, 32), chest (B,), inverted (B,), quarter turns (B,)); half chests, every origin alike."""
     chests = int(BATCH * CHEST_SHARE)
-    films = torch.cat([_pick(shelf.chests, chests, rng), _pick(shelf.others, BATCH - chests, rng)])
-    x = films.float()[:, None] / 255
+    images = torch.cat([_pick(shelf.chests, chests, rng), _pick(shelf.others, BATCH - chests, rng)])
+    x = images.float()[:, None] / 255
     some = torch.arange(chests, BATCH)
     for index in some[
         torch.rand(len(some), generator=rng) < 0.3
@@ -146,17 +146,17 @@ def _pick(shelf: dict[str, Tensor], count: int, rng: torch.Generator) -> Tensor:
     return torch.stack([shelf[names[w]][torch.randint(len(shelf[names[w]]), (1,), generator=rng)[0]] for w in which])
 
 
-def _broken(film: Tensor, rng: torch.Generator) -> Tensor:
+def _broken(image: Tensor, rng: torch.Generator) -> Tensor:
     """(1, 64, 64) of (1, 1, 64, 64): tiles in another order, or a seventh to a third of the side enlarged."""
     if torch.rand(1, generator=rng) < 0.6:
         tiles = (2, 4, 8)[int(torch.randint(1, 3, (1,), generator=rng))]
         side = 64 // tiles
-        cut = film.reshape(tiles, side, tiles, side).transpose(1, 2).reshape(-1, side, side)
+        cut = image.reshape(tiles, side, tiles, side).transpose(1, 2).reshape(-1, side, side)
         cut = cut[torch.randperm(len(cut), generator=rng)]
         return cut.reshape(tiles, tiles, side, side).transpose(1, 2).reshape(1, 64, 64)
     side = int(torch.randint(9, 21, (1,), generator=rng))
     top, left = (int(torch.randint(64 - side, (1,), generator=rng)) for _ in range(2))
-    return F.interpolate(film[..., top : top + side, left : left + side], (64, 64), mode="bilinear")[0]
+    return F.interpolate(image[..., top : top + side, left : left + side], (64, 64), mode="bilinear")[0]
 
 
 def _shown(x: Tensor, inverted: Tensor, turned: Tensor, rng: torch.Generator) -> Tensor:
@@ -176,7 +176,7 @@ def _shown(x: Tensor, inverted: Tensor, turned: Tensor, rng: torch.Generator) ->
     before = inverted & _chance(0.5, rng)  # the shutters' black stays black where the console drew it afterwards
     x[before] = 1 - x[before]
     x = torch.where(_chance(0.3, rng)[:, None, None, None], x.flip(3), x)  # the heart may lie on the other side
-    x = torch.stack([torch.rot90(film, int(k), (1, 2)) for film, k in zip(x, turned, strict=True)])
+    x = torch.stack([torch.rot90(image, int(k), (1, 2)) for image, k in zip(x, turned, strict=True)])
     angle, scale, aspect = uniform(-0.2, 0.2), torch.exp(uniform(-0.25, 0.25)), torch.exp(uniform(-0.2, 0.2))
     cos, sin, zero = torch.cos(angle) * scale, torch.sin(angle) * scale, torch.zeros_like(angle)
     rows = [cos * aspect, -sin * aspect, zero + uniform(-0.15, 0.15), sin / aspect, cos / aspect, uniform(-0.15, 0.15)]

@@ -1,4 +1,4 @@
-"""The quality filter as it is shipped on what it was not made for: real DICOM films, and drawings; and its time.
+"""The quality filter as it is shipped on what it was not made for: real DICOM images, and drawings; and its time.
 
 Reads a folder of DICOM files with a manifest.csv (file, kind, expect); trains nothing.
 """
@@ -22,11 +22,11 @@ from dicom.pixels.plate import to_plate
 
 
 def drawings(seed: int, count: int = 200) -> dict[str, float]:
-    """Share of fresh phantom films that are refused, by what they draw; the demo and the heartbeat are such films."""
-    chests = [film.pixels() for film in phantom.draw(count, seed + 90_000)]
-    films = {
+    """Share of fresh phantom images that are refused, by what they draw; the demo and the heartbeat are such images."""
+    chests = [image.pixels() for image in phantom.draw(count, seed + 90_000)]
+    images = {
         "phantom chest": chests,
-        "phantom chest, 96 px": [film.pixels(96) for film in phantom.draw(count, seed + 91_000)],
+        "phantom chest, 96 px": [image.pixels(96) for image in phantom.draw(count, seed + 91_000)],
         "phantom chest, inverted": [phantom.TOP - pixels for pixels in chests],
         **{f"phantom chest, rotated {90 * k}": [np.rot90(pixels, k) for pixels in chests] for k in (1, 2, 3)},
         "drawn pelvis": [phantom.hip(seed + 90_000 + i) for i in range(count)],
@@ -34,13 +34,13 @@ def drawings(seed: int, count: int = 200) -> dict[str, float]:
     }
     return {
         name: round(sum(quality_filter.fault(to_plate(wrap(pixels, "P1"))) is not None for pixels in made) / count, 3)
-        for name, made in films.items()
+        for name, made in images.items()
     }
 
 
 def times(small: np.ndarray) -> dict[str, float]:
     """Median and 95th percentile of `quality.fault` on one plate, ms on one thread."""
-    plates = [np.kron(film, np.ones((8, 8), np.uint8)) for film in small[:200]]
+    plates = [np.kron(image, np.ones((8, 8), np.uint8)) for image in small[:200]]
     taken = []
     for plate in plates:
         began = time.perf_counter()
@@ -49,7 +49,7 @@ def times(small: np.ndarray) -> dict[str, float]:
     return {"median": round(float(np.median(taken)), 2), "p95": round(float(np.quantile(taken, 0.95)), 2)}
 
 
-def real_films(folder: Path) -> list[dict]:
+def real_images(folder: Path) -> list[dict]:
     """Each file of the manifest: what admission makes of it with the filter and without, and the filter alone."""
     found = []
     warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
 """Train the in-line quality filter, and say what it does on patients it never saw.
 
 `python tools/quality_filter/train.py --data DIR [--dicom DIR]` writes dicom/pixels/quality.npz and bench/results/quality.json: passes
-of chest films and refusals of everything else by origin and kind, with 95 % intervals (Wilson, n = patients where a set
+of chest images and refusals of everything else by origin and kind, with 95 % intervals (Wilson, n = patients where a set
 names them); then the same with one kind of non-chest, or one set of chests, left out of training.
 """
 
@@ -17,34 +17,34 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dicom.pixels import quality_filter
 from tools.quality_filter import net
-from tools.quality_filter.images import CHESTS, KINDS, Films, read_films
-from tools.quality_filter.real import drawings, real_films, times
+from tools.quality_filter.images import CHESTS, KINDS, Images, read_images
+from tools.quality_filter.real import drawings, real_images, times
 
 RESULT = Path(__file__).resolve().parents[2] / "bench" / "results" / "quality.json"
-FALSE_REFUSALS = 0.0015  # of all validation films, for each of the three questions: at most .45 % in all
-UNSEEN = 1500  # films of a set that was left out: enough for an interval of half a per cent
-FLOOR = 0.9  # no limit below this: films of a hospital that the net never saw come out less sure, and validation loses nothing
+FALSE_REFUSALS = 0.0015  # of all validation images, for each of the three questions: at most .45 % in all
+UNSEEN = 1500  # images of a set that was left out: enough for an interval of half a per cent
+FLOOR = 0.9  # no limit below this: images of a hospital that the net never saw come out less sure, and validation loses nothing
 TURNS = ("rotated 90", "rotated 180", "rotated 270")
 WORDS = {"not a chest": "not a chest", "inverted": "inverted", **{turn: turn.replace("d ", "d by ") for turn in TURNS}}
 
 
-def shelf(films: Films, drawn: dict[str, torch.Tensor], chests: Iterable[str], kinds: Iterable[str]) -> net.Shelf:
-    train = films.where(films.part == "train")
+def shelf(images: Images, drawn: dict[str, torch.Tensor], chests: Iterable[str], kinds: Iterable[str]) -> net.Shelf:
+    train = images.where(images.part == "train")
     taken = {name: torch.from_numpy(train.small[train.origin == name]) for name in (*chests, *kinds)}
     return net.Shelf({name: taken[name] for name in chests}, {name: taken[name] for name in kinds} | drawn)
 
 
 def fit(
-    films: Films, drawn: dict[str, torch.Tensor], chests: Iterable[str], kinds: Iterable[str], steps: int, seed: int
+    images: Images, drawn: dict[str, torch.Tensor], chests: Iterable[str], kinds: Iterable[str], steps: int, seed: int
 ):
     """The arrays of a net trained on the training part of these origins, limits chosen on their validation part."""
-    trained = net.train(shelf(films, drawn, chests, kinds), steps, seed).eval()
-    return limited(net.export(trained, (1, 1, 1)), films, chests)
+    trained = net.train(shelf(images, drawn, chests, kinds), steps, seed).eval()
+    return limited(net.export(trained, (1, 1, 1)), images, chests)
 
 
-def limited(arrays: dict[str, np.ndarray], films: Films, chests: Iterable[str]) -> dict[str, np.ndarray]:
+def limited(arrays: dict[str, np.ndarray], images: Images, chests: Iterable[str]) -> dict[str, np.ndarray]:
     """The same net with limits chosen on the validation part of these sets."""
-    mine = films.where((films.part == "validation") & np.isin(films.origin, tuple(chests)))
+    mine = images.where((images.part == "validation") & np.isin(images.origin, tuple(chests)))
     said = np.array([(1 - a.chest, a.inverted, 1 - a.turned[0]) for a in answers(arrays, mine.small)])
     limits = np.maximum(np.quantile(said, 1 - FALSE_REFUSALS, axis=0, method="higher"), FLOOR).round(3)
     return arrays | {"limits": limits.astype(np.float64)}
@@ -64,20 +64,20 @@ def interval(hits: int, n: int, units: int) -> list[float]:
     return [round(float(max(0, (centre + sign * spread) / (1 + z * z / units))), 4) for sign in (-1, 1)]
 
 
-def row(reasons: list[str | None], films: Films, word: str | None) -> dict:
+def row(reasons: list[str | None], images: Images, word: str | None) -> dict:
     """Counts of one group: `word` is what should be said (None: nothing should be)."""
-    n, patients = len(reasons), len(set(films.patient.tolist()))
+    n, patients = len(reasons), len(set(images.patient.tolist()))
     right = sum(reason is None for reason in reasons) if word is None else sum(reason is not None for reason in reasons)
     named = right if word is None else sum(reason is not None and word in reason for reason in reasons)
-    found = {"films": n, "patients": patients, "right": right, "share": round(right / n, 4) if n else None}
+    found = {"images": n, "patients": patients, "right": right, "share": round(right / n, 4) if n else None}
     return found | {"interval": interval(right, n, patients), "named_right": named}
 
 
-def judge(arrays: dict[str, np.ndarray], films: Films) -> dict[str, dict]:
-    """By origin: upright chests that pass, the same films inverted and turned that are refused; other kinds refused."""
+def judge(arrays: dict[str, np.ndarray], images: Images) -> dict[str, dict]:
+    """By origin: upright chests that pass, the same images inverted and turned that are refused; other kinds refused."""
     limits, table = np.asarray(arrays["limits"], float), {}
-    for origin in dict.fromkeys(films.origin.tolist()):
-        mine = films.where(films.origin == origin)
+    for origin in dict.fromkeys(images.origin.tolist()):
+        mine = images.where(images.origin == origin)
         changes = {"as it is": mine.small}
         if mine.chest.all():
             changes |= {"inverted": 255 - mine.small}
@@ -95,7 +95,7 @@ def keep(found: dict) -> None:
     RESULT.write_text(json.dumps(before | found, indent=1) + "\n")
 
 
-def left_out(films: Films, drawn: dict[str, torch.Tensor], steps: int, seed: int) -> None:
+def left_out(images: Images, drawn: dict[str, torch.Tensor], steps: int, seed: int) -> None:
     """What a net says of origins it never saw: the adults' sets, Kermany's children, and each kind of non-chest."""
     found = {}
     clouds = {"clouds": drawn["clouds"]}
@@ -106,35 +106,35 @@ def left_out(films: Films, drawn: dict[str, torch.Tensor], steps: int, seed: int
         **{kind: (CHESTS, [k for k in KINDS if k != kind], drawn) for kind in reversed(KINDS)},
     }
     for name, (chests, kinds, drawings_) in trials.items():
-        arrays = fit(films, drawings_, chests, kinds, steps, seed)
-        unseen = films.where(~np.isin(films.origin, (*chests, *kinds)))
-        known = films.where(np.isin(films.origin, kinds if chests != CHESTS else ()) & (films.part == "test"))
+        arrays = fit(images, drawings_, chests, kinds, steps, seed)
+        unseen = images.where(~np.isin(images.origin, (*chests, *kinds)))
+        known = images.where(np.isin(images.origin, kinds if chests != CHESTS else ()) & (images.part == "test"))
         found[f"trained without {name}"] = judge(arrays, sample(unseen, seed)) | judge(arrays, known)
         show(f"trained without {name}", found[f"trained without {name}"])
         keep({"side_steps": steps, "left_out": found})
 
 
-def sample(films: Films, seed: int) -> Films:
-    """At most UNSEEN films of each origin."""
-    order = np.random.default_rng(seed).permutation(len(films.origin))
-    kept = [index for name in np.unique(films.origin) for index in order[films.origin[order] == name][:UNSEEN]]
-    return films.where(np.isin(np.arange(len(order)), kept))
+def sample(images: Images, seed: int) -> Images:
+    """At most UNSEEN images of each origin."""
+    order = np.random.default_rng(seed).permutation(len(images.origin))
+    kept = [index for name in np.unique(images.origin) for index in order[images.origin[order] == name][:UNSEEN]]
+    return images.where(np.isin(np.arange(len(order)), kept))
 
 
 def show(title: str, table: dict[str, dict]) -> None:
-    print(f"\n{title}\n{'':36}{'films':>7}{'patients':>9}{'right':>8}{'95 %':>17}{'named right':>13}")
+    print(f"\n{title}\n{'':36}{'images':>7}{'patients':>9}{'right':>8}{'95 %':>17}{'named right':>13}")
     for name, cell in table.items():
         low, high = cell["interval"]
-        line = f"{name:36}{cell['films']:7}{cell['patients']:9}{cell['share']:8.2%}{low:9.2%} -{high:7.2%}"
+        line = f"{name:36}{cell['images']:7}{cell['patients']:9}{cell['share']:8.2%}{low:9.2%} -{high:7.2%}"
         print(f"{line}{cell['named_right']:13}", flush=True)
 
 
-def measured(films: Films, options: argparse.Namespace) -> dict:
+def measured(images: Images, options: argparse.Namespace) -> dict:
     """What dicom/pixels/quality.npz does on the test part, on drawings and on real DICOM files, limits chosen anew."""
     with np.load(quality_filter.WEIGHTS) as file:
-        arrays = limited({name: file[name] for name in file.files}, films, CHESTS)
+        arrays = limited({name: file[name] for name in file.files}, images, CHESTS)
     np.savez(quality_filter.WEIGHTS, **arrays)
-    test = films.where(films.part == "test")
+    test = images.where(images.part == "test")
     result = {"steps": options.steps, "seed": options.seed, "torch": torch.__version__}
     result |= {"limits": arrays["limits"].tolist(), "bytes": quality_filter.WEIGHTS.stat().st_size}
     print("limits (not a chest, inverted, rotated)", result["limits"], "bytes", result["bytes"])
@@ -142,35 +142,35 @@ def measured(films: Films, options: argparse.Namespace) -> dict:
     show("held out patients and images", result["held_out"])
     result["saturated"] = {}
     for name in CHESTS:
-        shares = films.clipped[films.origin == name]
+        shares = images.clipped[images.origin == name]
         refused = int((shares > quality_filter.CLIPPED).sum())
-        result["saturated"][name] = {"films": len(shares), "refused": refused, "most": round(float(shares.max()), 3)}
-    print("\nsaturated: films, refused by the rule, largest share clipped", json.dumps(result["saturated"]))
+        result["saturated"][name] = {"images": len(shares), "refused": refused, "most": round(float(shares.max()), 3)}
+    print("\nsaturated: images, refused by the rule, largest share clipped", json.dumps(result["saturated"]))
     result["drawings"] = drawings(options.seed)
     print("\ndrawings: share refused", json.dumps(result["drawings"]))
     result["milliseconds"] = times(test.small)
     print("\nms a plate", result["milliseconds"])
-    return result | ({"real": real_films(options.dicom)} if options.dicom else {})
+    return result | ({"real": real_images(options.dicom)} if options.dicom else {})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the four sets")
     parser.add_argument("--dicom", type=Path, help="folder of real DICOM files with a manifest.csv")
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/quality-films.npz"), help="the decoded small films")
+    parser.add_argument("--cache", type=Path, default=Path("/tmp/quality-images.npz"), help="the decoded small images")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--side-steps", type=int, default=300, help="of each net with something left out")
     parser.add_argument("--only", choices=("measure", "left-out"), help="measure: as it is shipped")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)  # with the seed, what makes two runs equal
-    films, drawn = read_films(options.data, options.cache), net.drawn(options.seed)
+    images, drawn = read_images(options.data, options.cache), net.drawn(options.seed)
     if not options.only:
-        np.savez(quality_filter.WEIGHTS, **fit(films, drawn, CHESTS, KINDS, options.steps, options.seed))
+        np.savez(quality_filter.WEIGHTS, **fit(images, drawn, CHESTS, KINDS, options.steps, options.seed))
     if options.only != "left-out":
-        keep(measured(films, options))
+        keep(measured(images, options))
     if options.only != "measure":
-        left_out(films, drawn, options.side_steps, options.seed)
+        left_out(images, drawn, options.side_steps, options.seed)
 
 
 if __name__ == "__main__":

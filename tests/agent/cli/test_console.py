@@ -29,20 +29,20 @@ def test_brackets_and_colons_are_words_and_no_styles(say, capsys):
 
 
 def test_a_number_with_a_fraction_has_six_digits_and_nothing_is_empty(capsys):
-    console.pairs([("threshold", 0.12345678901234567), ("films", 12345678), ("served", None)])
+    console.pairs([("threshold", 0.12345678901234567), ("images", 12345678), ("served", None)])
     said = capsys.readouterr().out.split("\n")
-    assert [line.split() for line in said[:3]] == [["threshold", "0.123457"], ["films", "12345678"], ["served"]]
+    assert [line.split() for line in said[:3]] == [["threshold", "0.123457"], ["images", "12345678"], ["served"]]
 
 
 @pytest.mark.parametrize("number", ["99999999999999999999", "\u00b2", "1.2", ""])
-def test_what_is_no_image_number_names_no_film(site, tmp_path, number):
+def test_what_is_no_image_number_names_no_image(site, tmp_path, number):
     with site.ledger() as ledger:
         for ask in (
             lambda: images.rerun(ledger, number, None, False, "a test"),
             lambda: export.export(site, ledger, [number], tmp_path / "out", False, "a test"),
             lambda: explain.explain(site, ledger, number, None, "heatmap", None, None),
         ):
-            with pytest.raises(Problem, match=r"no (stored )?film with this SOP Instance UID"):
+            with pytest.raises(Problem, match=r"no (stored )?image with this SOP Instance UID"):
                 ask()
 
 

@@ -1,4 +1,4 @@
-"""`forget`: after it no byte in the site folder leads to the patient, whatever the films had become by then."""
+"""`forget`: after it no byte in the site folder leads to the patient, whatever the images had become by then."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from agent.site.site import Site
 from dicom.pseudonyms import study_mark
 from learner.round.manifest import held, write_json
 from tests.support.agent.crash_line import DIED, count_steps, in_child
-from tests.support.agent.images import film
+from tests.support.agent.images import xray
 from tests.support.agent.patient import NOW, PATIENT, WHO, a_life, a_site, everything, found, the_key
 
 
@@ -31,7 +31,7 @@ def site(tmp_path):
 
 @pytest.fixture
 def lived_in(whole_life, tmp_path):
-    """A copy of a site where the patient's films are everywhere; what must not be found after."""
+    """A copy of a site where the patient's images are everywhere; what must not be found after."""
     base, bits = whole_life
     shutil.copytree(base.root, tmp_path / "site")
     return Site.open(tmp_path / "site" / "appliance.toml"), bits
@@ -55,11 +55,11 @@ def test_no_byte_of_the_patient_is_left_and_the_others_lose_nothing(lived_in):
         assert all(site.store.path(row["original"]).exists() for row in others)
         assert ledger.value("SELECT count(*) FROM prediction") == scores - said["predictions"] == len(others)
         assert ledger.value("SELECT study FROM pulled") == study_mark(
-            site.key("pseudonym.key"), film(20).StudyInstanceUID
+            site.key("pseudonym.key"), xray(20).StudyInstanceUID
         )
         gone = [row["id"] for row in ledger.rows("SELECT id FROM image WHERE reason = 'forgotten'")]
-        assert len(gone) == said["films"] == 6  # one corrected, one lateral, one unreadable among them
-        for table in forget.of_a_film(ledger):
+        assert len(gone) == said["images"] == 6  # one corrected, one lateral, one unreadable among them
+        for table in forget.of_a_image(ledger):
             left = {row["image"] for row in ledger.rows(f"SELECT image FROM {table}")}
             assert not left & set(gone), table
         assert audit.verify(ledger, site.root / "audit.heads", site.key("signing.pub"))["ok"]
@@ -76,7 +76,7 @@ def test_what_went_is_said_before_and_after_in_the_same_numbers(lived_in):
         }
         said = forget.forget(site, ledger, keys, *WHO, refuse=False)
         assert {name: said[name] for name in would} == would
-        assert (would["films"], would["originals"], would["aside"], would["waiting"]) == (6, 4, 2, 2)
+        assert (would["images"], would["originals"], would["aside"], would["waiting"]) == (6, 4, 2, 2)
         assert (would["predictions"], would["labels"], would["rounds"]) == (4, 2, ["r0001"])
         with pytest.raises(Problem, match="nothing of this patient is here"):
             forget.forget(site, ledger, keys, *WHO, refuse=False)
@@ -92,7 +92,7 @@ def test_audit_and_notices_hold_numbers_and_no_patient(lived_in):
     assert not any(bit in text.encode() for bit in bits)
 
 
-def test_models_that_learnt_from_a_film_are_named_and_those_that_descend_from_them(lived_in):
+def test_models_that_learnt_from_a_image_are_named_and_those_that_descend_from_them(lived_in):
     site, _ = lived_in
     with site.ledger() as ledger:
         with ledger.transaction():
@@ -106,7 +106,7 @@ def test_models_that_learnt_from_a_film_are_named_and_those_that_descend_from_th
                 ledger.insert("bundle", id=bundle, round=name, state="candidate", created_at=utc())
         (site.rounds / "r0004").mkdir()
         backbone = str(site.rounds / "r0002" / "backbone.safetensors")
-        write_json(site.rounds / "r0004" / "manifest.json", {"films": [], "recipe": {"backbone": backbone}})
+        write_json(site.rounds / "r0004" / "manifest.json", {"images": [], "recipe": {"backbone": backbone}})
         said = forget.preview(site, ledger, [the_key(site)])
     assert [(one["bundle"][0], one["directly"]) for one in said["bundles"]] == [("b", True), ("c", False), ("e", False)]
     assert said["cancels"] == ["r0001"]
@@ -125,7 +125,7 @@ def test_a_round_under_way_is_cancelled_and_waited_for(lived_in, monkeypatch):
         assert housekeeping(site, NOW) == "done"
         assert found(site, bits) == []
         manifest = json.loads((site.rounds / "r0001" / "manifest.json").read_text())
-        assert len(manifest["films"]) == 6
+        assert len(manifest["images"]) == 6
 
 
 def test_a_round_that_is_just_being_planned_is_waited_for(lived_in):
@@ -225,7 +225,7 @@ def test_the_command_forgets_an_id_from_stdin_and_takes_no_name_as_its_reason(li
     assert "don't name" in command(site, "forget", PATIENT, "--by", "Dr Osei", "--reason", named, code=1)
     assert "by id" in command(site, "forget", *why, code=2)
     would = json.loads(command(site, "forget", "-", "--dry-run", "--json", given=PATIENT + "\n"))
-    assert (would["state"], would["films"]) == ("dry run", 6)
+    assert (would["state"], would["images"]) == ("dry run", 6)
     done = json.loads(command(site, "forget", "-", *why, "--json", given=PATIENT + "\n"))
-    assert (done["state"], done["films"], done["later_films"]) == ("done", 6, "taken in again")
+    assert (done["state"], done["images"], done["later_images"]) == ("done", 6, "taken in again")
     assert found(site, bits) == []

@@ -1,4 +1,4 @@
-"""Which films `forget` takes: corrected, under another issuer, in the intake's hand, frozen as golden, and later ones."""
+"""Which images `forget` takes: corrected, under another issuer, in the intake's hand, frozen as golden, and later ones."""
 
 import threading
 
@@ -12,7 +12,7 @@ from agent.rounds import golden_set
 from agent.service.status import status
 from tests.conftest import make_site
 from tests.support.agent.crash_line import write_labels
-from tests.support.agent.images import Here, film, put, take_in
+from tests.support.agent.images import Here, put, take_in, xray
 from tests.support.agent.patient import FILE, PATIENT, WHO, a_site, found, the_key, theirs
 
 
@@ -36,14 +36,14 @@ def test_the_database_s_free_space_holds_nothing_either(site):
     assert found(site, [b"1.2.77777", b"1.2.88888", FILE.encode(), key.encode(), b"originals/00"]) == []
 
 
-def test_a_corrected_film_takes_the_version_with_the_wrong_patient_with_it(site):
-    wrong, right = film(1, patient="SOMEBODY-ELSE"), theirs(1)
+def test_a_corrected_image_takes_the_version_with_the_wrong_patient_with_it(site):
+    wrong, right = xray(1, patient="SOMEBODY-ELSE"), theirs(1)
     right.SOPInstanceUID = right.file_meta.MediaStorageSOPInstanceUID = wrong.SOPInstanceUID
     with site.ledger() as ledger:
         for ds in (wrong, right):
             put(site, ds)
             take_in(site, ledger)
-        assert forget.forget(site, ledger, [the_key(site)], *WHO, refuse=False)["films"] == 2
+        assert forget.forget(site, ledger, [the_key(site)], *WHO, refuse=False)["images"] == 2
         assert ledger.value("SELECT count(*) FROM image WHERE reason = 'forgotten'") == 2
 
 
@@ -55,7 +55,7 @@ def test_an_id_with_an_issuer_is_another_patient_until_the_issuer_is_named(site)
         take_in(site, ledger)
         with pytest.raises(Problem, match="--issuer"):
             forget.forget(site, ledger, forget.keys_of(site, PATIENT, ()), *WHO, refuse=False)
-        assert forget.forget(site, ledger, forget.keys_of(site, PATIENT, ["WEST"]), *WHO, refuse=False)["films"] == 1
+        assert forget.forget(site, ledger, forget.keys_of(site, PATIENT, ["WEST"]), *WHO, refuse=False)["images"] == 1
 
 
 def test_an_id_that_stands_for_nobody_is_refused(site):
@@ -65,7 +65,7 @@ def test_an_id_that_stands_for_nobody_is_refused(site):
         forget.checked_key("HN-0815")
 
 
-def test_a_later_film_comes_in_again_unless_it_is_to_be_refused(site):
+def test_a_later_image_comes_in_again_unless_it_is_to_be_refused(site):
     for refuse, stored in ((False, 1), (True, 0)):
         with site.ledger() as ledger:
             put(site, theirs(1))
@@ -78,7 +78,7 @@ def test_a_later_film_comes_in_again_unless_it_is_to_be_refused(site):
     assert found(site, [PATIENT.encode(), the_key(site).encode(), str(theirs(2).SOPInstanceUID).encode()]) == []
     with site.ledger() as ledger:
         assert ledger.value("SELECT outcome FROM receipt WHERE image IS NULL") == "rejected"
-        put(site, film(3))
+        put(site, xray(3))
         take_in(site, ledger)
         assert ledger.value("SELECT count(*) FROM image WHERE patient_key IS NOT NULL") == 1
 
@@ -90,7 +90,7 @@ def test_a_frozen_golden_set_says_what_it_lost_and_freezing_makes_a_new_version(
     with site.ledger() as ledger:
         put(site, theirs(1))
         for seed in range(2, 12):
-            put(site, film(seed), f"{seed}.dcm")
+            put(site, xray(seed), f"{seed}.dcm")
         take_in(site, ledger)
         rows = ledger.rows("SELECT * FROM image WHERE range = 'golden'")
         write_labels(tmp_path / "l.csv", [(row["sop_uid"], "effusion", n % 2) for n, row in enumerate(rows)])
@@ -99,7 +99,7 @@ def test_a_frozen_golden_set_says_what_it_lost_and_freezing_makes_a_new_version(
         key = next(row["patient_key"] for row in rows)
         said = forget.forget(site, ledger, [key], *WHO, refuse=False)
         assert said["state"] == "done"
-        assert said["golden"] == [{"version": 1, "films": 1}]
+        assert said["golden"] == [{"version": 1, "images": 1}]
         shown = golden_set.show(site, ledger)
         assert (shown["version"], shown["lost"], shown["images"]) == (1, 1, before["images"] - 1)
         assert shown["sha256"] == before["sha256"]
@@ -109,13 +109,13 @@ def test_a_frozen_golden_set_says_what_it_lost_and_freezing_makes_a_new_version(
         assert "golden set" not in {alert["kind"] for alert in status(site, ledger)["alerts"]}
 
 
-def test_films_that_the_intake_has_in_hand_are_forgotten_too(site):
+def test_images_that_the_intake_has_in_hand_are_forgotten_too(site):
     """The intake works while the patient is forgotten: whatever was in the inbox is gone in the end."""
     with site.ledger() as ledger:
         put(site, theirs(0))
         take_in(site, ledger)
     for seed in range(1, 41):
-        put(site, theirs(seed) if seed % 2 else film(seed), f"{seed}.dcm")
+        put(site, theirs(seed) if seed % 2 else xray(seed), f"{seed}.dcm")
     stop, errors = threading.Event(), []
 
     def take() -> None:

@@ -14,24 +14,24 @@ from agent.images import export, labels, retention
 from agent.ledger import audit
 from agent.ledger.database import utc
 from tests.support.agent.crash_line import write_labels
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 
 
 @pytest.fixture
 def filled(site):
-    """A site with two films of one patient, one of another, a lateral and a secondary capture; all labelled."""
-    films = [film(1, patient="ANNA"), film(2, patient="ANNA"), film(3), film(4, view="LL"), film(5)]
-    films[4].SOPClassUID = films[4].file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
-    films[4].Modality, films[4].ConversionType = "CR", "WSD"
-    films[1].StudyInstanceUID = films[0].StudyInstanceUID
-    for number, ds in enumerate(films):
+    """A site with two images of one patient, one of another, a lateral and a secondary capture; all labelled."""
+    images = [xray(1, patient="ANNA"), xray(2, patient="ANNA"), xray(3), xray(4, view="LL"), xray(5)]
+    images[4].SOPClassUID = images[4].file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    images[4].Modality, images[4].ConversionType = "CR", "WSD"
+    images[1].StudyInstanceUID = images[0].StudyInstanceUID
+    for number, ds in enumerate(images):
         put(site, ds, f"{number}.dcm")
     with site.ledger() as ledger:
         take_in(site, ledger)
-        found = [(str(ds.SOPInstanceUID), "effusion", n % 2) for n, ds in enumerate(films)]
+        found = [(str(ds.SOPInstanceUID), "effusion", n % 2) for n, ds in enumerate(images)]
         write_labels(site.root / "run" / "l.csv", found)
         labels.import_csv(site, ledger, site.root / "run" / "l.csv", "Dr Osei")
-    return site, [str(ds.SOPInstanceUID) for ds in films], str(films[0].StudyInstanceUID)
+    return site, [str(ds.SOPInstanceUID) for ds in images], str(images[0].StudyInstanceUID)
 
 
 def run(site, *words: str, code: int = 0) -> dict:
@@ -42,7 +42,7 @@ def run(site, *words: str, code: int = 0) -> dict:
     return json.loads(done.stdout) if code != 1 else {}
 
 
-def test_films_leave_under_new_names_with_their_labels(filled, tmp_path):
+def test_images_leave_under_new_names_with_their_labels(filled, tmp_path):
     site, uids, _ = filled
     said = run(site, uids[0], uids[2], "--out", str(tmp_path / "out"), "--with-labels")
     files = sorted(path.name for path in (tmp_path / "out").glob("*.dcm"))
@@ -58,7 +58,7 @@ def test_films_leave_under_new_names_with_their_labels(filled, tmp_path):
     assert not [word for word in ("ANNA", "P0003", "Osei", *uids) if word.encode() in everything]
 
 
-def test_a_study_leaves_with_all_its_films_and_an_image_number_names_one(filled, tmp_path):
+def test_a_study_leaves_with_all_its_images_and_an_image_number_names_one(filled, tmp_path):
     site, _, study = filled
     assert len(run(site, study, "--out", str(tmp_path / "a"))["exported"]) == 2
     assert len(run(site, "3", "--out", str(tmp_path / "b"))["exported"]) == 1
@@ -73,9 +73,9 @@ def test_what_may_not_leave_is_said_and_the_rest_leaves(filled, tmp_path):
     assert "set aside" in why and "Secondary Capture" in why
 
 
-def test_of_two_films_under_one_uid_the_second_is_refused_and_does_not_replace_the_first(filled, tmp_path):
+def test_of_two_images_under_one_uid_the_second_is_refused_and_does_not_replace_the_first(filled, tmp_path):
     site, uids, _ = filled
-    put(site, film(77, patient="ANNA", sop_uid=uids[0]))
+    put(site, xray(77, patient="ANNA", sop_uid=uids[0]))
     with site.ledger() as ledger:
         take_in(site, ledger)
     out = tmp_path / "out"
@@ -110,11 +110,11 @@ def test_an_unknown_uid_or_a_folder_with_something_in_it_writes_nothing(filled, 
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["old.dcm"]
 
 
-def test_the_audit_knows_who_took_which_films_out(filled, tmp_path):
+def test_the_audit_knows_who_took_which_images_out(filled, tmp_path):
     site, uids, _ = filled
     with site.ledger() as ledger:
         export.export(site, ledger, uids[:1], tmp_path / "out", False, "Dr Osei")
         entry = audit.tail(ledger, 1)[0]
-        assert (entry["who"], entry["what"], entry["after"]["images"]) == ("Dr Osei", "films exported", [1])
+        assert (entry["who"], entry["what"], entry["after"]["images"]) == ("Dr Osei", "images exported", [1])
         with pytest.raises(Problem, match="not empty"):
             export.export(site, ledger, uids[:1], tmp_path / "out", False, "Dr Osei")

@@ -11,7 +11,7 @@ from agent.images import images, intake
 from agent.images.importer import import_folder
 from agent.site.splits import fix_shares, range_of
 from tests.conftest import make_site
-from tests.support.agent.images import Here, film, pixels, put, save, take_in
+from tests.support.agent.images import Here, pixels, put, save, take_in, xray
 
 
 def states(site):
@@ -19,8 +19,8 @@ def states(site):
         return [(row["state"], row["reason"]) for row in images.ls(site, ledger, None, 100)]
 
 
-def test_a_film_is_stored_with_its_plate_its_pseudonym_and_its_range(site):
-    put(site, film(1, patient="Doe^John"))
+def test_a_image_is_stored_with_its_plate_its_pseudonym_and_its_range(site):
+    put(site, xray(1, patient="Doe^John"))
     with site.ledger() as ledger:
         assert take_in(site, ledger) == 1
         row = ledger.rows("SELECT * FROM image")[0]
@@ -32,7 +32,7 @@ def test_a_film_is_stored_with_its_plate_its_pseudonym_and_its_range(site):
 
 
 def test_no_name_of_a_patient_reaches_ledger_store_names_or_audit(site):
-    put(site, film(1, patient="SECRETNAME"))
+    put(site, xray(1, patient="SECRETNAME"))
     with site.ledger() as ledger:
         take_in(site, ledger)
     for path in site.root.rglob("*"):
@@ -42,7 +42,7 @@ def test_no_name_of_a_patient_reaches_ledger_store_names_or_audit(site):
 
 
 def test_a_lateral_is_rejected_and_a_broken_file_quarantined_and_both_are_kept(site):
-    put(site, film(1, view="LL"))
+    put(site, xray(1, view="LL"))
     site.inbox.put(b"not DICOM at all")
     with site.ledger() as ledger:
         take_in(site, ledger)
@@ -53,21 +53,21 @@ def test_a_lateral_is_rejected_and_a_broken_file_quarantined_and_both_are_kept(s
     assert (counters["stored"], counters["rejected"], counters["quarantined"]) == (0, 1, 1)
 
 
-def test_the_same_film_twice_is_one_image(site):
+def test_the_same_image_twice_is_one_image(site):
     for _ in range(2):
-        put(site, film(1))
+        put(site, xray(1))
     with site.ledger() as ledger:
         take_in(site, ledger)
         assert ledger.counters()["stored"] == 1
         assert ledger.value("SELECT count(*) FROM notice") == 0
 
 
-def test_the_same_film_in_another_syntax_is_one_image_and_no_alert(site):
-    first = film(1)
+def test_the_same_image_in_another_syntax_is_one_image_and_no_alert(site):
+    first = xray(1)
     put(site, first)
     put(
         site,
-        film(
+        xray(
             1, transfer_syntax="1.2.840.10008.1.2.4.90", sop_uid=first.SOPInstanceUID, study_uid=first.StudyInstanceUID
         ),
     )
@@ -78,9 +78,9 @@ def test_the_same_film_in_another_syntax_is_one_image_and_no_alert(site):
 
 
 def test_the_same_uid_with_other_pixels_keeps_both_and_says_so(site):
-    first = film(1)
+    first = xray(1)
     put(site, first)
-    put(site, film(2, patient="P0001", sop_uid=first.SOPInstanceUID))
+    put(site, xray(2, patient="P0001", sop_uid=first.SOPInstanceUID))
     with site.ledger() as ledger:
         take_in(site, ledger)
         assert ledger.counters()["stored"] == 2
@@ -88,9 +88,9 @@ def test_the_same_uid_with_other_pixels_keeps_both_and_says_so(site):
 
 
 def test_corrected_demographics_supersede_the_older_version(site):
-    first = film(1, patient="WRONG")
+    first = xray(1, patient="WRONG")
     put(site, first)
-    put(site, film(1, patient="RIGHT", sop_uid=first.SOPInstanceUID, study_uid=first.StudyInstanceUID))
+    put(site, xray(1, patient="RIGHT", sop_uid=first.SOPInstanceUID, study_uid=first.StudyInstanceUID))
     with site.ledger() as ledger:
         take_in(site, ledger)
         old, new = ledger.rows("SELECT * FROM image ORDER BY id")
@@ -99,11 +99,11 @@ def test_corrected_demographics_supersede_the_older_version(site):
 
 
 def test_an_old_version_sent_again_in_another_syntax_does_not_undo_its_correction(site):
-    old = film(1)
+    old = xray(1)
     same = {"sop_uid": old.SOPInstanceUID, "study_uid": old.StudyInstanceUID}
     put(site, old)
-    put(site, film(1, patient="P0001 corrected", **same))
-    put(site, film(1, transfer_syntax="1.2.840.10008.1.2.4.90", **same))
+    put(site, xray(1, patient="P0001 corrected", **same))
+    put(site, xray(1, transfer_syntax="1.2.840.10008.1.2.4.90", **same))
     with site.ledger() as ledger:
         take_in(site, ledger)
         rows = ledger.rows("SELECT id, superseded_by FROM image ORDER BY id")
@@ -112,7 +112,7 @@ def test_an_old_version_sent_again_in_another_syntax_does_not_undo_its_correctio
 
 
 def test_a_crash_after_the_row_and_before_the_unlink_changes_nothing(site):
-    path = put(site, film(1))
+    path = put(site, xray(1))
     with site.ledger() as ledger:
         examined = next(iter(Here(site).examine([path])))[1]
         fix_shares(ledger, site.config.patients)
@@ -130,12 +130,12 @@ def test_ranges_are_fixed_by_patient_and_follow_the_shares(site):
     assert abs(found.count("train") / 2000 - 0.4) < 0.04
 
 
-def test_a_film_without_patient_id_is_never_golden(site):
+def test_a_image_without_patient_id_is_never_golden(site):
     key, shares = site.key("pseudonym.key"), site.config.patients
     assert not any(range_of(key, f"s{n:016x}", False, shares).startswith("golden") for n in range(500))
 
 
-def test_shares_cannot_change_after_the_first_film(tmp_path):
+def test_shares_cannot_change_after_the_first_image(tmp_path):
     site = make_site(tmp_path / "site")
     with site.ledger() as ledger:
         fix_shares(ledger, site.config.patients)
@@ -144,12 +144,12 @@ def test_shares_cannot_change_after_the_first_film(tmp_path):
             fix_shares(ledger, site.config.patients.model_copy(update={"golden": 0.2}))
 
 
-def test_a_file_that_the_disk_does_not_give_out_stays_and_keeps_no_film_behind_it_out(site):
+def test_a_file_that_the_disk_does_not_give_out_stays_and_keeps_no_image_behind_it_out(site):
     unread = site.root / "inbox" / "0.dcm"
     unread.mkdir()  # any error of reading
     os.utime(unread, (0, 0))
     with site.ledger() as ledger, intake.examiner(site) as pool:
-        put(site, film(1))
+        put(site, xray(1))
         assert [intake.step(site, ledger, pool) for _ in range(3)] == [1, 0, 0]
         said = ledger.rows("SELECT kind, detail FROM notice")
     assert said == [{"kind": "damaged", "detail": "inbox/0.dcm can't be read and stays there; check the disk"}]
@@ -159,7 +159,7 @@ def test_a_file_that_the_disk_does_not_give_out_stays_and_keeps_no_film_behind_i
 def test_import_takes_dicom_and_pictures_through_the_same_intake(site, tmp_path):
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
-    save(film(1), folder / "a.dcm")
+    save(xray(1), folder / "a.dcm")
     Image.fromarray(pixels(2)).save(folder / "deep" / "b.png")
     Image.fromarray(pixels(3)).convert("RGB").save(folder / "c.jpg")
     (folder / "broken.png").write_bytes(b"no picture")
@@ -179,7 +179,7 @@ def test_import_takes_files_whose_names_are_no_utf_8(site, tmp_path):
     """An old archive's names: neither the ledger nor labels.csv can hold their bytes."""
     folder = tmp_path / "old"
     folder.mkdir()
-    save(film(1), tmp_path / "film.dcm").rename(folder / os.fsdecode(b"caf\xe9.dcm"))
+    save(xray(1), tmp_path / "image.dcm").rename(folder / os.fsdecode(b"caf\xe9.dcm"))
     Image.fromarray(pixels(2)).save(folder / "picture.png")
     (folder / "picture.png").rename(folder / os.fsdecode(b"b\xe4r.png"))
     (folder / "labels.csv").write_text("file,view\nb\\xe4r.png,AP\n", "utf-8")
@@ -190,11 +190,11 @@ def test_import_takes_files_whose_names_are_no_utf_8(site, tmp_path):
     assert "not a DICOM" not in rows["b\\xe4r.png"]
 
 
-def test_import_goes_on_after_a_picture_larger_than_any_film(site, tmp_path):
+def test_import_goes_on_after_a_picture_larger_than_any_image(site, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     Image.new("1", (20_000, 10_000)).save(folder / "bomb.png")
-    save(film(1), folder / "film.dcm")
+    save(xray(1), folder / "image.dcm")
     with site.ledger() as ledger:
         said = import_folder(site, ledger, folder, "PA")
     assert (said["quarantined"], said["seen"] - said["quarantined"]) == (1, 1)
@@ -207,11 +207,11 @@ def test_import_beside_a_table_that_is_no_utf_8_says_which(site, tmp_path):
 
 
 def test_import_takes_the_others_before_it_names_a_file_that_it_can_not_read(site, tmp_path):
-    (tmp_path / "films").mkdir()
-    (tmp_path / "films" / "a.dcm").symlink_to("/proc/self/mem")  # a file that gives an error of reading, also to root
-    film(1).save_as(tmp_path / "films" / "b.dcm", enforce_file_format=True)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.dcm").symlink_to("/proc/self/mem")  # a file that gives an error of reading, also to root
+    xray(1).save_as(tmp_path / "images" / "b.dcm", enforce_file_format=True)
     with site.ledger() as ledger, pytest.raises(Problem, match=r"^1 of 2 files can't be read, a\.dcm first"):
-        import_folder(site, ledger, tmp_path / "films", "PA")
+        import_folder(site, ledger, tmp_path / "images", "PA")
     with site.ledger() as ledger:
         assert [row["file"] for row in ledger.rows("SELECT file FROM image")] == ["b.dcm"]
 

@@ -5,14 +5,14 @@ import pytest
 from agent.errors import Problem
 from agent.images import labels
 from agent.rounds import golden_set
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 
 
 @pytest.fixture
 def stocked(site):
-    """A site with 12 films; the SOP Instance UIDs in the order of their images."""
+    """A site with 12 images; the SOP Instance UIDs in the order of their images."""
     for seed in range(12):
-        put(site, film(seed), f"{seed}.dcm")
+        put(site, xray(seed), f"{seed}.dcm")
     with site.ledger() as ledger:
         take_in(site, ledger)
         yield site, ledger, [row["sop_uid"] for row in ledger.rows("SELECT sop_uid FROM image ORDER BY id")]
@@ -91,7 +91,7 @@ def golden_rows(ledger):
 def test_the_golden_set_is_frozen_with_its_labels_and_the_same_content_is_the_same_version(stocked, tmp_path):
     site, ledger, _ = stocked
     uids = golden_rows(ledger)
-    with pytest.raises(Problem, match="no labelled film"):
+    with pytest.raises(Problem, match="no labelled image"):
         golden_set.freeze(site, ledger, "test")
     rows = "".join(f"{uid},effusion,{n % 2}\n" for n, uid in enumerate(uids))
     labels.import_csv(site, ledger, write(tmp_path, "sop_uid,finding,value\n" + rows), "test")
@@ -103,5 +103,5 @@ def test_the_golden_set_is_frozen_with_its_labels_and_the_same_content_is_the_sa
     labels.import_csv(site, ledger, write(tmp_path, f"sop_uid,finding,value\n{uids[0]},effusion,1\n"), "test")
     corrected = golden_set.freeze(site, ledger, "test")
     assert corrected["version"] == 2
-    frozen, _ = golden_set.films(site, ledger, 1)
+    frozen, _ = golden_set.load(site, ledger, 1)
     assert (frozen.labels[:, 1] == 1).sum() == first["positives"]["effusion"]  # a correction moves no frozen bar

@@ -20,7 +20,7 @@ from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION
 from dicom.node.commitment import NO_SUCH_INSTANCE
 from tests.conftest import make_site
 from tests.support.agent.crash_line import DIED, count_steps, in_child, write_labels
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 from tests.support.agent.models import Served, add_model
 from tests.support.deploy.model_server import FINDINGS
 
@@ -39,9 +39,9 @@ def site(tmp_path):
 
 
 def scored(site: Site, ledger: Ledger, *seeds: int) -> list[dict]:
-    """Films taken in and scored now; their rows."""
+    """Images taken in and scored now; their rows."""
     for seed in seeds:
-        put(site, film(seed), f"{seed}.dcm")
+        put(site, xray(seed), f"{seed}.dcm")
     take_in(site, ledger)
     if not ledger.value("SELECT 1 FROM bundle"):
         add_model(site, ledger, 1)
@@ -70,8 +70,8 @@ def test_an_original_goes_after_its_days_and_all_that_was_made_of_it_stays(site)
         assert retention.step(site, ledger, NOW + 60 * DAY) == 0
 
 
-def test_a_film_without_a_score_keeps_its_original_however_old(site):
-    put(site, film(1))
+def test_a_image_without_a_score_keeps_its_original_however_old(site):
+    put(site, xray(1))
     with site.ledger() as ledger:
         take_in(site, ledger)
         assert retention.step(site, ledger, NOW + 3000 * DAY) == 0
@@ -86,7 +86,7 @@ def test_zero_days_keep_everything(tmp_path):
         assert retention.step(site, ledger, NOW + 3000 * DAY) == 0
 
 
-def test_a_film_of_a_golden_set_keeps_its_original(tmp_path):
+def test_a_image_of_a_golden_set_keeps_its_original(tmp_path):
     site = a_site(
         tmp_path / "site", patients={"golden": 0.9, "golden_next": 0.0, "calibration": 0.0, "validation": 0.0}
     )
@@ -115,7 +115,7 @@ def test_an_original_waits_until_its_results_have_reached_the_pacs(tmp_path):
 
 def test_a_file_set_aside_goes_after_its_days_and_its_reason_stays(site):
     site.inbox.put(b"not DICOM at all")
-    put(site, film(1, view="LL"))
+    put(site, xray(1, view="LL"))
     with site.ledger() as ledger:
         take_in(site, ledger)
         rows = ledger.rows("SELECT * FROM image")
@@ -134,7 +134,7 @@ def test_a_tick_drops_a_bounded_number_and_the_next_goes_on(site, monkeypatch):
         assert [retention.step(site, ledger, NOW + 31 * DAY) for _ in range(4)] == [3, 3, 1, 0]
 
 
-def test_no_step_looks_at_films_that_are_not_due(site):
+def test_no_step_looks_at_images_that_are_not_due(site):
     with site.ledger() as ledger:
         for sql in (
             "SELECT image FROM kept_file WHERE kind = 'original' AND since < '2026' ORDER BY since LIMIT 3",
@@ -189,11 +189,11 @@ def test_a_death_at_any_step_leaves_no_row_without_its_file_and_the_next_tick_en
     assert k > 6  # two intents, three unlinks, two confirmations
 
 
-def test_a_film_that_comes_again_is_kept_again_and_its_time_begins_anew(site):
+def test_a_image_that_comes_again_is_kept_again_and_its_time_begins_anew(site):
     with site.ledger() as ledger:
         (row,) = scored(site, ledger, 1)
         retention.step(site, ledger, NOW + 31 * DAY)
-        put(site, film(1))
+        put(site, xray(1))
         take_in(site, ledger)
         assert ledger.value("SELECT count(*) FROM image") == 1
         assert here(site, row)
@@ -202,11 +202,11 @@ def test_a_film_that_comes_again_is_kept_again_and_its_time_begins_anew(site):
         assert retention.step(site, ledger, NOW + 31 * DAY) == 1
 
 
-def test_a_film_that_comes_again_between_the_intent_and_the_unlink_stays(site):
+def test_a_image_that_comes_again_between_the_intent_and_the_unlink_stays(site):
     with site.ledger() as ledger:
         (row,) = scored(site, ledger, 1)
         retention.intend(ledger, "original", NOW + 31 * DAY, 30 * DAY)
-        put(site, film(1))
+        put(site, xray(1))
         take_in(site, ledger)
         assert retention.finish(site, ledger) == 0
         assert here(site, row)
@@ -232,7 +232,7 @@ def test_a_map_is_still_drawn_from_the_plate_and_what_needs_the_original_says_so
             retention.original(site, after)
 
 
-def test_films_of_an_older_ledger_are_counted_from_their_score(tmp_path):
+def test_images_of_an_older_ledger_are_counted_from_their_score(tmp_path):
     path = tmp_path / "ledger.db"
     connection = sqlite3.connect(path, isolation_level=None)
     schema.migrations.apply(Database(connection), stop_before="retention_and_forget")

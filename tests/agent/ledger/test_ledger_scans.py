@@ -1,13 +1,13 @@
-"""No question that a person asks walks a table of the ledger that grows with the films: a million of them cost nothing."""
+"""No question that a person asks walks a table of the ledger that grows with the images: a million of them cost nothing."""
 
 import re
 
 from agent.erasure import forget
 from agent.images import images
 from agent.service.status import status
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 
-GROWS = r"image|i|receipt|prediction|p|outbox|o|label|golden_film|kept_file|pulled|unscored|score_again"
+GROWS = r"image|i|receipt|prediction|p|outbox|o|label|golden_image|kept_file|pulled|unscored|score_again"
 NEWEST = re.compile(r"ORDER BY (\w+\.)?id DESC LIMIT \d+")  # by the key from its end: SQLite calls that a scan too
 
 
@@ -31,7 +31,7 @@ def walked(ledger, work):
 def test_forget_reads_no_rows_but_the_patients(site):
     with site.ledger() as ledger:
         for seed in range(3):
-            put(site, film(seed, patient="P1" if seed else "P2"), f"{seed}.dcm")
+            put(site, xray(seed, patient="P1" if seed else "P2"), f"{seed}.dcm")
         take_in(site, ledger)
         keys = forget.keys_of(site, "P1", ())
         assert walked(ledger, lambda: forget.preview(site, ledger, keys)) == []

@@ -6,15 +6,15 @@ import socket
 from pathlib import Path
 
 import pytest
-from appliance import Appliance
 from conftest import make_site
-from pacs import wait_for
 
 from dicom.client.sender import echo
 from dicom.node import refusals
 from dicom.node.listener import Listener, Node
 from dicom.node.refusals import Refusals
 from dicom.store.inbox import Inbox
+from tests.support.agent.appliance import Appliance
+from tests.support.dicom.pacs import wait_for
 
 LOOPBACK = {"127.0.0.1", "::1"}
 

@@ -1,4 +1,4 @@
-"""Orthanc as the asking side of storage commitment: it sends its films, asks, and believes our report."""
+"""Orthanc as the asking side of storage commitment: it sends its images, asks, and believes our report."""
 
 import json
 import shutil
@@ -9,11 +9,11 @@ import urllib.request
 
 import pytest
 from conftest import make_site
-from films import film, take_in
-from pacs import free_port, save, wait_for
 
 from agent.network import connections
+from tests.support.agent.images import take_in, xray
 from tests.support.dicom.certificates import authority
+from tests.support.dicom.pacs import free_port, save, wait_for
 
 pytestmark = pytest.mark.peer("orthanc")
 
@@ -88,10 +88,10 @@ class Pair:
             return None
 
     def send(self, folder, count):
-        """Films that Orthanc has and has sent to us: their SOP instances as its API names them."""
+        """Images that Orthanc has and has sent to us: their SOP instances as its API names them."""
         found = []
         for n in range(count):
-            ds = film(n)
+            ds = xray(n)
             self.get("/instances", save(ds, folder / f"{n}.dcm").read_bytes())
             found.append({"SOPClassUID": ds.SOPClassUID, "SOPInstanceUID": ds.SOPInstanceUID})
         done = self.get("/modalities/node/store", self.get("/instances"))
@@ -134,7 +134,7 @@ def test_orthanc_hears_success_for_all_that_it_sent_and_a_reason_for_what_it_did
     assert two.result(two.ask([wrong])) == ("Failure", {wrong["SOPInstanceUID"]: 0x0119})
 
 
-def test_orthanc_hears_a_failure_for_a_film_whose_bytes_were_damaged_on_disk(pair, tmp_path):
+def test_orthanc_hears_a_failure_for_a_image_whose_bytes_were_damaged_on_disk(pair, tmp_path):
     two = pair()
     sent = two.send(tmp_path, 2)
     with two.site.ledger() as ledger:
@@ -152,7 +152,7 @@ def test_orthanc_hears_a_failure_for_a_film_whose_bytes_were_damaged_on_disk(pai
 def test_storing_with_commitment_is_one_job_for_orthanc(pair, tmp_path):
     two = pair()
     for n in range(2):
-        two.get("/instances", save(film(n), tmp_path / f"{n}.dcm").read_bytes())
+        two.get("/instances", save(xray(n), tmp_path / f"{n}.dcm").read_bytes())
     job = two.get("/modalities/node/store", {"Resources": two.get("/instances"), "StorageCommitment": True})
     transaction = job["StorageCommitmentTransactionUID"]
     assert two.result(f"/storage-commitment/{transaction}") == ("Success", {})

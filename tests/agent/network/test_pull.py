@@ -5,15 +5,15 @@ from datetime import date
 
 import pytest
 from conftest import make_site
-from films import film, take_in
 
 from agent.erasure import forget
 from agent.errors import Problem
 from agent.network import pull as pulling
 from agent.network.holdings import Here, patient_ids
 from agent.network.pull import Order, Puller, by_day
-from dicom.client.archive import Busy, Film, Missing, Study, Unreachable, Wanted
+from dicom.client.archive import Busy, Image, Missing, Study, Unreachable, Wanted
 from dicom.node.listener import Listener, Node
+from tests.support.agent.images import take_in, xray
 from tests.support.agent.pull_command import pull, uids
 
 
@@ -87,12 +87,12 @@ def test_a_disk_under_the_watermark_is_not_filled(tmp_path):
 
 
 class Scripted:
-    """An archive of one study; `script` says for each fetch what is raised, None puts the film into the inbox."""
+    """An archive of one study; `script` says for each fetch what is raised, None puts the image into the inbox."""
 
     how = "web"
 
-    def __init__(self, site, films, script):
-        self.site, self.held, self.script, self.asked = site, films, list(script), []
+    def __init__(self, site, images, script):
+        self.site, self.held, self.script, self.asked = site, images, list(script), []
 
     def __str__(self):
         return "https://scripted"
@@ -112,8 +112,8 @@ class Scripted:
     def __exit__(self, *_):
         pass
 
-    def films(self, study_uid, wanted):
-        return [Film(study_uid, "1.2.3.4", str(one.SOPInstanceUID), "") for one in self.held]
+    def images(self, study_uid, wanted):
+        return [Image(study_uid, "1.2.3.4", str(one.SOPInstanceUID), "") for one in self.held]
 
     def fetch(self, one):
         self.asked.append(one.sop_uid)
@@ -133,64 +133,64 @@ def run(site, archive, waits=None, **order):
 
 
 def test_an_archive_that_is_busy_is_asked_again_with_growing_waits(site):
-    archive, waits = Scripted(site, [film(1)], [Busy("b"), Busy("b"), Busy("b", after=50), None]), []
+    archive, waits = Scripted(site, [xray(1)], [Busy("b"), Busy("b"), Busy("b", after=50), None]), []
     said = run(site, archive, waits)
     assert (said["pulled"], said["failed"]) == (1, 0)
     assert waits[:3] == [2, 4, 50]
 
 
-def test_one_film_that_stays_refused_is_given_up_and_the_next_one_comes(site):
-    films = [film(1), film(2)]
-    archive = Scripted(site, films, [Busy("tape is away")] * 6)
+def test_one_image_that_stays_refused_is_given_up_and_the_next_one_comes(site):
+    images = [xray(1), xray(2)]
+    archive = Scripted(site, images, [Busy("tape is away")] * 6)
     said = run(site, archive)
     assert (said["pulled"], said["failed"], said["reasons"]) == (1, 1, {"tape is away": 1})
-    assert uids(site) == [films[1].SOPInstanceUID]
+    assert uids(site) == [images[1].SOPInstanceUID]
 
 
 def test_an_archive_that_refuses_everything_ends_the_run(site):
     with pytest.raises(Problem, match="busy, 6 times in a row"):
-        run(site, Scripted(site, [film(n) for n in range(5)], [Busy("busy")] * 99))
+        run(site, Scripted(site, [xray(n) for n in range(5)], [Busy("busy")] * 99))
 
 
 def test_what_no_retry_can_mend_ends_the_run_at_once_and_says_what_was_done(site):
-    archive = Scripted(site, [film(1), film(2)], [None, Unreachable("the token ended")])
-    with pytest.raises(Problem, match="the token ended; 1 films were fetched, the same command goes on"):
+    archive = Scripted(site, [xray(1), xray(2)], [None, Unreachable("the token ended")])
+    with pytest.raises(Problem, match="the token ended; 1 images were fetched, the same command goes on"):
         run(site, archive)
     assert run(site, Scripted(site, archive.held, []))["already"] == 1
 
 
-def test_a_missing_film_is_counted_and_asked_for_again_next_time(site):
-    films = [film(1), film(2)]
-    said = run(site, Scripted(site, films, [Missing("gone"), None]))
+def test_a_missing_image_is_counted_and_asked_for_again_next_time(site):
+    images = [xray(1), xray(2)]
+    said = run(site, Scripted(site, images, [Missing("gone"), None]))
     assert (said["pulled"], said["failed"], said["reasons"]) == (1, 1, {"gone": 1})
-    again = Scripted(site, films, [])
+    again = Scripted(site, images, [])
     said = run(site, again)
-    assert (said["already"], said["pulled"], again.asked) == (1, 1, [films[0].SOPInstanceUID])
+    assert (said["already"], said["pulled"], again.asked) == (1, 1, [images[0].SOPInstanceUID])
 
 
 def test_a_done_study_is_not_looked_through_until_the_archive_has_more_of_it(site):
-    archive = Scripted(site, [film(1)], [])
+    archive = Scripted(site, [xray(1)], [])
     run(site, archive)
-    archive.films = None  # type: ignore[assignment]
+    archive.images = None  # type: ignore[assignment]
     said = run(site, archive)
     assert (said["found"], said["already"], said["pulled"]) == (1, 1, 0)
-    more = Scripted(site, [*archive.held, film(2)], [])
+    more = Scripted(site, [*archive.held, xray(2)], [])
     said = run(site, more)
     assert (said["found"], said["already"], said["pulled"]) == (2, 1, 1)
 
 
-def test_the_limit_is_of_films_fetched_and_the_next_run_goes_on(site):
-    films = [film(n) for n in range(5)]
-    assert run(site, Scripted(site, films, []), limit=2)["pulled"] == 2
-    said = run(site, Scripted(site, films, []), limit=2)
+def test_the_limit_is_of_images_fetched_and_the_next_run_goes_on(site):
+    images = [xray(n) for n in range(5)]
+    assert run(site, Scripted(site, images, []), limit=2)["pulled"] == 2
+    said = run(site, Scripted(site, images, []), limit=2)
     assert (said["already"], said["pulled"]) == (2, 2)
-    assert run(site, Scripted(site, films, []))["pulled"] == 1
+    assert run(site, Scripted(site, images, []))["pulled"] == 1
 
 
 @pytest.mark.parametrize("held_open", [5, 0])
 def test_the_rate_is_kept_with_the_association_held_open_or_not(site, monkeypatch, held_open):
     monkeypatch.setattr(pulling, "HOLD_S", held_open)
-    archive = Scripted(site, [film(n) for n in range(4)], [])
+    archive = Scripted(site, [xray(n) for n in range(4)], [])
     with site.ledger() as ledger:
         said = Puller(site, ledger, archive, Order((Wanted(patient="P"),), per_minute=300)).run()
     assert said["pulled"] == 4 and said["seconds"] >= 0.6
@@ -198,19 +198,19 @@ def test_the_rate_is_kept_with_the_association_held_open_or_not(site, monkeypatc
 
 def test_a_full_inbox_is_waited_for_and_a_dead_intake_ends_the_run(site, monkeypatch):
     monkeypatch.setattr(pulling, "MOST_WAITING", 2)
-    with pytest.raises(Problem, match="2 films wait in the inbox"):
-        run(site, Scripted(site, [film(n) for n in range(4)], []))
+    with pytest.raises(Problem, match="2 images wait in the inbox"):
+        run(site, Scripted(site, [xray(n) for n in range(4)], []))
     assert len(uids(site)) == 2
     with site.ledger() as ledger:
         take_in(site, ledger)
     with pytest.raises(Problem):
-        run(site, Scripted(site, [film(n) for n in range(5)], []))
+        run(site, Scripted(site, [xray(n) for n in range(5)], []))
     assert len(uids(site)) == 2
 
 
 def test_what_the_intake_made_of_it_is_told(site):
     with site.ledger() as ledger:
-        archive = Scripted(site, [film(1), film(2, body_part="KNEE")], [])
+        archive = Scripted(site, [xray(1), xray(2, body_part="KNEE")], [])
         puller = Puller(site, ledger, archive, Order((Wanted(patient="P"),)), wait=lambda s: take_in(site, ledger))
         said = puller.run()
     assert {key: said[key] for key in ("stored", "rejected", "quarantined", "duplicate", "waiting")} == {
@@ -218,8 +218,8 @@ def test_what_the_intake_made_of_it_is_told(site):
     }  # fmt: skip
 
 
-def test_a_pull_after_forget_and_refuse_tells_the_film_as_rejected_and_keeps_no_uid_of_it(site):
-    unwanted = film(1, "FORGOTTEN")
+def test_a_pull_after_forget_and_refuse_tells_the_image_as_rejected_and_keeps_no_uid_of_it(site):
+    unwanted = xray(1, "FORGOTTEN")
     study = Study(str(unwanted.StudyInstanceUID), 1)
     archive = Scripted(site, [unwanted], [])
     archive.studies = lambda wanted: ([study], True)  # type: ignore[method-assign]
@@ -235,15 +235,15 @@ def test_a_pull_after_forget_and_refuse_tells_the_film_as_rejected_and_keeps_no_
 
 
 def test_a_dry_run_fetches_nothing_and_remembers_nothing(site):
-    archive = Scripted(site, [film(1)], [])
+    archive = Scripted(site, [xray(1)], [])
     for _ in range(2):
         said = run(site, archive, dry_run=True)
         assert (said["found"], said["already"], said["pulled"], archive.asked) == (1, 0, 0, [])
 
 
-def test_a_film_is_here_from_the_inbox_until_the_ledger_has_it(site):
+def test_a_image_is_here_from_the_inbox_until_the_ledger_has_it(site):
     with site.ledger() as ledger:
-        here, one = Here(site, ledger), film(1)
+        here, one = Here(site, ledger), xray(1)
         assert not here(one.SOPInstanceUID)
         path = one.save_as(site.root / "run" / "one.dcm", enforce_file_format=True) or site.root / "run" / "one.dcm"
         site.inbox.put_file(path)
@@ -255,7 +255,7 @@ def test_a_film_is_here_from_the_inbox_until_the_ledger_has_it(site):
 def test_patient_ids_come_from_the_originals_one_a_patient(site):
     with site.ledger() as ledger:
         for n, who in enumerate(("A", "A", "B", "UNKNOWN")):
-            site.inbox.put_file(_saved(site, film(n, patient=who)))
+            site.inbox.put_file(_saved(site, xray(n, patient=who)))
         take_in(site, ledger)
         assert sorted(patient_ids(site, ledger)) == ["A", "B"]  # type: ignore[type-var]
         lost = ledger.value("SELECT original FROM image WHERE id = 3")

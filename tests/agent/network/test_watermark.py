@@ -13,7 +13,7 @@ from dicom.node.listener import Listener, Node
 from dicom.node.reception import OUT_OF_RESOURCES
 from dicom.store.inbox import Inbox
 from tests.conftest import make_site
-from tests.support.agent.images import film
+from tests.support.agent.images import xray
 from tests.support.dicom.pacs import associate, data_set, send_once, store_raw
 
 
@@ -70,7 +70,7 @@ def test_associations_are_refused_before_the_disk_is_full_and_taken_again_withou
     inbox = Inbox(place / "inbox", 4 << 20)
     listener = Listener(Node(port=0), inbox, full=Watermark(free, 16))
     listener.start()
-    ds, ballast = film(1), place / "ballast"
+    ds, ballast = xray(1), place / "ballast"
     sent = (data_set(ds), ds.SOPInstanceUID, ds.SOPClassUID)
     try:
         running = associate(listener.port, [(ds.SOPClassUID, ds.file_meta.TransferSyntaxUID)])

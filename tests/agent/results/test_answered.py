@@ -1,12 +1,10 @@
-"""Which films the PACS is told of, and which once more: heartbeats, corrected and forgotten ones, `studies rerun`."""
+"""Which images the PACS is told of, and which once more: heartbeats, corrected and forgotten ones, `studies rerun`."""
 
 import io
 import sqlite3
 
 import numpy as np
 import pytest
-from answers import Archive
-from pacs import free_port
 
 from agent.errors import Problem
 from agent.images import images
@@ -17,8 +15,10 @@ from dicom.dataset.facts import COMPREHENSIVE_SR, HEARTBEAT_ID
 from tests.conftest import make_site
 from tests.support.agent.answering_site import NOW, an_answering_site, answering, score, states
 from tests.support.agent.appliance import Appliance
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 from tests.support.agent.models import FINDINGS, Served, add_model
+from tests.support.dicom.pacs import free_port
+from tests.support.dicom.storage_scp import Archive
 
 
 @pytest.fixture
@@ -44,29 +44,29 @@ def test_a_score_and_its_results_are_written_together_or_not_at_all(site):
         assert (ledger.value("SELECT count(*) FROM prediction"), outbox.state(ledger)["waiting"]) == (1, 2)
 
 
-def test_heartbeats_films_set_aside_and_corrected_versions_get_no_answer(site, port):
-    old = film(50, patient="WRONG")
+def test_heartbeats_images_set_aside_and_corrected_versions_get_no_answer(site, port):
+    old = xray(50, patient="WRONG")
     same = {"sop_uid": old.SOPInstanceUID, "study_uid": old.StudyInstanceUID}
     with answering(site) as (ledger, line):
-        put(site, film(51, patient=HEARTBEAT_ID), "heartbeat.dcm")
-        put(site, film(52, view="LL"), "lateral.dcm")
+        put(site, xray(51, patient=HEARTBEAT_ID), "heartbeat.dcm")
+        put(site, xray(52, view="LL"), "lateral.dcm")
         put(site, old, "old.dcm")
         take_in(site, ledger)
         score(site, ledger)
-        assert outbox.state(ledger)["waiting"] == 4  # the first film's and the wrong name's
-        put(site, film(50, patient="RIGHT", **same), "right.dcm")
+        assert outbox.state(ledger)["waiting"] == 4  # the first image's and the wrong name's
+        put(site, xray(50, patient="RIGHT", **same), "right.dcm")
         take_in(site, ledger)
         score(site, ledger)
-        assert outbox.state(ledger)["waiting"] == 4  # the first film's and the right name's
+        assert outbox.state(ledger)["waiting"] == 4  # the first image's and the right name's
         with Archive(port) as pacs:
             outbox.step(site, ledger, line, NOW)
             assert "WRONG" not in {ds.PatientID for ds in pacs.held.values()}
             assert len(pacs.held) == 4
 
 
-def test_a_film_that_was_corrected_before_its_score_is_answered_under_the_new_header_alone(site):
-    old = film(60, patient="WRONG")
-    new = film(60, patient="RIGHT", sop_uid=old.SOPInstanceUID, study_uid=old.StudyInstanceUID)
+def test_a_image_that_was_corrected_before_its_score_is_answered_under_the_new_header_alone(site):
+    old = xray(60, patient="WRONG")
+    new = xray(60, patient="RIGHT", sop_uid=old.SOPInstanceUID, study_uid=old.StudyInstanceUID)
     with site.ledger() as ledger:
         for version in (old, new):
             put(site, version)
@@ -77,7 +77,7 @@ def test_a_film_that_was_corrected_before_its_score_is_answered_under_the_new_he
         assert outbox.state(ledger)["waiting"] == 4
 
 
-def test_a_forgotten_film_leaves_nothing_in_the_outbox(site):
+def test_a_forgotten_image_leaves_nothing_in_the_outbox(site):
     with answering(site) as (ledger, _):
         with ledger.transaction():
             ledger.run("UPDATE image SET reason = ? WHERE id = 1", FORGOTTEN)
@@ -100,7 +100,7 @@ def test_a_result_that_is_sent_again_waits_since_then(site, port):
 def test_nothing_is_queued_while_results_are_off_and_rerun_queues_it_later(tmp_path, port):
     off = make_site(tmp_path / "off", site={"findings": list(FINDINGS)})
     with off.ledger() as ledger:
-        put(off, film(0))
+        put(off, xray(0))
         take_in(off, ledger)
         add_model(off, ledger, 1)
         score(off, ledger)
@@ -109,8 +109,8 @@ def test_nothing_is_queued_while_results_are_off_and_rerun_queues_it_later(tmp_p
     on = type(off)(off.root, off.config.model_copy(update={"results": keys}))
     with on.ledger() as ledger, Archive(port) as pacs:
         score(on, ledger)
-        assert states(ledger) == []  # films from now on, older ones when asked
-        assert images.rerun(ledger, None, "predicted", False, "test") == {"films": 1, "results": 0}
+        assert states(ledger) == []  # images from now on, older ones when asked
+        assert images.rerun(ledger, None, "predicted", False, "test") == {"images": 1, "results": 0}
         score(on, ledger)
         outbox.step(on, ledger, outbox.Line(on), NOW)
         assert [ds.SOPClassUID for ds in pacs.held.values()] == [COMPREHENSIVE_SR]
@@ -133,13 +133,13 @@ def test_rerun_after_a_new_model_sends_its_answer_beside_the_old_one(site, port)
 
 def test_rerun_refuses_what_it_can_not_do(site):
     with answering(site) as (ledger, _):
-        put(site, film(9, view="LL"), "lateral.dcm")
+        put(site, xray(9, view="LL"), "lateral.dcm")
         take_in(site, ledger)
         lateral = ledger.row("SELECT * FROM image WHERE state = 'rejected'")
         for arguments, why in [
             ((None, None, False), "one of UID"),
             (("1", "predicted", False), "one of UID"),
-            (("1.2.3", None, False), "no film"),
+            (("1.2.3", None, False), "no image"),
             ((lateral["sop_uid"], None, False), "rejected, so it is never scored"),
             ((None, "rejected", False), "scored again in one of"),
         ]:
@@ -147,10 +147,10 @@ def test_rerun_refuses_what_it_can_not_do(site):
                 images.rerun(ledger, *arguments, "test")
 
 
-def test_new_films_are_scored_before_those_to_be_scored_again(site):
+def test_new_images_are_scored_before_those_to_be_scored_again(site):
     with answering(site) as (ledger, _):
         images.rerun(ledger, "1", None, False, "test")
-        put(site, film(77))
+        put(site, xray(77))
         take_in(site, ledger)
         scoring.step(site, ledger, Served(site, ledger))  # type: ignore[arg-type]
         assert ledger.value("SELECT max(image) FROM prediction") == 2
@@ -167,8 +167,8 @@ def test_the_commands_say_what_they_did(site):
     with answering(site) as (ledger, _), ledger.transaction():
         ledger.run("UPDATE outbox SET state = 'failed', why = 'status C000' WHERE kind = 'sr'")
     appliance = Appliance(site)
-    assert appliance.ask("studies", "rerun", "--failed") == {"films": 0, "results": 1}
-    assert appliance.ask("studies", "rerun", "1", "--by", "Dr. A") == {"films": 1, "results": 0}
+    assert appliance.ask("studies", "rerun", "--failed") == {"images": 0, "results": 1}
+    assert appliance.ask("studies", "rerun", "1", "--by", "Dr. A") == {"images": 1, "results": 0}
     assert "give one of UID, --state or --failed" in appliance.ask("studies", "rerun", code=1)
     with site.ledger() as ledger:
         assert [entry["who"] for entry in audit.tail(ledger, 2)] == ["studies rerun", "Dr. A"]

@@ -22,48 +22,48 @@ from learner.round.recipe import resolve
 from tests.conftest import make_site
 from tests.support.agent.appliance import TINY, Appliance
 from tests.support.agent.models import add_model
-from tests.support.learner.round_folders import film
+from tests.support.learner.round_folders import xray
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
-    """Commands of a site with a baseline learnt there, and the films it has."""
+    """Commands of a site with a baseline learnt there, and the images it has."""
     folder = tmp_path_factory.mktemp("learnt")
     site = make_site(folder / "site", learn={"recipe": "tiny.toml", "window": ""})
     (site.root / "tiny.toml").write_text(TINY)
-    films, _ = pacs.phantoms(folder / "pacs", 40, 8)
+    images, _ = pacs.phantoms(folder / "pacs", 40, 8)
     with (folder / "labels.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("sop_uid", "finding", "value"))
-        rows.writerows((one.sop_uid, name, value) for one in films for name, value in one.truth.items())
+        rows.writerows((one.sop_uid, name, value) for one in images for name, value in one.truth.items())
     appliance = Appliance(site)
     assert appliance.ask("import", str(folder / "pacs"))["stored"] == 40
     appliance.ask("labels", "import", str(folder / "labels.csv"))
     appliance.ask("round", "run", "--now")
-    return appliance, films
+    return appliance, images
 
 
 @pytest.mark.parametrize("method", ["heatmap", "ig", "smoothgrad"])
-def test_a_map_of_the_served_model_is_drawn_over_the_film(learnt, method):
-    appliance, films = learnt
+def test_a_map_of_the_served_model_is_drawn_over_the_image(learnt, method):
+    appliance, images = learnt
     picture = appliance.site.root / f"{method}.png"
-    said = appliance.ask("explain", films[0].sop_uid, "--finding", "effusion", "--method", method, "-o", str(picture))
+    said = appliance.ask("explain", images[0].sop_uid, "--finding", "effusion", "--method", method, "-o", str(picture))
     assert {"bundle", "probability", "threshold", "method", "image"} <= set(said)
     assert (said["method"], said["finding"], said["image"]) == (method, "effusion", str(picture))
     assert Image.open(picture).size == (512, 512)
     assert ("completeness" in said) == (method != "heatmap")
     if method == "ig":
         assert said["completeness"] < 0.05
-    plain = appliance.ask("explain", films[0].sop_uid, "--finding", "effusion")
+    plain = appliance.ask("explain", images[0].sop_uid, "--finding", "effusion")
     assert plain == {key: plain[key] if key in ("method", "image") else said[key] for key in plain}
 
 
 def test_attention_has_a_panel_for_each_head(learnt):
-    appliance, films = learnt
+    appliance, images = learnt
     picture = appliance.site.root / "attention.png"
-    appliance.ask("explain", films[1].sop_uid, "--method", "attention", "-o", str(picture))
+    appliance.ask("explain", images[1].sop_uid, "--method", "attention", "-o", str(picture))
     assert Image.open(picture).size == (1024, 1024)  # three heads in a sheet of two by two
     sheet = np.asarray(Image.open(picture)).astype(int)
     assert sheet[512:, 512:].max() == 0
@@ -71,35 +71,35 @@ def test_attention_has_a_panel_for_each_head(learnt):
 
 
 def test_only_what_speaks_for_the_finding_is_another_picture(learnt):
-    appliance, films = learnt
+    appliance, images = learnt
     pictures = []
     for words in ((), ("--positive",)):
         picture = appliance.site.root / f"map{len(words)}.png"
-        appliance.ask("explain", films[2].sop_uid, "--method", "gradient", *words, "-o", str(picture))
+        appliance.ask("explain", images[2].sop_uid, "--method", "gradient", *words, "-o", str(picture))
         pictures.append(np.asarray(Image.open(picture)))
     assert (pictures[0] != pictures[1]).any()
 
 
 def test_the_model_of_an_earlier_time_answers(learnt):
-    appliance, films = learnt
-    words = ("explain", films[0].sop_uid, "--method", "rollout")
+    appliance, images = learnt
+    words = ("explain", images[0].sop_uid, "--method", "rollout")
     now = appliance.ask(*words, "--as-of", "2099-01-01T00:00:00")
     assert now["bundle"] == appliance.ask(*words)["bundle"]
     assert "no model was in service then" in appliance.ask(*words, "--as-of", "2001-01-01T00:00:00", code=1)
 
 
 def test_what_can_not_be_drawn_is_refused_in_one_line(learnt):
-    appliance, films = learnt
-    said = appliance.ask("explain", films[0].sop_uid, "--method", "guided", code=1)
+    appliance, images = learnt
+    said = appliance.ask("explain", images[0].sop_uid, "--method", "guided", code=1)
     assert "this network has GELU" in said
     assert "Traceback" not in said
-    said = appliance.ask("explain", films[0].sop_uid, "--method", "gradcam", code=1)
+    said = appliance.ask("explain", images[0].sop_uid, "--method", "gradcam", code=1)
     assert "must be one of heatmap, gradient, guided" in said
 
 
 def test_weights_that_do_not_serve_are_not_explained(learnt):
     """The state of another network under the bundle's name: the numbers tell."""
-    appliance, films = learnt
+    appliance, images = learnt
     state = next((appliance.site.rounds / "r0001" / "t0").glob("state.safetensors"))
     kept = state.read_bytes()
     try:
@@ -107,9 +107,9 @@ def test_weights_that_do_not_serve_are_not_explained(learnt):
         header = {"plan": saliency.read_file(state)[1]["plan"], "findings": findings, "recipe": recipe.to_dict()}
         network.cls_head.mlp[4].bias.data += 5
         write_file(state, {f"{recipe.serve}.{key}": value for key, value in network.state_dict().items()}, header)
-        assert "not the same weights" in appliance.ask("explain", films[0].sop_uid, "--method", "gradient", code=1)
+        assert "not the same weights" in appliance.ask("explain", images[0].sop_uid, "--method", "gradient", code=1)
         state.unlink()
-        assert "restore it from the backup" in appliance.ask("explain", films[0].sop_uid, "--method", "ig", code=1)
+        assert "restore it from the backup" in appliance.ask("explain", images[0].sop_uid, "--method", "ig", code=1)
     finally:
         state.write_bytes(kept)
 
@@ -161,7 +161,7 @@ def test_the_learner_draws_a_convolutional_nets_guided_map_and_refuses_its_atten
     network, header = make_network({"timm": "resnet10t"}, recipe, 2), {"plan": {"timm": "resnet10t"}}
     header |= {"findings": ["effusion", "mass"], "recipe": recipe.to_dict()}
     write_file(tmp_path / "s", {f"student.{key}": value for key, value in network.state_dict().items()}, header)
-    np.save(tmp_path / "plate.npy", film((0, 1), 4))
+    np.save(tmp_path / "plate.npy", xray((0, 1), 4))
     done = child(tmp_path, tmp_path / "s", "guided")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["completeness"] is None

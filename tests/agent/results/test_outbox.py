@@ -7,8 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from answers import Archive, text_of
-from pacs import free_port
 
 from agent.images import images
 from agent.results import outbox
@@ -18,9 +16,11 @@ from dicom.dataset.facts import RESULT_UID_ROOT
 from dicom.node import tls
 from tests.conftest import make_site
 from tests.support.agent.answering_site import NOW, an_answering_site, answering, score, states
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 from tests.support.agent.models import FINDINGS, add_model
 from tests.support.dicom.certificates import authority
+from tests.support.dicom.pacs import free_port
+from tests.support.dicom.storage_scp import Archive, text_of
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def site(tmp_path, port):
 
 
 def test_results_are_queued_with_the_score_and_arrive_over_one_association(site, port):
-    with answering(site, films=3) as (ledger, line), Archive(port) as pacs:
+    with answering(site, images=3) as (ledger, line), Archive(port) as pacs:
         assert states(ledger) == [("sr", "waiting"), ("sc", "waiting")] * 3
         assert outbox.step(site, ledger, line, NOW) == 6
         assert outbox.step(site, ledger, line, NOW) == 0
@@ -61,7 +61,7 @@ def test_what_is_sent_says_what_the_ledger_holds(site, port):
 
 
 def test_with_the_pacs_away_for_an_hour_everything_arrives_once_and_tries_grow_rarer(site, port):
-    with answering(site, films=3) as (ledger, line):
+    with answering(site, images=3) as (ledger, line):
         tries, now = [], NOW
         while now < NOW + timedelta(hours=1):
             tries.append(now)
@@ -122,7 +122,7 @@ def test_one_refused_object_blocks_no_other_and_is_shown_until_it_is_sent_again(
     def refuses_the_first(ds):
         return 0xC000 if str(ds.SOPInstanceUID) == pacs.arrivals[0] else 0
 
-    with answering(site, films=3) as (ledger, line):
+    with answering(site, images=3) as (ledger, line):
         with Archive(port, verdict=refuses_the_first) as pacs:
             outbox.step(site, ledger, line, NOW)
             assert len(pacs.held) == 5
@@ -131,7 +131,7 @@ def test_one_refused_object_blocks_no_other_and_is_shown_until_it_is_sent_again(
         assert [kind for kind, *_ in said] == ["results refused"]
         assert "status C000" in said[0][1]
         assert status.status(site, ledger)["outbox"]["failed"] == 1
-        assert images.rerun(ledger, None, None, True, "test") == {"films": 0, "results": 1}
+        assert images.rerun(ledger, None, None, True, "test") == {"images": 0, "results": 1}
         with Archive(port) as later:
             outbox.step(site, ledger, line, NOW)
             assert list(later.held) == pacs.arrivals[:1]
@@ -151,7 +151,7 @@ def test_a_full_pacs_is_asked_again_later(site, port):
 def test_a_pacs_that_takes_no_reports_still_gets_the_heatmaps(site, port):
     from dicom.dataset.facts import SECONDARY_CAPTURE
 
-    with answering(site, films=2) as (ledger, line):
+    with answering(site, images=2) as (ledger, line):
         with Archive(port, classes=(SECONDARY_CAPTURE,)) as pacs:
             outbox.step(site, ledger, line, NOW)
             assert len(pacs.held) == 2
@@ -171,7 +171,7 @@ def test_an_object_at_which_the_pacs_hangs_up_lets_the_others_pass(site, port):
             pacs.server.active_associations[0].abort()
         return 0
 
-    with answering(site, films=2) as (ledger, line), Archive(port, verdict=hang_up_at_reports) as pacs:
+    with answering(site, images=2) as (ledger, line), Archive(port, verdict=hang_up_at_reports) as pacs:
         outbox.step(site, ledger, line, NOW)
         assert sorted(set(states(ledger))) == [("sc", "sent"), ("sr", "waiting")]
 
@@ -181,7 +181,7 @@ def test_a_pacs_that_hangs_up_at_everything_is_left_alone_for_a_while(site, port
         pacs.server.active_associations[0].abort()
         return 0
 
-    with answering(site, films=3) as (ledger, line):
+    with answering(site, images=3) as (ledger, line):
         with Archive(port, verdict=hang_up) as pacs:
             assert outbox.step(site, ledger, line, NOW) == 0
             assert len(pacs.arrivals) == outbox.SILENCES
@@ -192,8 +192,8 @@ def test_a_pacs_that_hangs_up_at_everything_is_left_alone_for_a_while(site, port
             assert len(pacs.held) == 6
 
 
-def test_a_film_whose_original_is_gone_is_shown_and_blocks_no_other(site, port):
-    with answering(site, films=2) as (ledger, line), Archive(port) as pacs:
+def test_a_image_whose_original_is_gone_is_shown_and_blocks_no_other(site, port):
+    with answering(site, images=2) as (ledger, line), Archive(port) as pacs:
         site.store.path(ledger.value("SELECT original FROM image ORDER BY id LIMIT 1")).unlink()
         outbox.step(site, ledger, line, NOW)
         assert states(ledger) == [("sr", "failed"), ("sc", "failed"), ("sr", "sent"), ("sc", "sent")]
@@ -201,8 +201,8 @@ def test_a_film_whose_original_is_gone_is_shown_and_blocks_no_other(site, port):
         assert "not in the store" in outbox.alerts(site, ledger, NOW)[0][1]
 
 
-def test_a_film_that_the_disk_does_not_give_out_waits_and_blocks_no_other(site, port):
-    with answering(site, films=2) as (ledger, line), Archive(port) as pacs:
+def test_a_image_that_the_disk_does_not_give_out_waits_and_blocks_no_other(site, port):
+    with answering(site, images=2) as (ledger, line), Archive(port) as pacs:
         original = site.store.path(ledger.value("SELECT original FROM image WHERE id = 1"))
         original.unlink()
         original.mkdir()  # any error of reading
@@ -227,7 +227,7 @@ def test_the_conformance_statement_says_what_is_done_on_each_status():
     rows = re.findall(r"^\| ((?:0x[0-9A-F]{4}(?:, )?)+) \| (sent|waiting|failed)", page, re.M)
     said = {int(code, 16): outcome for codes, outcome in rows for code in codes.split(", ")}
     assert len(said) == 12
-    assert said == {code: outbox.judged(Sent(film(1), code))[0] for code in said}
+    assert said == {code: outbox.judged(Sent(xray(1), code))[0] for code in said}
 
 
 def test_results_go_over_tls_where_the_destination_says_so_and_to_no_stranger(tmp_path, port):
@@ -241,7 +241,7 @@ def test_results_go_over_tls_where_the_destination_says_so_and_to_no_stranger(tm
     )
     stranger = authority(tmp_path, "elsewhere").issue("pacs", ca=hospital.pem)
     with site.ledger() as ledger:
-        put(site, film(0))
+        put(site, xray(0))
         take_in(site, ledger)
         add_model(site, ledger, 1)
         score(site, ledger)

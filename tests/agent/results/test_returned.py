@@ -1,11 +1,9 @@
-"""A film is `returned` when the PACS has all its results; and the whole way there and back, with Orthanc as the PACS."""
+"""An image is `returned` when the PACS has all its results; and the whole way there and back, with Orthanc as the PACS."""
 
 from datetime import timedelta
 
 import httpx
 import pytest
-from answers import Archive
-from pacs import free_port, wait_for
 
 from agent.images import images, labels
 from agent.results import outbox, scoring
@@ -16,11 +14,13 @@ from dicom.phantom.wrap import wrap
 from tests.conftest import make_site
 from tests.support.agent.answering_site import NOW
 from tests.support.agent.appliance import Appliance, kill
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 from tests.support.agent.models import FINDINGS, Served, add_model
 from tests.support.dicom.orthanc import Orthanc
+from tests.support.dicom.pacs import free_port, wait_for
+from tests.support.dicom.storage_scp import Archive
 
-FILMS = 5
+IMAGES = 5
 
 
 @pytest.fixture
@@ -30,12 +30,12 @@ def port():
 
 @pytest.fixture
 def scored(tmp_path, port):
-    """The ledger of a site whose two films are scored and have nothing sent yet."""
+    """The ledger of a site whose two images are scored and have nothing sent yet."""
     results = {"sr": True, "sc": True, "destination": f"PACS@127.0.0.1:{port}"}
     site = make_site(tmp_path / "site", site={"findings": list(FINDINGS)}, results=results)
     with site.ledger() as ledger:
         for seed in range(2):
-            put(site, film(seed), f"{seed}.dcm")
+            put(site, xray(seed), f"{seed}.dcm")
         take_in(site, ledger)
         add_model(site, ledger, 1)
         while scoring.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def states(site, ledger):
     return [row["state"] for row in reversed(images.ls(site, ledger, None, 10))]
 
 
-def test_a_film_is_returned_when_all_its_results_had_success_and_not_before(scored, port):
+def test_a_image_is_returned_when_all_its_results_had_success_and_not_before(scored, port):
     site, ledger = scored
     with Archive(port, verdict=lambda ds: 0xA700 if ds.Modality == "OT" else 0):
         outbox.step(site, ledger, outbox.Line(site), NOW)
@@ -63,7 +63,7 @@ def test_a_film_is_returned_when_all_its_results_had_success_and_not_before(scor
     assert said["outbox"] == {"waiting": 0, "failed": 0, "oldest": None}
 
 
-def test_a_labelled_film_stays_labelled_and_counts_as_returned_once(scored, port, tmp_path):
+def test_a_labelled_image_stays_labelled_and_counts_as_returned_once(scored, port, tmp_path):
     site, ledger = scored
     sop_uid = ledger.value("SELECT sop_uid FROM image WHERE id = 1")
     (tmp_path / "labels.csv").write_text(f"sop_uid,finding,value\n{sop_uid},{FINDINGS[0]},1\n")
@@ -81,11 +81,11 @@ def test_a_labelled_film_stays_labelled_and_counts_as_returned_once(scored, port
 
 
 @pytest.mark.parametrize("left", [None, b"", b"no array"])
-def test_a_film_whose_plate_is_lost_is_said_and_the_next_one_is_scored(tmp_path, left):
+def test_a_image_whose_plate_is_lost_is_said_and_the_next_one_is_scored(tmp_path, left):
     site = make_site(tmp_path / "site", site={"findings": list(FINDINGS)})
     with site.ledger() as ledger:
         for seed in range(2):
-            put(site, film(seed), f"{seed}.dcm")
+            put(site, xray(seed), f"{seed}.dcm")
         take_in(site, ledger)
         add_model(site, ledger, 1)
         plate = site.store.path(ledger.value("SELECT plate FROM image WHERE id = 1"))
@@ -103,7 +103,7 @@ def test_a_film_whose_plate_is_lost_is_said_and_the_next_one_is_scored(tmp_path,
         assert states(site, ledger) == ["predicted", "predicted"]
 
 
-def test_a_film_with_a_refused_result_is_not_returned(scored, port):
+def test_a_image_with_a_refused_result_is_not_returned(scored, port):
     site, ledger = scored
     with Archive(port, verdict=lambda ds: 0xA900 if ds.Modality == "SR" else 0):
         outbox.step(site, ledger, outbox.Line(site), NOW)
@@ -123,26 +123,26 @@ def test_a_late_orthanc_gets_everything_once_through_kills_and_what_it_sends_bac
     )
     with site.ledger() as ledger:
         add_model(site, ledger, 1)
-    films = [wrap(one.pixels(), one.patient, one.view) for one in draw(FILMS, 5, repeat=0)]
+    sent = [wrap(one.pixels(), one.patient, one.view) for one in draw(IMAGES, 5, repeat=0)]
     with Appliance(site) as appliance, site.ledger() as ledger:
-        assert [code for _, code in send(films, "127.0.0.1", node, "CXRLOOP")] == [0] * FILMS
-        assert wait_for(lambda: ledger.counters()["predicted"] == FILMS, 60)
-        assert outbox.state(ledger)["waiting"] == 2 * FILMS
+        assert [code for _, code in send(sent, "127.0.0.1", node, "CXRLOOP")] == [0] * IMAGES
+        assert wait_for(lambda: ledger.counters()["predicted"] == IMAGES, 60)
+        assert outbox.state(ledger)["waiting"] == 2 * IMAGES
         kill(appliance.children()["learn"])
         with orthanc:
             assert wait_for(lambda: count(orthanc) > 0, 60)
             kill(appliance.children()["learn"])  # in the middle of it
-            assert wait_for(lambda: ledger.counters()["returned"] == FILMS, 60)
-            assert count(orthanc) == 2 * FILMS
-            assert states(site, ledger) == ["returned"] * FILMS
-            assert studies_of(orthanc) == {str(one.StudyInstanceUID): {"SR", "OT"} for one in films}
+            assert wait_for(lambda: ledger.counters()["returned"] == IMAGES, 60)
+            assert count(orthanc) == 2 * IMAGES
+            assert states(site, ledger) == ["returned"] * IMAGES
+            assert studies_of(orthanc) == {str(one.StudyInstanceUID): {"SR", "OT"} for one in sent}
             back = httpx.get(orthanc.url + "/instances").json()
             for one in back:  # reports find no context at our node; captures are taken, and refused as ours
                 httpx.post(f"{orthanc.url}/modalities/node/store", content=one, timeout=30)
-            assert wait_for(lambda: ledger.counters()["rejected"] == FILMS, 60)
+            assert wait_for(lambda: ledger.counters()["rejected"] == IMAGES, 60)
             refused = images.ls(site, ledger, "rejected", 10)
             assert {row["reason"].split(": ")[1] for row in refused} == {"one of our own results"}
-            assert (ledger.counters()["predicted"], outbox.state(ledger)["waiting"]) == (FILMS, 0)
+            assert (ledger.counters()["predicted"], outbox.state(ledger)["waiting"]) == (IMAGES, 0)
 
 
 def count(orthanc):

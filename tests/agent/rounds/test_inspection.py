@@ -24,7 +24,7 @@ from learner.round.figure import draw
 from learner.round.manifest import read_json, write_json
 from tests.conftest import make_site
 from tests.support.agent.appliance import TINY
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 from tests.support.learner.round_folders import make_round, result
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,7 +98,7 @@ def test_a_collapsed_round_stops_with_monitor_value_and_limit_and_is_drawn_in_re
     )
     assert main([str(folder)]) == 3
     assert result(folder)["reason"].startswith("collapse: ")
-    assert "max_share 1 is above 0.99, one prototype takes all films" in result(folder)["reason"]
+    assert "max_share 1 is above 0.99, one prototype takes all images" in result(folder)["reason"]
     assert red(drawn(folder)) > 0.01
 
 
@@ -182,7 +182,7 @@ def test_sigterm_within_a_single_call_of_the_library_leaves_in_time(tmp_path):
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    """A site with two dozen labelled films."""
+    """A site with two dozen labelled images."""
     return labelled_site(tmp_path_factory.mktemp("site"))
 
 
@@ -191,7 +191,7 @@ def labelled_site(folder):
     (site.root / "tiny.toml").write_text(TINY.replace("epochs = 2", "epochs = 40"))
     with site.ledger() as ledger:
         for seed in range(24):
-            put(site, film(seed), f"{seed}.dcm")
+            put(site, xray(seed), f"{seed}.dcm")
         take_in(site, ledger)
         uids = [row["sop_uid"] for row in ledger.rows("SELECT sop_uid FROM image")]
         text = "".join(f"{uid},effusion,{n % 2}\n" for n, uid in enumerate(uids))
@@ -277,10 +277,10 @@ def test_logs_are_followed_until_the_round_rests_and_show_says_what_it_did(label
 
 def test_what_the_learner_noted_is_shown_with_the_candidate(tmp_path):
     (tmp_path / "final").mkdir()
-    noted = {"candidate": "wise 0.5", "notes": ["out of memory: 2 films a pass instead of 4", "and again"]}
+    noted = {"candidate": "wise 0.5", "notes": ["out of memory: 2 images a pass instead of 4", "and again"]}
     (tmp_path / "final" / "card.json").write_text(json.dumps(noted))
     shown = dict(rounds._learning(inspection.learning(tmp_path)))
-    assert shown == {"candidate": "wise 0.5", "notes": "out of memory: 2 films a pass instead of 4; and again"}
+    assert shown == {"candidate": "wise 0.5", "notes": "out of memory: 2 images a pass instead of 4; and again"}
 
 
 def test_a_round_that_has_not_begun_shows_nothing_yet_and_does_not_hold_a_follower(labelled):

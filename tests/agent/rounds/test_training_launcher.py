@@ -10,21 +10,21 @@ from agent.images import labels
 from agent.rounds import records, training
 from tests.conftest import make_site
 from tests.support.agent.appliance import TINY, Appliance
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 
 TORCHRUN = "torchrun --nproc-per-node 2 --max-restarts 3"
 
 
 @pytest.fixture
 def ready(tmp_path):
-    """A function: a site with that launcher and enough labelled films for a round."""
+    """A function: a site with that launcher and enough labelled images for a round."""
 
     def make(launcher):
         site = make_site(tmp_path / "site", learn={"recipe": "tiny.toml", "launcher": launcher})
         (site.root / "tiny.toml").write_text(TINY)
         with site.ledger() as ledger:
             for seed in range(24):
-                put(site, film(seed), f"{seed}.dcm")
+                put(site, xray(seed), f"{seed}.dcm")
             take_in(site, ledger)
             rows = ledger.rows("SELECT sop_uid FROM image")
             text = "".join(f"{row['sop_uid']},effusion,{n % 2}\n" for n, row in enumerate(rows))
@@ -63,7 +63,7 @@ def test_a_round_that_is_paused_under_torchrun_goes_on_by_command_and_makes_the_
 
 def test_a_round_that_the_learner_stops_under_torchrun_has_its_reason(ready):
     def golden(manifest):
-        manifest["films"][0]["range"] = "golden"
+        manifest["images"][0]["range"] = "golden"
         return manifest
 
     stopped = carried_on(ready(TORCHRUN), change=golden)

@@ -13,7 +13,7 @@ from agent.service import scheduler
 from agent.service.scheduler import next_window, night_step, window_at
 from tests.conftest import make_site
 from tests.support.agent.appliance import TINY
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 
 VIENNA = ZoneInfo("Europe/Vienna")
 NIGHT = "22:00-05:00"
@@ -64,7 +64,7 @@ def test_nothing_happens_outside_the_window_or_at_an_empty_site(nightly):
 
 
 def test_a_night_with_too_little_news_is_skipped_once_with_its_reason(nightly):
-    put(nightly, film(1))
+    put(nightly, xray(1))
     night = datetime(2026, 1, 10, 23, tzinfo=UTC)
     with nightly.ledger() as ledger:
         take_in(nightly, ledger)
@@ -76,17 +76,17 @@ def test_a_night_with_too_little_news_is_skipped_once_with_its_reason(nightly):
     assert "fewer than learn.min_new = 5" in rows[0]["reason"]
 
 
-def test_films_without_labels_are_no_reason_for_a_round(nightly):
+def test_images_without_labels_are_no_reason_for_a_round(nightly):
     with nightly.ledger() as ledger:
         for seed in range(30):
-            put(nightly, film(seed), f"{seed}.dcm")
+            put(nightly, xray(seed), f"{seed}.dcm")
         take_in(nightly, ledger)
         assert night_step(nightly, datetime(2026, 1, 10, 23, tzinfo=UTC)) == "skipped"
-        assert ledger.value("SELECT reason FROM round") == "no labelled film in the train range"
+        assert ledger.value("SELECT reason FROM round") == "no labelled image in the train range"
 
 
 def test_a_second_round_never_starts_beside_a_running_one(nightly):
-    put(nightly, film(1))
+    put(nightly, xray(1))
     with training.the_lock(nightly):
         assert night_step(nightly, datetime(2026, 1, 10, 23, tzinfo=UTC)) == "running"
         assert training.running(nightly)
@@ -102,7 +102,7 @@ def test_a_round_that_the_window_ends_is_paused_and_goes_on_the_next_night(tmp_p
     (site.root / "tiny.toml").write_text(TINY)
     with site.ledger() as ledger:
         for seed in range(24):
-            put(site, film(seed), f"{seed}.dcm")
+            put(site, xray(seed), f"{seed}.dcm")
         take_in(site, ledger)
         rows = ledger.rows("SELECT sop_uid FROM image")
         text = "".join(f"{row['sop_uid']},effusion,{n % 2}\n" for n, row in enumerate(rows))
@@ -115,7 +115,7 @@ def test_a_round_that_the_window_ends_is_paused_and_goes_on_the_next_night(tmp_p
         assert night_step(site, datetime.now(UTC)) == "no_look"
         assert [row["state"] for row in ledger.rows("SELECT state FROM round")] == ["no_look"]
         assert release.in_service(ledger)["is_baseline"] == 1
-        assert night_step(site, datetime.now(UTC)) == "skipped"  # the next night brought no new films
+        assert night_step(site, datetime.now(UTC)) == "skipped"  # the next night brought no new images
 
 
 def test_a_look_is_due_one_period_after_the_first_model_and_after_each_look(nightly):
@@ -153,7 +153,7 @@ def test_what_one_loop_did_wakes_the_next_at_once(site, monkeypatch):
         assert looked.wait(20)  # the other one has found nothing, and waits
         if made:
             return 0
-        made.append("a film")
+        made.append("an image")
         return 1
 
     def take(ledger):

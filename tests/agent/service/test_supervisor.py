@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from conftest import free_port, make_site
-from pacs import wait_for
 
 from agent.errors import Problem
 from agent.network import connections, node
+from tests.support.dicom.pacs import wait_for
 
 
 def test_every_line_of_readiness_is_one_write_since_four_processes_share_the_stream(tmp_path: Path):

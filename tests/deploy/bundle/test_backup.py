@@ -38,7 +38,7 @@ def test_a_site_comes_back_from_its_backup_with_an_unbroken_audit(tmp_path):
     site = init(tmp_path / "site", config.checked({"site": {"findings": ["effusion"]}}))
     pointer.write(site.root, BUNDLE, None, "a test", AT, site.key("signing.key"))
     (site.root / "store/originals").mkdir(parents=True)
-    (site.root / "store/originals/a.dcm").write_bytes(b"film")
+    (site.root / "store/originals/a.dcm").write_bytes(b"image")
     with site.ledger() as ledger:  # still open, and written to in the middle of the backup
         with ledger.transaction():
             audit.append(ledger, "a test", "before", "in the write-ahead log only")
@@ -50,6 +50,6 @@ def test_a_site_comes_back_from_its_backup_with_an_unbroken_audit(tmp_path):
     assert "2 entries, unbroken" in said
     restored = Site.open(tmp_path / "restored/appliance.toml")
     assert pointer.read(restored.root) == pointer.read(site.root)
-    assert (restored.root / "store/originals/a.dcm").read_bytes() == b"film"
+    assert (restored.root / "store/originals/a.dcm").read_bytes() == b"image"
     assert restored.key("pseudonym.key") == site.key("pseudonym.key")
     assert (restored.root / "keys/signing.key").stat().st_mode & 0o777 == 0o600

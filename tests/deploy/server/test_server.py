@@ -47,13 +47,13 @@ def test_an_answer_names_the_bundle_and_a_probability_for_each_finding(site, ser
 
 
 def test_heatmaps_come_with_the_answer_where_they_are_asked_for_and_not_else(site, server):
-    films = plates(3)
-    bundle, findings, probabilities, heatmaps = server.explain(films)
+    images = plates(3)
+    bundle, findings, probabilities, heatmaps = server.explain(images)
     assert (bundle, findings, heatmaps.shape) == (site.a, FINDINGS, (3, len(FINDINGS), GRID, GRID))
-    assert (probabilities == server.predict(films)[2]).all()
-    cells = films.reshape(3, GRID, 512 // GRID, GRID, 512 // GRID).mean((2, 4)) / 255
+    assert (probabilities == server.predict(images)[2]).all()
+    cells = images.reshape(3, GRID, 512 // GRID, GRID, 512 // GRID).mean((2, 4)) / 255
     assert np.allclose(heatmaps[:, 0], cells, atol=1e-4)
-    assert set(post(server, "/predict", content=npy(films)).json()) == {"bundle", "findings", "probabilities"}
+    assert set(post(server, "/predict", content=npy(images)).json()) == {"bundle", "findings", "probabilities"}
 
 
 def test_readiness_says_bundle_provider_and_since(site, server):
@@ -106,17 +106,17 @@ def test_the_client_says_what_the_server_said(server):
     assert refused.value.status == 400
 
 
-def test_metrics_count_films_requests_and_name_the_bundle(site, server):
+def test_metrics_count_images_requests_and_name_the_bundle(site, server):
     server.predict(plates(2))
     text = server._http.get("/metrics").text
     assert f'cxrloop_infer_bundle_info{{bundle="{site.a}",provider="cpu"}} 1.0' in text
-    assert f'cxrloop_infer_films_total{{bundle="{site.a}"}}' in text
+    assert f'cxrloop_infer_images_total{{bundle="{site.a}"}}' in text
     assert 'cxrloop_infer_requests_total{status="200"}' in text
     assert "cxrloop_infer_seconds_bucket" in text
     assert "cxrloop_infer_swaps_total 0.0" in text
 
 
-def test_health_answers_while_films_are_being_scored(tmp_path):
+def test_health_answers_while_images_are_being_scored(tmp_path):
     site = Site(tmp_path / "s")
     site.point(site.add(1, work=12))
     with serving(site) as (_, client):

@@ -31,21 +31,21 @@ def session(site):
 
 
 def test_probabilities_are_the_sigmoid_of_the_plain_computation(session):
-    films = plates(3)
+    images = plates(3)
     weights = np.random.default_rng(1).normal(size=(16, len(FINDINGS))).astype(np.float32)
-    pooled = films.reshape(3, 4, 128, 4, 128).mean((2, 4)).reshape(3, 16) / 255
-    answer = session.predict(films)
+    pooled = images.reshape(3, 4, 128, 4, 128).mean((2, 4)).reshape(3, 16) / 255
+    answer = session.predict(images)
     assert np.allclose(answer.logits, pooled @ weights, atol=1e-5)
     assert np.allclose(answer.probabilities, 1 / (1 + np.exp(-(pooled @ weights))), atol=1e-6)
     assert np.allclose(answer.embedding, pooled, atol=1e-6)
     assert answer.heatmap.shape == (3, len(FINDINGS), 4, 4)
 
 
-def test_a_film_scores_the_same_alone_and_among_forty(session):
-    films = plates(40)
-    together = session.predict(films).probabilities
+def test_a_image_scores_the_same_alone_and_among_forty(session):
+    images = plates(40)
+    together = session.predict(images).probabilities
     assert together.shape == (40, len(FINDINGS))
-    assert np.allclose(together[33], session.predict(films[33:34]).probabilities[0], atol=1e-6)
+    assert np.allclose(together[33], session.predict(images[33:34]).probabilities[0], atol=1e-6)
 
 
 def test_ranks_survive_in_the_tails(site):
@@ -76,7 +76,7 @@ def test_a_probe_that_is_not_answered_is_a_refusal(site):
 
 def test_a_score_that_is_not_finite_is_no_answer(site):
     bundle = site.add(13, white_is_nan=True)
-    with pytest.raises(NoAnswer, match=r"film 0 of 2 is not finite"):
+    with pytest.raises(NoAnswer, match=r"image 0 of 2 is not finite"):
         Session(opened(site, bundle), "cpu", threads=1).predict(np.full((2, 512, 512), 255, np.uint8))
 
 
@@ -144,7 +144,7 @@ def test_serving_without_onnxruntime_names_the_extra(tmp_path):
     )
 
 
-def test_scoring_a_film_loads_no_torch(site, session):
+def test_scoring_a_image_loads_no_torch(site, session):
     done = python(
         "import sys, numpy as np, pathlib\n"
         "from deploy.bundle.bundle import open_bundle; from deploy.server.session import Session; from deploy.bundle.keys import read_public\n"

@@ -78,7 +78,7 @@ def test_no_request_fails_while_bundles_are_swapped_under_load(tmp_path):
     site = Site(tmp_path / "s")
     bundles = [site.add(seed, work=2) for seed in (1, 2, 3)]
     site.point(bundles[0])
-    films = plates(4)
+    images = plates(4)
     stop, failures, answered = threading.Event(), [], []
     with serving(site) as (_, client):
         expected = {}
@@ -87,7 +87,7 @@ def test_no_request_fails_while_bundles_are_swapped_under_load(tmp_path):
             with Client(str(client._http.base_url)) as mine:
                 while not stop.is_set():
                     try:
-                        bundle, _, probabilities = mine.predict(films)
+                        bundle, _, probabilities = mine.predict(images)
                     except (ServerDown, ServerRefused) as failure:
                         failures.append(failure)
                     else:
@@ -103,7 +103,7 @@ def test_no_request_fails_while_bundles_are_swapped_under_load(tmp_path):
                 client.prepare(bundle)
             site.point(bundle, bundles[(turn - 1) % 3])
             swaps.append(client.reload())
-            expected[bundle] = client.predict(films)[2]
+            expected[bundle] = client.predict(images)[2]
         stop.set()
         for asker in askers:
             asker.join()

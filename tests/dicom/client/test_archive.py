@@ -3,7 +3,7 @@
 from datetime import date
 
 from dicom.client import archive
-from dicom.client.archive import Film, Wanted
+from dicom.client.archive import Image, Wanted
 
 STUDY = "1.2.3"
 
@@ -25,7 +25,7 @@ def test_a_study_that_was_not_asked_for_is_not_believed():
     assert archive.study(said(**good), Wanted(study="1.2.4")) is None
 
 
-def test_a_series_passes_unless_it_says_that_it_is_no_chest_film():
+def test_a_series_passes_unless_it_says_that_it_is_no_chest_image():
     good = {"SeriesInstanceUID": "1.5"}
     assert archive.series(said(**good), STUDY, Wanted()) == "1.5"
     for part in ("CHEST", "Chest PA", "THORAX", ""):
@@ -35,10 +35,10 @@ def test_a_series_passes_unless_it_says_that_it_is_no_chest_film():
     assert archive.series(said(**good, StudyInstanceUID="9.9"), STUDY, Wanted()) is None
 
 
-def test_our_own_results_and_other_classes_are_no_films():
-    assert archive.film(said(SOPInstanceUID="1.7"), STUDY, "1.5") == Film(STUDY, "1.5", "1.7", "")
-    assert archive.film(said(SOPInstanceUID="1.2.826.0.1.3680043.8.498.7427.9.1"), STUDY, "1.5") is None
-    assert archive.film(said(SOPInstanceUID="1.7", SOPClassUID="1.2.840.10008.5.1.4.1.1.2"), STUDY, "1.5") is None
+def test_our_own_results_and_other_classes_are_no_images():
+    assert archive.xray(said(SOPInstanceUID="1.7"), STUDY, "1.5") == Image(STUDY, "1.5", "1.7", "")
+    assert archive.xray(said(SOPInstanceUID="1.2.826.0.1.3680043.8.498.7427.9.1"), STUDY, "1.5") is None
+    assert archive.xray(said(SOPInstanceUID="1.7", SOPClassUID="1.2.840.10008.5.1.4.1.1.2"), STUDY, "1.5") is None
 
 
 def test_a_span_of_days_is_spelt_as_dicom_matches_it():

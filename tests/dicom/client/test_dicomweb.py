@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from pacs import film, free_port
 
 from dicom.client import archive, dicomweb
 from dicom.client.archive import Busy, Missing, Unreachable, Wanted
@@ -19,6 +18,7 @@ from dicom.node import tls
 from dicom.store.inbox import Inbox
 from tests.support.dicom.archive_queries import ASKED
 from tests.support.dicom.certificates import authority
+from tests.support.dicom.pacs import free_port, xray
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def whole(ds):
 
 
 MULTI = {"Content-Type": 'multipart/related; type="application/dicom"; boundary="b-1"'}
-FILE = whole(film())
+FILE = whole(xray())
 PART = b"--b-1\r\nContent-Type: application/dicom\r\n\r\n" + FILE + b"\r\n--b-1--\r\n"
 
 
@@ -193,7 +193,7 @@ PART = b"--b-1\r\nContent-Type: application/dicom\r\n\r\n" + FILE + b"\r\n--b-1-
     ("headers", "body"),
     [(MULTI, PART), (MULTI, b"preamble\r\n" + PART + b"epilogue"), ({"Content-Type": "application/dicom"}, FILE)],
 )
-def test_a_film_is_kept_as_it_came(http, tmp_path, headers, body):
+def test_a_image_is_kept_as_it_came(http, tmp_path, headers, body):
     inbox = Inbox(tmp_path, 0)
     asks(http(always(200, headers, body)), inbox=inbox).fetch(ASKED)
     assert inbox.waiting()[0].read_bytes() == FILE
@@ -207,14 +207,14 @@ def test_a_film_is_kept_as_it_came(http, tmp_path, headers, body):
         (MULTI, PART[: len(PART) // 2], "malformed"),
         (MULTI, PART.replace(b"--b-1--", b"--b-1\r\n\r\nmore\r\n--b-1--"), "more than the one part"),
         (MULTI, PART.replace(b"DICM", b"MCID"), "no DICOM file"),
-        (MULTI, PART.replace(FILE, whole(film(7))), "A900"),
+        (MULTI, PART.replace(FILE, whole(xray(7))), "A900"),
         (MULTI, PART.replace(FILE, FILE[: len(FILE) // 2]), "3975 of 9216 bytes"),
         ({"Content-Type": "multipart/related"}, PART, "boundary"),
         ({"Content-Type": "text/html"}, b"<html>", "text/html"),
         ({}, b"", "not multipart"),
     ],
 )
-def test_a_malformed_film_is_missing_and_leaves_nothing(http, tmp_path, headers, body, says):
+def test_a_malformed_image_is_missing_and_leaves_nothing(http, tmp_path, headers, body, says):
     inbox = Inbox(tmp_path, 0)
     with pytest.raises(Missing, match=says):
         asks(http(always(200, headers, body)), inbox=inbox).fetch(ASKED)
@@ -224,13 +224,13 @@ def test_a_malformed_film_is_missing_and_leaves_nothing(http, tmp_path, headers,
 @pytest.mark.parametrize(
     ("status", "error"), [(401, Unreachable), (404, Missing), (410, Missing), (500, Missing), (503, Busy)]
 )
-def test_a_refused_film_says_whether_to_try_again_give_up_the_film_or_stop(http, tmp_path, status, error):
+def test_a_refused_image_says_whether_to_try_again_give_up_the_image_or_stop(http, tmp_path, status, error):
     with pytest.raises(error):
         asks(http(always(status)), inbox=Inbox(tmp_path, 0)).fetch(ASKED)
 
 
-def test_a_film_without_end_over_http_is_cut_off(http, tmp_path, monkeypatch):
-    monkeypatch.setattr(dicomweb, "MAX_FILM", 1 << 20)
+def test_a_image_without_end_over_http_is_cut_off(http, tmp_path, monkeypatch):
+    monkeypatch.setattr(dicomweb, "MAX_IMAGE", 1 << 20)
     inbox = Inbox(tmp_path, 0)
     with pytest.raises(Missing, match="more than 1 MiB"):
         asks(

@@ -6,7 +6,6 @@ import time
 from datetime import date
 
 import pytest
-from pacs import film, free_port
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_context, evt
@@ -20,6 +19,7 @@ from dicom.node import tls
 from dicom.store.inbox import Inbox
 from tests.support.dicom.archive_queries import ASKED, receiving
 from tests.support.dicom.certificates import authority
+from tests.support.dicom.pacs import free_port, xray
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def pacs():
         for model in ("1.2.840.10008.1.1", *models):
             entity.add_supported_context(model)
         if storage:
-            entity.add_supported_context(film().SOPClassUID, EXPLICIT_LE, scu_role=True, scp_role=True)
+            entity.add_supported_context(xray().SOPClassUID, EXPLICIT_LE, scu_role=True, scp_role=True)
         handlers = [(evt.EVT_C_FIND, find), (evt.EVT_C_GET, get), (evt.EVT_C_MOVE, move)]
         server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[pair for pair in handlers if pair[1]])
         servers.append(server)
@@ -133,31 +133,31 @@ def test_a_refused_question_says_whether_to_ask_again(pacs, status, error):
         to(pacs(find)).studies(Wanted())
 
 
-def gets(*films, status=0x0000):
+def gets(*images, status=0x0000):
     def get(event):
-        yield len(films)
-        for one in films:
+        yield len(images)
+        for one in images:
             yield 0xFF00, one
         yield status, None
 
     return get
 
 
-def test_a_film_comes_by_get(pacs, tmp_path):
+def test_a_image_comes_by_get(pacs, tmp_path):
     inbox = Inbox(tmp_path, 0)
-    with to(pacs(get=gets(film())), inbox).session() as session:
+    with to(pacs(get=gets(xray())), inbox).session() as session:
         session.fetch(ASKED)
     assert dcmread(inbox.waiting()[0]).SOPInstanceUID == ASKED.sop_uid
 
 
-def test_another_film_than_the_one_asked_for_is_refused(pacs, tmp_path):
+def test_another_image_than_the_one_asked_for_is_refused(pacs, tmp_path):
     inbox = Inbox(tmp_path, 0)
-    with to(pacs(get=gets(film(7))), inbox).session() as session, pytest.raises(Missing, match="another film"):
+    with to(pacs(get=gets(xray(7))), inbox).session() as session, pytest.raises(Missing, match="another image"):
         session.fetch(ASKED)
     assert inbox.waiting() == []
 
 
-def test_a_success_without_a_film_is_not_taken_for_one(pacs, tmp_path):
+def test_a_success_without_a_image_is_not_taken_for_one(pacs, tmp_path):
     with (
         to(pacs(get=gets()), Inbox(tmp_path, 0)).session() as session,
         pytest.raises(Missing, match="does not send it"),
@@ -170,12 +170,12 @@ STATUSES = [(0xA701, Busy), (0xA702, Busy), (0xC000, Missing), (0xB000, Missing)
 
 @pytest.mark.parametrize(("status", "error"), STATUSES)
 @pytest.mark.parametrize("how", ["get", "move"])
-def test_each_status_says_whether_to_try_again_or_to_give_up_the_film(pacs, node, how, status, error):
+def test_each_status_says_whether_to_try_again_or_to_give_up_the_image(pacs, node, how, status, error):
     listener, inbox = node
 
     def refuse(event):
         if how == "move":
-            contexts = [build_context(film().SOPClassUID, EXPLICIT_LE)]
+            contexts = [build_context(xray().SOPClassUID, EXPLICIT_LE)]
             yield "127.0.0.1", listener.port, {"contexts": contexts, "ae_title": "CXRLOOP"}
         yield 1
         yield status, None
@@ -194,15 +194,15 @@ def test_an_archive_that_does_not_know_our_title_is_to_be_told(pacs):
 
 def test_a_full_disk_leaves_nothing_and_is_our_error_not_the_archives(pacs, tmp_path):
     inbox = Inbox(tmp_path, 1 << 60)
-    with to(pacs(get=gets(film())), inbox).session() as session, pytest.raises(OSError, match="would be free"):
+    with to(pacs(get=gets(xray())), inbox).session() as session, pytest.raises(OSError, match="would be free"):
         session.fetch(ASKED)
     assert inbox.waiting() == []
 
 
-def test_a_film_without_end_is_cut_off(pacs, tmp_path, monkeypatch):
-    monkeypatch.setattr("dicom.client.association.MAX_FILM", 1 << 20)
+def test_a_image_without_end_is_cut_off(pacs, tmp_path, monkeypatch):
+    monkeypatch.setattr("dicom.client.association.MAX_IMAGE", 1 << 20)
     inbox = Inbox(tmp_path, 0)
-    with to(pacs(get=gets(film(side=1500))), inbox).session() as session:
+    with to(pacs(get=gets(xray(side=1500))), inbox).session() as session:
         with pytest.raises(Missing, match="larger than"):
             session.fetch(ASKED)
         with pytest.raises(Busy):
@@ -237,10 +237,10 @@ def test_a_pdu_of_four_gigabytes_is_not_waited_for():
 
 
 def test_nobody_else_takes_an_answer_while_we_ask(pacs, tmp_path):
-    with to(pacs(get=gets(film())), Inbox(tmp_path, 0)).session() as session:
+    with to(pacs(get=gets(xray())), Inbox(tmp_path, 0)).session() as session:
         session.fetch(ASKED)
         queue = session.association.dimse.msg_queue
-        queue.put((1, film()))
+        queue.put((1, xray()))
         time.sleep(0.05)  # fifty rounds of the library's reactor, were it not at rest
         assert queue.qsize() == 1
         queue.get()

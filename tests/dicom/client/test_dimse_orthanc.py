@@ -3,8 +3,6 @@
 from datetime import date
 
 import pytest
-from orthanc import Orthanc
-from pacs import data_set, film
 from pydicom import dcmread
 
 from dicom.client import dicomweb
@@ -14,6 +12,8 @@ from dicom.client.dimse import Pacs
 from dicom.dataset.part10 import EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from tests.support.dicom.archive_queries import receiving
+from tests.support.dicom.orthanc import Orthanc
+from tests.support.dicom.pacs import data_set, xray
 
 
 @pytest.fixture
@@ -34,31 +34,31 @@ def ways(orthanc, inbox):
 
 
 def pull(asked, wanted):
-    """All films of all studies that match."""
+    """All images of all studies that match."""
     asked.greet()
     studies, whole = asked.studies(wanted)
     assert whole
-    films = []
+    images = []
     for study in studies:
         with asked.session() as session:
-            for one in session.films(study.uid, wanted):
+            for one in session.images(study.uid, wanted):
                 session.fetch(one)
-                films.append(one.sop_uid)
-    return films
+                images.append(one.sop_uid)
+    return images
 
 
 @pytest.mark.peer("orthanc", "orthanc-dicomweb")
 @pytest.mark.parametrize("how", ["get", "move", "web"])
-def test_films_come_byte_for_byte_in_the_syntax_they_are_kept_in(node, orthanc, how):
+def test_images_come_byte_for_byte_in_the_syntax_they_are_kept_in(node, orthanc, how):
     _, inbox = node
-    films = [
-        film(n, bits=12, transfer_syntax=syntax)
+    images = [
+        xray(n, bits=12, transfer_syntax=syntax)
         for n, syntax in enumerate((EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, JPEG_LS, JPEG_2000_LOSSLESS))
     ]
-    orthanc.hold(*films)
-    assert len(pull(ways(orthanc, inbox)[how], Wanted(patient="P1"))) == len(films)
+    orthanc.hold(*images)
+    assert len(pull(ways(orthanc, inbox)[how], Wanted(patient="P1"))) == len(images)
     came = {dcmread(path).SOPInstanceUID: path for path in inbox.waiting()}
-    for one in films:
+    for one in images:
         path = came[one.SOPInstanceUID]
         assert dcmread(path).file_meta.TransferSyntaxUID == one.file_meta.TransferSyntaxUID
         assert path.read_bytes().endswith(data_set(one))
@@ -66,19 +66,19 @@ def test_films_come_byte_for_byte_in_the_syntax_they_are_kept_in(node, orthanc, 
 
 @pytest.mark.peer("orthanc", "orthanc-dicomweb")
 @pytest.mark.parametrize("how", ["get", "move", "web"])
-def test_only_the_chest_films_of_a_mixed_study_are_asked_for(node, orthanc, how):
+def test_only_the_chest_images_of_a_mixed_study_are_asked_for(node, orthanc, how):
     _, inbox = node
     uid = "1.2.3.4"
-    mine = film(1, study_uid=uid, study_date="20260105", modality="CR")
+    mine = xray(1, study_uid=uid, study_date="20260105", modality="CR")
     knee, ct = (
-        film(2, study_uid=uid, study_date="20260105", body_part="KNEE"),
-        film(3, study_uid=uid, study_date="20260105"),
+        xray(2, study_uid=uid, study_date="20260105", body_part="KNEE"),
+        xray(3, study_uid=uid, study_date="20260105"),
     )
     for n, one in enumerate((mine, knee, ct)):
         one.SeriesInstanceUID = f"{uid}.{n}"
     ct.SOPClassUID = ct.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
     ct.Modality = "CT"
-    other = film(4, study_date="20260106")
+    other = xray(4, study_date="20260106")
     orthanc.hold(mine, knee, ct, other)
     day = date(2026, 1, 5)
     assert pull(ways(orthanc, inbox)[how], Wanted(since=day, until=day)) == [mine.SOPInstanceUID]
@@ -93,27 +93,27 @@ def test_nothing_is_found_and_that_is_no_error(node, orthanc, how):
 
 @pytest.mark.peer("orthanc", "orthanc-dicomweb")
 @pytest.mark.parametrize("how", ["get", "move", "web"])
-def test_a_film_that_is_gone_between_list_and_fetch_is_missing_and_the_next_one_comes(node, orthanc, how):
+def test_a_image_that_is_gone_between_list_and_fetch_is_missing_and_the_next_one_comes(node, orthanc, how):
     _, inbox = node
     uid = "1.2.3.4"
-    films = [film(n, study_uid=uid) for n in range(2)]
-    orthanc.hold(*films)
+    images = [xray(n, study_uid=uid) for n in range(2)]
+    orthanc.hold(*images)
     with ways(orthanc, inbox)[how].session() as session:
-        listed = session.films(uid, Wanted())
-        orthanc.drop(films[0])
-        gone, there = sorted(listed, key=lambda one: one.sop_uid != films[0].SOPInstanceUID)
+        listed = session.images(uid, Wanted())
+        orthanc.drop(images[0])
+        gone, there = sorted(listed, key=lambda one: one.sop_uid != images[0].SOPInstanceUID)
         with pytest.raises(Missing):
             session.fetch(gone)
         session.fetch(there)
-    assert [dcmread(path).SOPInstanceUID for path in inbox.waiting()] == [films[1].SOPInstanceUID]
+    assert [dcmread(path).SOPInstanceUID for path in inbox.waiting()] == [images[1].SOPInstanceUID]
 
 
 @pytest.mark.peer("orthanc", "orthanc-dicomweb")
 def test_a_destination_that_the_archive_does_not_know_is_named(node, tmp_path):
     with Orthanc(tmp_path / "orthanc", aet="OTHER") as server:
-        server.hold(film(study_uid="1.2.3.4"))
+        server.hold(xray(study_uid="1.2.3.4"))
         asked = Pacs(Peer("ORTHANC", "127.0.0.1", server.port), node[1], "move")
         with asked.session() as session:
-            (one,) = session.films("1.2.3.4", Wanted())
+            (one,) = session.images("1.2.3.4", Wanted())
             with pytest.raises((Unreachable, Missing), match="CXRLOOP"):
                 session.fetch(one)

@@ -4,8 +4,6 @@ import threading
 import time
 
 import pytest
-from answers import Archive
-from pacs import associate, film, free_port, save, wait_for
 from pynetdicom import evt
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_STORE_RSP
@@ -15,6 +13,8 @@ from dicom.dataset.part10 import EXPLICIT_LE, IMPLICIT_LE
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
+from tests.support.dicom.pacs import associate, free_port, save, wait_for, xray
+from tests.support.dicom.storage_scp import Archive
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def node(tmp_path):
 def test_files_and_data_sets_of_mixed_syntaxes_arrive_byte_for_byte(tmp_path, node):
     listener, inbox = node
     syntaxes = (EXPLICIT_LE, JPEG_LS, IMPLICIT_LE, JPEG_2000_LOSSLESS, EXPLICIT_LE)
-    items = [save(film(n, transfer_syntax=syntax), tmp_path / f"{n}.dcm") for n, syntax in enumerate(syntaxes)]
-    results = list(send([*items, film(9)], "127.0.0.1", listener.port, "CXRLOOP"))
+    items = [save(xray(n, transfer_syntax=syntax), tmp_path / f"{n}.dcm") for n, syntax in enumerate(syntaxes)]
+    results = list(send([*items, xray(9)], "127.0.0.1", listener.port, "CXRLOOP"))
     assert [status for _, status in results] == [0] * 6
     assert [item for item, _ in results][:5] == items
     arrived = {path.read_bytes()[-3000:] for path in inbox.waiting()}
@@ -40,9 +40,9 @@ def test_what_can_not_be_read_or_is_not_accepted_has_no_status_and_stops_nothing
     listener, inbox = node
     broken = tmp_path / "broken.dcm"
     broken.write_bytes(b"not DICOM")
-    ct = film(1)
+    ct = xray(1)
     ct.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
-    results = list(send([broken, tmp_path / "gone.dcm", ct, film(2)], "127.0.0.1", listener.port, "CXRLOOP"))
+    results = list(send([broken, tmp_path / "gone.dcm", ct, xray(2)], "127.0.0.1", listener.port, "CXRLOOP"))
     assert [status for _, status in results] == [None, None, None, 0]
     assert len(inbox.waiting()) == 1
 
@@ -50,7 +50,7 @@ def test_what_can_not_be_read_or_is_not_accepted_has_no_status_and_stops_nothing
 def test_with_nobody_there_nothing_is_sent():
     port = free_port()
     assert not echo("127.0.0.1", port, "CXRLOOP")
-    assert [status for _, status in send([film()], "127.0.0.1", port, "CXRLOOP")] == [None]
+    assert [status for _, status in send([xray()], "127.0.0.1", port, "CXRLOOP")] == [None]
 
 
 def test_a_node_whose_seats_are_taken_is_at_work(tmp_path):
@@ -68,7 +68,7 @@ def test_a_node_whose_seats_are_taken_is_at_work(tmp_path):
 
 def test_results_come_while_sending(node):
     listener, inbox = node
-    sending = send((film(n) for n in range(3)), "127.0.0.1", listener.port, "CXRLOOP")
+    sending = send((xray(n) for n in range(3)), "127.0.0.1", listener.port, "CXRLOOP")
     assert next(sending)[1] == 0
     assert len(inbox.waiting()) == 1
     assert [status for _, status in sending] == [0, 0]
@@ -76,31 +76,31 @@ def test_results_come_while_sending(node):
 
 def test_each_item_says_why_it_has_no_status(tmp_path, node):
     listener, _ = node
-    ct = film(1)
+    ct = xray(1)
     ct.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
-    odd = film(3)
+    odd = xray(3)
     odd["Rows"].value = "many"  # can't be encoded
     said = [
-        sent.why for sent in deliver([tmp_path / "gone.dcm", odd, ct, film(2)], "127.0.0.1", listener.port, "CXRLOOP")
+        sent.why for sent in deliver([tmp_path / "gone.dcm", odd, ct, xray(2)], "127.0.0.1", listener.port, "CXRLOOP")
     ]
     assert said == [UNREADABLE, UNREADABLE, NO_CONTEXT, ""]
-    assert [sent.why for sent in deliver([film(1)], "127.0.0.1", listener.port, "WRONG")] == [NO_ASSOCIATION]
-    assert [sent.why for sent in deliver([film(1)], "127.0.0.1", free_port(), "CXRLOOP")] == [NO_ASSOCIATION]
+    assert [sent.why for sent in deliver([xray(1)], "127.0.0.1", listener.port, "WRONG")] == [NO_ASSOCIATION]
+    assert [sent.why for sent in deliver([xray(1)], "127.0.0.1", free_port(), "CXRLOOP")] == [NO_ASSOCIATION]
 
 
 def test_kinds_named_beforehand_are_sent_over_one_association():
-    films = [film(n, transfer_syntax=syntax) for n, syntax in enumerate((EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_LE))]
-    kinds = [(films[0].SOPClassUID, EXPLICIT_LE), (films[0].SOPClassUID, IMPLICIT_LE)]
-    with Archive(free_port(), classes=(films[0].SOPClassUID,)) as archive:
-        sent = list(deliver(films, "127.0.0.1", archive.port, "PACS", kinds=kinds))
+    images = [xray(n, transfer_syntax=syntax) for n, syntax in enumerate((EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_LE))]
+    kinds = [(images[0].SOPClassUID, EXPLICIT_LE), (images[0].SOPClassUID, IMPLICIT_LE)]
+    with Archive(free_port(), classes=(images[0].SOPClassUID,)) as archive:
+        sent = list(deliver(images, "127.0.0.1", archive.port, "PACS", kinds=kinds))
         assert [one.status for one in sent] == [0, 0, 0]
         assert archive.associations == 1
-        list(deliver(films, "127.0.0.1", archive.port, "PACS"))
+        list(deliver(images, "127.0.0.1", archive.port, "PACS"))
         assert archive.associations == 3  # one more for the second syntax
 
 
 def test_when_the_peer_hangs_up_after_an_answer_the_next_item_goes_over_a_new_association():
-    with Archive(free_port(), classes=(film(0).SOPClassUID,)) as archive:
+    with Archive(free_port(), classes=(xray(0).SOPClassUID,)) as archive:
 
         def hang_up(event):
             if isinstance(event.message, C_STORE_RSP):
@@ -108,7 +108,7 @@ def test_when_the_peer_hangs_up_after_an_answer_the_next_item_goes_over_a_new_as
 
         archive.server.bind(evt.EVT_DIMSE_SENT, hang_up)
         said = []
-        for sent in deliver((film(n) for n in range(6)), "127.0.0.1", archive.port, "PACS"):
+        for sent in deliver((xray(n) for n in range(6)), "127.0.0.1", archive.port, "PACS"):
             said.append(sent.status)
             time.sleep(0.3)  # the abort arrives
         assert said == [0] * 6
@@ -124,8 +124,8 @@ def test_no_answer_is_lost_to_the_librarys_own_thread(monkeypatch):
             time.sleep(0.02)
         return real(provider, block)
 
-    with Archive(free_port(), classes=(film(0).SOPClassUID,)) as archive:
+    with Archive(free_port(), classes=(xray(0).SOPClassUID,)) as archive:
         monkeypatch.setattr(DIMSEServiceProvider, "get_msg", slow)
-        statuses = [sent.status for sent in deliver((film(n) for n in range(20)), "127.0.0.1", archive.port, "PACS")]
+        statuses = [sent.status for sent in deliver((xray(n) for n in range(20)), "127.0.0.1", archive.port, "PACS")]
         assert statuses == [0] * 20
         assert archive.associations == 1

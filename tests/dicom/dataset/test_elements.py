@@ -5,12 +5,12 @@ import struct
 import tracemalloc
 
 import pytest
-from pacs import data_set, film
 
 from dicom.dataset import header
 from dicom.dataset.elements import ITEM, ITEM_END, MOST, SEQUENCE_END, UNDEFINED, Unreadable
 from dicom.dataset.part10 import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, read_header
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS
+from tests.support.dicom.pacs import data_set, xray
 
 PIXELS = struct.pack("<HH2sHL", 0x7FE0, 0x0010, b"OW", 0, 4) + b"\1\2\3\4"
 UID = struct.pack("<HH2sH", 8, 0x0018, b"UI", 8) + b"1.2.3.4\0"
@@ -26,7 +26,7 @@ def mark(tag, length=0):
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, JPEG_2000_LOSSLESS])
 def test_a_cut_is_only_missed_between_two_elements(syntax):
-    ds = film(transfer_syntax=syntax)
+    ds = xray(transfer_syntax=syntax)
     data = data_set(ds)
     before_pixels = read_header(io.BytesIO(data), syntax).pixel_offset
     whole = 0
@@ -53,7 +53,7 @@ def test_sequences_of_any_depth_are_followed_to_their_end(vr, depth):
             read_header(io.BytesIO(UID + nested[:-cut] + PIXELS), EXPLICIT_LE, pixels=False)
 
 
-def test_a_uid_within_a_sequence_is_not_the_films():
+def test_a_uid_within_a_sequence_is_not_the_images():
     other = struct.pack("<HH2sH", 8, 0x0018, b"UI", 4) + b"9.9\0"
     nested = private(b"SQ", length=UNDEFINED) + mark(ITEM, UNDEFINED) + other + mark(ITEM_END) + mark(SEQUENCE_END)
     found = read_header(io.BytesIO(UID + nested + PIXELS), EXPLICIT_LE, pixels=False)
@@ -62,7 +62,7 @@ def test_a_uid_within_a_sequence_is_not_the_films():
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, DEFLATED_LE, JPEG_2000_LOSSLESS])
 def test_the_short_look_agrees_with_the_long_one(syntax):
-    data = data_set(film(transfer_syntax=syntax))
+    data = data_set(xray(transfer_syntax=syntax))
     short, long = (read_header(io.BytesIO(data), syntax, pixels=pixels) for pixels in (False, True))
     assert (short.pixel_length, short.pixel_vr, short.pixel_offset) == (
         long.pixel_length,

@@ -59,7 +59,7 @@ def test_without_an_age_the_birthday_tells_it():
         ({}, None),
     ],
 )
-def test_the_time_of_the_film(values, iso):
+def test_the_time_of_the_image(values, iso):
     assert header.acquired_at(of(**values)) == iso
 
 

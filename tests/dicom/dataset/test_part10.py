@@ -8,7 +8,6 @@ import zlib
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pacs import KEY, data_set, film, save
 from pydicom import dcmread
 
 from dicom.dataset.part10 import (
@@ -26,6 +25,7 @@ from dicom.dataset.part10 import (
 )
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.intake.examine import Admission, examine
+from tests.support.dicom.pacs import KEY, data_set, save, xray
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(encoding|Character Set).*:UserWarning")  # of hostile headers
 
@@ -37,7 +37,7 @@ def whole(ds):
 
 
 def test_our_file_meta_is_read_by_pydicom_and_by_us():
-    ds = film()
+    ds = xray()
     data = file_meta(ds.SOPClassUID, ds.SOPInstanceUID, EXPLICIT_LE) + data_set(ds)
     envelope = open_envelope(io.BytesIO(data))
     assert envelope.transfer_syntax == EXPLICIT_LE
@@ -83,7 +83,7 @@ def test_the_hash_of_an_unreadable_file_is_of_all_its_bytes(tmp_path):
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, JPEG_LS, JPEG_2000_LOSSLESS, DEFLATED_LE])
 def test_a_data_set_cut_anywhere_is_refused(syntax):
-    data = data_set(film(transfer_syntax=syntax))
+    data = data_set(xray(transfer_syntax=syntax))
     assert read_header(io.BytesIO(data), syntax).pixel_length
     places = {0, 1, 7, 9, 100, len(data) // 2, len(data) - 2}
     for length in sorted(places):
@@ -94,9 +94,9 @@ def test_a_data_set_cut_anywhere_is_refused(syntax):
 
 def test_implicit_bytes_under_an_explicit_syntax_are_refused_and_the_other_way_round():
     with pytest.raises(Unreadable, match="as its transfer syntax says"):
-        read_header(io.BytesIO(data_set(film(transfer_syntax=IMPLICIT_LE))), EXPLICIT_LE)
+        read_header(io.BytesIO(data_set(xray(transfer_syntax=IMPLICIT_LE))), EXPLICIT_LE)
     with pytest.raises(Unreadable, match="as its transfer syntax says"):
-        read_header(io.BytesIO(data_set(film())), IMPLICIT_LE)
+        read_header(io.BytesIO(data_set(xray())), IMPLICIT_LE)
 
 
 def test_a_deflate_bomb_stops_at_its_bound_and_costs_little():
@@ -128,14 +128,14 @@ def test_shown_values_are_short_and_plain():
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=400))
 def test_no_bytes_behind_a_good_file_meta_make_the_examination_fail(tmp_path, data):
-    path = tmp_path / "film.dcm"
+    path = tmp_path / "image.dcm"
     path.write_bytes(file_meta("1.2.840.10008.5.1.4.1.1.1", "1.2.3", EXPLICIT_LE) + data)
     assert examine(path, KEY, Admission()).outcome != "admitted"
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, DEFLATED_LE, JPEG_LS, JPEG_2000_LOSSLESS])
-def test_a_film_with_bytes_changed_anywhere_is_examined_to_an_answer(tmp_path, syntax):
-    rng, good, path = random.Random(syntax), whole(film(transfer_syntax=syntax)), save(film(), tmp_path / "film.dcm")
+def test_a_image_with_bytes_changed_anywhere_is_examined_to_an_answer(tmp_path, syntax):
+    rng, good, path = random.Random(syntax), whole(xray(transfer_syntax=syntax)), save(xray(), tmp_path / "image.dcm")
     outcomes = set()
     for _ in range(120):
         data = bytearray(good)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from pacs import KEY, film, save
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
@@ -10,6 +9,7 @@ from dicom.dataset.facts import DIGITAL_XRAY_PROCESSING, RESULT_UID_ROOT, SECOND
 from dicom.dataset.part10 import content_sha256
 from dicom.dataset.syntaxes import JPEG_LS
 from dicom.intake.examine import Admission, examine
+from tests.support.dicom.pacs import KEY, save, xray
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*VR.*:UserWarning")  # the library's, while we write what is wrong
 
@@ -17,11 +17,11 @@ GROWN_UPS, EVERYONE = Admission(), Admission(children=True)
 
 
 def look(tmp_path, ds, rules=GROWN_UPS):
-    return examine(save(ds, tmp_path / "film.dcm"), KEY, rules)
+    return examine(save(ds, tmp_path / "image.dcm"), KEY, rules)
 
 
 def changed(**values):
-    ds = film()
+    ds = xray()
     del ds.ViewCodeSequence, ds.AnatomicRegionSequence
     for keyword, value in values.items():
         if value is None:
@@ -37,8 +37,8 @@ def code(value):
     return Sequence([item])
 
 
-def test_a_chest_film_is_admitted_with_its_facts(tmp_path):
-    ds = film(patient_id="12345", sex="F", age_years=54, study_date="20260211")
+def test_a_chest_image_is_admitted_with_its_facts(tmp_path):
+    ds = xray(patient_id="12345", sex="F", age_years=54, study_date="20260211")
     ds.StudyTime, ds.Manufacturer, ds.PatientName = "101112.5", "ACME", "DOE^JANE"
     found = look(tmp_path, ds)
     assert (found.outcome, found.reason) == ("admitted", None)
@@ -48,7 +48,7 @@ def test_a_chest_film_is_admitted_with_its_facts(tmp_path):
     assert (image.rows, image.columns, image.photometric) == (96, 96, "MONOCHROME2")
     assert image.acquired_at == "2026-02-11T10:11:12"
     assert image.scanner == "ACME cxrloop wrap"
-    assert image.sha256 == found.sha256 == content_sha256(tmp_path / "film.dcm")
+    assert image.sha256 == found.sha256 == content_sha256(tmp_path / "image.dcm")
     assert not image.heartbeat
     assert "12345" not in repr(image)
     assert "DOE" not in repr(image)
@@ -73,7 +73,7 @@ ADMITTED = {
     "for processing": {"SOPClassUID": DIGITAL_XRAY_PROCESSING},
     "secondary capture of a DX": {"SOPClassUID": SECONDARY_CAPTURE},
     "secondary capture without image type": {"SOPClassUID": SECONDARY_CAPTURE, "ImageType": None},
-    "derived primary, as real CR films are": {"ImageType": ["DERIVED", "PRIMARY"]},
+    "derived primary, as real CR images are": {"ImageType": ["DERIVED", "PRIMARY"]},
     "derived only, as after a lossy transcoding": {"ImageType": "DERIVED"},
     "one frame, said so": {"NumberOfFrames": 1},
     "grown up": {"PatientAge": "018Y"},
@@ -176,7 +176,7 @@ def test_quarantined_with_tag_and_value(tmp_path, name):
 
 
 def test_native_pixels_under_a_compressed_syntax_are_quarantined(tmp_path):
-    path = save(film(), tmp_path / "film.dcm")
+    path = save(xray(), tmp_path / "image.dcm")
     path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))
     found = examine(path, KEY, GROWN_UPS)
     assert found.outcome == "quarantined"
@@ -184,7 +184,7 @@ def test_native_pixels_under_a_compressed_syntax_are_quarantined(tmp_path):
 
 
 def test_a_syntax_that_we_do_not_decode_is_rejected(tmp_path):
-    path = save(film(transfer_syntax=JPEG_LS), tmp_path / "film.dcm")
+    path = save(xray(transfer_syntax=JPEG_LS), tmp_path / "image.dcm")
     mpeg2 = b"1.2.840.10008.1.2.4.100"
     path.write_bytes(path.read_bytes().replace(b"\x16\0" + JPEG_LS.encode(), b"\x18\0" + mpeg2 + b"\0"))
     found = examine(path, KEY, GROWN_UPS)
@@ -197,7 +197,7 @@ def test_children_are_admitted_where_the_site_says_so(tmp_path):
     assert look(tmp_path, changed(PatientAge="006Y"), EVERYONE).image.age_years == 6
 
 
-def test_a_tiny_film_is_rejected_and_the_limit_is_the_sites(tmp_path):
-    ds = film(side=63)
+def test_a_tiny_image_is_rejected_and_the_limit_is_the_sites(tmp_path):
+    ds = xray(side=63)
     assert "63 x 63: under 64 px a side" in look(tmp_path, ds).reason
     assert look(tmp_path, ds, Admission(min_side=32)).outcome == "admitted"

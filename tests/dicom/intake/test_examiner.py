@@ -10,26 +10,26 @@ import time
 
 import numpy as np
 import pytest
-from pacs import KEY, film, save, wait_for
 
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.intake.examine import Admission
 from dicom.intake.examiner import Examiner
 from dicom.phantom.wrap import wrap
+from tests.support.dicom.pacs import KEY, save, wait_for, xray
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Small films, one that takes long to decode and one that takes much memory; the latter are honest films."""
-    folder = tmp_path_factory.mktemp("films")
+    """Small images, one that takes long to decode and one that takes much memory; the latter are honest images."""
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 65535, (2200, 2200), dtype=np.uint16)  # what no codec can do quickly
     wide = np.pad(rng.integers(0, 255, (128, 128), dtype=np.uint8), ((0, 9000 - 128), (0, 9000 - 128)))
-    found = {f"small{n}": save(film(n), folder / f"small{n}.dcm") for n in range(6)}
+    found = {f"small{n}": save(xray(n), folder / f"small{n}.dcm") for n in range(6)}
     found["slow"] = save(wrap(noise, "S", transfer_syntax=JPEG_2000_LOSSLESS), folder / "slow.dcm")
     found["wide"] = save(wrap(wide, "W", transfer_syntax=JPEG_LS), folder / "wide.dcm")
     found["broken"] = folder / "broken.dcm"
-    found["broken"].write_bytes(b"no film")
+    found["broken"].write_bytes(b"no image")
     return found
 
 
@@ -66,7 +66,7 @@ def test_two_workers_keep_the_order(files):
     assert [found.outcome for _, found in results] == ["admitted", "admitted", "quarantined", "admitted"]
 
 
-def test_a_film_that_takes_too_long_is_quarantined_and_the_next_is_examined(files):
+def test_a_image_that_takes_too_long_is_quarantined_and_the_next_is_examined(files):
     with examiner(timeout_s=0.3) as pool:
         list(pool.examine([files["small0"]]))
         began = time.monotonic()
@@ -79,7 +79,7 @@ def test_a_film_that_takes_too_long_is_quarantined_and_the_next_is_examined(file
     assert time.monotonic() - began < 5
 
 
-def test_a_film_that_needs_too_much_memory_is_quarantined_and_the_next_is_examined(files):
+def test_a_image_that_needs_too_much_memory_is_quarantined_and_the_next_is_examined(files):
     with examiner(memory_bytes=300 << 20) as pool:
         results = [found for _, found in pool.examine([files["wide"], files["small1"]])]
     assert (results[0].outcome, results[0].reason) == (
@@ -92,7 +92,7 @@ def test_a_film_that_needs_too_much_memory_is_quarantined_and_the_next_is_examin
 def kill_soon(sent):
     def run():
         wait_for(workers)
-        time.sleep(0.3)  # into the decoder of the slow film
+        time.sleep(0.3)  # into the decoder of the slow image
         for pid in workers():
             os.kill(pid, sent)
 
@@ -101,7 +101,7 @@ def kill_soon(sent):
     return thread
 
 
-def test_a_worker_that_crashes_on_a_film_quarantines_it(files):
+def test_a_worker_that_crashes_on_a_image_quarantines_it(files):
     with examiner() as pool:
         list(pool.examine([files["small0"]]))
         thread = kill_soon(signal.SIGSEGV)
@@ -131,7 +131,7 @@ def test_a_worker_killed_while_idle_is_replaced(files):
     assert [found.outcome for found in results] == ["admitted", "admitted"]
 
 
-def test_a_worker_killed_while_it_fetches_a_film_holds_the_others_up_for_seconds(files):
+def test_a_worker_killed_while_it_fetches_a_image_holds_the_others_up_for_seconds(files):
     with examiner() as pool:
         list(pool.examine([files["small0"]]))
         # what a kill leaves behind in those microseconds: the lock of the pipe, held by nobody

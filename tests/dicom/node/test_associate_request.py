@@ -3,8 +3,13 @@
 import struct
 
 import pytest
-from pacs import wait_for
-from scu import (
+
+from dicom.dataset.facts import COMPUTED_RADIOGRAPHY
+from dicom.node.dimse_command import IS_LAST, NEEDED, p_data, parse, pdv
+from dicom.node.listener import Listener, Node
+from dicom.store.inbox import Inbox
+from tests.support.dicom.pacs import wait_for
+from tests.support.dicom.raw_scu import (
     A_ABORT,
     A_ASSOCIATE_AC,
     A_ASSOCIATE_RJ,
@@ -17,11 +22,6 @@ from scu import (
     echoes,
     item,
 )
-
-from dicom.dataset.facts import COMPUTED_RADIOGRAPHY
-from dicom.node.dimse_command import IS_LAST, NEEDED, p_data, parse, pdv
-from dicom.node.listener import Listener, Node
-from dicom.store.inbox import Inbox
 
 ECHO = [(VERIFICATION, IMPLICIT)]
 
@@ -148,7 +148,7 @@ def test_no_answer_is_longer_than_the_peer_takes(port):
         scu.say(associate_rq([(COMPUTED_RADIOGRAPHY, IMPLICIT)]).replace(struct.pack(">L", 131072), b"\0\0\0\x32"))
         assert scu.hear()[0] == A_ASSOCIATE_AC
         scu.begin(COMPUTED_RADIOGRAPHY, "1.2.3")
-        scu.data(b"not a film")
+        scu.data(b"not an image")
         while not pdus or not pdus[-1][5] & IS_LAST:
             pdus.append(scu.hear()[1])
     assert max(len(pdu) for pdu in pdus) == 50

@@ -5,9 +5,7 @@ import sys
 from datetime import UTC, datetime
 
 import pytest
-from appliance import Appliance
 from conftest import make_site
-from pacs import wait_for
 
 from agent.errors import Problem
 from agent.network import connections
@@ -15,7 +13,9 @@ from agent.site.config import load
 from agent.site.site import Site
 from dicom.client.sender import echo
 from dicom.node.tls import BadCertificate, Identity, check
+from tests.support.agent.appliance import Appliance
 from tests.support.dicom.certificates import DAY, Usage, authority
+from tests.support.dicom.pacs import wait_for
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ import os
 import threading
 
 import pytest
-from films import film, put, save, take_in
-from pacs import wait_for
 
 from agent.ledger.database import Ledger
 from agent.network import held_copies
@@ -14,7 +12,9 @@ from dicom.client.sender import echo, send
 from dicom.dataset.facts import COMPUTED_RADIOGRAPHY
 from dicom.node import commitment
 from dicom.node.commitment import CLASS_CONFLICT, NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS
+from tests.support.agent.images import put, save, take_in, xray
 from tests.support.dicom.commitment_peer import ABSENT, Pacs, nodes, of, pending
+from tests.support.dicom.pacs import wait_for
 
 
 @pytest.fixture
@@ -35,17 +35,17 @@ def node(tmp_path, monkeypatch):
 # What is held
 
 
-def test_a_film_that_has_just_arrived_is_committed_from_the_inbox(node, pacs):
+def test_a_image_that_has_just_arrived_is_committed_from_the_inbox(node, pacs):
     site, port = node(pacs)
-    films = [film(n) for n in range(3)]
-    assert [status for _, status in send(films, "127.0.0.1", port, "CXRLOOP")] == [0] * 3
-    assert pacs.ask(port, of(*films)) == SUCCESS
-    assert pacs.told() == (1, {ds.SOPInstanceUID for ds in films}, {})
+    images = [xray(n) for n in range(3)]
+    assert [status for _, status in send(images, "127.0.0.1", port, "CXRLOOP")] == [0] * 3
+    assert pacs.ask(port, of(*images)) == SUCCESS
+    assert pacs.told() == (1, {ds.SOPInstanceUID for ds in images}, {})
     assert wait_for(lambda: pending(site) == [])
 
 
-def test_a_film_that_was_taken_in_is_committed_and_so_is_one_that_was_set_aside(site):
-    admitted, knee, bare = film(1), film(2, body_part="KNEE"), film(3)
+def test_a_image_that_was_taken_in_is_committed_and_so_is_one_that_was_set_aside(site):
+    admitted, knee, bare = xray(1), xray(2, body_part="KNEE"), xray(3)
     del bare.PixelData
     for ds in (admitted, knee, bare):
         put(site, ds)
@@ -56,10 +56,10 @@ def test_a_film_that_was_taken_in_is_committed_and_so_is_one_that_was_set_aside(
     assert held_copies.held(site, of(admitted, knee, bare)) == [SUCCESS] * 3
 
 
-def test_a_film_too_deep_to_be_read_is_set_aside_under_its_own_name_and_committed(site):
+def test_a_image_too_deep_to_be_read_is_set_aside_under_its_own_name_and_committed(site):
     """The node follows sequences of any depth, and said Success; the reader of the intake recurses, and gives up."""
-    ds = film(1)
-    whole = save(ds, site.root / "run" / "film.dcm").read_bytes()
+    ds = xray(1)
+    whole = save(ds, site.root / "run" / "image.dcm").read_bytes()
     opened = bytes.fromhex("400030a7 53510000 ffffffff feff00e0 ffffffff")
     closed = bytes.fromhex("feff0de0 00000000 feffdde0 00000000")
     at = whole.index(bytes.fromhex("e07f1000"))
@@ -74,7 +74,7 @@ def test_a_film_too_deep_to_be_read_is_set_aside_under_its_own_name_and_committe
 
 def test_one_that_was_never_sent_fails_and_the_others_are_committed(node, pacs):
     _, port = node(pacs)
-    ds = film(0)
+    ds = xray(0)
     list(send([ds], "127.0.0.1", port, "CXRLOOP"))
     pacs.ask(port, [*of(ds), ABSENT])
     assert pacs.told() == (2, {ds.SOPInstanceUID}, {ABSENT[1]: NO_SUCH_INSTANCE})
@@ -82,8 +82,8 @@ def test_one_that_was_never_sent_fails_and_the_others_are_committed(node, pacs):
 
 @pytest.fixture
 def kept(site):
-    """A site with one film taken in; gives (site, reference, its file)."""
-    ds = film(0)
+    """A site with one image taken in; gives (site, reference, its file)."""
+    ds = xray(0)
     put(site, ds)
     with site.ledger() as ledger:
         take_in(site, ledger)
@@ -108,16 +108,16 @@ def test_a_file_that_is_gone_or_cut_short_is_not_committed(kept):
     assert held_copies.held(site, [reference]) == [NO_SUCH_INSTANCE]
 
 
-def test_another_sop_class_than_the_films_is_a_conflict_in_store_and_inbox(kept):
+def test_another_sop_class_than_the_images_is_a_conflict_in_store_and_inbox(kept):
     site, (_, sop_uid), _ = kept
     assert held_copies.held(site, [(COMPUTED_RADIOGRAPHY, sop_uid)]) == [CLASS_CONFLICT]
-    waiting = film(7)
+    waiting = xray(7)
     put(site, waiting)
     assert held_copies.held(site, [(COMPUTED_RADIOGRAPHY, waiting.SOPInstanceUID)]) == [CLASS_CONFLICT]
 
 
-def test_a_film_in_the_inbox_that_is_cut_short_is_not_committed(site):
-    ds = film(0)
+def test_a_image_in_the_inbox_that_is_cut_short_is_not_committed(site):
+    ds = xray(0)
     path = put(site, ds)
     os.truncate(path, path.stat().st_size - 1)
     assert held_copies.held(site, of(ds)) == [PROCESSING_FAILURE]
@@ -131,7 +131,7 @@ def test_an_intact_copy_in_the_inbox_does_not_hide_a_damaged_one_in_the_store(ke
     assert held_copies.held(site, [reference]) != [SUCCESS]
 
 
-def test_a_damaged_film_that_is_sent_again_is_whole_again_and_said(kept, caplog):
+def test_a_damaged_image_that_is_sent_again_is_whole_again_and_said(kept, caplog):
     site, reference, path = kept
     sent = path.read_bytes()
     path.write_bytes(sent[:-7])
@@ -145,9 +145,9 @@ def test_a_damaged_film_that_is_sent_again_is_whole_again_and_said(kept, caplog)
     assert notices == ["damaged"]
 
 
-def test_films_are_found_at_every_moment_of_their_intake(site):
-    films = [film(n) for n in range(40)]
-    for n, ds in enumerate(films):
+def test_images_are_found_at_every_moment_of_their_intake(site):
+    images = [xray(n) for n in range(40)]
+    for n, ds in enumerate(images):
         put(site, ds, f"{n}.dcm")
 
     def intake():
@@ -156,9 +156,9 @@ def test_films_are_found_at_every_moment_of_their_intake(site):
 
     taking = threading.Thread(target=intake)
     taking.start()
-    answers = [held_copies.held(site, of(*films))]
+    answers = [held_copies.held(site, of(*images))]
     while taking.is_alive():
-        answers.append(held_copies.held(site, of(*films)))
+        answers.append(held_copies.held(site, of(*images)))
     assert site.inbox.waiting() == []
     assert [answer for answer in answers if answer != [SUCCESS] * 40] == []
 
@@ -177,7 +177,7 @@ def test_the_ledger_is_read_without_the_right_to_write_beside_it(kept):
 
 def test_while_the_ledger_cannot_be_read_a_request_waits_and_nothing_is_denied(node, pacs):
     site, port = node(pacs)
-    ds = film(0)
+    ds = xray(0)
     put(site, ds)
     with site.ledger() as ledger:
         take_in(site, ledger)

@@ -8,8 +8,6 @@ import time
 
 import pytest
 from conftest import make_site
-from films import film
-from pacs import wait_for
 from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 
@@ -18,8 +16,10 @@ from dicom.client.sender import STORAGE_COMMITMENT, echo, report_commitment, sen
 from dicom.dataset.part10 import EXPLICIT_LE
 from dicom.node import commitment, tls
 from dicom.node.commitment import NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS, Pending, Request
+from tests.support.agent.images import xray
 from tests.support.dicom.certificates import authority
 from tests.support.dicom.commitment_peer import ABSENT, Pacs, nodes, of, pending
+from tests.support.dicom.pacs import wait_for
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_kill_9_between_the_answer_and_the_report_loses_no_request(tmp_path):
     command = [sys.executable, "-m", "agent.cli.main", "serve", "--only", "listen", "--config", str(site.root)]
     port = site.config.node.port
     serving = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    ds = film(0)
+    ds = xray(0)
     try:
         assert wait_for(lambda: echo("127.0.0.1", port, "CXRLOOP"), 30)
         list(send([ds], "127.0.0.1", port, "CXRLOOP"))

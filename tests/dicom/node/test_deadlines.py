@@ -5,8 +5,6 @@ import threading
 import time
 
 import pytest
-from pacs import data_set, film, wait_for
-from scu import A_ABORT, A_ASSOCIATE_AC, Scu, echoes
 
 from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION as DX
 from dicom.dataset.part10 import EXPLICIT_LE
@@ -15,6 +13,8 @@ from dicom.node.listener import Listener, Node
 from dicom.node.refusals import WINDOW, Refusals
 from dicom.store.inbox import Inbox
 from tests.support.dicom.hostile_inputs import BIG, everything, nodes
+from tests.support.dicom.pacs import data_set, wait_for, xray
+from tests.support.dicom.raw_scu import A_ABORT, A_ASSOCIATE_AC, Scu, echoes
 
 DATA, UID = data_set(BIG), str(BIG.SOPInstanceUID)
 
@@ -52,7 +52,7 @@ def test_a_sender_that_stops_in_the_middle_loses_its_seat(node):
 
 def test_a_slow_line_keeps_its_seat(node):
     listener, inbox = node(stall=1)
-    ds = film(4, side=350, bits=12)
+    ds = xray(4, side=350, bits=12)
     data = data_set(ds)
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
@@ -64,12 +64,12 @@ def test_a_slow_line_keeps_its_seat(node):
     assert len(inbox.waiting()) == 1
 
 
-def test_a_rest_between_films_is_no_slow_film(node):
+def test_a_rest_between_images_is_no_slow_image(node):
     listener, inbox = node(stall=1)
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
         for seed in range(2):
-            ds = film(seed)  # all that was said is less than the pace asks of a message
+            ds = xray(seed)  # all that was said is less than the pace asks of a message
             assert scu.store(data_set(ds), DX, ds.SOPInstanceUID) == 0
             time.sleep(1.2)
     assert len(inbox.waiting()) == 2

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 from conftest import make_site
-from pacs import KEY, data_set, film, wait_for
-from scu import A_ASSOCIATE_AC, Scu
 
 from agent.images import intake
 from dicom.dataset.part10 import DEFLATED_LE, EXPLICIT_LE, IMPLICIT_LE
@@ -22,6 +20,8 @@ from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.intake.examine import Admission, examine
 from dicom.node import reception
 from tests.support.dicom.hostile_inputs import BIG, CR, CT, DATA, DX, UID, VERIFICATION, everything, nodes
+from tests.support.dicom.pacs import KEY, data_set, wait_for, xray
+from tests.support.dicom.raw_scu import A_ASSOCIATE_AC, Scu
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def node(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["1 FIN", "2 A-ABORT", "1 RST"])
-def test_a_sender_that_goes_in_the_middle_of_a_film_leaves_nothing_and_is_noted(node, how):
+def test_a_sender_that_goes_in_the_middle_of_a_image_leaves_nothing_and_is_noted(node, how):
     listener, inbox = node()
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
         scu.begin(DX, BIG.SOPInstanceUID)
         scu.data(data_set(BIG)[:600_000], last=False)
-        assert wait_for(lambda: everything(inbox))  # the film is on its way
+        assert wait_for(lambda: everything(inbox))  # the image is on its way
         if how == "2 A-ABORT":
             scu.abort()
             assert scu.ends(5)
@@ -71,7 +71,7 @@ BOMB = b"".join(ENGINE.compress(b"\0" * (1 << 20)) for _ in range(300)) + ENGINE
 
 
 def changed(**facts):
-    ds = film()
+    ds = xray()
     for keyword, value in facts.items():
         if value is None:
             delattr(ds, keyword)
@@ -83,8 +83,8 @@ def changed(**facts):
 
 REFUSED = {
     "4 command of another class": (DATA, UID, CT, EXPLICIT_LE, reception.MISMATCH),
-    "4 class of another context": (data_set(film(1)), str(film(1).SOPInstanceUID), DX, EXPLICIT_LE, 0x0122),
-    "4 a film on Verification's": (DATA, UID, DX, IMPLICIT_LE, 0x0122),
+    "4 class of another context": (data_set(xray(1)), str(xray(1).SOPInstanceUID), DX, EXPLICIT_LE, 0x0122),
+    "4 an image on Verification's": (DATA, UID, DX, IMPLICIT_LE, 0x0122),
     "5 command of another instance": (DATA, "1.2.3.4", DX, EXPLICIT_LE, reception.MISMATCH),
     "6 a path as UID": (DATA, "../../../../tmp/cxrloop-escaped", DX, EXPLICIT_LE, reception.INVALID_INSTANCE),
     "6 an absolute path as UID": (DATA, "/etc/passwd", DX, EXPLICIT_LE, reception.INVALID_INSTANCE),
@@ -95,13 +95,13 @@ REFUSED = {
     "8 no instance UID": (changed(SOPInstanceUID=None), UID, DX, EXPLICIT_LE, reception.NOT_UNDERSTOOD),
     "10 an empty data set": (b"", UID, DX, EXPLICIT_LE, reception.NOT_UNDERSTOOD),
     "11 random bytes": (bytes(range(1, 255)) * 4000, UID, DX, EXPLICIT_LE, reception.NOT_UNDERSTOOD),
-    "12 implicit under explicit": (data_set(film(transfer_syntax=IMPLICIT_LE)), UID, DX, EXPLICIT_LE, 0xC000),
+    "12 implicit under explicit": (data_set(xray(transfer_syntax=IMPLICIT_LE)), UID, DX, EXPLICIT_LE, 0xC000),
     "12 explicit under implicit": (DATA, UID, DX, IMPLICIT_LE, 0xC000),
     "13 native pixels under JPEG 2000": (DATA, UID, DX, JPEG_2000_LOSSLESS, reception.NOT_UNDERSTOOD),
-    "13 code stream under explicit": (data_set(film(transfer_syntax=JPEG_LS)), UID, DX, EXPLICIT_LE, 0xC000),
+    "13 code stream under explicit": (data_set(xray(transfer_syntax=JPEG_LS)), UID, DX, EXPLICIT_LE, 0xC000),
     "14 pixels cut short": (DATA[:-500], UID, DX, EXPLICIT_LE, reception.NOT_UNDERSTOOD),
     "14 header cut short": (DATA[:200], UID, DX, EXPLICIT_LE, reception.NOT_UNDERSTOOD),
-    "14 code stream cut short": (data_set(film(transfer_syntax=JPEG_LS))[:-40], UID, DX, JPEG_LS, 0xC000),
+    "14 code stream cut short": (data_set(xray(transfer_syntax=JPEG_LS))[:-40], UID, DX, JPEG_LS, 0xC000),
     "16 deflate bomb": (BOMB, UID, DX, DEFLATED_LE, reception.NOT_UNDERSTOOD),
 }
 
@@ -181,10 +181,10 @@ def test_16_hundreds_of_megabytes_in_one_cost_less_than_64_megabytes(tmp_path):
 # 17, 18: the same UID again
 
 
-def test_17_and_18_the_same_film_is_kept_once_and_another_under_its_uid_is_kept_beside_it(node, tmp_path):
+def test_17_and_18_the_same_image_is_kept_once_and_another_under_its_uid_is_kept_beside_it(node, tmp_path):
     site = make_site(tmp_path / "site")
     listener, inbox = node(site.inbox)
-    other = film(99)
+    other = xray(99)
     other.SOPInstanceUID = other.file_meta.MediaStorageSOPInstanceUID = UID
     with Scu(listener.port) as scu, site.ledger() as ledger, intake.examiner(site) as pool:
         scu.associate([(DX, EXPLICIT_LE)])

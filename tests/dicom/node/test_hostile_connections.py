@@ -5,9 +5,7 @@ import struct
 import time
 
 import pytest
-from pacs import data_set, wait_for
 from pydicom import dcmread
-from scu import A_ABORT, A_ASSOCIATE_AC, A_ASSOCIATE_RJ, Scu, associate_rq, echoes
 
 from dicom.dataset.part10 import EXPLICIT_LE
 from dicom.node import reception
@@ -15,6 +13,8 @@ from dicom.node.listener import Listener, Node
 from dicom.node.server import HALF_OPEN_PEER
 from dicom.store.inbox import Inbox
 from tests.support.dicom.hostile_inputs import BIG, DATA, DX, UID, everything, nodes
+from tests.support.dicom.pacs import data_set, wait_for
+from tests.support.dicom.raw_scu import A_ABORT, A_ASSOCIATE_AC, A_ASSOCIATE_RJ, Scu, associate_rq, echoes
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pacs import data_set, film
-from scu import Scu
-
 from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION as DX
 from dicom.dataset.part10 import EXPLICIT_LE
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
+from tests.support.dicom.pacs import data_set, xray
+from tests.support.dicom.raw_scu import Scu
 
 BENCH = Path(__file__).resolve().parents[3] / "bench" / "ingest_kill.py"
 
@@ -30,13 +29,13 @@ def test_25_whatever_got_success_is_there_byte_for_byte_after_a_kill_at_any_mome
     assert (total["lost"], total["broken"], total["left_at_start"]) == (0, 0, 0)
 
 
-def test_25_what_a_killed_node_left_half_written_is_swept_and_the_film_is_taken_again(tmp_path):
+def test_25_what_a_killed_node_left_half_written_is_swept_and_the_image_is_taken_again(tmp_path):
     inbox = Inbox(tmp_path, 0)
-    (tmp_path / ".tmp" / "left-over").write_bytes(b"half a film")
+    (tmp_path / ".tmp" / "left-over").write_bytes(b"half an image")
     listener = Listener(Node(port=0), inbox)
     listener.start()
     assert list((tmp_path / ".tmp").iterdir()) == []
-    ds = film()
+    ds = xray()
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
         assert scu.store(data_set(ds), DX, ds.SOPInstanceUID) == 0

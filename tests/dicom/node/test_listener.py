@@ -5,7 +5,6 @@ import threading
 import time
 
 import pytest
-from pacs import KEY, associate, data_set, film, send_once, wait_for
 from pydicom import dcmread
 from pydicom.uid import generate_uid
 
@@ -16,6 +15,7 @@ from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS, SYNTAXES
 from dicom.intake.examine import Admission, examine
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
+from tests.support.dicom.pacs import KEY, associate, data_set, send_once, wait_for, xray
 
 DX = DIGITAL_XRAY_PRESENTATION
 
@@ -50,9 +50,9 @@ def test_echo_is_answered(node):
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED_LE, JPEG_LS, JPEG_2000_LOSSLESS])
-def test_a_film_arrives_as_it_was_sent(node, syntax):
+def test_a_image_arrives_as_it_was_sent(node, syntax):
     listener, inbox = node()
-    ds = film(bits=12, transfer_syntax=syntax)
+    ds = xray(bits=12, transfer_syntax=syntax)
     assert send_once(listener.port, data_set(ds), ds.SOPInstanceUID, DX, syntax) == 0
     (path,) = inbox.waiting()
     assert path.read_bytes().endswith(data_set(ds))
@@ -72,23 +72,23 @@ def test_every_class_and_syntax_of_ours_is_accepted_and_nothing_else(node):
     association.release()
 
 
-def test_a_film_is_acknowledged_only_after_it_is_in_the_inbox(node):
+def test_a_image_is_acknowledged_only_after_it_is_in_the_inbox(node):
     listener, inbox = node()
-    for n, (_, status) in enumerate(send([film(n) for n in range(5)], "127.0.0.1", listener.port, "CXRLOOP"), 1):
+    for n, (_, status) in enumerate(send([xray(n) for n in range(5)], "127.0.0.1", listener.port, "CXRLOOP"), 1):
         assert status == 0
         assert len(inbox.waiting()) == n
 
 
-def test_the_same_film_twice_is_two_successes(node):
+def test_the_same_image_twice_is_two_successes(node):
     listener, inbox = node()
-    statuses = [status for _, status in send([film(), film()], "127.0.0.1", listener.port, "CXRLOOP")]
+    statuses = [status for _, status in send([xray(), xray()], "127.0.0.1", listener.port, "CXRLOOP")]
     assert statuses == [0, 0]
     assert len(inbox.waiting()) == 2
 
 
-def test_what_is_no_chest_film_is_stored_too_and_left_to_the_intake(node):
+def test_what_is_no_chest_image_is_stored_too_and_left_to_the_intake(node):
     listener, inbox = node()
-    knee, bare = film(1, body_part="KNEE"), film(2)
+    knee, bare = xray(1, body_part="KNEE"), xray(2)
     del bare.PixelData
     assert [status for _, status in send([knee, bare], "127.0.0.1", listener.port, "CXRLOOP")] == [0, 0]
     outcomes = [examine(path, KEY, Admission()).outcome for path in inbox.waiting()]
@@ -100,9 +100,9 @@ def test_many_senders_at_once_lose_nothing(node):
     sent: list[str] = []
 
     def modality(first):
-        films = [film(n, side=200) for n in range(first, first + 6)]
+        images = [xray(n, side=200) for n in range(first, first + 6)]
         sent.extend(
-            ds.SOPInstanceUID for ds, status in send(films, "127.0.0.1", listener.port, "CXRLOOP") if status == 0
+            ds.SOPInstanceUID for ds, status in send(images, "127.0.0.1", listener.port, "CXRLOOP") if status == 0
         )
 
     threads = [threading.Thread(target=modality, args=(100 * n,)) for n in range(5)]
@@ -171,7 +171,7 @@ def test_stopping_frees_the_port_within_seconds(tmp_path):
 def test_logs_name_files_and_peers_and_no_patient(node, caplog):
     caplog.set_level(logging.DEBUG)
     listener, inbox = node()
-    ds = film(patient_id="PATIENT-4711")
+    ds = xray(patient_id="PATIENT-4711")
     ds.PatientName = "DOE^JANE"
     send_once(listener.port, data_set(ds), ds.SOPInstanceUID, DX)
     send_once(listener.port, data_set(ds)[:-10], ds.SOPInstanceUID, DX)

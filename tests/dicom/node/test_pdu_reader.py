@@ -12,12 +12,10 @@ import pynetdicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pacs import data_set, film, wait_for
 from pydicom.uid import UID as Uid
 from pynetdicom.dimse_messages import C_STORE_RQ, C_STORE_RSP
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import decode
-from scu import A_ABORT, COMMAND, IMPLICIT, LAST, VERIFICATION, Scu, command, echoes
 
 from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION as DX
 from dicom.dataset.part10 import EXPLICIT_LE
@@ -27,8 +25,10 @@ from dicom.node.listener import Listener, Node
 from dicom.node.socket_reader import BUFFER
 from dicom.store.inbox import Inbox
 from tests.support.dicom.hostile_inputs import everything, nodes
+from tests.support.dicom.pacs import data_set, wait_for, xray
+from tests.support.dicom.raw_scu import A_ABORT, COMMAND, IMPLICIT, LAST, VERIFICATION, Scu, command, echoes
 
-GOOD = film(3, side=1000, bits=12)  # 2 MB: twice the buffer
+GOOD = xray(3, side=1000, bits=12)  # 2 MB: twice the buffer
 DATA, UID = data_set(GOOD), str(GOOD.SOPInstanceUID)
 
 
@@ -108,7 +108,7 @@ def standing(tmp_path_factory):
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_a_film_arrives_byte_for_byte_however_it_is_cut_into_values_pdus_and_packets(standing, data):
+def test_a_image_arrives_byte_for_byte_however_it_is_cut_into_values_pdus_and_packets(standing, data):
     listener, inbox = standing
     whole = command(1, DX, UID)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(DATA)), max_size=6)))
@@ -157,7 +157,7 @@ def test_a_header_that_lies_across_the_end_of_the_buffer_is_read_whole(standing,
     path.unlink()
 
 
-def test_echo_and_films_share_an_association(node):
+def test_echo_and_images_share_an_association(node):
     listener, inbox = node()
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE), (VERIFICATION, IMPLICIT)])
@@ -187,7 +187,7 @@ def test_every_message_of_one_pdu_is_answered(node):
     echo = pdv(3, COMMAND, command(0x30, VERIFICATION, has_data=False))
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE), (VERIFICATION, IMPLICIT)])
-        scu.say(p_data(echo + echo + pdv(1, COMMAND, command(1, DX, "1.2.3")) + pdv(1, LAST, b"no film") + echo))
+        scu.say(p_data(echo + echo + pdv(1, COMMAND, command(1, DX, "1.2.3")) + pdv(1, LAST, b"no image") + echo))
         assert sorted(scu.status() for _ in range(4)) == [0, 0, 0, 0xC000]
         assert scu.release()
     assert inbox.waiting() == []

@@ -7,7 +7,6 @@ import urllib.error
 import urllib.request
 
 import pytest
-from pacs import KEY, film, free_port, save, wait_for
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
@@ -16,6 +15,7 @@ from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.intake.examine import Admission, examine
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
+from tests.support.dicom.pacs import KEY, free_port, save, wait_for, xray
 
 pytestmark = pytest.mark.peer
 
@@ -48,13 +48,13 @@ def test_echoscu_is_answered_and_a_wrong_title_is_not(node):
     assert "Called AE Title Not Recognized" in call("echoscu", "-aec", "WRONG", "127.0.0.1", listener.port, code=1)
 
 
-def test_dcmsend_sends_films_of_mixed_syntaxes(node, tmp_path):
+def test_dcmsend_sends_images_of_mixed_syntaxes(node, tmp_path):
     listener, inbox = node
-    films = [
-        save(film(n, bits=12, transfer_syntax=syntax), tmp_path / f"{n}.dcm")
+    images = [
+        save(xray(n, bits=12, transfer_syntax=syntax), tmp_path / f"{n}.dcm")
         for n, syntax in enumerate(("1.2.840.10008.1.2.1", JPEG_LS, JPEG_2000_LOSSLESS, "1.2.840.10008.1.2"))
     ]
-    call("dcmsend", "-dn", "-aec", "CXRLOOP", "127.0.0.1", listener.port, *films)
+    call("dcmsend", "-dn", "-aec", "CXRLOOP", "127.0.0.1", listener.port, *images)
     assert [found.outcome for found in judged(inbox)] == ["admitted"] * 4
     syntaxes = {dcmread(path).file_meta.TransferSyntaxUID for path in inbox.waiting()}
     assert {JPEG_LS, JPEG_2000_LOSSLESS} <= syntaxes
@@ -63,13 +63,13 @@ def test_dcmsend_sends_films_of_mixed_syntaxes(node, tmp_path):
 @pytest.mark.parametrize("option", ["-x=", "-xe", "-xb", "-xi", "-xd"])
 def test_storescu_in_every_native_syntax_gives_one_pixel_hash(node, tmp_path, option):
     listener, inbox = node
-    path = save(film(3, bits=12), tmp_path / "film.dcm")
+    path = save(xray(3, bits=12), tmp_path / "image.dcm")
     call("storescu", option, "-aec", "CXRLOOP", "127.0.0.1", listener.port, path)
     (found,) = judged(inbox)
     assert found.image.pixel_sha256 == examine(path, KEY, Admission()).image.pixel_sha256
 
 
-def test_a_real_film_arrives_whole_from_storescu_with_small_pdus(node):
+def test_a_real_image_arrives_whole_from_storescu_with_small_pdus(node):
     listener, inbox = node
     path = get_testdata_file("RG1_UNCR.dcm", download=False)
     call("storescu", "-pdu", 4096, "-aec", "CXRLOOP", "127.0.0.1", listener.port, path)
@@ -79,7 +79,7 @@ def test_a_real_film_arrives_whole_from_storescu_with_small_pdus(node):
 
 def test_an_abort_by_storescu_leaves_nothing_half(node, tmp_path):
     listener, inbox = node
-    path = save(film(), tmp_path / "film.dcm")
+    path = save(xray(), tmp_path / "image.dcm")
     call("storescu", "--abort", "-aec", "CXRLOOP", "127.0.0.1", listener.port, path)
     assert [found.outcome for found in judged(inbox)] == ["admitted"]
     assert list((inbox.folder / ".tmp").iterdir()) == []
@@ -107,10 +107,10 @@ TRANSCODED = {
 @pytest.mark.parametrize("name", TRANSCODED)
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_dcmtks_lossless_encoders_keep_the_pixel_hash_and_the_plate(tmp_path, name, bits):
-    source = save(film(5, side=131, bits=bits), tmp_path / "source.dcm")
+    source = save(xray(5, side=131, bits=bits), tmp_path / "source.dcm")
     program, *options = TRANSCODED[name]
-    call(program, *options, source, tmp_path / "film.dcm")
-    before, after = (examine(tmp_path / f"{stem}.dcm", KEY, Admission()) for stem in ("source", "film"))
+    call(program, *options, source, tmp_path / "image.dcm")
+    before, after = (examine(tmp_path / f"{stem}.dcm", KEY, Admission()) for stem in ("source", "image"))
     assert after.outcome == "admitted", after.reason
     assert after.image.pixel_sha256 == before.image.pixel_sha256
     assert (after.plate == before.plate).all()
@@ -118,10 +118,10 @@ def test_dcmtks_lossless_encoders_keep_the_pixel_hash_and_the_plate(tmp_path, na
 
 @pytest.mark.parametrize(("options", "bits"), [(("+eb",), 8), (("+ee",), 8), (("+ee",), 12)])
 def test_dcmtks_lossy_jpeg_is_decoded_as_dcmtk_decodes_it(tmp_path, options, bits):
-    source = save(film(5, side=131, bits=bits), tmp_path / "source.dcm")
-    call("dcmcjpeg", *options, "+un", source, tmp_path / "film.dcm")
-    call("dcmdjpeg", tmp_path / "film.dcm", tmp_path / "plain.dcm")
-    ours, theirs = (examine(tmp_path / f"{stem}.dcm", KEY, Admission()) for stem in ("film", "plain"))
+    source = save(xray(5, side=131, bits=bits), tmp_path / "source.dcm")
+    call("dcmcjpeg", *options, "+un", source, tmp_path / "image.dcm")
+    call("dcmdjpeg", tmp_path / "image.dcm", tmp_path / "plain.dcm")
+    ours, theirs = (examine(tmp_path / f"{stem}.dcm", KEY, Admission()) for stem in ("image", "plain"))
     assert (ours.outcome, theirs.outcome) == ("admitted", "admitted")
     assert abs(ours.plate.astype(int) - theirs.plate).max() <= 2
 
@@ -132,8 +132,8 @@ def test_our_sender_is_understood_by_storescp(tmp_path):
     pacs = subprocess.Popen(["storescp", "-od", str(folder), "+xa", "+B", "-aet", "PACS", str(port)])
     try:
         assert wait_for(lambda: echo("127.0.0.1", port, "PACS"))
-        films = [film(n, transfer_syntax=syntax) for n, syntax in enumerate((JPEG_LS, "1.2.840.10008.1.2.1"))]
-        assert [status for _, status in send(films, "127.0.0.1", port, "PACS")] == [0, 0]
+        images = [xray(n, transfer_syntax=syntax) for n, syntax in enumerate((JPEG_LS, "1.2.840.10008.1.2.1"))]
+        assert [status for _, status in send(images, "127.0.0.1", port, "PACS")] == [0, 0]
         assert len(list(folder.iterdir())) == 2
     finally:
         pacs.terminate()
@@ -185,7 +185,7 @@ def test_orthanc_echoes_and_stores_to_us(node, orthanc, tmp_path):
     address, _ = orthanc
     assert ask(address + "/modalities/node/echo", b"{}") == {}
     held = [
-        ask(address + "/instances", save(film(n, transfer_syntax=syntax), tmp_path / f"{n}.dcm").read_bytes())["ID"]
+        ask(address + "/instances", save(xray(n, transfer_syntax=syntax), tmp_path / f"{n}.dcm").read_bytes())["ID"]
         for n, syntax in enumerate(("1.2.840.10008.1.2.1", JPEG_LS, JPEG_2000_LOSSLESS))
     ]
     done = ask(address + "/modalities/node/store", json.dumps(held).encode())
@@ -195,8 +195,8 @@ def test_orthanc_echoes_and_stores_to_us(node, orthanc, tmp_path):
 
 def test_orthanc_takes_what_we_send(node, orthanc):
     address, port = orthanc
-    films = [film(n, transfer_syntax=syntax) for n, syntax in enumerate((JPEG_LS, "1.2.840.10008.1.2.1"))]
-    assert [status for _, status in send(films, "127.0.0.1", port, "ORTHANC")] == [0, 0]
+    images = [xray(n, transfer_syntax=syntax) for n, syntax in enumerate((JPEG_LS, "1.2.840.10008.1.2.1"))]
+    assert [status for _, status in send(images, "127.0.0.1", port, "ORTHANC")] == [0, 0]
     assert len(ask(address + "/instances")) == 2
 
 
@@ -205,9 +205,9 @@ def test_orthanc_takes_what_we_send(node, orthanc):
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize("modality", ["DX", "CR", "OT"])
-def test_a_wrapped_film_has_no_errors_by_dciodvfy(tmp_path, photometric, modality):
+def test_a_wrapped_image_has_no_errors_by_dciodvfy(tmp_path, photometric, modality):
     facts = {"study_date": "20260102", "sex": "F", "age_years": 50, "modality": modality}
-    path = save(film(1, photometric=photometric, **facts), tmp_path / "film.dcm")
+    path = save(xray(1, photometric=photometric, **facts), tmp_path / "image.dcm")
     done = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, timeout=60)
     errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")]
     assert errors == []

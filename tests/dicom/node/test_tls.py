@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from pacs import film, save, wait_for
 
 from deploy.server import health
 from dicom.client.sender import echo, send
@@ -18,6 +17,7 @@ from dicom.node.listener import Listener, Node
 from dicom.node.tls import Identity, check
 from dicom.store.inbox import Inbox
 from tests.support.dicom.certificates import authority
+from tests.support.dicom.pacs import save, wait_for, xray
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def call(*command):
 # Who gets in
 
 
-def test_films_arrive_over_tls_as_they_were_sent(node, hospital, tmp_path):
+def test_images_arrive_over_tls_as_they_were_sent(node, hospital, tmp_path):
     us = hospital.issue("node")
     listener, inbox = node(us)
-    path = save(film(side=700, bits=12), tmp_path / "film.dcm")
-    items = [path, *(film(n, side=300) for n in range(4))]
+    path = save(xray(side=700, bits=12), tmp_path / "image.dcm")
+    items = [path, *(xray(n, side=300) for n in range(4))]
     assert [status for _, status in send(items, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.to_ourselves(us))] == [
         0
     ] * 5
@@ -190,8 +190,8 @@ def test_many_senders_at_once_over_tls_lose_nothing(node, hospital):
     statuses: list[int | None] = []
 
     def modality(first):
-        films = [film(n, side=200) for n in range(first, first + 4)]
-        sent = send(films, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.to_peers(us))
+        images = [xray(n, side=200) for n in range(first, first + 4)]
+        sent = send(images, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.to_peers(us))
         statuses.extend(status for _, status in sent)
 
     threads = [threading.Thread(target=modality, args=(100 * n,)) for n in range(4)]
@@ -271,7 +271,7 @@ def test_echoscu_with_the_old_aes_profile_is_refused(dcmtk):
 @pytest.mark.peer("dcmtk")
 def test_storescu_delivers_over_tls(dcmtk, tmp_path):
     listener, inbox, options = dcmtk
-    films = [save(film(n, side=400, bits=12), tmp_path / f"{n}.dcm") for n in range(3)]
-    code, said = call("storescu", *options["right"], "-aec", "CXRLOOP", "127.0.0.1", listener.port, *films)
+    images = [save(xray(n, side=400, bits=12), tmp_path / f"{n}.dcm") for n in range(3)]
+    code, said = call("storescu", *options["right"], "-aec", "CXRLOOP", "127.0.0.1", listener.port, *images)
     assert code == 0, said
     assert len(inbox.waiting()) == 3

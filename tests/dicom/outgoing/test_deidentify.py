@@ -19,7 +19,7 @@ from dicom.dataset.part10 import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_BASELINE, JPEG_LS
 from dicom.outgoing.deidentify import MayNotLeave, deidentify
 from dicom.pixels.plate import decode, to_plate
-from tests.support.dicom.pacs import KEY, film, save
+from tests.support.dicom.pacs import KEY, save, xray
 
 SECRETS = (
     "MUELLER", "HANNELORE", "PAT-4711", "ST.ELSEWHERE", "ACC-99812", "DR-GRANT", "19410307", "20240229", "131415",
@@ -41,8 +41,8 @@ KEPT = {
 
 
 def rich(seed: int = 1, **more: object) -> Dataset:
-    """A film whose header says who it is in every place that a header has."""
-    ds = film(seed, patient_id="PAT-4711", study_date="20240229", sex="F", **more)  # type: ignore[arg-type]
+    """An image whose header says who it is in every place that a header has."""
+    ds = xray(seed, patient_id="PAT-4711", study_date="20240229", sex="F", **more)  # type: ignore[arg-type]
     ds.PatientName, ds.OtherPatientNames, ds.PatientBirthDate = "MUELLER^HANNELORE", "MUELLER^H", "19410307"
     ds.IssuerOfPatientID, ds.AccessionNumber, ds.StudyID = "ST.ELSEWHERE", "ACC-99812", "ACC-99812"
     ds.ReferringPhysicianName, ds.OperatorsName, ds.InstitutionName = "DR-GRANT", "OPERATOR-X", "ST.ELSEWHERE"
@@ -105,7 +105,7 @@ def leave(tmp_path):
     """A data set on disk, as it leaves."""
 
     def leave(ds: Dataset, key: bytes = KEY) -> Dataset:
-        return deidentify(save(ds, tmp_path / "film.dcm"), key)
+        return deidentify(save(ds, tmp_path / "image.dcm"), key)
 
     return leave
 
@@ -118,7 +118,7 @@ def test_nothing_but_the_list_leaves(leave):
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED_LE, JPEG_2000_LOSSLESS, JPEG_LS])
-def test_no_name_id_date_uid_or_text_of_the_film_is_in_the_bytes_that_leave(leave, syntax):
+def test_no_name_id_date_uid_or_text_of_the_image_is_in_the_bytes_that_leave(leave, syntax):
     source = rich(transfer_syntax=syntax)
     if syntax == EXPLICIT_LE:
         before = encoded(source)
@@ -153,7 +153,7 @@ def test_bytes_after_the_pixels_do_not_leave(leave):
     assert b"PAT-4711" not in encoded(leave(source))
 
 
-def test_a_film_in_a_lossy_syntax_leaves_as_lossy_also_where_its_header_does_not_say_so(leave):
+def test_a_image_in_a_lossy_syntax_leaves_as_lossy_also_where_its_header_does_not_say_so(leave):
     source = rich(bits=8)
     source.file_meta.TransferSyntaxUID = JPEG_BASELINE
     jpeg = imagecodecs.jpeg8_encode(np.frombuffer(source.PixelData, np.uint8).reshape(source.Rows, source.Columns))
@@ -163,7 +163,7 @@ def test_a_film_in_a_lossy_syntax_leaves_as_lossy_also_where_its_header_does_not
         assert leave(source).LossyImageCompression == "01"
 
 
-def test_a_patient_keeps_one_new_identity_and_the_time_between_two_films(leave):
+def test_a_patient_keeps_one_new_identity_and_the_time_between_two_images(leave):
     first, second = rich(1), rich(2)
     second.StudyDate, second.StudyInstanceUID = "20240310", "1.2.276.0.7230010.3.1.4.22"
     a, b = leave(first), leave(second)
@@ -191,7 +191,7 @@ def test_studies_and_series_stay_together_and_uids_are_uids(leave):
     assert all(uid.is_valid and len(uid) <= 64 for uid in (a.SOPInstanceUID, a.StudyInstanceUID, a.SeriesInstanceUID))
 
 
-def test_the_film_says_what_was_done_to_it(leave):
+def test_the_image_says_what_was_done_to_it(leave):
     out = leave(rich())
     assert out.PatientIdentityRemoved == "YES"
     assert "pixels not inspected" in out.DeidentificationMethod[1]
@@ -248,7 +248,7 @@ def test_a_spacing_of_zero_is_not_told(leave):
         ("PixelData", b"\0\0", "PixelData"),
     ],
 )
-def test_a_film_that_may_show_a_name_or_is_no_film_stays(leave, keyword, value, why):
+def test_a_image_that_may_show_a_name_or_is_no_image_stays(leave, keyword, value, why):
     source = rich()
     setattr(source, keyword, value)
     with pytest.raises(MayNotLeave, match=why):
@@ -264,7 +264,7 @@ def test_a_file_that_is_no_dicom_stays(tmp_path):
 @pytest.mark.peer("dicom3tools")
 @pytest.mark.parametrize("modality", ["DX", "CR"])
 def test_dciodvfy_finds_no_error_that_the_source_had_not(leave, tmp_path, modality):
-    source = film(3, modality=modality, study_date="20240229", sex="M")
+    source = xray(3, modality=modality, study_date="20240229", sex="M")
     before, after = save(source, tmp_path / "a.dcm"), save(leave(source), tmp_path / "b.dcm")
     assert errors(after) <= errors(before)
 

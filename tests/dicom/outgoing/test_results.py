@@ -1,4 +1,4 @@
-"""Report and heatmap of a scored film: whose they are, what they say, that they never come back, and that they are valid."""
+"""Report and heatmap of a scored image: whose they are, what they say, that they never come back, and that they are valid."""
 
 import subprocess
 import sys
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from answers import text_of
-from pacs import KEY, film, save
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
@@ -18,9 +16,11 @@ from dicom.dataset.syntaxes import JPEG_BASELINE
 from dicom.intake.admission import Admission
 from dicom.intake.examine import examine
 from dicom.outgoing.codes import SCHEME, finding_code, own_code
-from dicom.outgoing.results import NOTICE, CantSay, Score, Scored, character_set, read_film, result_uid
+from dicom.outgoing.results import NOTICE, CantSay, Score, Scored, character_set, read_image, result_uid
 from dicom.outgoing.secondary_capture import SIDE, STRIP, capture, sheet
 from dicom.outgoing.structured_report import report
+from tests.support.dicom.pacs import KEY, save, xray
+from tests.support.dicom.storage_scp import text_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SCORES = (Score("effusion", 0.8312, 0.41), Score("a finding of this site", 0.02, 0.3), Score("opacity", 1e-7, 0.5))
@@ -30,7 +30,7 @@ PANELS = [(score, np.full((SIDE, SIDE, 3), 60, np.uint8)) for score in SCORES[:1
 
 
 def elements(ds: Dataset, **raw: bytes | None) -> bytes:
-    """The film as a file whose elements hold these very bytes, valid or not; None takes one out."""
+    """The image as a file whose elements hold these very bytes, valid or not; None takes one out."""
     from pydicom.datadict import dictionary_VR, keyword_dict
     from pydicom.dataelem import RawDataElement
     from pydicom.tag import Tag
@@ -56,16 +56,16 @@ def elements(ds: Dataset, **raw: bytes | None) -> bytes:
 
 
 def header_of(tmp_path, **raw: bytes | None) -> Dataset:
-    path = tmp_path / "film.dcm"
-    path.write_bytes(elements(film(), **raw))
-    return read_film(path)
+    path = tmp_path / "image.dcm"
+    path.write_bytes(elements(xray(), **raw))
+    return read_image(path)
 
 
-def test_both_are_in_the_films_study_and_of_its_patient_each_in_a_series_of_its_own(tmp_path):
-    source = film(patient_id="P7", study_date="20260102", sex="F", age_years=50)
+def test_both_are_in_the_images_study_and_of_its_patient_each_in_a_series_of_its_own(tmp_path):
+    source = xray(patient_id="P7", study_date="20260102", sex="F", age_years=50)
     source.PatientName, source.AccessionNumber, source.StudyID = "Müller^Jörg", "A1", "S1"
-    path = save(source, tmp_path / "film.dcm")
-    results = [report(read_film(path), SAID), capture(read_film(path), SAID, PANELS)]
+    path = save(source, tmp_path / "image.dcm")
+    results = [report(read_image(path), SAID), capture(read_image(path), SAID, PANELS)]
     made = [dcmread(save(one, tmp_path / "out.dcm")) for one in results]
     for one in made:
         for keyword in (
@@ -96,7 +96,7 @@ def test_the_report_names_bundle_finding_probability_threshold_and_that_it_is_no
     )
 
 
-def test_report_and_capture_refer_to_the_film(tmp_path):
+def test_report_and_capture_refer_to_the_image(tmp_path):
     source = header_of(tmp_path)
     evidence = report(source, SAID).CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
     assert evidence.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
@@ -171,12 +171,12 @@ def test_unknown_or_wrong_patient_attributes_are_empty_and_what_identifies_stays
     assert not {"PatientAge", "PatientWeight", "StudyDescription"} & set(made.dir())
 
 
-def test_a_film_without_a_series_can_not_be_referred_to_and_says_so(tmp_path):
+def test_a_image_without_a_series_can_not_be_referred_to_and_says_so(tmp_path):
     with pytest.raises(CantSay, match="SeriesInstanceUID"):
         report(header_of(tmp_path, SeriesInstanceUID=None), SAID)
 
 
-def test_times_are_in_the_films_own_offset_where_it_states_one(tmp_path):
+def test_times_are_in_the_images_own_offset_where_it_states_one(tmp_path):
     there = report(header_of(tmp_path, TimezoneOffsetFromUTC=b"+0530"), SAID)
     assert (there.ContentTime, there.TimezoneOffsetFromUTC) == ("103607", "+0530")
     vienna = Scored("ab" * 32, "0123456789ab", SCORES, AT.astimezone(timezone(timedelta(hours=1))), "d" * 64, "0.1.0")
@@ -214,7 +214,7 @@ def test_names_keep_their_bytes_and_read_right(tmp_path, case):
         assert str(dcmread(path).PatientName) == seen
 
 
-def test_the_films_character_set_is_kept_where_it_fits(tmp_path):
+def test_the_images_character_set_is_kept_where_it_fits(tmp_path):
     for charset, name, _ in list(NAMES.values())[:6]:
         source = header_of(tmp_path, SpecificCharacterSet=charset, PatientName=name)
         assert "\\".join(character_set(source)) == charset.decode()
@@ -229,14 +229,14 @@ def test_a_long_text_is_measured_in_characters_and_not_in_bytes(tmp_path):
             assert ("StudyDescription" in made) == kept, (charset, length)
 
 
-def test_a_heatmap_of_a_film_that_was_once_lossy_says_so(tmp_path):
+def test_a_heatmap_of_a_image_that_was_once_lossy_says_so(tmp_path):
     assert capture(header_of(tmp_path, LossyImageCompression=b"01"), SAID, PANELS).LossyImageCompression == "01"
     assert "LossyImageCompression" not in capture(header_of(tmp_path, LossyImageCompression=b"00"), SAID, PANELS)
-    silent = film()
+    silent = xray()
     del silent.LossyImageCompression
     silent.file_meta.TransferSyntaxUID = JPEG_BASELINE
     silent.PixelData, silent["PixelData"].VR = encapsulate([b"not read"]), "OB"
-    made = capture(read_film(save(silent, tmp_path / "jpeg.dcm")), SAID, PANELS)
+    made = capture(read_image(save(silent, tmp_path / "jpeg.dcm")), SAID, PANELS)
     assert made.LossyImageCompression == "01"  # whatever the header forgot
 
 
@@ -285,10 +285,10 @@ def test_no_library_prints_a_uid_or_a_name_into_the_log_while_a_result_is_made(t
     )
     code = (
         "import logging; from pathlib import Path; logging.basicConfig(level='INFO')\n"
-        "from agent import cli; from dicom.outgoing.structured_report import report; from dicom.client.sender import _Film\n"
-        "from dicom.outgoing.results import Score, Scored, read_film; from datetime import datetime, UTC\n"
+        "from agent import cli; from dicom.outgoing.structured_report import report; from dicom.client.sender import _Image\n"
+        "from dicom.outgoing.results import Score, Scored, read_image; from datetime import datetime, UTC\n"
         "said = Scored('ab', 'b', (Score('effusion', .5, .5),), datetime.now(UTC), 'd', '0')\n"
-        f"cli.app = lambda: _Film(report(read_film(Path({str(tmp_path / 'film.dcm')!r})), said)); cli.main()"
+        f"cli.app = lambda: _Image(report(read_image(Path({str(tmp_path / 'image.dcm')!r})), said)); cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

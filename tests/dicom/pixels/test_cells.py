@@ -6,20 +6,20 @@ import subprocess
 import imagecodecs
 import numpy as np
 import pytest
-from pacs import chest, film, save
 from pydicom import dcmread
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID
 
 from dicom.dataset.syntaxes import JPEG_2000, JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.pixels.plate import decode
+from tests.support.dicom.pacs import chest, save, xray
 
 GREY = chest(96, 1, 12).astype(np.uint16)
 
 
 def cells(high, signed=False):
-    """A native film of 12 bits that end at bit `high`, and what is stored in it."""
-    ds = film(1, 96, 12)
+    """A native image of 12 bits that end at bit `high`, and what is stored in it."""
+    ds = xray(1, 96, 12)
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, high, int(signed)
     ds.PixelData = (GREY << np.uint16(high - 11)).astype("<u2").tobytes()
     return ds, (GREY.astype(np.int32) ^ 2048) - 2048 if signed else GREY.astype(np.int32)
@@ -34,7 +34,7 @@ def compressed(ds, syntax, stream):
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("high", [11, 12, 15])
-def test_a_code_stream_of_whole_cells_is_shifted_as_a_native_film_is(high, signed):
+def test_a_code_stream_of_whole_cells_is_shifted_as_a_native_image_is(high, signed):
     ds, stored = cells(high, signed)
     whole = np.frombuffer(ds.PixelData, "<u2").reshape(GREY.shape)
     assert (decode(ds) == stored).all()

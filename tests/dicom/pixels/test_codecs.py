@@ -5,7 +5,6 @@ import struct
 import imagecodecs
 import numpy as np
 import pytest
-from pacs import chest, film
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate
@@ -29,12 +28,13 @@ from dicom.dataset.syntaxes import (
 from dicom.phantom.wrap import wrap
 from dicom.pixels.plate import decode, pixel_sha256, render, to_plate
 from tests.support.dicom.encoded_images import LOSSLESS, again, encapsulated, in_syntax
+from tests.support.dicom.pacs import chest, xray
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
 @pytest.mark.parametrize("syntax", LOSSLESS)
-def test_one_film_in_every_lossless_syntax_has_one_pixel_hash_and_plate(tmp_path, syntax, bits):
-    plain = film(1, 96, bits)
+def test_one_image_in_every_lossless_syntax_has_one_pixel_hash_and_plate(tmp_path, syntax, bits):
+    plain = xray(1, 96, bits)
     found = decode(again(in_syntax(syntax, 1, bits), tmp_path))
     assert found.dtype == np.uint16
     assert (found == chest(96, 1, bits)).all()
@@ -43,17 +43,17 @@ def test_one_film_in_every_lossless_syntax_has_one_pixel_hash_and_plate(tmp_path
 
 
 @pytest.mark.parametrize("name", ["RG1_UNCR.dcm", "RG1_J2KR.dcm", "RG1_J2KI.dcm", "RG3_UNCR.dcm", "RG3_J2KR.dcm"])
-def test_real_films_decode_as_pydicom_decodes_them(name):
+def test_real_images_decode_as_pydicom_decodes_them(name):
     path = get_testdata_file(name, download=False)
     assert path, "pydicom-data is a development dependency"
     ds = dcmread(path)
     assert (decode(ds) == ds.pixel_array).all()
 
 
-@pytest.mark.parametrize("film_name", ["RG1", "RG3"])
-def test_a_real_film_has_one_pixel_hash_raw_and_in_jpeg_2000(film_name):
+@pytest.mark.parametrize("image_name", ["RG1", "RG3"])
+def test_a_real_image_has_one_pixel_hash_raw_and_in_jpeg_2000(image_name):
     raw, lossless, lossy = (
-        pixel_sha256(decode(dcmread(get_testdata_file(f"{film_name}_{kind}.dcm", download=False))))
+        pixel_sha256(decode(dcmread(get_testdata_file(f"{image_name}_{kind}.dcm", download=False))))
         for kind in ("UNCR", "J2KR", "J2KI")
     )
     assert raw == lossless
@@ -83,13 +83,13 @@ def test_signed_and_odd_files_of_pydicom_decode_as_pydicom_decodes_them(name):
 
 
 def test_lossy_jpeg_of_8_and_12_bits(tmp_path):
-    eight = encapsulated(film(2), JPEG_BASELINE, imagecodecs.jpeg8_encode(chest(96, 2), level=95))
+    eight = encapsulated(xray(2), JPEG_BASELINE, imagecodecs.jpeg8_encode(chest(96, 2), level=95))
     twelve = encapsulated(
-        film(2, bits=12), JPEG_EXTENDED, imagecodecs.jpeg8_encode(chest(96, 2, 12), level=95, bitspersample=12)
+        xray(2, bits=12), JPEG_EXTENDED, imagecodecs.jpeg8_encode(chest(96, 2, 12), level=95, bitspersample=12)
     )
-    near = encapsulated(film(2, bits=12), JPEG_LS_NEAR, imagecodecs.jpegls_encode(chest(96, 2, 12), level=2))
+    near = encapsulated(xray(2, bits=12), JPEG_LS_NEAR, imagecodecs.jpegls_encode(chest(96, 2, 12), level=2))
     wavelet = encapsulated(
-        film(2, bits=12), JPEG_2000, imagecodecs.jpeg2k_encode(chest(96, 2, 12), codecformat="j2k", level=60)
+        xray(2, bits=12), JPEG_2000, imagecodecs.jpeg2k_encode(chest(96, 2, 12), codecformat="j2k", level=60)
     )
     for ds, bits, off in ((eight, 8, 12), (twelve, 12, 120), (near, 12, 2), (wavelet, 12, 400)):
         found = decode(again(ds, tmp_path)).astype(int)
@@ -98,13 +98,13 @@ def test_lossy_jpeg_of_8_and_12_bits(tmp_path):
 
 def test_a_lossy_decoder_that_overshoots_is_clipped_not_wrapped():
     stream = imagecodecs.jpegls_encode(np.full((96, 96), 1030, np.uint16))
-    ds = film(bits=12)
+    ds = xray(bits=12)
     ds.BitsStored, ds.HighBit = 10, 9
     assert decode(encapsulated(ds, JPEG_LS_NEAR, stream)).max() == 1023
 
 
 def test_a_code_stream_in_several_fragments_is_one_frame(tmp_path):
-    ds = film(transfer_syntax=JPEG_LS)
+    ds = xray(transfer_syntax=JPEG_LS)
     stream = imagecodecs.jpegls_encode(chest(96))
     ds.PixelData = encapsulate([stream], fragments_per_frame=3)
     ds["PixelData"].is_undefined_length = True
@@ -143,7 +143,7 @@ def rle_frame(segments, tail=b""):
     ("extra", "tail"), [(b"", b""), (b"\0\0", b""), (b"\x80\x80", b""), (b"\xf0\0", b""), (b"", b"\0" * 10)]
 )
 def test_rle_segments_that_hold_more_than_fits_are_read_as_far_as_they_fit(tmp_path, extra, tail):
-    ds = film(1, 96, 12)
+    ds = xray(1, 96, 12)
     ds.compress(RLELossless, generate_instance_uid=False)
     frame = items(ds.PixelData)[1]
     first, second = struct.unpack("<LL", frame[4:12])
@@ -155,7 +155,7 @@ def test_rle_segments_that_hold_more_than_fits_are_read_as_far_as_they_fit(tmp_p
 
 def test_bits_outside_the_stored_ones_are_cut_off():
     pixels = chest(96, 0, 12)
-    ds = film(bits=12)
+    ds = xray(bits=12)
     ds.PixelData = (pixels | np.uint16(0xA000)).tobytes()
     assert (decode(ds) == pixels).all()
     ds.PixelData, ds.HighBit = (pixels << 4).tobytes(), 15
@@ -183,7 +183,7 @@ def test_eight_bit_words_in_big_endian_are_swapped(tmp_path):
     assert (decode(read) == read.pixel_array).all()
 
 
-def test_the_pixel_hash_tells_films_apart():
+def test_the_pixel_hash_tells_images_apart():
     values = np.arange(64, dtype=np.uint16).reshape(8, 8)
     hashes = {
         pixel_sha256(array)
@@ -195,12 +195,12 @@ def test_the_pixel_hash_tells_films_apart():
 def test_every_high_throughput_jpeg_2000_is_decoded(tmp_path):
     pixels = chest(96, 3, 12)
     for syntax, reversible, off in ((HTJ2K_LOSSLESS, True, 0), (HTJ2K_RPCL, True, 0), (HTJ2K, False, 40)):
-        ds = encapsulated(film(3, bits=12), syntax, imagecodecs.htj2k_encode(pixels, reversible=reversible))
+        ds = encapsulated(xray(3, bits=12), syntax, imagecodecs.htj2k_encode(pixels, reversible=reversible))
         assert np.abs(decode(again(ds, tmp_path)).astype(int) - pixels).max() <= off
 
 
 def test_what_the_first_decoder_refuses_the_second_one_reads(tmp_path):
-    ds, stream = film(5, bits=12), bytearray(imagecodecs.jpegls_encode(chest(96, 5, 12)))
+    ds, stream = xray(5, bits=12), bytearray(imagecodecs.jpegls_encode(chest(96, 5, 12)))
     ds = encapsulated(ds, JPEG_LS, stream)
     ds.file_meta.TransferSyntaxUID = (
         JPEG_LOSSLESS_SV1  # says JPEG lossless, holds JPEG-LS: libjpeg-turbo refuses, libjpeg reads

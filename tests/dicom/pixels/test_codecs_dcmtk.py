@@ -4,7 +4,6 @@ import subprocess
 
 import numpy as np
 import pytest
-from pacs import save
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.pixels.utils import pixel_array
@@ -28,9 +27,10 @@ from dicom.dataset.syntaxes import (
 )
 from dicom.pixels.plate import decode
 from tests.support.dicom.encoded_images import LOSSLESS
+from tests.support.dicom.pacs import save
 
 WRITTEN_BY_DCMTK = {
-    # name: (command, its options, syntax, bits stored, largest difference to the film, to other decoders)
+    # name: (command, its options, syntax, bits stored, largest difference to the image, to other decoders)
     "explicit little": ("dcmconv", "+te", EXPLICIT_LE, 15, 0, 0),
     "implicit little": ("dcmconv", "+ti", IMPLICIT_LE, 15, 0, 0),
     "big endian": ("dcmconv", "+tb", EXPLICIT_BE, 15, 0, 0),
@@ -41,7 +41,7 @@ WRITTEN_BY_DCMTK = {
     "JPEG lossless, SV1": ("dcmcjpeg", "+e1", JPEG_LOSSLESS_SV1, 15, 0, 0),
     "JPEG lossless, SV1, 8 bits": ("dcmcjpeg", "+e1", JPEG_LOSSLESS_SV1, 8, 0, 0),
     **{f"JPEG lossless, predictor {n}": ("dcmcjpeg", f"+el +sv {n}", JPEG_LOSSLESS, 15, 0, 0) for n in range(1, 8)},
-    # before it compresses with loss, dcmcjpeg stretches the film's own range
+    # before it compresses with loss, dcmcjpeg stretches the image's own range
     "JPEG baseline": ("dcmcjpeg", "+eb +q 95", JPEG_BASELINE, 8, 12, 2),
     "JPEG extended, 12 bits": ("dcmcjpeg", "+ee +bt +q 95", JPEG_EXTENDED, 12, 130, 3),
     "JPEG extended, 8 bits": ("dcmcjpeg", "+ee +q 95", JPEG_EXTENDED, 8, 12, 2),
@@ -53,7 +53,7 @@ READERS = {"dcmcjpeg": "dcmdjpeg", "dcmcjpls": "dcmdjpls", "dcmcrle": "dcmdrle",
 
 
 def real(bits):
-    """Every eighth pixel of a real film, MONOCHROME1, in so many bits."""
+    """Every eighth pixel of a real image, MONOCHROME1, in so many bits."""
     ds = dcmread(get_testdata_file("RG1_UNCR.dcm", download=False))
     pixels = ds.pixel_array[::8, ::8] >> (15 - bits)
     ds.Rows, ds.Columns = pixels.shape
@@ -66,15 +66,15 @@ def real(bits):
 @pytest.mark.peer("dcmtk")
 @pytest.mark.parametrize("name", WRITTEN_BY_DCMTK)
 def test_what_dcmtk_encodes_we_decode_as_dcmtk_pylibjpeg_and_pydicom_do(tmp_path, name):
-    command, options, syntax, bits, to_film, to_others = WRITTEN_BY_DCMTK[name]
+    command, options, syntax, bits, to_image, to_others = WRITTEN_BY_DCMTK[name]
     ds, pixels = real(bits)
     written, plain = tmp_path / "written.dcm", tmp_path / "plain.dcm"
-    subprocess.run([command, *options.split(), save(ds, tmp_path / "film.dcm"), written], check=True)
+    subprocess.run([command, *options.split(), save(ds, tmp_path / "image.dcm"), written], check=True)
     subprocess.run([READERS[command], "+te", written, plain], check=True)
     read = dcmread(written)
     assert read.file_meta.TransferSyntaxUID == syntax
     found = decode(read).astype(int)
-    assert np.abs(found - pixels).max() <= to_film
+    assert np.abs(found - pixels).max() <= to_image
     others = [dcmread(plain).pixel_array]
     if command != "dcmconv":
         others.append(pixel_array(read, raw=True, decoding_plugin="pylibjpeg"))
@@ -84,12 +84,12 @@ def test_what_dcmtk_encodes_we_decode_as_dcmtk_pylibjpeg_and_pydicom_do(tmp_path
 
 @pytest.mark.peer("dcmtk")
 @pytest.mark.parametrize("command", ["dcmcjpeg", "dcmcjpls", "dcmcrle", "dcmconv +tb", "dcmconv +td"])
-def test_signed_films_come_back_signed_from_every_lossless_encoder_of_dcmtk(tmp_path, command):
+def test_signed_images_come_back_signed_from_every_lossless_encoder_of_dcmtk(tmp_path, command):
     ds, pixels = real(12)
     ds.PixelRepresentation = 1
     signed = (pixels.astype(np.int16) << 4) >> 4  # the 12 bits read as a signed number
     ds.PixelData = signed.astype("<i2").tobytes()
-    subprocess.run([*command.split(), save(ds, tmp_path / "film.dcm"), tmp_path / "written.dcm"], check=True)
+    subprocess.run([*command.split(), save(ds, tmp_path / "image.dcm"), tmp_path / "written.dcm"], check=True)
     found = decode(dcmread(tmp_path / "written.dcm"))
     assert found.dtype == np.int16
     assert found.min() < 0

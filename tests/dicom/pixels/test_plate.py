@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from pacs import chest, film, save
 from PIL import Image as Picture
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
@@ -13,10 +12,11 @@ from pydicom.sequence import Sequence
 from dicom.phantom.wrap import wrap
 from dicom.pixels.letterbox import letterbox, taps
 from dicom.pixels.plate import Blank, decode, to_plate
+from tests.support.dicom.pacs import chest, save, xray
 
 
 def again(ds, tmp_path):
-    """The film written and read back, as it would come from a PACS."""
+    """The image written and read back, as it would come from a PACS."""
     return dcmread(save(ds, tmp_path / "again.dcm"))
 
 
@@ -77,7 +77,7 @@ def test_a_voi_lut_wins_over_a_window(tmp_path):
     assert close(to_plate(again(ds, tmp_path)), expected / 4095 * 255)
 
 
-def test_white_is_the_top_of_the_voi_lut_and_not_the_brightest_pixel_of_the_film(tmp_path):
+def test_white_is_the_top_of_the_voi_lut_and_not_the_brightest_pixel_of_the_image(tmp_path):
     dim = RAMP12 // 4
     ds = plain(dim, VOILUTSequence=lut(0, np.arange(4096), 12))
     assert close(to_plate(again(ds, tmp_path)), dim / 4095 * 255)
@@ -97,7 +97,7 @@ def test_a_lut_that_is_too_short_is_an_error():
         to_plate(ds)
 
 
-def test_without_a_window_the_percentiles_of_the_film_stretch():
+def test_without_a_window_the_percentiles_of_the_image_stretch():
     ds = plain(RAMP12)
     low, high = np.percentile(RAMP12, (0.5, 99.5))
     assert np.abs(to_plate(ds) - np.clip((RAMP12 - low) / (high - low), 0, 1) * 255).max() < 0.6
@@ -169,7 +169,7 @@ def test_overlays_are_not_burnt_into_the_plate(tmp_path):
         drawn.add_new((group, 0x0040), "CS", "G")
         drawn.add_new((group, 0x0100), "US", 1)
         drawn.add_new((group, 0x3000), "OW", ones)
-    old.add_new((0x6000, 0x0100), "US", 16)  # in the bits above the stored ones, as films before 2004 have them
+    old.add_new((0x6000, 0x0100), "US", 16)  # in the bits above the stored ones, as images before 2004 have them
     old.add_new((0x6000, 0x0102), "US", 12)
     old.PixelData = (RAMP12 | np.uint16(0xF000)).tobytes()
     for ds in (drawn, old):
@@ -195,7 +195,7 @@ def test_a_voi_lut_over_rescaled_values_begins_below_zero(tmp_path, name):
     assert close(to_plate(again(ds, tmp_path)), table[RAMP12] / 65535 * 255)
 
 
-def test_a_signed_film_has_a_signed_first_entry(tmp_path):
+def test_a_signed_image_has_a_signed_first_entry(tmp_path):
     values = (RAMP12.astype(np.int32) - 2048).astype(np.int16)
     table = np.arange(4096)[::-1]
     ds = plain(np.zeros((512, 512), np.uint16), bits=16, PixelRepresentation=1, ModalityLUTSequence=lut(0, table))
@@ -227,7 +227,7 @@ def test_values_outside_a_lut_take_its_ends(tmp_path):
 def test_real_look_up_tables_are_read_as_pydicom_reads_them():
     ds = dcmread(get_testdata_file("vlut_04.dcm", download=False))
     assert close(to_plate(ds), apply_voi_lut(ds.pixel_array, ds) / 65535 * 255)
-    ds = dcmread(get_testdata_file("mlut_18.dcm", download=False))  # signed, no window: the film's own range
+    ds = dcmread(get_testdata_file("mlut_18.dcm", download=False))  # signed, no window: the image's own range
     values = apply_modality_lut(ds.pixel_array, ds).astype(float)
     low, high = np.quantile(values, (0.005, 0.995), method="inverted_cdf")
     assert close(to_plate(ds), np.clip((values - low) / (high - low), 0, 1) * 255)
@@ -259,7 +259,7 @@ def test_growing_is_bilinear_as_pillow_does_it(size, out):
 
 
 @pytest.mark.parametrize("shape", [(1955, 1841), (512, 512), (224, 224), (100, 300), (300, 64), (3000, 100)])
-def test_the_aspect_is_kept_and_the_film_centred(shape):
+def test_the_aspect_is_kept_and_the_image_centred(shape):
     plate = letterbox(np.full(shape, 200.0, np.float32))
     rows, columns = np.nonzero(plate.any(1))[0], np.nonzero(plate.any(0))[0]
     height, width = len(rows), len(columns)
@@ -270,11 +270,11 @@ def test_the_aspect_is_kept_and_the_film_centred(shape):
     assert set(np.unique(plate)) <= {0, 200}
 
 
-def test_a_film_of_the_plates_size_is_not_touched():
+def test_a_image_of_the_plates_size_is_not_touched():
     values = np.random.default_rng(0).integers(0, 256, (512, 512)).astype(np.float32)
     assert (letterbox(values) == values).all()
 
 
 def test_a_plate_is_the_same_every_time():
-    ds = film(9, 700, 12)
+    ds = xray(9, 700, 12)
     assert (to_plate(ds) == to_plate(ds)).all()

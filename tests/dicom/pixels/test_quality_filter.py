@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from pacs import KEY, save
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from scipy.signal import correlate2d
@@ -15,6 +14,7 @@ from dicom.pixels import quality_filter
 from dicom.pixels.plate import to_plate
 from tests.conftest import make_site
 from tests.support.agent.images import put
+from tests.support.dicom.pacs import KEY, save
 
 ASKED, NOT_ASKED = Admission(quality=True), Admission()
 TURNS = {90: "rotated by 90 degrees", 180: "rotated by 180 degrees", 270: "rotated by 270 degrees"}
@@ -26,7 +26,7 @@ def sample(name):
 
 @pytest.fixture(scope="module")
 def chest():
-    """uint8 [512, 512] of a real chest film."""
+    """uint8 [512, 512] of a real chest image."""
     return to_plate(sample("RG1_UNCR.dcm"))
 
 
@@ -35,22 +35,22 @@ def tagged_as_chest(ds):
     return ds
 
 
-def drawn(film):
-    return to_plate(wrap(film, "P1"))
+def drawn(image):
+    return to_plate(wrap(image, "P1"))
 
 
-def test_a_real_chest_film_passes(chest):
+def test_a_real_chest_image_passes(chest):
     assert quality_filter.fault(chest) is None
     said = quality_filter.look(chest)
     assert said.chest > 0.9 and said.inverted < 0.1 and said.turned[0] > 0.9
 
 
 @pytest.mark.parametrize("degrees", TURNS)
-def test_a_turned_chest_film_is_refused_with_its_angle(chest, degrees):
+def test_a_turned_chest_image_is_refused_with_its_angle(chest, degrees):
     assert TURNS[degrees] in quality_filter.fault(np.rot90(chest, degrees // 90))
 
 
-def test_an_inverted_chest_film_is_refused_and_not_put_right(chest):
+def test_an_inverted_chest_image_is_refused_and_not_put_right(chest):
     assert "inverted" in quality_filter.fault(255 - chest)
 
 
@@ -68,15 +68,15 @@ def test_a_letterbox_does_not_matter(chest, shape):
 
 
 @pytest.mark.parametrize("name", ["RG3_UNCR.dcm", "CT_small.dcm", "MR_small.dcm"])
-def test_what_is_no_chest_film_is_refused_whatever_its_tags_say(name):
-    assert "quality: not a chest film" in quality_filter.fault(to_plate(tagged_as_chest(sample(name))))
+def test_what_is_no_chest_image_is_refused_whatever_its_tags_say(name):
+    assert "quality: not a chest image" in quality_filter.fault(to_plate(tagged_as_chest(sample(name))))
 
 
 def test_a_tibia_that_says_chest_is_rejected_and_a_chest_with_empty_tags_is_not(tmp_path):
     tibia = save(tagged_as_chest(sample("RG3_UNCR.dcm")), tmp_path / "tibia.dcm")
     found = examine(tibia, KEY, ASKED)
     assert found.outcome == "rejected"
-    assert found.reason.startswith("quality: not a chest film (")
+    assert found.reason.startswith("quality: not a chest image (")
     assert found.plate is None
     assert examine(tibia, KEY, NOT_ASKED).outcome == "admitted"
     ds = sample("RG1_UNCR.dcm")
@@ -88,28 +88,28 @@ def test_a_chest_whose_view_is_unknown_stays_rejected_for_pixels_cannot_tell_a_l
     ds = sample("RG1_UNCR.dcm")
     ds.ViewPosition = ""
     ds.pop("PatientOrientation", None)
-    found = examine(save(ds, tmp_path / "film.dcm"), KEY, ASKED)
+    found = examine(save(ds, tmp_path / "image.dcm"), KEY, ASKED)
     assert (found.outcome, found.reason.split(":")[0]) == ("rejected", "view unknown")
 
 
-def test_a_film_with_the_wrong_monochrome_is_rejected_as_inverted(tmp_path):
+def test_a_image_with_the_wrong_monochrome_is_rejected_as_inverted(tmp_path):
     ds = sample("RG1_UNCR.dcm")
     assert ds.PhotometricInterpretation == "MONOCHROME1"
     ds.PhotometricInterpretation = "MONOCHROME2"
-    found = examine(save(ds, tmp_path / "film.dcm"), KEY, ASKED)
+    found = examine(save(ds, tmp_path / "image.dcm"), KEY, ASKED)
     assert found.outcome == "rejected"
     assert "quality: inverted" in found.reason
 
 
 def test_phantoms_pass_though_the_net_never_saw_one_and_turned_or_inverted_ones_do_not():
-    for film in phantom.draw(24, 17):
-        pixels = film.pixels(96)
+    for image in phantom.draw(24, 17):
+        pixels = image.pixels(96)
         assert quality_filter.fault(drawn(pixels)) is None
         assert quality_filter.fault(drawn(phantom.TOP - pixels)) is not None
-        assert quality_filter.fault(drawn(np.rot90(pixels, 1 + film.seed % 3))) is not None
+        assert quality_filter.fault(drawn(np.rot90(pixels, 1 + image.seed % 3))) is not None
 
 
-def test_a_film_with_nothing_on_it_or_burnt_out_is_refused(chest):
+def test_a_image_with_nothing_on_it_or_burnt_out_is_refused(chest):
     rng = np.random.default_rng(0)
     assert "saturated" in quality_filter.fault(np.where(chest > 120, 255, 0).astype(np.uint8))
     assert "saturated" in quality_filter.fault(np.zeros((512, 512), np.uint8))
@@ -146,7 +146,7 @@ def test_the_net_is_what_its_formula_says(chest):
     assert quality_filter.WEIGHTS.stat().st_size < 1 << 20
 
 
-def test_the_site_keeps_such_a_film_aside_and_shows_why(tmp_path):
+def test_the_site_keeps_such_a_image_aside_and_shows_why(tmp_path):
     for asked, state in ((True, "rejected"), (False, "stored")):
         site = make_site(tmp_path / state, admission={"quality": asked})
         put(site, tagged_as_chest(sample("RG3_UNCR.dcm")))
@@ -156,4 +156,4 @@ def test_the_site_keeps_such_a_film_aside_and_shows_why(tmp_path):
             kept = ledger.value("SELECT original FROM image")
         assert row["state"] == state
         assert site.store.path(kept).is_file()
-        assert (row["reason"] or "").startswith("quality: not a chest film (" if asked else "")
+        assert (row["reason"] or "").startswith("quality: not a chest image (" if asked else "")

@@ -5,10 +5,10 @@ import shutil
 import time
 
 import pytest
-from pacs import film, save, wait_for
 
 from dicom.store.drop_folder import Drop
 from dicom.store.inbox import Inbox
+from tests.support.dicom.pacs import save, wait_for, xray
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def old(path, seconds=5):
 
 def test_a_complete_file_moves_in(drop):
     folder, inbox = drop
-    path = old(save(film(), folder / "film.dcm"))
+    path = old(save(xray(), folder / "image.dcm"))
     data = path.read_bytes()
     assert Drop(folder, inbox).rescan() == 1
     assert not path.exists()
@@ -35,14 +35,14 @@ def test_a_complete_file_moves_in(drop):
 def test_files_in_folders_move_in_too(drop):
     folder, inbox = drop
     (folder / "patient" / "study").mkdir(parents=True)
-    old(save(film(), folder / "patient" / "study" / "1"))
+    old(save(xray(), folder / "patient" / "study" / "1"))
     assert Drop(folder, inbox).rescan() == 1
 
 
 def test_a_file_that_is_still_written_waits(drop):
     folder, inbox = drop
     watched = Drop(folder, inbox)
-    path = folder / "film.dcm"
+    path = folder / "image.dcm"
     path.write_bytes(b"half")
     assert watched.rescan() == 0
     path.write_bytes(b"half and more")
@@ -54,18 +54,18 @@ def test_a_file_that_is_still_written_waits(drop):
 def test_a_clock_that_is_ahead_holds_nothing_up(drop):
     folder, inbox = drop
     watched = Drop(folder, inbox)
-    path = folder / "film.dcm"
+    path = folder / "image.dcm"
     path.write_bytes(b"whole")
     os.utime(path, (time.time() + 86400,) * 2)
     assert watched.rescan() == 0
     assert wait_for(watched.rescan, 3)
 
 
-@pytest.mark.parametrize("name", [".hidden.dcm", "film.dcm.part", "film.tmp", "film.dcm~", ".sync/film.dcm"])
+@pytest.mark.parametrize("name", [".hidden.dcm", "image.dcm.part", "image.tmp", "image.dcm~", ".sync/image.dcm"])
 def test_names_of_transfers_under_way_are_left_alone(drop, name):
     folder, inbox = drop
     (folder / name).parent.mkdir(exist_ok=True)
-    old(save(film(), folder / name))
+    old(save(xray(), folder / name))
     assert Drop(folder, inbox).rescan() == 0
 
 
@@ -73,14 +73,14 @@ def test_links_are_not_followed(drop, tmp_path):
     folder, inbox = drop
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
-    (folder / "film.dcm").symlink_to(old(secret))
+    (folder / "image.dcm").symlink_to(old(secret))
     assert Drop(folder, inbox).rescan() == 0
     assert secret.exists()
 
 
 def test_on_a_short_disk_the_file_stays_and_comes_in_later(drop):
     folder, inbox = drop
-    path = old(save(film(), folder / "film.dcm"))
+    path = old(save(xray(), folder / "image.dcm"))
     inbox.min_free_bytes = 1 << 60
     watched = Drop(folder, inbox)
     assert watched.rescan() == 0
@@ -91,8 +91,8 @@ def test_on_a_short_disk_the_file_stays_and_comes_in_later(drop):
 
 def test_a_running_drop_takes_what_is_copied_and_what_is_renamed_in(drop, tmp_path):
     folder, inbox = drop
-    source = save(film(), tmp_path / "film.dcm")
-    old(save(film(7), folder / "before.dcm"))
+    source = save(xray(), tmp_path / "image.dcm")
+    old(save(xray(7), folder / "before.dcm"))
     watched = Drop(folder, inbox)
     watched.start()
     try:

@@ -18,9 +18,9 @@ def names(folder: Path) -> list[str]:
 
 def test_put_returns_a_whole_file_under_a_random_name(tmp_path):
     inbox = Inbox(tmp_path, 0)
-    first, second = inbox.put(b"film one"), inbox.put(b"film one")
+    first, second = inbox.put(b"image one"), inbox.put(b"image one")
     assert first != second
-    assert first.read_bytes() == second.read_bytes() == b"film one"
+    assert first.read_bytes() == second.read_bytes() == b"image one"
     assert len(first.stem) == 32
     assert first.suffix == ".dcm"
     assert names(tmp_path) == sorted([first.name, second.name])
@@ -40,18 +40,18 @@ def test_every_byte_is_synced_before_the_rename_and_the_folder_after(tmp_path, m
 
     monkeypatch.setattr(os, "fsync", seen_fsync)
     monkeypatch.setattr(Path, "rename", seen_rename)
-    inbox.put(b"film")
+    inbox.put(b"image")
     assert steps == ["file", "rename", "folder"]
 
 
 def test_put_refuses_when_the_disk_would_run_short(tmp_path):
     inbox = Inbox(tmp_path, 1 << 60)
     with pytest.raises(OSError) as raised:
-        inbox.put(b"film")
+        inbox.put(b"image")
     assert raised.value.errno == errno.ENOSPC
     assert names(tmp_path) == []
     inbox.min_free_bytes = 0
-    assert inbox.put(b"film").exists()
+    assert inbox.put(b"image").exists()
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(tmp_path):
@@ -94,9 +94,9 @@ def test_temps_are_not_waiting_and_are_swept(tmp_path):
 def test_the_sweep_leaves_a_living_writer_alone(tmp_path):
     inbox = Inbox(tmp_path, 0)
     with inbox.begin() as incoming:
-        incoming.write(b"film")
+        incoming.write(b"image")
         assert Inbox(tmp_path, 0).sweep() == 0
-        assert incoming.commit().read_bytes() == b"film"
+        assert incoming.commit().read_bytes() == b"image"
 
 
 def test_a_held_temp_of_a_dead_writer_is_swept(tmp_path):

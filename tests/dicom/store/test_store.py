@@ -13,14 +13,14 @@ SHA = "ab" + "0" * 62
 
 def test_an_original_is_kept_under_its_hash_and_once(tmp_path):
     source = tmp_path / "inbox.dcm"
-    source.write_bytes(b"film")
+    source.write_bytes(b"image")
     store = Store(tmp_path / "store")
     relative = store.keep_original(source, SHA)
     assert relative == f"originals/ab/{SHA}.dcm"
-    assert store.path(relative).read_bytes() == b"film"
+    assert store.path(relative).read_bytes() == b"image"
     assert store.keep_original(source, SHA) == relative
     source.unlink()
-    assert store.path(relative).read_bytes() == b"film"
+    assert store.path(relative).read_bytes() == b"image"
 
 
 def test_a_file_of_the_site_is_linked_and_a_foreign_one_copied(tmp_path):
@@ -39,7 +39,7 @@ def test_a_file_of_the_site_is_linked_and_a_foreign_one_copied(tmp_path):
 
 def test_what_is_set_aside_lies_apart(tmp_path):
     source = tmp_path / "inbox.dcm"
-    source.write_bytes(b"not a film")
+    source.write_bytes(b"not an image")
     store = Store(tmp_path / "store")
     assert store.keep_aside(source, SHA) == f"aside/ab/{SHA}.dcm"
     assert not list((store.folder / "originals").rglob("*.dcm"))
@@ -60,7 +60,7 @@ def test_a_plate_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize("sha", ["", "../../etc", "AB" * 32, "ab/" + "0" * 61])
 def test_only_a_hash_makes_a_path(tmp_path, sha):
     source = tmp_path / "inbox.dcm"
-    source.write_bytes(b"film")
+    source.write_bytes(b"image")
     store = Store(tmp_path / "store")
     with pytest.raises(ValueError):
         store.keep_original(source, sha)

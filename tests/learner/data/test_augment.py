@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from learner.data import augment
-from learner.data.feed import Films
+from learner.data.feed import ImageFeed
 from learner.round.manifest import load
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import make_round
@@ -40,7 +40,7 @@ def test_crop_is_antialiased_bicubic_like_pil(images):
     torch.testing.assert_close(ours[0], torch.tensor(np.asarray(theirs)), atol=1e-5, rtol=0)
 
 
-def test_crops_stay_inside_and_keep_their_share_of_the_film():
+def test_crops_stay_inside_and_keep_their_share_of_the_image():
     numbers = torch.rand(500, augment.NUMBERS)
     top, left, high, wide = augment.crop_boxes(numbers, 96, (0.2, 0.6))
     assert (top >= 0).all()
@@ -61,7 +61,7 @@ def test_equalise_is_pils(images):
     assert torch.equal(augment.equalise(flat), flat)
 
 
-def test_autocontrast_stretches_and_leaves_a_flat_film(images):
+def test_autocontrast_stretches_and_leaves_a_flat_image(images):
     out = augment.autocontrast(images * 0.3 + 0.2)
     assert out.min() == 0
     assert out.max() == 1
@@ -69,7 +69,7 @@ def test_autocontrast_stretches_and_leaves_a_flat_film(images):
     assert torch.equal(augment.autocontrast(flat), flat)
 
 
-def test_blur_keeps_a_flat_film_and_the_mean_of_the_middle(images):
+def test_blur_keeps_a_flat_image_and_the_mean_of_the_middle(images):
     flat = torch.full((2, 16, 16), 0.4)
     torch.testing.assert_close(augment.blur(flat, torch.tensor([0.1, 2.0])), flat)
     torch.testing.assert_close(augment.blur(images, torch.full((3,), 0.01)), images)
@@ -83,7 +83,7 @@ def test_rotation_by_a_quarter_is_exact(images):
     torch.testing.assert_close(augment.rotate(images, torch.zeros(3)), images, atol=1e-5, rtol=0)
 
 
-def test_first_view_is_the_film_and_nothing_is_mirrored_unless_asked():
+def test_first_view_is_the_image_and_nothing_is_mirrored_unless_asked():
     still = {"rotate": 0, "global_noise": 0, "global_scale": [1, 1], "mean": 0, "std": 1}
     recipe = resolve("distl", "demo", {**still, "image_size": 96, "local_size": 48})
     images = torch.rand(2, 1, 96, 96)
@@ -101,7 +101,7 @@ def test_a_batch_can_be_made_again_in_any_order_and_in_parts(tmp_path):
     round_ = load(make_round(tmp_path / "r"))
 
     def feed():
-        return Films(round_.unlabelled, round_.recipe, torch.device("cpu"), "unlabelled", fixed_order=False)
+        return ImageFeed(round_.unlabelled, round_.recipe, torch.device("cpu"), "unlabelled", fixed_order=False)
 
     first, again = feed(), feed()
     batches = [first.batch(0, i).views(slice(0, 4)) for i in range(first.batches)]
@@ -112,16 +112,16 @@ def test_a_batch_can_be_made_again_in_any_order_and_in_parts(tmp_path):
     assert not torch.equal(other[1], batches[0][1])
 
 
-def test_labelled_passes_keep_every_film_and_unlabelled_ones_drop_the_short_batch(tmp_path):
+def test_labelled_passes_keep_every_image_and_unlabelled_ones_drop_the_short_batch(tmp_path):
     round_ = load(make_round(tmp_path / "r", train=(6, 9)))
-    labelled = Films(round_.labelled, round_.recipe, torch.device("cpu"), "labelled", fixed_order=True)
+    labelled = ImageFeed(round_.labelled, round_.recipe, torch.device("cpu"), "labelled", fixed_order=True)
     assert sorted(np.concatenate(labelled.order(0))) == list(range(6))
     assert [list(o) for o in labelled.order(0)] == [list(o) for o in labelled.order(5)]
-    unlabelled = Films(round_.unlabelled, round_.recipe, torch.device("cpu"), "unlabelled", fixed_order=False)
+    unlabelled = ImageFeed(round_.unlabelled, round_.recipe, torch.device("cpu"), "unlabelled", fixed_order=False)
     assert [len(o) for o in unlabelled.order(0)] == [4, 4, 4]
 
 
-def test_views_made_together_are_those_of_one_film_and_one_operation_at_a_time(images):
+def test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time(images):
     recipe = resolve(
         "distl", "demo", {"image_size": 48, "local_size": 24, "local_views": 5, "global_noise": 0.5, "flip": True}
     )
@@ -130,18 +130,18 @@ def test_views_made_together_are_those_of_one_film_and_one_operation_at_a_time(i
     assert len(together) == 7
     chances = [(recipe.global_noise, recipe.global_scale, 48)] + [(recipe.local_noise, recipe.local_scale, 24)] * 5
     for number, (chance, scale, size) in enumerate(chances):
-        for film in range(3):
-            drawn = numbers[film : film + 1, number]
+        for sample in range(3):
+            drawn = numbers[sample : sample + 1, number]
             flip, angle, auto, equal, blurred, sigma = drawn[0, 2 * augment.TRIES + 2 :].tolist()
             top, left, high, wide = augment.crop_boxes(drawn, 48, scale)
             down, across = augment.crop_matrix(top, high, 48, size), augment.crop_matrix(left, wide, 48, size)
-            alone = (down @ images[film] @ across.transpose(1, 2)).clamp(0, 1)
+            alone = (down @ images[sample] @ across.transpose(1, 2)).clamp(0, 1)
             alone = alone.flip(-1) if flip < 0.5 else alone
             alone = augment.rotate(alone, torch.tensor([(2 * angle - 1) * recipe.rotate]))
             alone = augment.autocontrast(alone) if auto < chance else alone
             alone = augment.equalise(alone) if equal < chance else alone
             alone = augment.blur(alone, torch.tensor([0.1 + 1.9 * sigma])) if blurred < chance else alone
-            apart = (together[1 + number][film] - (alone - recipe.mean) / recipe.std).abs()
+            apart = (together[1 + number][sample] - (alone - recipe.mean) / recipe.std).abs()
             # the equaliser rounds to 256 levels: a pixel on the edge between two may fall to either side
             assert (apart > 1e-4).float().mean() < 0.01
 
@@ -151,15 +151,15 @@ def opposite(images, chosen, change, real=augment.changed):
 
 
 MUTATIONS = [
-    ("test_views_made_together_are_those_of_one_film_and_one_operation_at_a_time", "changed", opposite),
-    ("test_views_made_together_are_those_of_one_film_and_one_operation_at_a_time", "changed", lambda images, *_: images),
-    ("test_views_made_together_are_those_of_one_film_and_one_operation_at_a_time", "BLUR", (0.1, 1.0)),
+    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "changed", opposite),
+    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "changed", lambda images, *_: images),
+    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "BLUR", (0.1, 1.0)),
     ("test_resize_is_antialiased_bilinear_like_pil", "resize_matrix", lambda old, new, real=augment.resize_matrix: real(old, new).round()),
     ("test_crop_is_antialiased_bicubic_like_pil", "crop_matrix", lambda a, b, c, d, real=augment.crop_matrix: real(a + 1, b, c, d)),
-    ("test_crops_stay_inside_and_keep_their_share_of_the_film", "ASPECT", (-3.0, 3.0)),
+    ("test_crops_stay_inside_and_keep_their_share_of_the_image", "ASPECT", (-3.0, 3.0)),
     ("test_equalise_is_pils", "equalise", lambda images: images),
-    ("test_autocontrast_stretches_and_leaves_a_flat_film", "autocontrast", lambda images: images.clamp(0, 1)),
-    ("test_blur_keeps_a_flat_film_and_the_mean_of_the_middle", "blur", lambda images, sigma: images),
+    ("test_autocontrast_stretches_and_leaves_a_flat_image", "autocontrast", lambda images: images.clamp(0, 1)),
+    ("test_blur_keeps_a_flat_image_and_the_mean_of_the_middle", "blur", lambda images, sigma: images),
     ("test_rotation_by_a_quarter_is_exact", "rotate", lambda images, degrees, real=augment.rotate: real(images, -degrees)),
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 
 from learner.data import feed, packed_plates
 from learner.data.augment import resize_matrix
-from learner.data.feed import Films, read_plates
+from learner.data.feed import ImageFeed, read_plates
 from learner.round.manifest import ManifestError, load
 from tests.support.learner.round_folders import make_round
 
@@ -27,21 +27,21 @@ def round_(tmp_path):
     return load(make_round(tmp_path / "r"))
 
 
-def served(films):
+def served(samples):
     """The resize as serving does it, as a plain double sum in float64."""
     rows = resize_matrix(512, SIZE).double()
-    return torch.einsum("sx,bxy,ty->bst", rows, read_plates(films).double() / 255, rows).float()[:, None]
+    return torch.einsum("sx,bxy,ty->bst", rows, read_plates(samples).double() / 255, rows).float()[:, None]
 
 
 def feed_of(round_, packed=None, labels=None):
     cpu = torch.device("cpu")
-    return Films(round_.unlabelled, round_.recipe, cpu, "unlabelled", False, labels=labels, shard=packed)
+    return ImageFeed(round_.unlabelled, round_.recipe, cpu, "unlabelled", False, labels=labels, shard=packed)
 
 
 def test_packed_pixels_are_those_of_serving_to_half_a_level(round_):
-    films = round_.unlabelled
-    packed = packed_plates.open_shard(round_.folder, films, SIZE)
-    backwards = films[::-1]
+    samples = round_.unlabelled
+    packed = packed_plates.open_shard(round_.folder, samples, SIZE)
+    backwards = samples[::-1]
     theirs = served(backwards)
     ours = packed.images(packed.read(backwards))
     assert ours.shape == theirs.shape
@@ -76,37 +76,41 @@ def test_a_round_started_again_uses_its_shard(round_):
 
 
 def test_a_changed_plate_another_order_or_another_size_make_the_shard_anew(round_):
-    films = round_.unlabelled
-    keys = {packed_plates.key_of(films, SIZE), packed_plates.key_of(films[::-1], SIZE), packed_plates.key_of(films, 16)}
-    packed_plates.open_shard(round_.folder, films, SIZE)
-    np.save(films[3].plate, np.full((512, 512), 77, np.uint8))
-    os.utime(films[3].plate, ns=(1, 1))
-    keys.add(packed_plates.key_of(films, SIZE))
+    samples = round_.unlabelled
+    keys = {
+        packed_plates.key_of(samples, SIZE),
+        packed_plates.key_of(samples[::-1], SIZE),
+        packed_plates.key_of(samples, 16),
+    }
+    packed_plates.open_shard(round_.folder, samples, SIZE)
+    np.save(samples[3].plate, np.full((512, 512), 77, np.uint8))
+    os.utime(samples[3].plate, ns=(1, 1))
+    keys.add(packed_plates.key_of(samples, SIZE))
     assert len(keys) == 4
-    packed = packed_plates.open_shard(round_.folder, films, SIZE)
-    torch.testing.assert_close(packed.images(packed.read(films[3:4])), torch.full((1, 1, SIZE, SIZE), 77 / 255))
-    small = packed_plates.open_shard(round_.folder, films, 16)
-    assert small.read(films[:2]).shape == (2, 16, 16)
+    packed = packed_plates.open_shard(round_.folder, samples, SIZE)
+    torch.testing.assert_close(packed.images(packed.read(samples[3:4])), torch.full((1, 1, SIZE, SIZE), 77 / 255))
+    small = packed_plates.open_shard(round_.folder, samples, 16)
+    assert small.read(samples[:2]).shape == (2, 16, 16)
 
 
 def test_a_crash_while_packing_leaves_no_shard_and_the_next_start_makes_it(round_):
-    films = round_.unlabelled
-    lost = films[-1].plate
+    samples = round_.unlabelled
+    lost = samples[-1].plate
     kept = lost.read_bytes()
     lost.write_bytes(kept[:1000])
     with pytest.raises(ManifestError, match="not a plate"):
-        packed_plates.open_shard(round_.folder, films, SIZE)
+        packed_plates.open_shard(round_.folder, samples, SIZE)
     assert not (round_.folder / "shard").exists()
     lost.write_bytes(kept)
-    packed = packed_plates.open_shard(round_.folder, films, SIZE)
-    assert packed.levels.shape == (len(films), SIZE, SIZE)
+    packed = packed_plates.open_shard(round_.folder, samples, SIZE)
+    assert packed.levels.shape == (len(samples), SIZE, SIZE)
     assert sorted(p.name for p in (round_.folder / "shard").iterdir()) == ["key.json", "levels.i16"]
 
 
 @pytest.mark.parametrize("damage", ["levels cut", "levels gone", "note cut", "note of another version"])
 def test_a_damaged_shard_is_made_anew(round_, damage):
-    films, folder = round_.unlabelled, round_.folder / "shard"
-    whole = packed_plates.open_shard(round_.folder, films, SIZE).read(films)
+    samples, folder = round_.unlabelled, round_.folder / "shard"
+    whole = packed_plates.open_shard(round_.folder, samples, SIZE).read(samples)
     what, how = damage.split(" ", 1)
     file = folder / {"levels": "levels.i16", "note": "key.json"}[what]
     if how == "gone":
@@ -115,7 +119,7 @@ def test_a_damaged_shard_is_made_anew(round_, damage):
         os.truncate(file, file.stat().st_size // 2)
     else:
         file.write_text('"abc"')
-    assert torch.equal(packed_plates.open_shard(round_.folder, films, SIZE).read(films), whole)
+    assert torch.equal(packed_plates.open_shard(round_.folder, samples, SIZE).read(samples), whole)
 
 
 def test_a_missing_plate_is_named(round_):
@@ -139,17 +143,19 @@ def test_a_finished_round_keeps_no_shard(round_):
     assert not (round_.folder / "shard").exists()
 
 
-def test_a_feed_takes_a_table_of_labels_in_place_of_the_films_own(round_):
+def test_a_feed_takes_a_table_of_labels_in_place_of_the_images_own(round_):
     table = torch.arange(2.0 * len(round_.unlabelled)).view(-1, 2)
     mine = feed_of(round_, labels=table)
     for index, chosen in enumerate(mine.order(0)):
         assert torch.equal(mine.batch(0, index).labels, table[chosen])
 
 
-def test_the_films_of_a_pass_are_shuffled_once(round_, monkeypatch):
+def test_the_images_of_a_pass_are_shuffled_once(round_, monkeypatch):
     made = []
     monkeypatch.setattr(
-        Films, "_make_order", lambda self, sweep, real=Films._make_order: made.append(sweep) or real(self, sweep)
+        ImageFeed,
+        "_make_order",
+        lambda self, sweep, real=ImageFeed._make_order: made.append(sweep) or real(self, sweep),
     )
     mine = feed_of(round_)
     for sweep in (0, 1, 2):
@@ -166,10 +172,10 @@ MUTATIONS = [  # test, where, what, instead
     (test_views_from_the_shard_are_those_from_the_plates, packed_plates.Shard, "images", lambda self, x: x.float()[:, None] / 65535),
     (test_a_round_started_again_uses_its_shard, packed_plates.cache, "holds", lambda folder, key: False),
     (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates.cache, "holds", lambda folder, key: folder.exists()),
-    (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates, "key_of", lambda films, size: f"{len(films)} {size}"),
+    (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates, "key_of", lambda samples, size: f"{len(samples)} {size}"),
     (test_a_finished_round_keeps_no_shard, packed_plates, "remove_shard", lambda folder: None),
-    (test_a_feed_takes_a_table_of_labels_in_place_of_the_films_own, feed.torch, "from_numpy", lambda x, real=torch.from_numpy: real(x).roll(1, 0)),
-    (test_the_films_of_a_pass_are_shuffled_once, Films, "order", lambda self, sweep: self._make_order(sweep)),
+    (test_a_feed_takes_a_table_of_labels_in_place_of_the_images_own, feed.torch, "from_numpy", lambda x, real=torch.from_numpy: real(x).roll(1, 0)),
+    (test_the_images_of_a_pass_are_shuffled_once, ImageFeed, "order", lambda self, sweep: self._make_order(sweep)),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The bank of tokens: what frozen blocks answer, once and for all versions of a film."""
+"""The bank of tokens: what frozen blocks answer, once and for all versions of an image."""
 
 import os
 
@@ -23,15 +23,15 @@ def test_bank_holds_what_the_frozen_blocks_answer(tmp_path):
     state = run.state("t0", run.schedule(run.labelled("t0"), 1, 1e-3))
     run.from_backbone(state)
     state.student.eval()
-    films = run.round.films[:5]
+    samples = run.round.samples[:5]
     plain = make(tmp_path / "plain", **{**ALL, "frozen_blocks": 0})
-    images = Run(load(plain)).feed(films, "plain", 0, True).originals(np.arange(5))
+    images = Run(load(plain)).feed(samples, "plain", 0, True).originals(np.arange(5))
     with torch.no_grad():
         torch.testing.assert_close(
-            run.bank.originals(films), state.student.backbone.lower(images), atol=5e-3, rtol=5e-3
+            run.bank.originals(samples), state.student.backbone.lower(images), atol=5e-3, rtol=5e-3
         )
         whole = state.student.backbone(images)
-        torch.testing.assert_close(run.embeddings(state.student, films), whole, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(run.embeddings(state.student, samples), whole, atol=2e-2, rtol=2e-2)
     run.teller.close()
 
 
@@ -47,7 +47,7 @@ def test_bank_is_made_once_and_anew_for_another_recipe(tmp_path, monkeypatch):
     for changes in ({}, {}, {"rotate": 3.0}):
         write_manifest(folder, read_manifest(folder) | {"recipe": read_manifest(folder)["recipe"] | changes})
         run = Run(load(folder))
-        assert run.bank.whole.shape[:2] == (len(run.round.films), 3)
+        assert run.bank.whole.shape[:2] == (len(run.round.samples), 3)
         run.teller.close()
     assert len(filled) == 2
 
@@ -62,15 +62,15 @@ def test_the_end_of_the_window_does_not_wait_for_the_bank(tmp_path, monkeypatch)
     assert "the window ended" in result(folder)["reason"]
 
 
-def test_embeddings_of_many_films_are_given_up_when_the_round_is_asked_to_yield(tmp_path):
+def test_embeddings_of_many_images_are_given_up_when_the_round_is_asked_to_yield(tmp_path):
     run = Run(load(make(tmp_path / "r")))
     run.teller.asked = "SIGTERM"
     with pytest.raises(Paused, match="SIGTERM"):
-        run.embeddings(run.network(), run.round.films)
+        run.embeddings(run.network(), run.round.samples)
     run.teller.close()
 
 
-def test_a_bank_for_steps_that_look_at_no_crop_holds_none_and_the_same_versions_of_the_film(tmp_path):
+def test_a_bank_for_steps_that_look_at_no_crop_holds_none_and_the_same_versions_of_the_image(tmp_path):
     banks = {}
     for lam in (1.0, 0.0):
         run = Run(load(make(tmp_path / f"{lam}", **{**ALL, "lam": lam})))
@@ -80,7 +80,7 @@ def test_a_bank_for_steps_that_look_at_no_crop_holds_none_and_the_same_versions_
     assert np.array_equal(banks[1.0].whole, banks[0.0].whole)
 
 
-def test_views_of_the_bank_are_the_film_a_version_of_it_and_different_crops(tmp_path):
+def test_views_of_the_bank_are_the_image_a_version_of_it_and_different_crops(tmp_path):
     folder = make(tmp_path / "r", **ALL)
     run = Run(load(folder))
     batch = run.unlabelled().batch(0, 0)

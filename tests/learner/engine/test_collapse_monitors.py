@@ -56,7 +56,7 @@ def test_kl_is_the_mean_divergence_of_each_answer_from_their_mean():
     assert collapse_monitors.teacher_kl(rows).item() == pytest.approx(sum(plain) / len(plain), rel=1e-9)
 
 
-def test_kl_is_nought_in_both_kinds_of_collapse_and_ln_r_when_each_film_has_its_own_prototype():
+def test_kl_is_nought_in_both_kinds_of_collapse_and_ln_r_when_each_image_has_its_own_prototype():
     for collapsed in (torch.full((6, K), 1 / K).double(), one_hot([5] * 6), answers(1).expand(6, K)):
         assert collapse_monitors.teacher_kl(collapsed).item() == pytest.approx(0, abs=1e-12)
     assert collapse_monitors.teacher_kl(one_hot([0, 1, 2, 3, 4, 5])).item() == pytest.approx(math.log(6))
@@ -78,13 +78,13 @@ def test_cls_std_is_that_of_plain_arithmetic_and_ignores_lengths():
     assert collapse_monitors.cls_std(cls * lengths).item() == pytest.approx(collapse_monitors.cls_std(cls).item())
 
 
-def test_cls_std_is_one_on_the_whole_sphere_and_nought_when_all_films_look_alike():
+def test_cls_std_is_one_on_the_whole_sphere_and_nought_when_all_images_look_alike():
     poles = torch.cat([torch.eye(16), -torch.eye(16)])
     assert collapse_monitors.cls_std(poles).item() == pytest.approx(1)
     assert collapse_monitors.cls_std(poles[:1].expand(8, 16)).item() == 0
 
 
-def test_centre_is_at_most_as_long_as_if_every_prototype_were_every_film():
+def test_centre_is_at_most_as_long_as_if_every_prototype_were_every_image():
     assert collapse_monitors.centre_norm(torch.zeros(1, K)).item() == 0
     for prototypes in (K, 4 * K):
         assert collapse_monitors.centre_norm(torch.full((1, prototypes), -1.0)).item() == pytest.approx(1)
@@ -99,7 +99,7 @@ def test_what_is_added_to_the_logits_and_to_the_centre_is_not_seen():
     assert other["centre_norm"] > one["centre_norm"] == 0
 
 
-def test_a_single_film_says_nothing_about_films():
+def test_a_single_image_says_nothing_about_samples():
     shown = collapse_monitors.measure(torch.randn(2, K), torch.zeros(1, K), 0.04, torch.randn(1, 8), 3.0)
     assert {name for name, value in shown.items() if math.isnan(value)} == {"teacher_kl", "max_share", "cls_std"}
     assert set(shown) == set(collapse_limits.LIMITS)
@@ -145,17 +145,17 @@ def test_the_watch_goes_through_a_checkpoint_and_counts_on():
 
 
 def self_distil(steps, rate, centred):
-    """Monitors of a bare DINO loop on the same eight noisy films, without any watch."""
+    """Monitors of a bare DINO loop on the same eight noisy images, without any watch."""
     recipe = resolve("distl", "demo", TINY)
     plan = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
     torch.manual_seed(0)
     student, teacher = make_network(plan, recipe, 2), make_network(plan, recipe, 2)
     teacher.load_state_dict(student.state_dict())
-    films = torch.randn(8, 1, 16, 16)
+    samples = torch.randn(8, 1, 16, 16)
     dino, optimiser = DinoLoss(K, 0.1, 0.04, 0.9), torch.optim.AdamW(student.parameters(), rate)
     rows = []
     for _ in range(steps):
-        views = [films + 0.5 * torch.randn_like(films) for _ in range(3)]
+        views = [samples + 0.5 * torch.randn_like(samples) for _ in range(3)]
         with torch.no_grad():
             cls = teacher.encode(views[:2])
             logits = teacher.head(cls)
@@ -196,13 +196,13 @@ MUTATIONS = [
     ("test_a_teacher_and_student_without_opinion_score_ln_k_and_stand_on_the_plateau", "monitors.dino_gap", lambda d, k: d / k),
     ("test_entropy_is_one_when_uniform_and_nought_on_one_prototype_whatever_k", "monitors.teacher_entropy", lambda p: torch.special.entr(p).sum(-1).mean()),
     ("test_kl_is_the_mean_divergence_of_each_answer_from_their_mean", "monitors.teacher_kl", _wrong_kl),
-    ("test_kl_is_nought_in_both_kinds_of_collapse_and_ln_r_when_each_film_has_its_own_prototype", "monitors.teacher_kl", _wrong_kl),
+    ("test_kl_is_nought_in_both_kinds_of_collapse_and_ln_r_when_each_image_has_its_own_prototype", "monitors.teacher_kl", _wrong_kl),
     ("test_share_of_the_largest_prototype_goes_from_one_kth_to_one", "monitors.max_share", lambda p: p.max()),
     ("test_cls_std_is_that_of_plain_arithmetic_and_ignores_lengths", "monitors.cls_std", lambda c: c.std(0).mean()),
-    ("test_cls_std_is_one_on_the_whole_sphere_and_nought_when_all_films_look_alike", "monitors.cls_std", lambda c: torch.nn.functional.normalize(c).std(0, correction=0).mean()),
-    ("test_centre_is_at_most_as_long_as_if_every_prototype_were_every_film", "monitors.centre_norm", lambda c: c.norm()),
+    ("test_cls_std_is_one_on_the_whole_sphere_and_nought_when_all_images_look_alike", "monitors.cls_std", lambda c: torch.nn.functional.normalize(c).std(0, correction=0).mean()),
+    ("test_centre_is_at_most_as_long_as_if_every_prototype_were_every_image", "monitors.centre_norm", lambda c: c.norm()),
     ("test_what_is_added_to_the_logits_and_to_the_centre_is_not_seen", "monitors.measure", lambda t, c, temp, cls, d, right=collapse_monitors.measure: right(t + c, c, temp, cls, d)),
-    ("test_a_single_film_says_nothing_about_films", "monitors.math", type("Nought", (), {"nan": 0.0, "log": math.log, "sqrt": math.sqrt})),
+    ("test_a_single_image_says_nothing_about_images", "monitors.math", type("Nought", (), {"nan": 0.0, "log": math.log, "sqrt": math.sqrt})),
     ("test_a_run_is_collapsed_after_its_patience_and_not_a_step_before", "collapse.count", lambda w, s, right=collapse_limits.count: right(right(w, s), s)),
     ("test_one_healthy_step_starts_the_patience_anew", "collapse.count", lambda w, s, right=collapse_limits.count: {**w, **right(w, s)}),
     ("test_a_step_that_says_nothing_neither_starts_nor_ends_a_collapse", "collapse.count", lambda w, s, right=collapse_limits.count: right(w, {k: 0.0 if math.isnan(v) else v for k, v in s.items()})),

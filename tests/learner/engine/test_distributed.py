@@ -1,4 +1,4 @@
-"""Several processes take one step: the same step as one process, decided alike, whatever share of the films each has."""
+"""Several processes take one step: the same step as one process, decided alike, whatever share of the images each has."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ from learner.engine import collapse_monitors, distributed, progress, step
 from learner.engine.step import Batch, Stopped
 from learner.objectives import dino
 from learner.objectives.correction import correct, distil
-from learner.round.manifest import Film
+from learner.round.manifest import Sample
 from learner.round.recipe import resolve
 from tests.conftest import free_port
 from tests.learner.engine.test_step import Endless, crowd, make_batch, make_state, parameters
@@ -46,20 +46,20 @@ def together(world, work):
     return [answer for _, _, answer in given]
 
 
-def shared(films=4, labels=None):
+def shared(samples=4, labels=None):
     """The batch of `make_batch`, of which each rank has its share, as a feed hands it out."""
-    whole, mine = make_batch(films, labels), distributed.share(films)
+    whole, mine = make_batch(samples, labels), distributed.share(samples)
 
     def views(part):
-        return [v[mine][part] for v in whole.views(slice(0, films))]
+        return [v[mine][part] for v in whole.views(slice(0, samples))]
 
-    return Batch(mine.stop - mine.start, views, labels if labels is None else labels[mine], None, films, whole.known)
+    return Batch(mine.stop - mine.start, views, labels if labels is None else labels[mine], None, samples, whole.known)
 
 
-def after(tick, films=4, labels=None, **overrides):
+def after(tick, samples=4, labels=None, **overrides):
     """Numbers told, weights and centre after two steps of `tick`, as lists."""
     state = make_state(**overrides)
-    told = [tick(state, shared(films, labels)) for _ in range(2)]
+    told = [tick(state, shared(samples, labels)) for _ in range(2)]
     return told, parameters(state.student).tolist(), state.centres["dino"].centre.flatten().tolist()
 
 
@@ -70,7 +70,7 @@ def assert_alike(one, other):
     np.testing.assert_allclose(one[2], other[2], rtol=1e-7, atol=1e-9)
 
 
-def test_a_step_on_unlabelled_films_is_the_same_on_one_rank_two_and_three():
+def test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three():
     alone = after(distil)
     for world in (2, 3):
         for given in together(world, lambda: after(distil)):
@@ -83,12 +83,12 @@ def test_unknown_labels_weigh_alike_wherever_they_fall():
         assert_alike(given, alone)
 
 
-def test_a_rank_without_a_film_takes_the_same_step():
-    alone = after(distil, films=2)
-    assert_alike(together(3, lambda: after(distil, films=2))[0], alone)
+def test_a_rank_without_a_image_takes_the_same_step():
+    alone = after(distil, samples=2)
+    assert_alike(together(3, lambda: after(distil, samples=2))[0], alone)
 
 
-def test_a_network_part_that_no_film_reached_stays_without_a_gradient():
+def test_a_network_part_that_no_image_reached_stays_without_a_gradient():
     def untouched():
         state = make_state(correct_loss="ce")
         correct(state, shared(2, LABELS[:2]))
@@ -112,15 +112,15 @@ def test_shares_are_whole_in_order_and_even(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["unlabelled", "labelled"])
-def test_ranks_make_the_views_of_one_process_film_by_film(tmp_path, monkeypatch, name):
-    films = []
+def test_ranks_make_the_views_of_one_process_image_by_sample(tmp_path, monkeypatch, name):
+    samples = []
     for i in range(5):
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(0, 255, (512, 512)).astype(np.uint8))
-        films.append(Film(i, f"p{i}", tmp_path / f"{i}.npy", "train", (i % 2, None if i % 3 else 1)))
+        samples.append(Sample(i, f"p{i}", tmp_path / f"{i}.npy", "train", (i % 2, None if i % 3 else 1)))
     recipe = resolve("distl", "demo", {"batch": 3, "image_size": 32, "local_size": 16})
 
     def batches():
-        images = feed.Films(films, recipe, torch.device("cpu"), name, fixed_order=False)
+        images = feed.ImageFeed(samples, recipe, torch.device("cpu"), name, fixed_order=False)
         return [images.batch(sweep, i) for sweep in range(2) for i in range(images.batches)]
 
     whole, mine = batches(), []
@@ -142,7 +142,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all():
     def walked():
         state = make_state()
         if distributed.rank() == 1:
-            crowd(state, 2)  # two views of one film
+            crowd(state, 2)  # two views of one image
         state.schedule.lr[:] = 1e-3
         seen = []
 
@@ -154,7 +154,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all():
             step.walk(state, lambda state: distil(state, Endless(shared()).batch(0, 0)), stop)
         return state.micro, state.notes
 
-    note = "out of memory: 1 films a pass instead of 2, the same batch and result"
+    note = "out of memory: 1 images a pass instead of 2, the same batch and result"
     assert together(2, walked) == [(1, [note])] * 2
 
 
@@ -222,11 +222,11 @@ def local_mean(rows):
 
 
 MUTATIONS = [
-    ("test_a_step_on_unlabelled_films_is_the_same_on_one_rank_two_and_three", (distributed, "add_up"), nothing),
-    ("test_a_step_on_unlabelled_films_is_the_same_on_one_rank_two_and_three", (distributed, "mean"), local_mean),
-    ("test_a_step_on_unlabelled_films_is_the_same_on_one_rank_two_and_three", (dino, "share_of"), lambda b, p: 1.0),
+    ("test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three", (distributed, "add_up"), nothing),
+    ("test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three", (distributed, "mean"), local_mean),
+    ("test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three", (dino, "share_of"), lambda b, p: 1.0),
     (
-        "test_a_step_on_unlabelled_films_is_the_same_on_one_rank_two_and_three",
+        "test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three",
         (collapse_monitors, "max_share"),
         lambda assigned: assigned.mean(0, dtype=torch.float64).max(),
     ),
@@ -235,9 +235,9 @@ MUTATIONS = [
         (dino, "label_loss"),
         lambda student, labels, known: step_label_loss(student, labels),
     ),
-    ("test_a_rank_without_a_film_takes_the_same_step", (distributed, "mean"), local_mean),
+    ("test_a_rank_without_a_image_takes_the_same_step", (distributed, "mean"), local_mean),
     (
-        "test_a_network_part_that_no_film_reached_stays_without_a_gradient",
+        "test_a_network_part_that_no_image_reached_stays_without_a_gradient",
         (distributed, "gather"),
         lambda value: [value] * 3,
     ),

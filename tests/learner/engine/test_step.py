@@ -44,10 +44,10 @@ def distilled(state, batch, after=lambda losses: None):
     walk(state, lambda state: distil_and_correct(state, Endless(batch), None), after)
 
 
-def make_batch(films=4, labels=None):
+def make_batch(samples=4, labels=None):
     torch.manual_seed(1)
-    views = [torch.rand(films, 1, side, side).double() for side in (16, 16, 8, 8)]
-    return Batch(films, lambda part: [v[part] for v in views], labels)
+    views = [torch.rand(samples, 1, side, side).double() for side in (16, 16, 8, 8)]
+    return Batch(samples, lambda part: [v[part] for v in views], labels)
 
 
 class Endless:
@@ -77,7 +77,7 @@ def test_unknown_labels_weigh_nothing():
 
 
 def test_a_step_without_a_row_for_a_centre_leaves_it_where_it_is():
-    """As when none of a small batch's views is masked (one in four of a single film's steps)."""
+    """As when none of a small batch's views is masked (one in four of a single image's steps)."""
     state = make_state()
     before = centre(state).fill_(0.25).clone()
 
@@ -224,22 +224,22 @@ def crowd(state, room, full=device_is_full):
 @pytest.mark.parametrize("full", [device_is_full, machine_is_full])
 def test_out_of_memory_halves_the_pass_and_not_the_step(full):
     roomy, crowded = make_state(), make_state()
-    crowd(crowded, 2, full)  # two views of one film
+    crowd(crowded, 2, full)  # two views of one image
     for state in (roomy, crowded):
         state.schedule = replace(state.schedule, lr=state.schedule.lr[:3])
         distilled(state, make_batch())
     assert crowded.micro == 1
     assert crowded.notes == [
-        "out of memory: 2 films a pass instead of 4, the same batch and result",
-        "out of memory: 1 films a pass instead of 2, the same batch and result",
+        "out of memory: 2 images a pass instead of 4, the same batch and result",
+        "out of memory: 1 images a pass instead of 2, the same batch and result",
     ]
     torch.testing.assert_close(parameters(roomy.student), parameters(crowded.student), rtol=1e-7, atol=1e-8)
 
 
-def test_out_of_memory_with_one_film_stops_the_round():
+def test_out_of_memory_with_one_image_stops_the_round():
     state = make_state()
     crowd(state, 1)
-    with pytest.raises(Stopped, match="out of memory: one film a pass doesn't fit"):
+    with pytest.raises(Stopped, match="out of memory: one image a pass doesn't fit"):
         distilled(state, make_batch())
 
 
@@ -260,7 +260,7 @@ def test_loss_that_is_no_number_stops_before_the_weights_are_touched():
     assert torch.equal(parameters(state.student), before)
 
 
-def test_network_that_sees_every_film_alike_is_called_collapsed():
+def test_network_that_sees_every_image_alike_is_called_collapsed():
     state = make_state()
     for network in (state.student, state.teacher):
         torch.nn.init.zeros_(network.backbone.vit.patch_embed.proj.weight)
@@ -271,7 +271,7 @@ def test_network_that_sees_every_film_alike_is_called_collapsed():
     assert len(steps) == PATIENCE - 1
 
 
-def test_one_film_alone_is_no_collapse():
+def test_one_image_alone_is_no_collapse():
     state = make_state()
-    distilled(state, make_batch(films=1))
+    distilled(state, make_batch(samples=1))
     assert state.step == STEPS

@@ -23,7 +23,7 @@ from tests.support.learner.round_folders import make_round, read_manifest, resul
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--max-restarts", "3"]
-# Stochastic depth draws for the films of a rank, so its masks are others; everything else is to be the same.
+# Stochastic depth draws for the images of a rank, so its masks are others; everything else is to be the same.
 KEYS = {"drop_path": 0.0, "checkpoint_seconds": 0}
 
 
@@ -45,7 +45,7 @@ def finished(process, folder, code=0, seconds=120):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A first round with corrections, T=0 included, learnt by one process: an odd batch, and a late one of one film."""
+    """A first round with corrections, T=0 included, learnt by one process: an odd batch, and a late one of one image."""
     folder = make_round(tmp_path_factory.mktemp("alone") / "r", train=(5, 8), **KEYS)
     return finished(learner(folder, [sys.executable]), folder)
 
@@ -252,7 +252,7 @@ def test_workers_whose_torchrun_was_killed_pause_and_leave_the_round_free(copy):
 
 def test_a_refusal_is_said_once_and_not_tried_again(copy):
     manifest = read_manifest(copy)
-    manifest["films"][0]["range"] = "golden"
+    manifest["images"][0]["range"] = "golden"
     write_manifest(copy, manifest)
     finished(learner(copy, TORCHRUN), copy)
     assert result(copy)["state"] == "stopped"

@@ -37,7 +37,7 @@ def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps
 
 
 def test_the_running_mean_is_served_where_validation_prefers_it(tmp_path):
-    run = Run(load(make(tmp_path / "r", films={"validation": 24}, refit="none", average="all")))
+    run = Run(load(make(tmp_path / "r", samples={"validation": 24}, refit="none", average="all")))
     final = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
     champion = run.network()
     champion.load_state_dict(final.student.state_dict())
@@ -54,7 +54,7 @@ def test_the_running_mean_is_served_where_validation_prefers_it(tmp_path):
     run.teller.close()
 
 
-def test_batch_norm_of_averaged_weights_is_measured_on_the_films(tmp_path):
+def test_batch_norm_of_averaged_weights_is_measured_on_the_images(tmp_path):
     folder = make(tmp_path / "r", arch="test_resnet", average="all", refit="none", lam=0.0, prototypes=0, local_views=0)
     assert main([str(folder)]) == 0, result(folder)
     run = Run(load(folder))
@@ -72,17 +72,17 @@ def test_batch_norm_of_averaged_weights_is_measured_on_the_films(tmp_path):
 
 @pytest.mark.parametrize(("factor", "chosen"), [(-1.0, "champion"), (0.5, "teacher")])
 def test_only_a_round_that_did_harm_is_taken_back(tmp_path, factor, chosen):
-    run = Run(load(make(tmp_path / "r", films={"validation": 24}, refit="none", average="ema")))
-    films = run.round.of("validation")
+    run = Run(load(make(tmp_path / "r", samples={"validation": 24}, refit="none", average="ema")))
+    samples = run.round.of("validation")
     final = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
     champion = final.student
-    seen = run.embeddings(champion, films)
-    evolve.set_head(champion, evolve.linear.fit(seen, label_table(films), 1e-3))
+    seen = run.embeddings(champion, samples)
+    evolve.set_head(champion, evolve.linear.fit(seen, label_table(samples), 1e-3))
     kept = {key: value.clone() for key, value in champion.state_dict().items()}
     final.student = run.network()
     final.student.load_state_dict(kept)
     for layer in final.student.cls_head.parameters():
-        layer.data *= factor  # -1: every answer turned round; .5: the same order of films
+        layer.data *= factor  # -1: every answer turned round; .5: the same order of images
     final.teacher.load_state_dict(final.student.state_dict())
     assert evolve.choose(run, final, champion) == chosen
     for key, value in final.student.state_dict().items():

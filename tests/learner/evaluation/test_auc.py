@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scored import ALPHA, Site, binormal, row
 from sklearn.metrics import roc_auc_score
 
 from learner.evaluation import auc as stats
 from learner.evaluation.gate import Scores, alpha_per_look, auc, power
+from tests.support.learner.golden_scores import ALPHA, Site, binormal, row
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=60))
-def test_auc_is_sklearns_with_ties(films):
-    scores, labels = np.array([s for s, _ in films], float), np.array([y for _, y in films], float)
+def test_auc_is_sklearns_with_ties(samples):
+    scores, labels = np.array([s for s, _ in samples], float), np.array([y for _, y in samples], float)
     if 0 < labels.sum() < len(labels):
         assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
         assert auc(scores**3 + 5, labels) == pytest.approx(auc(scores, labels), abs=1e-12)  # only the order counts
@@ -70,7 +70,7 @@ def obuchowski_by_loops(a: np.ndarray, b: np.ndarray, labels: np.ndarray, patien
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_variance_is_delongs_with_one_film_a_patient_and_obuchowskis_with_several(seed):
+def test_variance_is_delongs_with_one_image_a_patient_and_obuchowskis_with_several(seed):
     rng = np.random.default_rng(seed)
     labels = (rng.random(70) < 0.4).astype(float)
     shared = rng.standard_normal(70)
@@ -91,14 +91,14 @@ def test_clustered_variance_agrees_with_a_bootstrap_over_patients():
     patients = np.repeat(np.arange(150), 3)
     sick = np.repeat((rng.random(150) < 0.4).astype(float), 3)
     labels = np.where(rng.random(450) < 0.1, 1 - sick, sick)
-    person = np.repeat(rng.standard_normal(150), 3)  # films of a patient look alike
+    person = np.repeat(rng.standard_normal(150), 3)  # images of a patient look alike
     a, b = (binormal(rng, labels, 0.85, person, 0.7) for _ in range(2))
     one, two = (stats.curve(s, labels, patients, 150) for s in (a, b))
     measured = one.variance + two.variance - 2 * stats.covariance(one, two)
-    films = [np.flatnonzero(patients == p) for p in range(150)]
+    samples = [np.flatnonzero(patients == p) for p in range(150)]
     draws = []
     for _ in range(800):
-        pick = np.concatenate([films[p] for p in rng.integers(0, 150, 150)])
+        pick = np.concatenate([samples[p] for p in rng.integers(0, 150, 150)])
         draws.append([auc(a[pick], labels[pick]), auc(b[pick], labels[pick])])
     drawn = np.array(draws)
     assert one.variance == pytest.approx(drawn[:, 0].var(), rel=0.2)
@@ -211,7 +211,7 @@ def test_a_perfect_sample_does_not_claim_to_be_certain():
     assert perfect.variance == pytest.approx(2 / 100**2)
 
 
-def test_two_models_of_equal_auc_that_place_films_differently_are_not_the_same():
+def test_two_models_of_equal_auc_that_place_images_differently_are_not_the_same():
     labels = np.r_[np.ones(4), np.zeros(4)]
     a = stats.curve(np.array([8, 7, 6, 2.5, 4, 3, 2, 1.0]), labels, np.arange(8), 8)
     b = stats.curve(np.array([2.5, 7, 6, 8, 4, 3, 2, 1.0]), labels, np.arange(8), 8)
@@ -220,7 +220,7 @@ def test_two_models_of_equal_auc_that_place_films_differently_are_not_the_same()
 
 
 def test_the_macro_auc_varies_as_its_mean_over_patients_does():
-    site = Site(films=300, findings=("effusion", "opacity"), seed=3)
+    site = Site(samples=300, findings=("effusion", "opacity"), seed=3)
     site.labels[:, 1] = np.where(site.rng.random(300) < 0.5, site.labels[:, 0], site.labels[:, 1])
     site.shared[:, 1] = 0.7 * site.shared[:, 0] + 0.7 * site.shared[:, 1]
     scores = site.model(0.85, 0.75).probabilities

@@ -6,10 +6,10 @@ import pytest
 from learner.evaluation.calibrate import auc, temperature, threshold
 
 
-def sample(seed=0, films=200, scale=1.0):
+def sample(seed=0, samples=200, scale=1.0):
     rng = np.random.default_rng(seed)
-    logits = rng.normal(0, 1.5, films)
-    labels = (rng.random(films) < 1 / (1 + np.exp(-logits))).astype(float)
+    logits = rng.normal(0, 1.5, samples)
+    labels = (rng.random(samples) < 1 / (1 + np.exp(-logits))).astype(float)
     return logits * scale, labels
 
 
@@ -22,7 +22,7 @@ def test_auc_counts_pairs_and_halves_ties():
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
 def test_temperature_undoes_overconfidence(scale):
-    logits, labels = sample(films=4000, scale=scale)
+    logits, labels = sample(samples=4000, scale=scale)
     assert temperature(logits, labels) == pytest.approx(scale, rel=0.15)
 
 
@@ -37,7 +37,7 @@ def test_temperature_is_the_best_on_a_grid():
 
 
 def test_too_few_labels_leave_the_defaults_and_say_so():
-    logits, labels = sample(films=6)
+    logits, labels = sample(samples=6)
     assert temperature(logits, labels) == 1.0
     few = threshold(1 / (1 + np.exp(-logits)), labels)
     assert (few["threshold"], few["rule"]) == (0.5, "0.5: fewer than 5 of a class in calibration")

@@ -6,10 +6,10 @@ from math import nan
 
 import numpy as np
 import pytest
-from scored import ALPHA, EASY, Site, row
 
 from learner.evaluation import auc as stats
 from learner.evaluation.gate import Rules, Scores, golden_power
+from tests.support.learner.golden_scores import ALPHA, EASY, Site, row
 
 
 def test_the_champion_itself_is_non_inferior_and_not_better():
@@ -69,7 +69,7 @@ def test_one_class_or_no_labels_at_all_is_not_shown_with_the_number_that_is_miss
     ("sick", "shown", "decided"), [(29, False, False), (30, True, False), (99, True, False), (100, True, True)]
 )
 def test_thirty_patients_show_an_interval_and_a_hundred_decide(sick, shown, decided):
-    site = Site(films=600, seed=11)
+    site = Site(samples=600, seed=11)
     site.labels[:, 0] = np.arange(600) < sick
     for labels in (site.labels.copy(), 1 - site.labels):  # the smaller class, whichever it is
         site.labels = labels
@@ -79,9 +79,9 @@ def test_thirty_patients_show_an_interval_and_a_hundred_decide(sick, shown, deci
         assert decided or f"needs {100 - sick} more patients" in str(seen)
 
 
-def test_four_films_of_a_patient_are_one_patient():
-    site = Site(films=600, per_patient=4, seed=12)
-    site.labels[:, 0] = np.arange(600) < 240  # 240 films of 60 patients
+def test_four_images_of_a_patient_are_one_patient():
+    site = Site(samples=600, per_patient=4, seed=12)
+    site.labels[:, 0] = np.arange(600) < 240  # 240 images of 60 patients
     seen = row(site.judge(site.model(0.9), site.model(0.9)), "vs champion", "effusion")
     assert (seen.positives, seen.negatives, seen.needs) == (60, 90, 40)
 
@@ -93,7 +93,7 @@ def test_ties_everywhere_are_a_constant_that_fails():
     assert row(verdict, "vs champion", "effusion").candidate == 0.5
     assert row(verdict, "vs champion", "effusion").outcome == "worse"
     assert row(verdict, "spread", "effusion").outcome == "fail"
-    assert "label train films of both kinds, or leave this finding out" in verdict.line
+    assert "label train images of both kinds, or leave this finding out" in verdict.line
 
 
 # ------------------------------------------------------------------------------------------------------ the outcomes
@@ -111,7 +111,7 @@ def test_worse_than_the_champion_fails_and_the_line_gives_the_numbers():
 
 
 def test_as_good_as_a_champion_that_slid_is_not_enough_for_the_baseline():
-    site = Site(films=3000, seed=15)
+    site = Site(samples=3000, seed=15)
     baseline, champion = site.model(0.92, r=0.97), site.model(0.87, r=0.97)
     verdict = site.judge(site.model(0.868, r=0.97), champion, baseline)
     assert row(verdict, "vs champion", "effusion").outcome == "non_inferior"
@@ -129,7 +129,7 @@ def test_better_passes_where_superiority_is_required():
 
 
 def test_no_difference_passes_only_where_non_inferiority_is_enough():
-    site = Site(films=3000, seed=17)
+    site = Site(samples=3000, seed=17)
     candidate, champion = site.model(0.9, r=0.98), site.model(0.9, r=0.98)
     strict = site.judge(candidate, champion, rules=Rules())
     assert site.judge(candidate, champion, rules=EASY).outcome == "passed"
@@ -137,7 +137,7 @@ def test_no_difference_passes_only_where_non_inferiority_is_enough():
 
 
 def test_a_small_set_that_cannot_tell_is_not_shown_and_says_how_many_more():
-    site = Site(films=400, seed=18)
+    site = Site(samples=400, seed=18)
     verdict = site.judge(site.model(0.9, r=0.6), site.model(0.9, r=0.6))
     open_row = row(verdict, "vs champion", "effusion")
     assert verdict.outcome == "not_shown" == open_row.outcome
@@ -146,7 +146,7 @@ def test_a_small_set_that_cannot_tell_is_not_shown_and_says_how_many_more():
 
 
 def test_the_number_of_patients_asked_for_gives_the_power_promised():
-    site = Site(films=400, seed=18)
+    site = Site(samples=400, seed=18)
     candidate, champion = site.model(0.9, r=0.6), site.model(0.9, r=0.6)
     seen = row(site.judge(candidate, champion), "vs champion", "effusion")
     a, b = (stats.curve(s.probabilities[:, 0], site.labels[:, 0], np.arange(400), 400) for s in (candidate, champion))
@@ -156,14 +156,14 @@ def test_the_number_of_patients_asked_for_gives_the_power_promised():
 
 
 def test_an_interval_that_crosses_the_margin_below_zero_is_neither_worse_nor_shown():
-    site = Site(films=3000, seed=1)
+    site = Site(samples=3000, seed=1)
     seen = row(site.judge(site.model(0.885, r=0.97), site.model(0.90, r=0.97), alpha=0.01), "vs champion", "effusion")
     assert seen.ci[0] < -0.02 < seen.ci[1] < 0
     assert seen.outcome == "not_shown"
 
 
 def test_what_was_not_shown_and_not_required_is_still_named():
-    site = Site(films=3000, findings=("effusion", "nodule"), seed=19)
+    site = Site(samples=3000, findings=("effusion", "nodule"), seed=19)
     site.labels[:, 1] = np.arange(3000) < 40
     rules = replace(EASY, must_show=("effusion",))
     verdict = site.judge(site.model(0.9, 0.8, r=0.98), site.model(0.9, 0.8, r=0.98), rules=rules)
@@ -181,7 +181,7 @@ def test_a_finding_nobody_requires_still_fails_the_round_when_it_is_worse():
 
 
 def test_a_new_finding_starts_not_shown_and_holds_nobody_up():
-    site = Site(films=3000, findings=("effusion", "fracture"), seed=21)
+    site = Site(samples=3000, findings=("effusion", "fracture"), seed=21)
     old = ("effusion",)
     candidate = site.model(0.9, 0.8, r=0.98)
     champion = site.model(0.9, r=0.98, findings=old)
@@ -194,7 +194,7 @@ def test_a_new_finding_starts_not_shown_and_holds_nobody_up():
 
 
 def test_a_reordered_vocabulary_is_compared_by_name():
-    site = Site(films=2000, findings=("effusion", "opacity"), seed=22)
+    site = Site(samples=2000, findings=("effusion", "opacity"), seed=22)
     champion = site.model(0.95, 0.7)
     swapped = Scores(champion.probabilities[:, ::-1], ("opacity", "effusion"))
     assert row(site.judge(swapped, champion), "vs champion", "effusion").ci == (0.0, 0.0)
@@ -236,7 +236,7 @@ def test_a_verdict_is_the_same_for_the_same_scores_and_its_json_has_the_contract
 
 
 def test_golden_power_uses_the_measured_correlation():
-    site = Site(films=1200, findings=("effusion", "nodule"), seed=31)
+    site = Site(samples=1200, findings=("effusion", "nodule"), seed=31)
     site.labels[:, 1] = np.arange(1200) < 40
     close = golden_power(site.model(0.9, 0.8, r=0.98), site.model(0.9, 0.8, r=0.98), site.golden, Rules(), ALPHA)
     apart = golden_power(site.model(0.9, 0.8, r=0.5), site.model(0.9, 0.8, r=0.5), site.golden, Rules(), ALPHA)

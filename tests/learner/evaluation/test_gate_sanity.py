@@ -5,9 +5,9 @@ from math import nan
 
 import numpy as np
 import pytest
-from scored import Site, row
 
 from learner.evaluation.gate import Check, Scores
+from tests.support.learner.golden_scores import Site, row
 
 
 @pytest.mark.parametrize("broken", [nan, np.inf, 1.2, -0.1])
@@ -49,7 +49,7 @@ def test_an_inverted_teacher_is_caught_however_confident_its_student_is():
         ({"1": 2e-6, "8": 1.1e-3}, "fail"),
         ({"1": 2e-6, "8": nan}, "fail"),
         (None, "fail"),
-        ({"films": 3}, "fail"),
+        ({"images": 3}, "fail"),
     ],
 )
 def test_parity_is_held_at_every_batch_size_and_must_be_measured(parity, outcome):
@@ -58,16 +58,16 @@ def test_parity_is_held_at_every_batch_size_and_must_be_measured(parity, outcome
     verdict = site.judge(champion, champion, parity=parity)
     seen = row(verdict, "parity")
     assert seen.outcome == outcome
-    assert seen.observed is None or seen.observed == max(v for k, v in parity.items() if k != "films")
+    assert seen.observed is None or seen.observed == max(v for k, v in parity.items() if k != "images")
     assert verdict.outcome == ("passed" if outcome == "ok" else "failed")
 
 
 def test_rows_measured_elsewhere_count_like_the_gates_own():
     site = Site(seed=28)
     champion = site.model(0.9)
-    replay = Check("replay", None, 0.31, None, "<= 0.05 of films flip", "fail")
+    replay = Check("replay", None, 0.31, None, "<= 0.05 of images flip", "fail")
     verdict = site.judge(champion, champion, measured=(replay,))
-    assert verdict.outcome == "failed" and "replay 0.31, required <= 0.05 of films flip" in verdict.line
+    assert verdict.outcome == "failed" and "replay 0.31, required <= 0.05 of images flip" in verdict.line
 
 
 def test_a_subgroup_with_too_little_data_is_named_and_holds_nobody_up():

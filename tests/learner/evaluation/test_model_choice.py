@@ -11,7 +11,7 @@ PATIENTS = [f"p{i}" for i in range(40)]
 
 
 def scores(swapped: int) -> np.ndarray:
-    """Separates the classes but for `swapped` films of each, which lie on the other side."""
+    """Separates the classes but for `swapped` images of each, which lie on the other side."""
     logits = np.linspace(2, 1, 40)[:, None] * (2 * TRUTH - 1)
     logits[:swapped] *= -1
     logits[20 : 20 + swapped] *= -1
@@ -20,7 +20,7 @@ def scores(swapped: int) -> np.ndarray:
 
 def test_a_difference_within_its_error_keeps_the_first_named():
     better = scores(3)
-    better[0] = np.sort(better[20:, 0])[8]  # one film with the finding, less far on the wrong side
+    better[0] = np.sort(better[20:, 0])[8]  # one image with the finding, less far on the wrong side
     one, other = (model_choice.macro_curve(given, TRUTH, PATIENTS) for given in (scores(3), better))
     assert 0 < other.value - one.value <= model_choice.error(one, other)
     assert model_choice.first_as_good([one, other]) == 0
@@ -46,7 +46,7 @@ def test_the_error_is_that_of_the_paired_difference():
 
 
 @pytest.mark.parametrize(("positives", "patients"), [(4, 40), (20, 2)])
-def test_too_few_films_or_patients_of_a_class_choose_nothing(positives, patients):
+def test_too_few_images_or_patients_of_a_class_choose_nothing(positives, patients):
     truth = TRUTH.copy()
     truth[positives:20] = np.nan
     who = [f"p{min(i // 20, patients - 1) if patients == 2 else i}" for i in range(40)]

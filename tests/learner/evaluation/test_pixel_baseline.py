@@ -9,7 +9,7 @@ from learner.evaluation import pixel_baseline
 from learner.evaluation.gate import auc
 
 
-def films(n: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def samples(n: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, d)) * rng.uniform(0.5, 3, d) + rng.uniform(-5, 5, d)
     y = (x @ rng.standard_normal(d) * 0.3 + rng.standard_normal(n) > x.mean()).astype(float)
@@ -19,7 +19,7 @@ def films(n: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("n", "d"), [(300, 20), (30, 80)])
 @pytest.mark.parametrize("penalty", [1.0, 100.0])
 def test_the_fit_is_sklearns(n, d, penalty):
-    x, y = films(n, d)
+    x, y = samples(n, d)
     ours = pixel_baseline.fit(x, y[:, None], penalty)
     standard = (x - x.mean(axis=0)) / x.std(axis=0)
     theirs = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=5000).fit(standard, y)
@@ -28,7 +28,7 @@ def test_the_fit_is_sklearns(n, d, penalty):
 
 
 def test_unknown_labels_are_left_out_of_the_finding_they_belong_to():
-    x, y = films(200, 10)
+    x, y = samples(200, 10)
     gaps = np.stack([y, y], axis=1)
     gaps[50:, 1] = np.nan
     both = pixel_baseline.fit(x, gaps)
@@ -38,7 +38,7 @@ def test_unknown_labels_are_left_out_of_the_finding_they_belong_to():
 
 
 def test_a_finding_with_one_class_or_none_gets_a_constant():
-    x, _ = films(40, 10)
+    x, _ = samples(40, 10)
     labels = np.stack([np.ones(40), np.zeros(40), np.full(40, np.nan)], axis=1)
     scores = pixel_baseline.fit(x, labels).scores(x)
     assert np.ptp(scores, axis=0).max() == 0
@@ -56,7 +56,7 @@ def test_thumbnails_are_area_means():
 
 
 def test_a_dead_pixel_divides_nothing_by_zero():
-    x, y = films(60, 5)
+    x, y = samples(60, 5)
     x[:, 2] = 7.0
     assert np.isfinite(pixel_baseline.fit(x, y[:, None]).scores(x)).all()
 

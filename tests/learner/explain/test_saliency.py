@@ -43,7 +43,7 @@ def network(plan, pool="cls"):
     return Network(backbone, DinoHead(backbone.dim, 8, 8, 4), ClassHead(backbone.dim, 2, 16)).eval()
 
 
-def films(count=2, side=32):
+def samples(count=2, side=32):
     return torch.rand((count, 1, side, side), generator=torch.Generator().manual_seed(5))
 
 
@@ -85,7 +85,7 @@ def test_guided_is_the_gradient_when_all_signals_are_positive():
     close(saliency.guided(net, logit, x), saliency.gradient(logit, x))
 
 
-def test_integral_adds_up_to_what_the_film_gained():
+def test_integral_adds_up_to_what_the_image_gained():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     logit, x, base = of_class(net, 0), torch.randn(3, 5).double(), torch.randn(3, 5).double()
@@ -95,7 +95,7 @@ def test_integral_adds_up_to_what_the_film_gained():
 
 
 def test_integral_of_a_real_network_adds_up_within_the_limit():
-    net, images = network({"timm": "resnet10t"}), films(1, 64)
+    net, images = network({"timm": "resnet10t"}), samples(1, 64)
     for method in ("ig", "ig-blurred"):
         made, error = saliency.explain(net, Recipe(), images, 1, method)
         assert made.shape == images.shape
@@ -103,7 +103,7 @@ def test_integral_of_a_real_network_adds_up_within_the_limit():
 
 
 def test_integral_that_does_not_add_up_is_refused():
-    kinked = lambda images: (400 * images.sum(1)).sin() + images.sum(1)  # noqa: E731 (a film that 400 steps can't follow)
+    kinked = lambda images: (400 * images.sum(1)).sin() + images.sum(1)  # noqa: E731 (an image that 400 steps can't follow)
     x = torch.ones(1, 3).double()
     with pytest.raises(saliency.SaliencyError, match=r"off after 400 steps \(allowed 5%\)"):
         saliency.complete(kinked, x * 7.9, torch.zeros_like(x))
@@ -115,8 +115,8 @@ def test_smoothing_without_noise_is_the_gradient():
     close(made, saliency.gradient(logit, x))
 
 
-def test_noise_is_a_share_of_each_films_range_and_always_the_same():
-    images = torch.cat([films(1), 10 * films(1)])
+def test_noise_is_a_share_of_each_images_range_and_always_the_same():
+    images = torch.cat([samples(1), 10 * samples(1)])
     noise = saliency.draws(images)
     assert noise.shape == (25, 2, 1, 32, 32)
     assert noise[:, 0].std().item() == pytest.approx(0.15, rel=0.05)
@@ -125,7 +125,7 @@ def test_noise_is_a_share_of_each_films_range_and_always_the_same():
 
 
 def test_attention_is_that_of_the_class_token_or_the_mean_patch():
-    images = films()
+    images = samples()
     for pool in ("cls", "mean"):
         backbone = network(VIT, pool).backbone
         looks = backbone.attentions(images)[-1]
@@ -137,14 +137,14 @@ def test_attention_is_that_of_the_class_token_or_the_mean_patch():
 
 def test_rollout_of_one_block_is_half_its_attention():
     backbone = network({**VIT, "depth": 1}).backbone
-    half = 0.5 * backbone.attentions(films())[-1].mean(1)[:, 0, 1:]
-    close(saliency.rollout(backbone, films()).flatten(1), half.detach(), 1e-5, 1e-7)
+    half = 0.5 * backbone.attentions(samples())[-1].mean(1)[:, 0, 1:]
+    close(saliency.rollout(backbone, samples()).flatten(1), half.detach(), 1e-5, 1e-7)
 
 
 def test_rollout_follows_two_blocks_in_their_order():
     backbone = network(VIT).backbone
-    one, two = (0.5 * a.mean(1) + 0.5 * torch.eye(17) for a in backbone.attentions(films()))
-    close(saliency.rollout(backbone, films()).flatten(1), (two @ one)[:, 0, 1:].detach(), 1e-5, 1e-7)
+    one, two = (0.5 * a.mean(1) + 0.5 * torch.eye(17) for a in backbone.attentions(samples()))
+    close(saliency.rollout(backbone, samples()).flatten(1), (two @ one)[:, 0, 1:].detach(), 1e-5, 1e-7)
 
 
 def test_strength_is_full_at_the_99th_percentile():
@@ -162,7 +162,7 @@ def test_rank_correlation_is_scipys():
 
 
 def test_cascade_destroys_a_map_of_the_weights():
-    net, images = network(VIT, "mean"), films(1)
+    net, images = network(VIT, "mean"), samples(1)
     for parameter in net.parameters():
         parameter.data.mul_(3)  # away from the weights that a reset draws
     said = sanity.cascade(net, lambda n: saliency.explain(n, Recipe(), images, 0, "gradient")[0])
@@ -198,7 +198,7 @@ MUTATIONS = [
         lambda net, logit, images: saliency.gradient(logit, images).clamp(min=0),
     ),
     (
-        "test_integral_adds_up_to_what_the_film_gained",
+        "test_integral_adds_up_to_what_the_image_gained",
         "learner.explain.saliency.integrated",
         lambda logit, x, base: x * slopes(logit, x, base, 50, 0.5),  # as if every baseline were zero
     ),
@@ -213,7 +213,7 @@ MUTATIONS = [
         lambda explain, images, noise: torch.stack([explain(images + n) for n in noise]).square().mean(0),
     ),
     (
-        "test_noise_is_a_share_of_each_films_range_and_always_the_same",
+        "test_noise_is_a_share_of_each_images_range_and_always_the_same",
         "learner.explain.saliency.draws",
         lambda images: 0.15 * torch.randn(25, *images.shape),
     ),
@@ -256,7 +256,7 @@ def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong
 
 
 def test_a_map_that_ignores_the_weights_survives_the_cascade():
-    images = films(1)
+    images = samples(1)
     said = sanity.cascade(network(VIT), lambda _: images - saliency.blurred(images, 2.0))
     assert said[-1][1] == pytest.approx(1.0)
 
@@ -272,7 +272,7 @@ def test_reset_changes_every_weight_of_everything():
 
 
 def test_guided_works_on_a_net_that_overwrites_its_activations_and_leaves_nothing_behind():
-    net, images = network({"timm": "resnet10t"}), films(1, 64)
+    net, images = network({"timm": "resnet10t"}), samples(1, 64)
     plain, _ = saliency.explain(net, Recipe(), images, 0, "gradient")
     made, _ = saliency.explain(net, Recipe(), images, 0, "guided")
     assert not torch.allclose(made, plain)
@@ -284,20 +284,20 @@ def test_guided_works_on_a_net_that_overwrites_its_activations_and_leaves_nothin
 )
 def test_guided_is_refused_where_something_else_bends(plan, bend):
     with pytest.raises(saliency.SaliencyError, match=f"this network has {bend}"):
-        saliency.explain(network(plan), Recipe(), films(), 0, "guided")
+        saliency.explain(network(plan), Recipe(), samples(), 0, "guided")
 
 
 @pytest.mark.parametrize("method", ["attention", "rollout"])
 def test_attention_of_a_convolutional_net_is_refused(method):
     with pytest.raises(BackboneError, match="has no attention"):
-        saliency.explain(network({"timm": "resnet10t"}), Recipe(), films(1, 64), 0, method)
+        saliency.explain(network({"timm": "resnet10t"}), Recipe(), samples(1, 64), 0, method)
 
 
 @pytest.mark.parametrize("method", saliency.METHODS)
 def test_every_other_method_draws_on_a_transformer(method):
     if method == "guided":
         return
-    made, error = saliency.explain(network(VIT), Recipe(), films(1), 1, method)
+    made, error = saliency.explain(network(VIT), Recipe(), samples(1), 1, method)
     assert made.shape == {"heatmap": (1, 1, 4, 4), "rollout": (1, 1, 4, 4), "attention": (1, 3, 4, 4)}.get(method, (1, 1, 32, 32))  # fmt: skip
     assert torch.isfinite(made).all()
     assert (error is not None) == method.startswith("ig")

@@ -130,7 +130,7 @@ def test_profile_cpu_trains_the_last_block_alone_of_a_pretrained_transformer_and
 
 @pytest.mark.parametrize("name", ["kd", "pretrain"])
 def test_recipes_that_train_all_blocks_take_half_the_steps_on_labels_where_those_are_pretrained(name):
-    """500 films on two cores: a ViT-S/14 at 98 px costs 2 processor seconds a step, as long as ten of a tiny one."""
+    """500 images on two cores: a ViT-S/14 at 98 px costs 2 processor seconds a step, as long as ten of a tiny one."""
     few, many = resolve(name, "cpu", {"backbone": "vit.safetensors"}), resolve(name, "cpu")
     assert (few.frozen_blocks, few.t0_steps) == (0, many.t0_steps // 2)
     assert resolve(name, "cpu", {"backbone": "vit.safetensors", "t0_steps": 200}).t0_steps == 200

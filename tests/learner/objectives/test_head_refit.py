@@ -9,7 +9,7 @@ from learner.objectives import head_refit, logistic
 NAN = float("nan")
 
 
-def films(seed=0, groups=12, each=25):
+def samples(seed=0, groups=12, each=25):
     """Features (N, 6), truth (N,) and labels (N, 1): groups lie apart; the truth follows one direction, but for one group."""
     generator = torch.Generator().manual_seed(seed)
     centres = 3 * torch.randn(groups, 6, generator=generator)
@@ -26,7 +26,7 @@ def of(head, seen, truth):
 
 
 def test_the_mean_is_each_answer_in_its_share_once_both_spread_alike():
-    seen, _, labels = films()
+    seen, _, labels = samples()
     first = logistic.fit(seen, labels, 0.02)
     second = logistic.Linear(40 * torch.roll(first.weight, 1, 1), first.bias - 7)
     mixed = head_refit.mean(first, second, seen, 0.25)(seen)
@@ -36,7 +36,7 @@ def test_the_mean_is_each_answer_in_its_share_once_both_spread_alike():
 
 
 def test_a_finding_of_which_one_answer_knows_nothing_keeps_the_other():
-    seen, _, labels = films()
+    seen, _, labels = samples()
     first = logistic.fit(seen, torch.cat([labels, labels], 1), 0.02)
     second = logistic.fit(seen, torch.cat([labels, torch.where(labels == 1, NAN, labels)], 1), 0.02)  # no positive
     mixed = head_refit.mean(first, second, seen)
@@ -49,7 +49,7 @@ def test_a_finding_of_which_one_answer_knows_nothing_keeps_the_other():
 def test_the_mean_errs_less_at_its_worst_than_neighbours_or_labels_alone():
     found = []
     for seed in range(12):
-        seen, truth, labels = films(seed)
+        seen, truth, labels = samples(seed)
         soft = head_refit.pseudo_labels(seen, labels, head_refit.shrunk_prevalence(labels), 5, 6)
         near, own = logistic.fit(seen, soft, head_refit.PENALTY), logistic.fit(seen, labels, head_refit.FEW_PENALTY)
         both = head_refit.answer(seen, labels, 5, 6)
@@ -60,7 +60,7 @@ def test_the_mean_errs_less_at_its_worst_than_neighbours_or_labels_alone():
 
 
 def test_weights_of_labels_reach_the_labels_own_fit():
-    seen, _, labels = films()
+    seen, _, labels = samples()
     weights = torch.where(labels == 1, 5.0, 1.0)
     assert not torch.allclose(
         head_refit.answer(seen, labels, 5, 6).weight, head_refit.answer(seen, labels, 5, 6, weights).weight

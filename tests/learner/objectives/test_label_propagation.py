@@ -14,13 +14,13 @@ torch.set_num_threads(1)
 NAN = float("nan")
 
 
-def two_moons(films=300, seed=0):
-    """Two half circles (N, 2): no straight line parts them, neighbours do; and which one each film is on."""
+def two_moons(samples=300, seed=0):
+    """Two half circles (N, 2): no straight line parts them, neighbours do; and which one each image is on."""
     rng = np.random.default_rng(seed)
-    angle, side = rng.uniform(0, np.pi, films), np.arange(films) % 2
+    angle, side = rng.uniform(0, np.pi, samples), np.arange(samples) % 2
     x = np.where(side, 1 - np.cos(angle), np.cos(angle))
     y = np.where(side, 0.5 - np.sin(angle), np.sin(angle))
-    points = np.stack([x, y], 1) + rng.normal(0, 0.05, (films, 2))
+    points = np.stack([x, y], 1) + rng.normal(0, 0.05, (samples, 2))
     return torch.from_numpy(points).float(), torch.from_numpy(side)
 
 
@@ -42,7 +42,7 @@ def test_linear_answer_is_scikit_learns():
     np.testing.assert_allclose(ours[:, 0], theirs.fit(scaled, y).decision_function(scaled), atol=1e-5)
 
 
-def test_soft_targets_and_weights_count_like_repeated_films():
+def test_soft_targets_and_weights_count_like_repeated_images():
     torch.manual_seed(0)
     x, soft = torch.randn(40, 3), torch.rand(40, 1)
     weights = torch.rand(40, 1)
@@ -61,11 +61,11 @@ def test_unknown_targets_weigh_nothing_and_one_class_gives_its_odds():
     assert torch.isfinite(some(x)).all()
     assert not some.weight[1:].any()
     assert some.bias[2] > 2
-    # the same ten films decide; only the scale they are measured in is that of all films
+    # the same ten images decide; only the scale they are measured in is that of all images
     assert np.corrcoef(some(x)[:, 0], alone(x)[:, 0])[0, 1] > 0.98
 
 
-def test_fewer_films_than_features_have_an_answer_too():
+def test_fewer_images_than_features_have_an_answer_too():
     torch.manual_seed(0)
     x, y = torch.randn(12, 100), torch.arange(12)[:, None] % 2.0
     answer = logistic.fit(x, y, 0.01)(x)

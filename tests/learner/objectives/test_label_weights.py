@@ -87,13 +87,13 @@ def test_weights_are_counted_on_train_labels_alone(tmp_path):
     one = opened(tmp_path / "one", balance="effective", method="evolve")
     mine = balance_of(one)
     manifest = read_manifest(one.round.folder)
-    for film in manifest["films"]:
-        if film["range"] != "train":
-            film["labels"] = [1, 1]
+    for sample in manifest["images"]:
+        if sample["range"] != "train":
+            sample["labels"] = [1, 1]
     opened(tmp_path / "other").teller.close()
     write_manifest(tmp_path / "other", manifest | {"seed": 4})
     other = Run(load(tmp_path / "other"))
-    assert any(film.labels == (1, 1) for film in other.round.of("validation"))
+    assert any(sample.labels == (1, 1) for sample in other.round.of("validation"))
     for name, value in balance_of(other).items():
         assert torch.equal(value, mine[name])
     assert {name: value.tolist() for name, value in mine.items()} == {

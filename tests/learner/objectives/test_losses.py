@@ -43,7 +43,7 @@ def test_ibot_terms_and_both_centres_are_the_published_ones():
         close(patches.centre, g["center2"][step][0])
 
 
-def test_a_film_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_up():
+def test_a_image_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_up():
     g = golden("ibot_loss")
     patches = self_supervised.PatchLoss(10, 0.1, 0.07, 0.9).double()
     mask = g["mask"][1].flatten(0, 1).flatten(1)
@@ -77,7 +77,7 @@ def test_sinkhorn_stands_temperatures_that_overflow_an_exponential():
     close(rows.sum(1), torch.ones(8), **SINGLE)
 
 
-def test_kappa_filter_labels_the_published_films():
+def test_kappa_filter_labels_the_published_images():
     g = golden("martins_filter")
     for kappa in (0.25, 0.5, 0.75, 1.0):
         ours = pseudo_targets.kappa_filter(g["score"], float(g["truth"].double().mean()), kappa)
@@ -144,12 +144,12 @@ def test_weighted_label_loss_is_that_of_a_plain_loop():
     labels[0, 0] = UNKNOWN
     of_finding, of_positive, moved, soft = [0.5, 3.0], [4.0, 0.25], [-1.0, 2.0], 0.05
     total = 0.0
-    for film in range(6):
+    for sample in range(6):
         for c in range(2):
-            if (film, c) == (0, 0):
+            if (sample, c) == (0, 0):
                 continue
-            p = 1 / (1 + exp(-float(logits[film, c]) - moved[c]))
-            y = float(labels[film, c]) * (1 - soft) + soft / 2
+            p = 1 / (1 + exp(-float(logits[sample, c]) - moved[c]))
+            y = float(labels[sample, c]) * (1 - soft) + soft / 2
             total -= of_finding[c] * (of_positive[c] * y * log(p) + (1 - y) * log(1 - p))
     ours = class_losses.label_loss(
         logits,
@@ -226,7 +226,7 @@ MUTATIONS = [
         lambda patches, mean: patches.centre.mul_(0.1).add_(mean, alpha=0.9),
     ),
     (
-        "test_a_film_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_up",
+        "test_a_image_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_up",
         "learner.objectives.self_supervised.PatchLoss.forward",
         unweighted,
     ),
@@ -245,7 +245,7 @@ MUTATIONS = [
         "learner.objectives.self_supervised.sinkhorn",
         overflowing,
     ),
-    ("test_kappa_filter_labels_the_published_films", "learner.objectives.pseudo_targets.outside", high_rule_wins),
+    ("test_kappa_filter_labels_the_published_images", "learner.objectives.pseudo_targets.outside", high_rule_wins),
     (
         "test_distillation_loss_and_gradient_are_the_closed_forms",
         "learner.objectives.knowledge_distillation.bernoulli_kl",

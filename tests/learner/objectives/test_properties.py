@@ -26,9 +26,9 @@ def normal(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def shuffled(seed, films):
+def shuffled(seed, samples):
     """Scores without ties."""
-    return torch.randperm(films, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def dino_of(prototypes):
@@ -45,15 +45,15 @@ def linear(seed):
 
 @few
 @given(small, small, small, numbers, numbers)
-def test_a_constant_logits_cost_ln_k(films, views, prototypes, student, teacher):
-    flat = torch.ones(views * films, prototypes).double()
-    close(dino_of(prototypes)(student * flat, teacher * flat[: 2 * films]), log(prototypes))
+def test_a_constant_logits_cost_ln_k(samples, views, prototypes, student, teacher):
+    flat = torch.ones(views * samples, prototypes).double()
+    close(dino_of(prototypes)(student * flat, teacher * flat[: 2 * samples]), log(prototypes))
 
 
 @few
 @given(seeds, small, small)
-def test_b_shifting_teacher_and_centre_changes_nothing(seed, films, prototypes):
-    student, teacher = normal(seed, 3 * films, prototypes), normal(seed + 1, 2 * films, prototypes)
+def test_b_shifting_teacher_and_centre_changes_nothing(seed, samples, prototypes):
+    student, teacher = normal(seed, 3 * samples, prototypes), normal(seed + 1, 2 * samples, prototypes)
     shift, plain, moved = 5 * normal(seed + 2, 1, prototypes), dino_of(prototypes), dino_of(prototypes)
     moved.centre += shift
     close(moved(student, teacher + shift), plain(student, teacher))
@@ -85,11 +85,11 @@ def test_d_centres_near_a_constant_mean_geometrically(seed, steps):
 
 @few
 @given(seeds, small, small)
-def test_e_self_training_pulls_the_noised_view_alone(seed, films, findings):
-    student, teacher = normal(seed, 2 * films, findings).requires_grad_(), normal(seed + 1, films, findings)
-    class_losses.self_training_loss(student[films:], teacher).backward()
-    close(student.grad[films:], (student[films:].detach().sigmoid() - teacher.sigmoid()) / (films * findings))
-    assert not student.grad[:films].any()
+def test_e_self_training_pulls_the_noised_view_alone(seed, samples, findings):
+    student, teacher = normal(seed, 2 * samples, findings).requires_grad_(), normal(seed + 1, samples, findings)
+    class_losses.self_training_loss(student[samples:], teacher).backward()
+    close(student.grad[samples:], (student[samples:].detach().sigmoid() - teacher.sigmoid()) / (samples * findings))
+    assert not student.grad[:samples].any()
 
 
 @few
@@ -107,8 +107,8 @@ def test_f_the_average_keeps_copies_or_blends(seed, momentum):
 
 @few
 @given(seeds, small, small)
-def test_i_hot_distillation_is_an_eighth_of_squares(seed, films, findings):
-    student, teacher = normal(seed, films, findings), normal(seed + 1, films, findings)
+def test_i_hot_distillation_is_an_eighth_of_squares(seed, samples, findings):
+    student, teacher = normal(seed, samples, findings), normal(seed + 1, samples, findings)
     close(knowledge_distillation.bernoulli_kl(student, teacher, 1e4), ((student - teacher) ** 2).mean() / 8, rtol=1e-4)
     assert knowledge_distillation.bernoulli_kl(student, student, 2.0) == 0
     assert knowledge_distillation.bernoulli_kl(student, teacher, 2.0) > 0
@@ -116,68 +116,71 @@ def test_i_hot_distillation_is_an_eighth_of_squares(seed, films, findings):
 
 @few
 @given(seeds, small, small)
-def test_i_only_the_softmax_gradient_cancels_over_findings(seed, films, findings):
-    bernoulli, softmax = normal(seed, films, findings).requires_grad_(), normal(seed, films, findings).requires_grad_()
+def test_i_only_the_softmax_gradient_cancels_over_findings(seed, samples, findings):
+    bernoulli, softmax = (
+        normal(seed, samples, findings).requires_grad_(),
+        normal(seed, samples, findings).requires_grad_(),
+    )
     teacher = bernoulli.detach() + 1  # surer of every finding at once: softmax can't say that
     (-(teacher.softmax(1) * softmax.log_softmax(1)).sum(1).mean()).backward()
-    close(softmax.grad.sum(1), torch.zeros(films).double())
+    close(softmax.grad.sum(1), torch.zeros(samples).double())
     knowledge_distillation.bernoulli_kl(bernoulli, teacher, 2.0).backward()
     assert (bernoulli.grad.sum(1) < 0).all()
 
 
 @few
 @given(seeds, st.integers(2, 300), share, share)
-def test_k_the_filter_keeps_its_share_at_any_scale(seed, films, ratio, kappa):
-    scores = shuffled(seed, films)
+def test_k_the_filter_keeps_its_share_at_any_scale(seed, samples, ratio, kappa):
+    scores = shuffled(seed, samples)
     labels = pseudo_targets.kappa_filter(scores, ratio, kappa)
-    kept = int(kappa * ratio * films) + int(kappa * (1 - ratio) * films)
+    kept = int(kappa * ratio * samples) + int(kappa * (1 - ratio) * samples)
     assert abs(int((~labels.isnan()).sum()) - kept) <= 1
-    assert abs(int((labels == 1).sum()) - int(kappa * ratio * films)) <= 1
-    stretched = pseudo_targets.kappa_filter((scores / films) ** 3 - 7, ratio, kappa)
+    assert abs(int((labels == 1).sum()) - int(kappa * ratio * samples)) <= 1
+    stretched = pseudo_targets.kappa_filter((scores / samples) ** 3 - 7, ratio, kappa)
     torch.testing.assert_close(stretched, labels, equal_nan=True)
 
 
 @few
 @given(seeds, small, small)
-def test_l_alignment_to_its_own_mean_is_the_identity(seed, films, findings):
+def test_l_alignment_to_its_own_mean_is_the_identity(seed, samples, findings):
     logits, mean, prevalence = (
-        normal(seed, films, findings),
+        normal(seed, samples, findings),
         normal(seed, findings).sigmoid(),
         torch.full((findings,), 0.2),
     )
     assert torch.equal(pseudo_targets.align(logits, mean, mean), logits)
-    moved = pseudo_targets.align(mean.logit().expand(films, -1), mean, prevalence.double())
-    close(moved.sigmoid(), prevalence.double().expand(films, -1), rtol=1e-6)
+    moved = pseudo_targets.align(mean.logit().expand(samples, -1), mean, prevalence.double())
+    close(moved.sigmoid(), prevalence.double().expand(samples, -1), rtol=1e-6)
 
 
 @few
 @given(seeds, st.integers(2, 300), share)
-def test_l_kappa_one_labels_every_film_at_the_prevalence(seed, films, part):
-    positives = min(max(1, round(part * films)), films - 1)
-    scores = torch.stack([shuffled(seed, films), shuffled(seed + 1, films)], 1)
-    prevalence = torch.tensor([positives, films - positives]).double() / films
+def test_l_kappa_one_labels_every_image_at_the_prevalence(seed, samples, part):
+    positives = min(max(1, round(part * samples)), samples - 1)
+    scores = torch.stack([shuffled(seed, samples), shuffled(seed + 1, samples)], 1)
+    prevalence = torch.tensor([positives, samples - positives]).double() / samples
     labels = pseudo_targets.outside(scores, *pseudo_targets.class_thresholds(scores, prevalence, 1.0))
     assert not labels.isnan().any()
-    assert labels.sum(0).tolist() == [positives, films - positives]
+    assert labels.sum(0).tolist() == [positives, samples - positives]
 
 
 @few
 @given(seeds, small, small, share)
-def test_m_sinkhorn_rows_sum_to_one(seed, films, prototypes, temperature):
-    rows = self_supervised.sinkhorn(normal(seed, films, prototypes), temperature)
-    close(rows.sum(1), torch.ones(films).double())
-    columns = self_supervised.sinkhorn(normal(seed, films, prototypes), 1.0, iterations=200).sum(0)
-    close(columns, torch.full((prototypes,), films / prototypes, dtype=torch.float64), rtol=1e-3)
-    flat = self_supervised.sinkhorn(torch.full((films, prototypes), temperature).double(), temperature)
-    close(flat, torch.full((films, prototypes), 1 / prototypes, dtype=torch.float64))
+def test_m_sinkhorn_rows_sum_to_one(seed, samples, prototypes, temperature):
+    rows = self_supervised.sinkhorn(normal(seed, samples, prototypes), temperature)
+    close(rows.sum(1), torch.ones(samples).double())
+    columns = self_supervised.sinkhorn(normal(seed, samples, prototypes), 1.0, iterations=200).sum(0)
+    close(columns, torch.full((prototypes,), samples / prototypes, dtype=torch.float64), rtol=1e-3)
+    flat = self_supervised.sinkhorn(torch.full((samples, prototypes), temperature).double(), temperature)
+    close(flat, torch.full((samples, prototypes), 1 / prototypes, dtype=torch.float64))
 
 
 @few
 @given(seeds, small, small)
-def test_n_koleo_of_twins_and_of_orthonormal_rows(seed, films, width):
+def test_n_koleo_of_twins_and_of_orthonormal_rows(seed, samples, width):
     row = normal(seed, 1, width)
     close(self_supervised.koleo(row.expand(2, -1)), -log(1e-8 * sqrt(width) + 1e-8), rtol=1e-3)
-    close(self_supervised.koleo(torch.linalg.qr(normal(seed, films, films))[0]), -log(sqrt(2)), atol=1e-7)
+    close(self_supervised.koleo(torch.linalg.qr(normal(seed, samples, samples))[0]), -log(sqrt(2)), atol=1e-7)
     assert self_supervised.koleo(row) == 0
 
 
@@ -278,7 +281,7 @@ MUTATIONS = [
         lambda logits, mean, prevalence: logits - mean.logit() - prevalence.logit(),
     ),
     (
-        "test_l_kappa_one_labels_every_film_at_the_prevalence",
+        "test_l_kappa_one_labels_every_image_at_the_prevalence",
         "learner.objectives.pseudo_targets.class_thresholds",
         quartiles,
     ),

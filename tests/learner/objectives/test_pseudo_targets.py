@@ -30,7 +30,7 @@ def double(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_masks_cover_the_drawn_share_of_the_drawn_films():
+def test_masks_cover_the_drawn_share_of_the_drawn_images():
     numbers = uniform(1, 400, self_supervised.MASK_NUMBERS)
     masks = self_supervised.block_masks(numbers, SIDE)
     covered, chosen = masks.flatten(1).sum(1), numbers[:, 0] < 0.5
@@ -65,7 +65,7 @@ def test_rectangles_have_the_drawn_place_and_shape():
     assert not mask[10:20].any()
 
 
-def test_prevalence_of_few_films_shrinks_to_the_overall_rate():
+def test_prevalence_of_few_images_shrinks_to_the_overall_rate():
     labels = torch.full((40, 3), UNKNOWN).double()
     labels[:, 0] = 0.0
     labels[:30, 0] = 1.0
@@ -75,7 +75,7 @@ def test_prevalence_of_few_films_shrinks_to_the_overall_rate():
     assert pseudo_targets.shrunk_prevalence(torch.zeros(9, 2)).gt(0).all()
 
 
-def test_filter_by_finding_takes_its_ratio_from_other_films():
+def test_filter_by_finding_takes_its_ratio_from_other_images():
     scores, labels = normal(4, 50, 2), (uniform(5, 30, 2) < torch.tensor([0.1, 0.6])).double()
     ratios = pseudo_targets.shrunk_prevalence(labels).tolist()
     each = [pseudo_targets.kappa_filter(scores[:, i], ratios[i], 0.5) for i in range(2)]
@@ -115,14 +115,14 @@ def test_soft_weights_are_those_of_a_plain_loop():
     logits, reference, cut = normal(8, 20, 3), 2 * normal(9, 60, 3), double(0.0, 0.5, 9.0)
     reference[50:] = UNKNOWN
     weights = pseudo_targets.soft_weights(logits, reference, cut)
-    for film in range(20):
+    for sample in range(20):
         for finding in range(3):
-            away = float(logits[film, finding] - cut[finding])
+            away = float(logits[sample, finding] - cut[finding])
             side = 1 if away > 0 else -1
             seen = [side * float(r - cut[finding]) for r in reference[:50, finding]]
             same = [s for s in seen if s > 0]
             short = min(side * away - fmean(same), 0)
-            close(weights[film, finding], exp(-(short**2) / (2 * pstdev(same) ** 2)))
+            close(weights[sample, finding], exp(-(short**2) / (2 * pstdev(same) ** 2)))
 
 
 def test_a_side_never_seen_weighs_nothing():
@@ -195,7 +195,7 @@ def no_prior(labels, strength=0.0):
     return labels.nanmean(0)
 
 
-def of_the_scored_films(scores, labels, kappa):
+def of_the_scored_samples(scores, labels, kappa):
     return torch.stack([pseudo_targets.kappa_filter(of, float((of > 0).double().mean()), kappa) for of in scores.T], 1)
 
 
@@ -220,7 +220,7 @@ def other_order(images, size):
 
 
 MUTATIONS = [
-    ("test_masks_cover_the_drawn_share_of_the_drawn_films", "learner.objectives.self_supervised.block_masks", quarter),
+    ("test_masks_cover_the_drawn_share_of_the_drawn_images", "learner.objectives.self_supervised.block_masks", quarter),
     ("test_a_mask_depends_on_nothing_but_its_own_numbers", "learner.objectives.self_supervised.block_masks", scattered),
     ("test_a_mask_depends_on_nothing_but_its_own_numbers", "learner.objectives.self_supervised.block_masks", quarter),
     ("test_masks_are_blocks_and_not_scattered_patches", "learner.objectives.self_supervised.block_masks", scattered),
@@ -228,14 +228,14 @@ MUTATIONS = [
     ("test_rectangles_have_the_drawn_place_and_shape", "learner.objectives.self_supervised.ASPECT", (0.0, 0.0)),
     ("test_rectangles_have_the_drawn_place_and_shape", "learner.objectives.self_supervised.block_masks", quarter),
     (
-        "test_prevalence_of_few_films_shrinks_to_the_overall_rate",
+        "test_prevalence_of_few_images_shrinks_to_the_overall_rate",
         "learner.objectives.pseudo_targets.shrunk_prevalence",
         no_prior,
     ),
     (
-        "test_filter_by_finding_takes_its_ratio_from_other_films",
+        "test_filter_by_finding_takes_its_ratio_from_other_images",
         "learner.objectives.pseudo_targets.kappa_labels",
-        of_the_scored_films,
+        of_the_scored_samples,
     ),
     (
         "test_thresholds_are_quantiles_of_a_part_filled_buffer",

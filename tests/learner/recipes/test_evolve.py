@@ -128,7 +128,7 @@ def test_a_step_in_parts_equals_the_whole_only_by_looking_ahead(tmp_path, monkey
     torch.testing.assert_close(states[0].extra["scores"], states[1].extra["scores"], rtol=1e-4, atol=1e-5)
 
 
-def test_scores_are_the_teachers_newest_and_those_of_other_films_stay(tmp_path):
+def test_scores_are_the_teachers_newest_and_those_of_other_images_stay(tmp_path):
     run = Run(load(make(tmp_path / "r", **SOFT)))
     state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
     run.from_backbone(state)
@@ -162,8 +162,8 @@ def test_soft_weights_of_the_graph_grow_with_the_distance_from_the_cut(tmp_path)
 def test_a_finding_of_one_class_has_no_pseudo_label_and_weighs_nothing_whoever_has_to_agree(tmp_path, agree):
     folder = make(tmp_path / "r", targets="graph", agree=agree)
     manifest = read_manifest(folder)
-    for film in manifest["films"]:
-        film["labels"] = [film["labels"][0], None if film["labels"][0] is None else 0]
+    for sample in manifest["images"]:
+        sample["labels"] = [sample["labels"][0], None if sample["labels"][0] is None else 0]
     write_manifest(folder, manifest)
     run = Run(load(folder))
     table = evolve.targets(run, evolve.begun(run, run.from_backbone))
@@ -175,7 +175,7 @@ def test_a_finding_of_one_class_has_no_pseudo_label_and_weighs_nothing_whoever_h
     run.teller.close()
 
 
-def test_halves_share_no_film_and_hold_both_classes():
+def test_halves_share_no_image_and_hold_both_classes():
     labels = torch.tensor([[1.0, 0.0], [1.0, float("nan")], [0.0, 1.0], [0.0, 1.0], [float("nan"), 0.0]])
     one, other = evolve.halves(labels)
     assert not (~one.isnan() & ~other.isnan()).any()
@@ -221,9 +221,9 @@ def test_pretraining_leaves_a_backbone_that_a_round_can_start_from(tmp_path):
 
 
 def test_pretraining_without_a_label_leaves_its_backbone_and_says_so(tmp_path):
-    folder = make(tmp_path / "r", "pretrain", films={"train": (0, 4)})
+    folder = make(tmp_path / "r", "pretrain", samples={"train": (0, 4)})
     assert main([str(folder)]) == 3
-    assert "no labelled train film" in result(folder)["reason"]
+    assert "no labelled train image" in result(folder)["reason"]
     assert f"--backbone {folder / 'backbone.safetensors'}" in result(folder)["reason"]
     read_weights(folder / "backbone.safetensors")
 
@@ -232,7 +232,7 @@ def test_a_round_goes_on_from_a_parent_of_another_method_with_its_shapes(tmp_pat
     first = make(tmp_path / "first", "distl", class_hidden=16, pool="mean", prototypes=16)
     assert main([str(first)]) == 0
     parent = {"bundle": "abc", "state": str(first / "final/state.safetensors")}
-    folder = make(tmp_path / "r", films={"parent": parent})
+    folder = make(tmp_path / "r", samples={"parent": parent})
     assert main([str(folder)]) == 0, result(folder)
     said = card(folder)["recipe"]
     assert (said["method"], said["class_hidden"], said["pool"], said["prototypes"]) == ("evolve", 16, "mean", 16)

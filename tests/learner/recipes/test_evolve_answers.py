@@ -19,15 +19,15 @@ torch.use_deterministic_algorithms(True)
 
 @pytest.fixture
 def run(tmp_path):
-    run = Run(load(make(tmp_path / "r", films={"validation": 24}, lam=0.0)))
+    run = Run(load(make(tmp_path / "r", samples={"validation": 24}, lam=0.0)))
     yield run
     run.teller.close()
 
 
 def fitted(run, network):
     """What neighbours and labels say on the features of this network."""
-    films = run.round.unlabelled
-    return head_refit.answer(run.embeddings(network, films), label_table(films), 3, 4)
+    samples = run.round.unlabelled
+    return head_refit.answer(run.embeddings(network, samples), label_table(samples), 3, 4)
 
 
 def weight(network):
@@ -82,7 +82,7 @@ def test_where_validation_tells_nothing_apart_the_order_of_candidates_decides(ru
     assert evolve.choose(run, final, final.teacher) == kept
 
 
-def test_a_round_says_that_every_film_was_answered(tmp_path):
+def test_a_round_says_that_every_image_was_answered(tmp_path):
     folder = make(tmp_path / "r", lam=0.0)
     assert main([str(folder)]) == 0, result(folder)
     said = [row["pseudo_rate"] for row in rows(folder) if row.get("kind") == "pseudo"]

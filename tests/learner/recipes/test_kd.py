@@ -74,7 +74,7 @@ def test_the_served_network_is_the_taught_one(whole, case):
 def test_round_without_labels_is_refused(tmp_path):
     folder = make_round(tmp_path / "r", train=(0, 8), **KD)
     assert main([str(folder)]) == 3
-    assert "no labelled train film" in result(folder)["reason"]
+    assert "no labelled train image" in result(folder)["reason"]
     assert not (folder / "t0").exists()
 
 
@@ -106,7 +106,7 @@ def test_reversed_has_no_parent(whole, tmp_path):
     assert 'use "standard"' in result(folder)["reason"]
 
 
-def test_teacher_that_cannot_see_the_films_is_refused_before_anything_is_trained(tmp_path):
+def test_teacher_that_cannot_see_the_images_is_refused_before_anything_is_trained(tmp_path):
     folder = make_round(tmp_path / "r", **{**KD, "kd_teacher": "vit_tiny_patch7_depth1"})
     assert main([str(folder)]) == 3
     assert "no multiple of its patch 7" in result(folder)["reason"]
@@ -148,7 +148,7 @@ def kd_step(run, feeds, teacher=None, **recipe):
     return kd.be_taught(state, teacher, feeds), state
 
 
-def test_films_without_a_label_bring_answers_only(tmp_path):
+def test_images_without_a_label_bring_answers_only(tmp_path):
     run = opened(tmp_path / "r", **KD)
     teacher = run.network()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
@@ -232,7 +232,7 @@ def unshared(teacher, share, balance):
 TEACHING = kd.teaching
 MUTATIONS = [
     ("test_teacher_of_kd_stands_still_in_eval_mode", "torch.nn.Module.eval", in_train_mode),
-    ("test_films_without_a_label_bring_answers_only", "learner.recipes.kd.teaching", unshared),
+    ("test_images_without_a_label_bring_answers_only", "learner.recipes.kd.teaching", unshared),
     ("test_step_in_parts_costs_what_the_whole_costs", "learner.recipes.kd.share_of", lambda batch, part: 1.0),
     (
         "test_loss_is_the_bernoulli_form_on_the_same_view",

@@ -27,7 +27,7 @@ def opened(tmp_path):
         at = tmp_path / f"{len(runs)}.safetensors"
         save_weights(at, state, first.plan, first.round.findings)
         parent = {"bundle": "abc", "state": str(at)}
-        folder = make(tmp_path / f"r {len(runs)}", films={"parent": parent}, **{"lam": 0.0, **overrides})
+        folder = make(tmp_path / f"r {len(runs)}", samples={"parent": parent}, **{"lam": 0.0, **overrides})
         manifest = read_manifest(folder)
         edit(manifest)
         write_manifest(folder, manifest)
@@ -40,13 +40,13 @@ def opened(tmp_path):
 
 
 def without_labels(manifest):
-    for film in manifest["films"]:
-        film["labels"] = None if film["range"] == "train" else film["labels"]
+    for sample in manifest["images"]:
+        sample["labels"] = None if sample["range"] == "train" else sample["labels"]
 
 
 def without_a_positive_mass(manifest):
-    for film in manifest["films"]:
-        film["labels"][1] = None if film["labels"][1] is None else 0
+    for sample in manifest["images"]:
+        sample["labels"][1] = None if sample["labels"][1] is None else 0
 
 
 @pytest.mark.parametrize("refit", ["graph", "linear"])
@@ -65,8 +65,8 @@ def test_a_finding_that_no_label_tells_of_keeps_the_parents_head(opened, edit, k
 def test_the_anchor_is_what_the_parent_serves(opened):
     run = opened(replay=0.25)
     table = evolve.targets(run, evolve.begun(run, run.from_parent))
-    films = run.round.unlabelled
-    torch.testing.assert_close(table["champion"], evolve.logits_of(run, run.champion(), films))
+    samples = run.round.unlabelled
+    torch.testing.assert_close(table["champion"], evolve.logits_of(run, run.champion(), samples))
 
 
 def test_a_round_after_a_served_teacher_begins_with_it(opened):

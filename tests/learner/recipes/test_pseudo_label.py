@@ -59,7 +59,7 @@ def test_the_served_network_is_the_taught_one(whole):
 def test_round_without_labels_is_refused(tmp_path):
     folder = make_round(tmp_path / "r", train=(0, 8), **PSEUDO)
     assert main([str(folder)]) == 3
-    assert "no labelled train film" in result(folder)["reason"]
+    assert "no labelled train image" in result(folder)["reason"]
     assert not (folder / "t0").exists()
 
 
@@ -70,7 +70,7 @@ def test_what_the_teacher_labelled_is_told_and_its_quality_is_not_made_up(whole)
     assert note["pseudo_auc"] is None
 
 
-def test_round_without_an_unlabelled_film_finetunes_its_teacher(tmp_path):
+def test_round_without_an_unlabelled_image_finetunes_its_teacher(tmp_path):
     folder = make_round(tmp_path / "r", train=(6, 0), validation=0, calibration=0, **PSEUDO)
     phases_of(folder)
     assert {row["phase"] for row in rows_of(folder)} == {"t0", "finetune"}
@@ -83,9 +83,9 @@ def test_pseudo_label_goes_on_with_the_parents_served_network_as_teacher(tmp_pat
     folder, teachers = make_round(tmp_path / "r", parent=parent, **{**PSEUDO, "arch": "vit_tiny_patch8_depth1"}), []
     asked = pseudo_label.pseudo_labels
 
-    def watched(run, teacher, films):
+    def watched(run, teacher, samples):
         teachers.append(copy_of(teacher))
-        return asked(run, teacher, films)
+        return asked(run, teacher, samples)
 
     monkeypatch.setattr(pseudo_label, "pseudo_labels", watched)
     assert main([str(folder)]) == 0
@@ -114,54 +114,54 @@ def test_the_recipe_carries_no_prototypes_and_no_crops_at_any_size(profile):
 def test_teacher_labels_in_eval_mode_and_keeps_its_statistics(tmp_path):
     run = opened(tmp_path / "r", **PSEUDO)
     teacher = run.network()
-    before, films = copy_of(teacher), without_label(run)
-    answers = pseudo_label.answers(run, teacher, films)
+    before, samples = copy_of(teacher), without_label(run)
+    answers = pseudo_label.answers(run, teacher, samples)
     assert same(before, copy_of(teacher))
     assert teacher.training
-    alone = pseudo_label.answers(run, teacher, films[:1])  # batch norm would see the company in train mode
+    alone = pseudo_label.answers(run, teacher, samples[:1])  # batch norm would see the company in train mode
     torch.testing.assert_close(alone, answers[:1])
     run.teller.close()
 
 
-def test_true_labels_of_unlabelled_films_change_no_pseudo_label(tmp_path):
+def test_true_labels_of_unlabelled_images_change_no_pseudo_label(tmp_path):
     run = opened(tmp_path / "r", train=(6, 20), **PSEUDO)
-    teacher, films = run.network(), without_label(run)
-    hidden = [replace(film, labels=(1, 1)) for film in films]
-    blind, told = (pseudo_label.pseudo_labels(run, teacher, given) for given in (films, hidden))
+    teacher, samples = run.network(), without_label(run)
+    hidden = [replace(sample, labels=(1, 1)) for sample in samples]
+    blind, told = (pseudo_label.pseudo_labels(run, teacher, given) for given in (samples, hidden))
     torch.testing.assert_close(blind, told, equal_nan=True)
     run.teller.close()
 
 
-def test_student_learns_pseudo_labels_alone_and_of_unlabelled_films_alone(tmp_path):
+def test_student_learns_pseudo_labels_alone_and_of_unlabelled_images_alone(tmp_path):
     folder, fed = make_round(tmp_path / "r", train=(6, 16), validation=0, kappa=0.3, **PSEUDO), {}
     feed = Run.feed
 
-    def watched(run, films, name, *rest):
-        fed[name] = (films, rest[2] if len(rest) > 2 else None)
-        return feed(run, films, name, *rest)
+    def watched(run, samples, name, *rest):
+        fed[name] = (samples, rest[2] if len(rest) > 2 else None)
+        return feed(run, samples, name, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "feed", watched)
         phases_of(folder)
-    films, labels = fed["pseudo"]
+    samples, labels = fed["pseudo"]
     made = read_file(folder / "checkpoint/pseudo-labels.safetensors")[0]["labels"]
-    assert not any(film.labelled for film in films)
+    assert not any(sample.labelled for sample in samples)
     assert len(made) == 16 > len(labels)
     torch.testing.assert_close(labels, made[(~made.isnan()).any(1)], equal_nan=True)
-    assert all(film.labelled for film in fed["t0"][0] + fed["finetune"][0])
+    assert all(sample.labelled for sample in fed["t0"][0] + fed["finetune"][0])
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_answers_are_the_mean_over_crops_that_are_mirrored_only_where_films_are(tmp_path, flip):
+def test_answers_are_the_mean_over_crops_that_are_mirrored_only_where_images_are(tmp_path, flip):
     run = opened(tmp_path / "r", flip=flip, **{**PSEUDO, "arch": "vit_tiny_patch8_depth1"})
-    teacher, films = run.network().eval(), without_label(run)
-    images = normalise(to_image(read_plates(films), resize_matrix(512, 32)), run.recipe)
+    teacher, samples = run.network().eval(), without_label(run)
+    images = normalise(to_image(read_plates(samples), resize_matrix(512, 32)), run.recipe)
     side = 24  # 7/8 of 32 in whole patches of 8
     boxes = [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]
     views = [image[..., y : y + side, x : x + side] for image in (images, images.flip(-1)) for y, x in boxes]
     with torch.no_grad():
         each = [teacher.classify(view).sigmoid() for view in (views if flip else views[:5])]
-    mine = pseudo_label.answers(run, teacher, films, pseudo_label.crop_side(teacher, 32))
+    mine = pseudo_label.answers(run, teacher, samples, pseudo_label.crop_side(teacher, 32))
     torch.testing.assert_close(mine, torch.stack(each).mean(0))
     run.teller.close()
 
@@ -189,9 +189,9 @@ def in_train_mode(network, mode=True):
     return network.train()
 
 
-def prevalence_of_the_scored(run, teacher, films):
-    scores = pseudo_label.answers(run, teacher, films)
-    labels = label_table(films)
+def prevalence_of_the_scored(run, teacher, samples):
+    scores = pseudo_label.answers(run, teacher, samples)
+    labels = label_table(samples)
     return pseudo_targets.kappa_labels(scores, labels, run.recipe.kappa)
 
 
@@ -207,16 +207,16 @@ def latest(run, state, value):
 MUTATIONS = [
     ("test_teacher_labels_in_eval_mode_and_keeps_its_statistics", "torch.nn.Module.eval", in_train_mode),
     (
-        "test_true_labels_of_unlabelled_films_change_no_pseudo_label",
+        "test_true_labels_of_unlabelled_images_change_no_pseudo_label",
         "learner.recipes.pseudo_label.pseudo_labels",
         prevalence_of_the_scored,
     ),
     (
-        "test_student_learns_pseudo_labels_alone_and_of_unlabelled_films_alone",
+        "test_student_learns_pseudo_labels_alone_and_of_unlabelled_images_alone",
         "learner.recipes.pseudo_label.taught",
         lambda labels: list(range(len(labels))),
     ),
-    ("test_answers_are_the_mean_over_crops_that_are_mirrored_only_where_films_are", "learner.recipes.pseudo_label.ten_crop", always_ten),
+    ("test_answers_are_the_mean_over_crops_that_are_mirrored_only_where_images_are", "learner.recipes.pseudo_label.ten_crop", always_ten),
     ("test_best_epoch_is_kept_and_the_first_of_equals", "learner.recipes.pseudo_label.keep_best", latest),
     (
         "test_macro_auc_is_the_mean_over_findings_with_both_classes",

@@ -28,25 +28,25 @@ def spoiled(plain, folder, change):
 def test_manifest_becomes_a_round(plain):
     round_ = load(plain)
     assert (len(round_.labelled), len(round_.unlabelled)) == (6, 14)  # the pool holds the labelled ones too
-    assert round_.films[0].labels == (1, 0)
+    assert round_.samples[0].labels == (1, 0)
     assert round_.recipe.seed == 3
 
 
 REFUSED = [
-    (lambda m: m["films"][0].update(range="golden"), "golden film is never trained on"),
-    (lambda m: m["films"][0].update(range="golden_next"), "golden film is never trained on"),
-    (lambda m: m["films"][-1].update(patient="p0"), "patient p0 is in train and in calibration"),
+    (lambda m: m["images"][0].update(range="golden"), "golden image is never trained on"),
+    (lambda m: m["images"][0].update(range="golden_next"), "golden image is never trained on"),
+    (lambda m: m["images"][-1].update(patient="p0"), "patient p0 is in train and in calibration"),
     (lambda m: m.update(plate_version=2), "plate_version 2"),
     (lambda m: m.update(version=2), "version 2"),
     (lambda m: m.update(extra=1), "unknown extra"),
     (lambda m: m.pop("until"), "missing until"),
-    (lambda m: m["films"][3].pop("labels"), "missing labels"),
-    (lambda m: m["films"][2].update(labels=[1]), "needs 2 of 1, 0 or null"),
-    (lambda m: m["films"][2].update(labels=[1, 0.5]), "needs 2 of 1, 0 or null"),
-    (lambda m: m["films"][2].update(image=0), "appears twice"),
-    (lambda m: m["films"][2].update(plate="../x.npy"), "leaves the plates folder"),
+    (lambda m: m["images"][3].pop("labels"), "missing labels"),
+    (lambda m: m["images"][2].update(labels=[1]), "needs 2 of 1, 0 or null"),
+    (lambda m: m["images"][2].update(labels=[1, 0.5]), "needs 2 of 1, 0 or null"),
+    (lambda m: m["images"][2].update(image=0), "appears twice"),
+    (lambda m: m["images"][2].update(plate="../x.npy"), "leaves the plates folder"),
     (lambda m: m.update(findings=[]), "at least one name"),
-    (lambda m: m.update(films=[]), "films is empty"),
+    (lambda m: m.update(samples=[]), "images is empty"),
     (lambda m: m.update(until="tonight"), "not an ISO 8601 time"),
     (lambda m: m.update(parent={"bundle": "abc", "state": "nowhere"}), "is missing"),
     (lambda m: m["recipe"].update(lamb=0.5), "did you mean 'lam'"),
@@ -55,7 +55,7 @@ REFUSED = [
     (lambda m: m["recipe"].update(weight_decay=float("nan")), "weight_decay = nan: expected float"),
     (lambda m: m["recipe"].update(prototypes=0), "distils, which takes 2 at least"),
     (lambda m: m.update(seed=-1), "seed = -1: too small"),
-    (lambda m: m["films"][0].update(patient=7) or m["films"][-1].update(patient="7"), "patient 7 is in train and in"),
+    (lambda m: m["images"][0].update(patient=7) or m["images"][-1].update(patient="7"), "patient 7 is in train and in"),
 ]
 
 
@@ -74,7 +74,7 @@ def test_no_key_of_any_kind_is_more_than_a_round_or_a_refusal(plain, tmp_path):
     sound, refused = read_manifest(whole), set()
     load(whole)
     some = {"lr", "flip", "arch", "batch", "global_scale"}  # of the recipe; its other keys are of these kinds
-    for part in (lambda m: m, lambda m: m["films"][2], lambda m: m["recipe"], lambda m: m["parent"]):
+    for part in (lambda m: m, lambda m: m["images"][2], lambda m: m["recipe"], lambda m: m["parent"]):
         keys = [key for key in part(sound) if len(part(sound)) < 20 or key in some]
         for key, value in [(key, value) for key in keys for value in ODD]:
             manifest = json.loads(json.dumps(sound))
@@ -84,7 +84,7 @@ def test_no_key_of_any_kind_is_more_than_a_round_or_a_refusal(plain, tmp_path):
                 load(whole)
             except ManifestError:
                 refused.add(key)
-    assert refused == sound.keys() | sound["films"][0].keys() | {"state", "bundle"} | some
+    assert refused == sound.keys() | sound["images"][0].keys() | {"state", "bundle"} | some
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"null", b"[]", b"\xff\xfe"])
@@ -113,9 +113,9 @@ def test_p_no_patient_is_in_two_ranges_and_the_check_is_what_sees_it(plain, tmp_
     """Train, validation and calibration, two by two; without the check the manifest would pass."""
 
     def change(manifest):
-        manifest["films"][other].update(patient=manifest["films"][one]["patient"])
+        manifest["images"][other].update(patient=manifest["images"][one]["patient"])
 
-    assert len({read_manifest(plain)["films"][i]["range"] for i in (one, other)}) == 2
+    assert len({read_manifest(plain)["images"][i]["range"] for i in (one, other)}) == 2
     with pytest.raises(ManifestError, match="split by patient"):
         load(spoiled(plain, tmp_path, change))
     monkeypatch.setattr("learner.round.manifest._one_range", lambda where, row, range_of: None)

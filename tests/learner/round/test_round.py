@@ -1,4 +1,4 @@
-"""Whole rounds: from a manifest to the parts of a bundle, with pauses, crashes, bad nights and very few films."""
+"""Whole rounds: from a manifest to the parts of a bundle, with pauses, crashes, bad nights and very few images."""
 
 import json
 import os
@@ -60,8 +60,8 @@ def test_first_round_leaves_two_bundles_worth_of_parts(trained):
 
 def test_steps_and_corrections_are_those_of_the_recipe(trained):
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert sum(row["phase"] == "t0" for row in rows) == 2 * 2  # 6 films in batches of 4, two epochs
-    steps = 2 * 3  # 14 films, 4 a batch, the short one dropped, two epochs
+    assert sum(row["phase"] == "t0" for row in rows) == 2 * 2  # 6 images in batches of 4, two epochs
+    steps = 2 * 3  # 14 images, 4 a batch, the short one dropped, two epochs
     bursts = len([s for s in range(steps) if s and s % 2 == 0])
     assert sum(row["phase"] == "distil" for row in rows) == steps + bursts * 2
 
@@ -71,7 +71,7 @@ def test_card_and_thresholds_say_what_was_measured_and_how(trained):
     assert said["recipe"] == read_manifest(trained)["recipe"] | {"seed": 3}
     assert said["poison"] is False
     assert said["metrics"]["mass"]["n"] == 6
-    assert said["parity"]["films"] == 6
+    assert said["parity"]["images"] == 6
     assert max(said["parity"]["1"], said["parity"]["8"]) <= 1e-3
     limits = json.loads((trained / "final/thresholds.json").read_text())
     assert list(limits) == list(FINDINGS)
@@ -86,11 +86,11 @@ def test_graph_takes_any_number_of_plates_and_agrees_with_its_probe(trained):
     assert session.get_inputs()[0].shape[1:] == [512, 512]
     with np.load(trained / "final/probe.npz") as probe:
         plates, logits = probe["plates"], probe["logits"]
-    for films in (1, 3, 8):
-        ours, embedding, heat = session.run(["logits", "embedding", "heatmap"], {"plates": plates[:films]})
-        np.testing.assert_allclose(ours, logits[:films], atol=1e-5)
-        assert embedding.shape == (films, 192)
-        assert heat.shape == (films, 2, 4, 4)
+    for samples in (1, 3, 8):
+        ours, embedding, heat = session.run(["logits", "embedding", "heatmap"], {"plates": plates[:samples]})
+        np.testing.assert_allclose(ours, logits[:samples], atol=1e-5)
+        assert embedding.shape == (samples, 192)
+        assert heat.shape == (samples, 2, 4, 4)
 
 
 def test_finished_round_is_not_trained_again(trained):
@@ -142,7 +142,7 @@ def test_h_stopping_after_every_single_step_changes_no_bit(trained, tmp_path, mo
         starts += 1
         assert result(folder)["reason"] == "one step"  # a signal from outside would be a pause too
     assert code == 0
-    assert starts == 4 + 6 + 2 * 2  # steps of T=0, of the unlabelled films, and of corrections
+    assert starts == 4 + 6 + 2 * 2  # steps of T=0, of the unlabelled images, and of corrections
     assert same_weights(trained / "t0/state.safetensors", folder / "t0/state.safetensors")
     assert same_weights(trained / "final/state.safetensors", folder / "final/state.safetensors")
 
@@ -239,12 +239,12 @@ def test_bad_night_is_recorded_in_the_card(tmp_path):
     assert card(folder)["recipe"]["poison_teacher"] is True
 
 
-def test_five_labelled_films_and_nothing_else_still_make_a_model(tmp_path):
+def test_five_labelled_images_and_nothing_else_still_make_a_model(tmp_path):
     folder = make_round(tmp_path / "r", train=(5, 0), validation=0, calibration=0, batch=16)
     assert main([str(folder)]) == 0
     said = card(folder)
     assert said["metrics"] == {name: {"auc": None, "n": 0} for name in FINDINGS}
-    assert said["parity"]["films"] == 0
+    assert said["parity"]["images"] == 0
     limits = json.loads((folder / "final/thresholds.json").read_text())
     for limit in limits.values():
         assert (limit["threshold"], limit["rule"], limit["temperature"]) == (0.5, "0.5: no calibration labels", 1.0)
@@ -254,15 +254,15 @@ def test_five_labelled_films_and_nothing_else_still_make_a_model(tmp_path):
 def test_one_class_absent_in_validation_has_no_auc(tmp_path):
     folder = make_round(tmp_path / "r", train=(5, 3), t0_epochs=1, epochs=1)
     manifest = read_manifest(folder)
-    for film in manifest["films"]:
-        if film["range"] == "validation":
-            film["labels"] = [None, 1]
+    for sample in manifest["images"]:
+        if sample["range"] == "validation":
+            sample["labels"] = [None, 1]
     write_manifest(folder, manifest)
     assert main([str(folder)]) == 0
     assert card(folder)["metrics"] == {"effusion": {"auc": None, "n": 0}, "mass": {"auc": None, "n": 6}}
 
 
-def test_single_film_round_runs(tmp_path):
+def test_single_image_round_runs(tmp_path):
     folder = make_round(tmp_path / "r", train=(1, 0), validation=0, calibration=0)
     assert main([str(folder)]) == 0
 
@@ -271,7 +271,7 @@ def test_batch_norm_that_sees_one_value_a_channel_stops_the_round_with_that_reas
     alone = {"prototypes": 0, "local_views": 0, "method": "kd", "kd_strategy": "base"}
     folder = make_round(tmp_path / "r", train=(1, 0), validation=0, calibration=0, arch="test_resnet", **alone)
     assert main([str(folder)]) == 3
-    assert result(folder)["reason"].startswith("batch norm: a pass over one film leaves one value a channel")
+    assert result(folder)["reason"].startswith("batch norm: a pass over one image leaves one value a channel")
 
 
 def test_first_round_without_labels_is_refused(tmp_path):
@@ -280,10 +280,10 @@ def test_first_round_without_labels_is_refused(tmp_path):
     assert "a first round needs labels" in result(folder)["reason"]
 
 
-def test_golden_film_stops_the_round_before_anything_is_trained(tmp_path):
+def test_golden_image_stops_the_round_before_anything_is_trained(tmp_path):
     folder = make_round(tmp_path / "r")
     manifest = read_manifest(folder)
-    manifest["films"][7]["range"] = "golden"
+    manifest["images"][7]["range"] = "golden"
     write_manifest(folder, manifest)
     assert main([str(folder)]) == 3
     assert "golden" in result(folder)["reason"]

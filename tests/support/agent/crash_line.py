@@ -23,7 +23,7 @@ from agent.rounds import golden_set, records
 from agent.service.scheduler import night_step
 from agent.site.site import Site
 from deploy.bundle import pointer
-from tests.support.agent.images import film, put, take_in
+from tests.support.agent.images import put, take_in, xray
 from tests.support.agent.models import Served
 
 DIED = 9
@@ -66,11 +66,11 @@ def count_steps(die_at: int) -> None:
 
 
 def walk(root: Path) -> None:
-    """Films, labels, golden set, first model, scores, candidate, verdict, approval, rollback."""
+    """Images, labels, golden set, first model, scores, candidate, verdict, approval, rollback."""
     site = Site.open(root / "appliance.toml")
     with site.ledger() as ledger:
         for seed in (900, 901):
-            name = put(site, film(seed), f"{seed}.dcm").name
+            name = put(site, xray(seed), f"{seed}.dcm").name
             with (root / "acknowledged").open("a") as file:
                 file.write(name + "\n")
         take_in(site, ledger)

@@ -1,4 +1,4 @@
-"""Small real films for the agent's tests: wrapped arrays with a patient, and ways to take them in."""
+"""Small real images for the agent's tests: wrapped arrays with a patient, and ways to take them in."""
 
 import os
 from pathlib import Path
@@ -20,8 +20,8 @@ def pixels(seed: int, side: int = 96) -> np.ndarray:
     return np.kron(coarse, np.ones((side // 8, side // 8), np.uint8))
 
 
-def film(seed: int, patient: str | None = None, **facts: object) -> Dataset:
-    """A frontal film of a patient (one patient a seed by default)."""
+def xray(seed: int, patient: str | None = None, **facts: object) -> Dataset:
+    """A frontal image of a patient (one patient a seed by default)."""
     return wrap(pixels(seed), patient_id=patient or f"P{seed:04d}", **{"view": "PA", **facts})  # type: ignore[arg-type]
 
 
@@ -30,7 +30,7 @@ def save(dataset: Dataset, path: Path) -> Path:
     return path
 
 
-def put(site: Site, dataset: Dataset, name: str = "film.dcm") -> Path:
+def put(site: Site, dataset: Dataset, name: str = "image.dcm") -> Path:
     """Lay a data set into the inbox, as the listener does."""
     scratch = save(dataset, site.root / "run" / f"{os.getpid()}-{name}")
     taken = site.inbox.put(scratch.read_bytes())

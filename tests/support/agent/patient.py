@@ -1,4 +1,4 @@
-"""The patient whom tests forget: the films, a site where they are in every place, and a search for what is left."""
+"""The patient whom tests forget: the images, a site where they are in every place, and a search for what is left."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from dicom.node.commitment import Pending, Request
 from dicom.pseudonyms import patient_key, study_mark
 from tests.conftest import make_site
 from tests.support.agent.crash_line import write_labels
-from tests.support.agent.images import Here, film, put, save, take_in
+from tests.support.agent.images import Here, put, save, take_in, xray
 from tests.support.agent.models import Served, add_model
 from tests.support.deploy.model_server import FINDINGS
 
@@ -22,8 +22,8 @@ WHO = ("Dr Osei", "the patient asked for it")
 
 
 def theirs(seed: int, **facts: object):
-    """A film of the patient who will be forgotten."""
-    ds = film(seed, patient=PATIENT, **facts)
+    """An image of the patient who will be forgotten."""
+    ds = xray(seed, patient=PATIENT, **facts)
     ds.PatientName = NAME
     ds.AccessionNumber = f"ACC-GRUBER-{seed}"
     return ds
@@ -58,13 +58,13 @@ def a_site(folder: Path) -> Site:
 
 
 def a_life(folder: Path) -> tuple[Site, list[bytes]]:
-    """A site where the patient's films are in every place that a film can be in; what must not be found after."""
+    """A site where the patient's images are in every place that an image can be in; what must not be found after."""
     site = a_site(folder)
     with site.ledger() as ledger:
         add_model(site, ledger, 1)
         corrected = theirs(3)
         lateral = theirs(4, view="LL")
-        sent = [theirs(1), theirs(2), theirs(3), lateral, *(film(seed) for seed in range(20, 26))]
+        sent = [theirs(1), theirs(2), theirs(3), lateral, *(xray(seed) for seed in range(20, 26))]
         for number, ds in enumerate(sent):
             put(site, ds, f"{number}.dcm")
         take_in(site, ledger)
@@ -77,19 +77,19 @@ def a_life(folder: Path) -> tuple[Site, list[bytes]]:
             ledger.run("UPDATE image SET file = ? WHERE sop_uid = ?", FILE, theirs(1).SOPInstanceUID)
         (site.root / "run" / "broken.dcm").unlink()
         score_all(site, ledger)
-        uids = [str(theirs(seed).SOPInstanceUID) for seed in (1, 2)] + [str(film(20).SOPInstanceUID)]
+        uids = [str(theirs(seed).SOPInstanceUID) for seed in (1, 2)] + [str(xray(20).SOPInstanceUID)]
         write_labels(site.root / "run" / "labels.csv", [(uid, FINDINGS[0], n % 2) for n, uid in enumerate(uids)])
         labels.import_csv(site, ledger, site.root / "run" / "labels.csv", "Dr Osei")
         (site.root / "run" / "labels.csv").unlink()
         with ledger.transaction():
-            for ds in (theirs(1), film(20)):
+            for ds in (theirs(1), xray(20)):
                 ledger.insert(
                     "pulled",
                     source="PACS",
                     study=study_mark(site.key("pseudonym.key"), str(ds.StudyInstanceUID)),
                     modalities="CR",
                     instances=1,
-                    films=1,
+                    images=1,
                     at="",
                 )
         row = records.plan(site, ledger, "now", NOW)
@@ -117,7 +117,7 @@ def a_life(folder: Path) -> tuple[Site, list[bytes]]:
 
 
 def caches(site: Site, name: str, plates: list[str]) -> None:
-    """What a round makes of its films on the way, as the learner lays it out."""
+    """What a round makes of its images on the way, as the learner lays it out."""
     folder = site.rounds / name
     for part in ("shard", "checkpoint", ".tokens.tmp"):
         (folder / part).mkdir()

@@ -172,6 +172,6 @@ def start(site: Path, *arguments: str) -> tuple[subprocess.Popen, str]:
     raise AssertionError(f"the server never was ready: {said}")
 
 
-def plates(films: int = 1, seed: int = 7) -> np.ndarray:
-    """uint8 [films, 512, 512] of noise."""
-    return np.random.default_rng(seed).integers(0, 256, (films, 512, 512), dtype=np.uint8)
+def plates(images: int = 1, seed: int = 7) -> np.ndarray:
+    """uint8 [images, 512, 512] of noise."""
+    return np.random.default_rng(seed).integers(0, 256, (images, 512, 512), dtype=np.uint8)

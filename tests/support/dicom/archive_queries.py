@@ -3,12 +3,12 @@
 from contextlib import contextmanager
 from pathlib import Path
 
-from dicom.client.archive import Film
+from dicom.client.archive import Image
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
-from tests.support.dicom.pacs import film
+from tests.support.dicom.pacs import xray
 
-ASKED = Film("1.2.3", "1.2.3.4", str(film().SOPInstanceUID), "")
+ASKED = Image("1.2.3", "1.2.3.4", str(xray().SOPInstanceUID), "")
 
 
 @contextmanager

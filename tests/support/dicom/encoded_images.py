@@ -1,7 +1,6 @@
-"""Films in every transfer syntax, each written by an encoder that is not ours."""
+"""Images in every transfer syntax, each written by an encoder that is not ours."""
 
 import imagecodecs
-from pacs import chest, film, save
 from pydicom import dcmread
 from pydicom.encaps import encapsulate
 from pydicom.uid import RLELossless
@@ -17,10 +16,11 @@ from dicom.dataset.syntaxes import (
     JPEG_LS,
     RLE,
 )
+from tests.support.dicom.pacs import chest, save, xray
 
 
 def again(ds, tmp_path):
-    """The film written and read back, as it would come from a PACS."""
+    """The image written and read back, as it would come from a PACS."""
     return dcmread(save(ds, tmp_path / "again.dcm"))
 
 
@@ -32,11 +32,11 @@ def encapsulated(ds, syntax, stream):
 
 
 def in_syntax(syntax, seed=0, bits=12, side=96):
-    """One film in any lossless syntax, each written by somebody else's encoder."""
+    """One image in any lossless syntax, each written by somebody else's encoder."""
     pixels = chest(side, seed, bits)
     if syntax in (EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED_LE, JPEG_2000_LOSSLESS, JPEG_LS):
-        return film(seed, side, bits, transfer_syntax=syntax)
-    ds = film(seed, side, bits)
+        return xray(seed, side, bits, transfer_syntax=syntax)
+    ds = xray(seed, side, bits)
     if syntax == RLE:
         ds.compress(RLELossless, generate_instance_uid=False)
         return ds

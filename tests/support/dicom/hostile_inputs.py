@@ -2,18 +2,17 @@
 
 from contextlib import contextmanager
 
-from pacs import data_set, film, wait_for
-from scu import echoes
-
 from dicom.dataset.facts import COMPUTED_RADIOGRAPHY, DIGITAL_XRAY_PRESENTATION
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
+from tests.support.dicom.pacs import data_set, wait_for, xray
+from tests.support.dicom.raw_scu import echoes
 
 VERIFICATION = "1.2.840.10008.1.1"
 DX, CR, CT = DIGITAL_XRAY_PRESENTATION, COMPUTED_RADIOGRAPHY, "1.2.840.10008.5.1.4.1.1.2"
-GOOD = film()
+GOOD = xray()
 DATA, UID = data_set(GOOD), str(GOOD.SOPInstanceUID)
-BIG = film(7, side=900, bits=12)
+BIG = xray(7, side=900, bits=12)
 
 
 @contextmanager

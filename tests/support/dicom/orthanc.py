@@ -1,4 +1,4 @@
-"""An Orthanc with DICOMweb for tests: films put in over HTTP, asked over DIMSE and DICOMweb, stopped in any way."""
+"""An Orthanc with DICOMweb for tests: images put in over HTTP, asked over DIMSE and DICOMweb, stopped in any way."""
 
 import json
 import shutil
@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 import httpx
-from pacs import free_port, save, wait_for
 from pydicom import Dataset
+
+from tests.support.dicom.pacs import free_port, save, wait_for
 
 PLUGIN = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
 
@@ -62,14 +63,14 @@ class Orthanc:
     def __exit__(self, *_: object) -> None:
         self.stop(signal.SIGKILL)  # its own stop takes seconds, and nothing of it is kept
 
-    def hold(self, *films: Dataset) -> None:
-        """Put films in."""
-        for film in films:
-            path = save(film, self._folder / "film.dcm")
+    def hold(self, *images: Dataset) -> None:
+        """Put images in."""
+        for image in images:
+            path = save(image, self._folder / "image.dcm")
             httpx.post(self.url + "/instances", content=path.read_bytes(), timeout=30).raise_for_status()
             path.unlink()
 
-    def drop(self, film: Dataset) -> None:
-        """Lose a film."""
-        (found,) = httpx.post(self.url + "/tools/lookup", content=str(film.SOPInstanceUID), timeout=30).json()
+    def drop(self, image: Dataset) -> None:
+        """Lose an image."""
+        (found,) = httpx.post(self.url + "/tools/lookup", content=str(image.SOPInstanceUID), timeout=30).json()
         httpx.delete(f"{self.url}/instances/{found['ID']}", timeout=30).raise_for_status()

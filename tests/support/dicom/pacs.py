@@ -1,4 +1,4 @@
-"""What stands on the other side of the node in tests: films to send, and a sender that can misbehave.
+"""What stands on the other side of the node in tests: images to send, and a sender that can misbehave.
 
 Plain helpers, no fixtures and no mocks; every byte goes over a real socket.
 """
@@ -24,7 +24,7 @@ KEY = b"a key for tests only, 32 bytes.."
 
 
 def chest(side: int = 96, seed: int = 0, bits: int = 8) -> np.ndarray:
-    """uint8 or uint16 [side, side]: two dark lungs in a grey body, and noise that makes every seed another film."""
+    """uint8 or uint16 [side, side]: two dark lungs in a grey body, and noise that makes every seed another image."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:side, 0:side] / side
     lungs = sum(np.exp(-(((x - centre) / 0.16) ** 2) - ((y - 0.45) / 0.3) ** 2) for centre in (0.3, 0.7))
@@ -32,8 +32,8 @@ def chest(side: int = 96, seed: int = 0, bits: int = 8) -> np.ndarray:
     return (np.clip(body, 0, 1) * ((1 << bits) - 1)).astype(np.uint8 if bits == 8 else np.uint16)
 
 
-def film(seed: int = 0, side: int = 96, bits: int = 8, patient_id: str = "P1", **more: object) -> Dataset:
-    """A film that every rule admits."""
+def xray(seed: int = 0, side: int = 96, bits: int = 8, patient_id: str = "P1", **more: object) -> Dataset:
+    """An image that every rule admits."""
     return wrap(chest(side, seed, bits), patient_id, bits=bits, **more)  # type: ignore[arg-type]
 
 

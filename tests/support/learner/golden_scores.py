@@ -8,7 +8,7 @@ import numpy as np
 from learner.evaluation.gate import Check, Golden, Rules, Scores, Verdict, judge
 
 ALPHA = 0.05 / 52
-FINE = {"1": 2e-6, "8": 3e-6, "films": 64}
+FINE = {"1": 2e-6, "8": 3e-6, "images": 64}
 EASY = Rules(superiority_required=False)
 
 
@@ -26,13 +26,13 @@ class Site:
     """A golden set of one or two findings and scores of known true AUC on it."""
 
     def __init__(
-        self, films: int = 900, share: float = 0.3, findings=("effusion",), seed: int = 0, per_patient: int = 1
+        self, samples: int = 900, share: float = 0.3, findings=("effusion",), seed: int = 0, per_patient: int = 1
     ):
         self.rng = np.random.default_rng(seed)
-        self.labels = (self.rng.random((films, len(findings))) < share).astype(float)
-        self.shared = self.rng.standard_normal((films, len(findings)))
+        self.labels = (self.rng.random((samples, len(findings))) < share).astype(float)
+        self.shared = self.rng.standard_normal((samples, len(findings)))
         self.findings = tuple(findings)
-        self.patients = [f"p{i // per_patient:05d}" for i in range(films)]
+        self.patients = [f"p{i // per_patient:05d}" for i in range(samples)]
 
     @property
     def golden(self) -> Golden:

@@ -74,7 +74,7 @@ def opened(folder, **overrides):
 
 
 def without_label(run):
-    return [film for film in run.round.unlabelled if not film.labelled]
+    return [sample for sample in run.round.unlabelled if not sample.labelled]
 
 
 def copy_of(network):

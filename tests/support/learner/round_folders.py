@@ -1,4 +1,4 @@
-"""Round folders for the learner's tests: tiny films with squares for findings, and a network that trains in seconds."""
+"""Round folders for the learner's tests: tiny images with squares for findings, and a network that trains in seconds."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ ALL = {  # every term, blocks frozen
 }  # fmt: skip
 
 
-def film(labels, seed):
+def xray(labels, seed):
     """uint8 [512, 512]: noise, and one bright square a finding."""
     rng = np.random.default_rng(seed)
     plate = rng.normal(100, 20, (512, 512))
@@ -31,25 +31,25 @@ def film(labels, seed):
 
 
 def make_round(folder, train=(6, 8), validation=6, calibration=12, parent=None, until=None, seed=3, **overrides):
-    """Write plates and manifest; `train` = films with and without labels. Returns the folder."""
+    """Write plates and manifest; `train` = images with and without labels. Returns the folder."""
     folder = Path(folder)
     (folder / "plates").mkdir(parents=True)
-    films, rng = [], np.random.default_rng(seed)
+    samples, rng = [], np.random.default_rng(seed)
     counts = [("train", train[0], True), ("train", train[1], False), ("validation", validation, True)]
     for range_, count, labelled in [*counts, ("calibration", calibration, True)]:
         for i in range(count):
             labels = [int(v) for v in rng.integers(0, 2, len(FINDINGS))]
             labels = [1, 0] if i == 0 else [0, 1] if i == 1 else labels
-            image = len(films)
-            np.save(folder / "plates" / f"{image}.npy", film(labels, [seed, image]))
-            films.append(
+            image = len(samples)
+            np.save(folder / "plates" / f"{image}.npy", xray(labels, [seed, image]))
+            samples.append(
                 {"image": image, "patient": f"p{image}", "plate": f"{image}.npy", "range": range_,
                  "labels": labels if labelled else [None] * len(FINDINGS)}
             )  # fmt: skip
     manifest = {
-        "version": 1, "round": "r0001", "plate_version": 1, "findings": list(FINDINGS),
+        "version": 2, "round": "r0001", "plate_version": 1, "findings": list(FINDINGS),
         "recipe": resolve("distl", "demo", {**TINY, **overrides}).to_dict(), "seed": seed,
-        "plates": "plates", "parent": parent, "until": until, "films": films,
+        "plates": "plates", "parent": parent, "until": until, "images": samples,
     }  # fmt: skip
     write_manifest(folder, manifest)
     return folder
@@ -71,9 +71,9 @@ def card(folder, name="final"):
     return json.loads((folder / name / "card.json").read_text())
 
 
-def make(folder, method="evolve", films=None, **overrides):
-    """A round folder of a small recipe; `films` as in `make_round`. Returns the folder."""
-    folder = make_round(folder, **(films or {}))
+def make(folder, method="evolve", samples=None, **overrides):
+    """A round folder of a small recipe; `images` as in `make_round`. Returns the folder."""
+    folder = make_round(folder, **(samples or {}))
     recipe = resolve(method, "demo", {**SMALL, **overrides})
     write_manifest(folder, read_manifest(folder) | {"recipe": recipe.to_dict()})
     return folder
