@@ -33,8 +33,8 @@ SIDES = (300, 700, 1400)  # pixels: 0.2, 1 and 4 MB
 OURS = """
 import logging, sys, threading
 from pathlib import Path
-from dicom.inbox import Inbox
-from dicom.listener import Listener, Node
+from dicom.store.inbox import Inbox
+from dicom.node.listener import Listener, Node
 listener = Listener(Node(aet="BENCH", port=int(sys.argv[2])), Inbox(Path(sys.argv[1])))
 listener.start()
 threading.Event().wait()

@@ -35,9 +35,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NODE = """
 import resource, sys
 from pathlib import Path
-from dicom import tls
-from dicom.inbox import Inbox
-from dicom.listener import Listener, Node
+from dicom.node import tls
+from dicom.store.inbox import Inbox
+from dicom.node.listener import Listener, Node
 folder, *paths = sys.argv[1:]
 us = tls.Identity(*map(Path, paths)) if paths else None
 inbox = Inbox(Path(folder), 0)

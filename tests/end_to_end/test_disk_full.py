@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import make_site
 
 from agent.ledger import audit
 from agent.site.site import Site
@@ -21,6 +20,7 @@ from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION as DX
 from dicom.dataset.part10 import EXPLICIT_LE, open_envelope
 from dicom.node.reception import OUT_OF_RESOURCES
 from dicom.store.inbox import Inbox
+from tests.conftest import make_site
 from tests.support.dicom.pacs import data_set, save, wait_for, xray
 from tests.support.dicom.raw_scu import A_ASSOCIATE_AC, IMPLICIT, VERIFICATION, Scu, echoes
 from tests.support.small_disk import small_disk

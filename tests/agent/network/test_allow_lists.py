@@ -6,13 +6,13 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import make_site
 
 from dicom.client.sender import echo
 from dicom.node import refusals
 from dicom.node.listener import Listener, Node
 from dicom.node.refusals import Refusals
 from dicom.store.inbox import Inbox
+from tests.conftest import make_site
 from tests.support.agent.appliance import Appliance
 from tests.support.dicom.pacs import wait_for
 

@@ -8,9 +8,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import make_site
 
 from agent.network import connections
+from tests.conftest import make_site
 from tests.support.agent.images import take_in, xray
 from tests.support.dicom.certificates import authority
 from tests.support.dicom.pacs import free_port, save, wait_for

@@ -4,7 +4,6 @@ import time
 from datetime import date
 
 import pytest
-from conftest import make_site
 
 from agent.erasure import forget
 from agent.errors import Problem
@@ -13,6 +12,7 @@ from agent.network.holdings import Here, patient_ids
 from agent.network.pull import Order, Puller, by_day
 from dicom.client.archive import Busy, Image, Missing, Study, Unreachable, Wanted
 from dicom.node.listener import Listener, Node
+from tests.conftest import make_site
 from tests.support.agent.images import take_in, xray
 from tests.support.agent.pull_command import pull, uids
 

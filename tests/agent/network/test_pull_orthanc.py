@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from conftest import make_site
 from typer.testing import CliRunner
 
 from agent.cli.main import app
@@ -18,6 +17,7 @@ from dicom.client.archive import Wanted
 from dicom.client.association import Peer
 from dicom.client.dimse import Pacs
 from dicom.node.listener import Listener, Node
+from tests.conftest import make_site
 from tests.support.agent.appliance import Appliance
 from tests.support.agent.images import take_in, xray
 from tests.support.agent.pull_command import pull, uids

@@ -159,7 +159,7 @@ def test_sigterm_within_a_step_of_a_minute_leaves_in_time_and_the_round_goes_on_
 BACKWARD = """
 import sys, torch
 from pathlib import Path
-from learner.progress import Teller
+from learner.engine.progress import Teller
 torch.set_num_threads(1)
 teller = Teller(Path(sys.argv[1]), None, 0.0, 0)
 teller.listen()

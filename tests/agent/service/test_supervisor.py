@@ -9,10 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import free_port, make_site
 
 from agent.errors import Problem
 from agent.network import connections, node
+from tests.conftest import free_port, make_site
 from tests.support.dicom.pacs import wait_for
 
 

@@ -169,8 +169,8 @@ def test_workers_end_with_the_examiner(files):
 PARENT = """
 import sys, time
 from pathlib import Path
-from dicom.ingest import Admission
-from dicom.worker import Examiner
+from dicom.intake.examine import Admission
+from dicom.intake.examiner import Examiner
 import multiprocessing
 if __name__ == "__main__":
     pool = Examiner(b"k" * 32, Admission())

@@ -5,7 +5,6 @@ import sys
 from datetime import UTC, datetime
 
 import pytest
-from conftest import make_site
 
 from agent.errors import Problem
 from agent.network import connections
@@ -13,6 +12,7 @@ from agent.site.config import load
 from agent.site.site import Site
 from dicom.client.sender import echo
 from dicom.node.tls import BadCertificate, Identity, check
+from tests.conftest import make_site
 from tests.support.agent.appliance import Appliance
 from tests.support.dicom.certificates import DAY, Usage, authority
 from tests.support.dicom.pacs import wait_for

@@ -7,7 +7,6 @@ import threading
 import time
 
 import pytest
-from conftest import make_site
 from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 
@@ -16,6 +15,7 @@ from dicom.client.sender import STORAGE_COMMITMENT, echo, report_commitment, sen
 from dicom.dataset.part10 import EXPLICIT_LE
 from dicom.node import commitment, tls
 from dicom.node.commitment import NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS, Pending, Request
+from tests.conftest import make_site
 from tests.support.agent.images import xray
 from tests.support.dicom.certificates import authority
 from tests.support.dicom.commitment_peer import ABSENT, Pacs, nodes, of, pending

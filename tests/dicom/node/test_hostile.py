@@ -12,13 +12,13 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import make_site
 
 from agent.images import intake
 from dicom.dataset.part10 import DEFLATED_LE, EXPLICIT_LE, IMPLICIT_LE
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.intake.examine import Admission, examine
 from dicom.node import reception
+from tests.conftest import make_site
 from tests.support.dicom.hostile_inputs import BIG, CR, CT, DATA, DX, UID, VERIFICATION, everything, nodes
 from tests.support.dicom.pacs import KEY, data_set, wait_for, xray
 from tests.support.dicom.raw_scu import A_ASSOCIATE_AC, Scu
@@ -148,8 +148,8 @@ def test_a_node_does_not_refuse_by_content_and_the_intake_decides(node, name):
 SERVE = """
 import sys, threading
 from pathlib import Path
-from dicom.inbox import Inbox
-from dicom.listener import Listener, Node
+from dicom.store.inbox import Inbox
+from dicom.node.listener import Listener, Node
 listener = Listener(Node(port=0), Inbox(Path(sys.argv[1]), 0))
 listener.start()
 print(listener.port, flush=True)

@@ -166,12 +166,12 @@ def test_the_images_of_a_pass_are_shuffled_once(round_, monkeypatch):
 
 MUTATIONS = [  # test, where, what, instead
     (test_packed_pixels_are_those_of_serving_to_half_a_level, packed_plates, "LEVELS", 255),
-    (test_packed_pixels_are_those_of_serving_to_half_a_level, packed_plates.views, "to_image", lambda p, m: (m @ p.sqrt() @ m.T)[:, None] / 16),
+    (test_packed_pixels_are_those_of_serving_to_half_a_level, packed_plates.augment, "to_image", lambda p, m: (m @ p.sqrt() @ m.T)[:, None] / 16),
     (test_packed_pixels_are_those_of_serving_to_half_a_level, packed_plates, "to_levels", lambda x: (x[:, 0] * 65535).sub(32768).to(torch.int16)),
     (test_black_and_white_survive_packing_exactly, packed_plates, "to_levels", lambda x: (x[:, 0] * 65536).round().sub(32768).to(torch.int16)),
     (test_views_from_the_shard_are_those_from_the_plates, packed_plates.Shard, "images", lambda self, x: x.float()[:, None] / 65535),
-    (test_a_round_started_again_uses_its_shard, packed_plates.cache, "holds", lambda folder, key: False),
-    (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates.cache, "holds", lambda folder, key: folder.exists()),
+    (test_a_round_started_again_uses_its_shard, packed_plates.cache_key, "holds", lambda folder, key: False),
+    (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates.cache_key, "holds", lambda folder, key: folder.exists()),
     (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates, "key_of", lambda samples, size: f"{len(samples)} {size}"),
     (test_a_finished_round_keeps_no_shard, packed_plates, "remove_shard", lambda folder: None),
     (test_a_feed_takes_a_table_of_labels_in_place_of_the_images_own, feed.torch, "from_numpy", lambda x, real=torch.from_numpy: real(x).roll(1, 0)),

@@ -3,7 +3,6 @@
 import threading
 from contextlib import contextmanager
 
-from conftest import make_site
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
@@ -13,6 +12,7 @@ from dicom.client.sender import COMMITMENT_INSTANCE, STORAGE_COMMITMENT, echo
 from dicom.dataset.facts import SECONDARY_CAPTURE
 from dicom.dataset.part10 import EXPLICIT_LE
 from dicom.node.commitment import SUCCESS
+from tests.conftest import make_site
 from tests.support.dicom.pacs import associate, free_port, wait_for
 
 ABSENT = (SECONDARY_CAPTURE, "1.2.3.4.5.6.7.8.9")

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent import outbox
-from agent.site import Site
+from agent.results import outbox
+from agent.site.site import Site
 from deploy.client import Client
-from tests.answers import Archive
-from tests.appliance import Appliance
 from tests.conftest import free_port
-from tests.deploy_site import start
+from tests.support.agent.appliance import Appliance
+from tests.support.deploy.model_server import start
+from tests.support.dicom.storage_scp import Archive
 
-SITES = Path(__file__).resolve().parent / "sites"
+SITES = Path(__file__).resolve().parents[1] / "sites"
 BASELINE, FIRST, SECOND = "42277d156950", "b28de33b801b", "14be6da4baed"
 NO_EVALUATION, INCONCLUSIVE = "no_look", "not_shown"  # the states of r0001 and r0002
 LATER = datetime(2030, 1, 1, tzinfo=UTC)
