@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from agent import console
-from agent.cli.images import By, Config, Json, opened, studies_app
+from agent.cli.images import studies_app
+from agent.cli.options import By, Config, Json, opened
 from agent.erasure import forget as forgetting
 from agent.errors import Problem
 from agent.images import export

@@ -1,38 +1,20 @@
 """Commands about images: import, studies, labels, golden."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from agent import console
+from agent.cli.options import MOST, By, Config, Json, opened
 from agent.errors import Problem
 from agent.images import images, labels
 from agent.images.importer import import_folder
-from agent.ledger.database import Ledger
 from agent.rounds import golden_set, power
-from agent.site.site import Site
-
-Config = Annotated[
-    Path | None, typer.Option("--config", help="appliance.toml; else $CXRLOOP_CONFIG, else ./appliance.toml")
-]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
-MOST = 10**9  # of what a list may be asked for
-By = Annotated[str, typer.Option(help="who does this; kept in the audit")]
 
 studies_app = typer.Typer(no_args_is_help=True, help="Images and their states.")
 labels_app = typer.Typer(no_args_is_help=True, help="Labels.")
 golden_app = typer.Typer(no_args_is_help=True, help="The golden set: judged on, never learnt from.")
-
-
-@contextmanager
-def opened(settings: Path | None) -> Iterator[tuple[Site, Ledger]]:
-    """The site and its ledger."""
-    site = Site.open(settings)
-    with site.ledger() as ledger:
-        yield site, ledger
 
 
 def register(app: typer.Typer) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from agent import console
 from agent.cli import erasure, images, models, pull, rounds
-from agent.cli.images import MOST, Config, Json, opened
+from agent.cli.options import MOST, Config, Json, opened
 from agent.errors import Problem
 from agent.ledger import audit
 from agent.service.status import status

@@ -6,11 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from agent import console
-from agent.cli.images import By, Config, Json, opened
+from agent.cli.options import By, Config, Json, opened
 from agent.ledger.database import Row
 from agent.release import import_model, release
 from agent.results import explain
 from agent.rounds import evaluation, records
+from agent.site import files
 
 models_app = typer.Typer(no_args_is_help=True, help="Models (bundles).")
 Reason = Annotated[str, typer.Option(help="why; kept in the audit")]
@@ -57,7 +58,7 @@ def models_show(
     """One model: its card, and what became of it."""
     with console.errors(), opened(settings) as (site, ledger):
         row = release.find(ledger, bundle)
-        sealed = evaluation.opened(site, row["id"])
+        sealed = files.open_sealed(site, row["id"])
         history = ledger.rows("SELECT state, by, reason, at FROM deployment WHERE bundle = ? ORDER BY id", row["id"])
         said = {**_model(row), "card": sealed.card, "thresholds": sealed.thresholds, "deployments": history}
         if json_out:

@@ -1,11 +1,8 @@
 """`cxrloop pull`: what was typed becomes an archive and an order; `agent.network.pull` does the rest."""
 
-import fcntl
 import ipaddress
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +10,13 @@ from typing import Annotated
 import typer
 
 from agent import console
-from agent.cli.images import Config, Json, opened
+from agent.cli.options import Config, Json, opened
 from agent.errors import Problem
 from agent.ledger.database import Ledger
 from agent.network import connections
 from agent.network.holdings import patient_ids
 from agent.network.pull import Order, Puller, Tally, by_day
-from agent.site import peer_address
+from agent.site import locks, peer_address
 from agent.site.config import zone
 from agent.site.site import Site
 from dicom.client.archive import Unreachable, Wanted
@@ -62,8 +59,11 @@ def pull_command(
         if how == "move" and isinstance(archive, Pacs) and not dry_run:
             _reachable(site, archive.peer)
         order = Order(tuple(questions), limit, per_minute, dry_run)
-        with _alone(site), console.logs.status("asking") as line:
-            said = Puller(site, ledger, archive, order, lambda tally: line.update(_line(tally))).run()
+        try:
+            with locks.hold(site, "pull"), console.logs.status("asking") as line:
+                said = Puller(site, ledger, archive, order, lambda tally: line.update(_line(tally))).run()
+        except locks.Busy:
+            raise Problem("another `cxrloop pull` runs on this site; wait for it, or stop it") from None
         if priors:
             said["patients_without_original"] = unknown
         if json_out:
@@ -165,14 +165,3 @@ def _reachable(site: Site, peer: Peer) -> None:
             raise Problem(f"--how move: node.allow_ip lacks {peer.host}, which will send us the images")
     except ValueError:  # a host name: its addresses are the network's matter
         return
-
-
-@contextmanager
-def _alone(site: Site) -> Iterator[None]:
-    """One pull at a time: two would fetch the same images. Raises Problem."""
-    with (site.root / "run" / "pull.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Problem("another `cxrloop pull` is at work on this site; let it end, or stop it") from None
-        yield

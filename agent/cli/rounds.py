@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from agent import console
-from agent.cli.images import By, Config, Json, opened
+from agent.cli.options import By, Config, Json, opened
 from agent.errors import Problem
 from agent.ledger.database import Ledger, Row
 from agent.rounds import inspection, records, training
-from agent.service.scheduler import next_window
+from agent.site import locks
 from agent.site.config import zone
 from agent.site.site import Site
+from agent.site.window import next_window
 
 round_app = typer.Typer(no_args_is_help=True, help="Rounds of learning.")
 
@@ -83,9 +84,9 @@ def _finish(
     """Run a round to its next resting place and print it; Ctrl-C pauses it in good order."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with training.the_lock(site), console.logs.status("round") as line:
+        with locks.hold(site, "round"), console.logs.status("round") as line:
             row = training.carry_on(site, ledger, start(), until, lambda p: line.update(_progress(p)))
-    except training.Busy:
+    except locks.Busy:
         row = training.wait_for_other(site, ledger, with_look)
     said = records.summary(ledger, row)
     if json_out:

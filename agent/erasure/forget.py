@@ -5,7 +5,6 @@ done; then files, round folders and the database's own free space follow, each s
 every tick calls. What models have learnt can't be undone, and is said. No word of the patient in audit or log.
 """
 
-import fcntl
 import json
 import re
 import secrets
@@ -19,7 +18,7 @@ from agent.images.retention import unlink
 from agent.ledger import audit
 from agent.ledger.database import Ledger, Row, canonical, utc
 from agent.ledger.schema import FORGOTTEN
-from agent.site.locks import filing
+from agent.site import locks
 from agent.site.site import Site
 from dicom.pseudonyms import PLACEHOLDERS, patient_key, refusal, study_mark
 
@@ -68,7 +67,7 @@ def forget(site: Site, ledger: Ledger, keys: Collection[str], by: str, reason: s
         raise Problem(
             "forget: nothing of this patient is here; where images name an issuer of patient ids, give --issuer"
         )
-    with filing(site), ledger.transaction():
+    with locks.wait_for(site, "filing"), ledger.transaction():
         what = {name: said[name] for name in ("images", "golden", "rounds", "bundles")}
         number = ledger.insert(
             "forget", state="files", patient_keys=canonical(sorted(keys)), sop_uids="[]", by=by, reason=reason, at=utc()
@@ -168,8 +167,7 @@ def finish(site: Site, ledger: Ledger) -> str | None:
     unfinished = "SELECT * FROM forget WHERE state != 'done' ORDER BY id"
     if not ledger.value(unfinished):
         return None
-    with (site.root / "run" / "forget.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locks.wait_for(site, "forget"):
         for row in ledger.rows(unfinished):
             if row["state"] == "files" and not _files(site, ledger, row):
                 return "a round that held an image is just being planned, or its learner has not left yet"
@@ -183,7 +181,7 @@ def finish(site: Site, ledger: Ledger) -> str | None:
 def _files(site: Site, ledger: Ledger, row: Row) -> bool:
     """Remove the patient's files, then the pseudonym itself; False when a learner still holds some."""
     keys = json.loads(row["patient_keys"])
-    with filing(site):  # what was on its way in when the rows went has its row by now, or never will
+    with locks.wait_for(site, "filing"):  # what was on its way in when the rows went has its row by now, or never will
         site_files.remove(site, ledger, keys)
         with ledger.transaction():
             _empty_rows(site, ledger, row["id"], keys)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from agent.ledger.database import Ledger, Row
-from agent.rounds import records, training
+from agent.rounds import records
+from agent.site import locks
 from agent.site.site import Site
 from learner.round.manifest import RoundBusy, held, read_json, write_json
 
@@ -89,7 +90,7 @@ def clear(site: Site, ledger: Ledger, images: Collection[int]) -> bool:
 def _being_planned(site: Site, ledger: Ledger) -> bool:
     """A round whose row is there and whose manifest is not may be about to list an image (the planner holds the lock)."""
     row = records.open_round(ledger)
-    return bool(row and not (site.rounds / row["name"] / "manifest.json").exists() and training.running(site))
+    return bool(row and not (site.rounds / row["name"] / "manifest.json").exists() and locks.is_held(site, "round"))
 
 
 def _cleared(folder: Path, images: Collection[int]) -> bool:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import Problem
-from agent.images import retention
 from agent.ledger import audit
 from agent.ledger.database import Ledger, Row, image_number
+from agent.site import files
 from agent.site.site import Site
 from cxrloop.durable import replace_file
 from dicom.outgoing.deidentify import MayNotLeave, deidentify
@@ -39,7 +39,7 @@ def export(
         try:
             if row["plate"] is None:
                 raise MayNotLeave(f"set aside: {row['reason']}")
-            image = deidentify(retention.original(site, row), site.key("pseudonym.key"))
+            image = deidentify(files.original(site, row), site.key("pseudonym.key"))
             name = f"{image.SOPInstanceUID}.dcm"
             if (folder / name).exists():
                 raise MayNotLeave(

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from agent.ledger.database import Ledger, Row, utc
-from agent.site.locks import filing
+from agent.site import locks
 from agent.site.site import Site
 from agent.site.splits import fix_shares, range_of
 from dicom.dataset.facts import Examined, Image
@@ -79,7 +79,7 @@ def take(
     """
     if receipt and (done := ledger.value("SELECT outcome FROM receipt WHERE name = ?", receipt)):
         return done
-    with filing(site):  # no image is forgotten or dropped between its files and its row
+    with locks.wait_for(site, "filing"):  # no image is forgotten or dropped between its files and its row
         return _file(site, ledger, path, examined, received_at, receipt, file)
 
 

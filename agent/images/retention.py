@@ -7,10 +7,8 @@ the unlink, then the intent row goes: a crash anywhere is finished by the next t
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from agent.errors import Problem
-from agent.ledger.database import Ledger, Row, utc
-from agent.ledger.schema import FORGOTTEN
-from agent.site.locks import filing
+from agent.ledger.database import Ledger, utc
+from agent.site import locks
 from agent.site.site import Site
 from cxrloop.durable import sync_folder
 
@@ -52,7 +50,9 @@ def finish(site: Site, ledger: Ledger) -> int:
     meant = "SELECT image, original FROM kept_file JOIN image ON image.id = kept_file.image WHERE kind = 'dropping'"
     if not ledger.value(meant):
         return 0
-    with filing(site):  # an image that comes in again meanwhile is kept either before this or after it
+    with locks.wait_for(
+        site, "filing"
+    ):  # an image that comes in again meanwhile is kept either before this or after it
         rows = ledger.rows(meant)
         unlink(site, [row["original"] for row in rows])
         with ledger.transaction():
@@ -87,15 +87,3 @@ def outstanding(ledger: Ledger, image: int) -> bool:
     One that the PACS refused for good does not hold a file back; `studies rerun` then says what is missing.
     """
     return bool(ledger.value("SELECT 1 FROM outbox WHERE image = ? AND state = 'waiting' LIMIT 1", image))
-
-
-def original(site: Site, row: Row) -> Path:
-    """The file of an image as it came in; raises Problem, saying when and why it went."""
-    if row["reason"] == FORGOTTEN:
-        raise Problem(f"image {row['id']}: forgotten at the patient's wish; nothing of it is left")
-    if row["dropped_at"]:
-        raise Problem(
-            f"image {row['id']}: its original was dropped on {row['dropped_at'][:10]} ([retention]); what is made from "
-            "the original (results, exports) needs it: let the PACS send the image again"
-        )
-    return site.store.path(row["original"])

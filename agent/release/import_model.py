@@ -1,8 +1,6 @@
 """`models import`: a model made elsewhere becomes the baseline when none serves, else a candidate for the gate."""
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ from agent.errors import Problem
 from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
 from agent.release import release
-from agent.rounds import evaluation, records, training
+from agent.rounds import evaluation, records
+from agent.site import locks
 from agent.site.site import Site
 from deploy.bundle.bundle import seal
 from deploy.bundle.onnx_import import OnnxRefused, import_onnx
@@ -25,12 +24,10 @@ def adopt(site: Site, ledger: Ledger, file: Path, by: str, with_look: bool) -> d
     """
     if not file.is_file():
         raise Problem(f"{file}: no such file")
-    with _the_lock(site), tempfile.TemporaryDirectory(dir=site.root / "run") as scratch:
-        try:
-            import_onnx(file, Path(scratch), site.findings)
-        except (OnnxRefused, NoRuntime) as error:
-            raise Problem(str(error)) from None
-        bundle = seal(Path(scratch), site.models, site.key("signing.key"))
+    try:
+        bundle = _seal(site, file)
+    except locks.Busy:
+        raise Problem("models import: a round is running; wait for it, or `cxrloop round cancel`") from None
     if ledger.row("SELECT 1 FROM bundle WHERE id = ?", bundle):
         raise Problem(f"{file}: imported already, as bundle {bundle} ({release.find(ledger, bundle)['state']})")
     first = release.in_service(ledger) is None and not ledger.row("SELECT 1 FROM bundle WHERE is_baseline = 1")
@@ -53,15 +50,6 @@ def adopt(site: Site, ledger: Ledger, file: Path, by: str, with_look: bool) -> d
     }
 
 
-@contextmanager
-def _the_lock(site: Site) -> Iterator[None]:
-    try:
-        with training.the_lock(site):
-            yield
-    except training.Busy:
-        raise Problem("models import: a round is running; wait for it, or `cxrloop round cancel`") from None
-
-
 def _as_round(site: Site, ledger: Ledger, bundle: str, with_look: bool) -> str:
     """A round that is trained already: the gate knows no other way in."""
     now = datetime.now(UTC)
@@ -73,3 +61,13 @@ def _as_round(site: Site, ledger: Ledger, bundle: str, with_look: bool) -> str:
         last_image=ledger.value("SELECT max(last_image) FROM round") or 0,
     )  # fmt: skip
     return name
+
+
+def _seal(site: Site, file: Path) -> str:
+    """Check an ONNX file and seal it; the bundle's id. Raises Problem, locks.Busy."""
+    with locks.hold(site, "round"), tempfile.TemporaryDirectory(dir=site.root / "run") as scratch:
+        try:
+            import_onnx(file, Path(scratch), site.findings)
+        except (OnnxRefused, NoRuntime) as error:
+            raise Problem(str(error)) from None
+        return seal(Path(scratch), site.models, site.key("signing.key"))

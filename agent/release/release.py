@@ -4,10 +4,7 @@ Every change is an intent row, then the act (load, probe, pointer), then a confi
 repeated, so `reconcile` simply goes on from the intent. The gate permits; only a person approves.
 """
 
-import fcntl
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,6 +13,7 @@ import numpy as np
 from agent.errors import Problem, Refused
 from agent.ledger import audit, states
 from agent.ledger.database import Ledger, Row, utc, when
+from agent.site import locks
 from agent.site.site import Site
 from deploy.bundle import pointer
 from deploy.bundle.bundle import BundleRefused, open_bundle
@@ -34,7 +32,7 @@ def approve(site: Site, ledger: Ledger, bundle: str, by: str, reason: str) -> di
     row = find(ledger, bundle)
     _said(by, reason)
     need = site.config.release.approvers
-    with _one_at_a_time(site):
+    with locks.wait_for(site, "release"):
         with ledger.transaction():
             _may_serve(ledger, row)
             earlier = {r["by"].casefold() for r in ledger.rows("SELECT by FROM approval WHERE bundle = ?", row["id"])}
@@ -100,7 +98,7 @@ def rollback(site: Site, ledger: Ledger, to: str | None, by: str, reason: str) -
 
 def put_in_service(site: Site, ledger: Ledger, bundle: str, by: str, reason: str) -> dict[str, Any]:
     """Intent row, load + probe, pointer, confirming row. Raises Refused when the bundle fails its own probe."""
-    with _one_at_a_time(site):
+    with locks.wait_for(site, "release"):
         with ledger.transaction():
             intent = _intend(ledger, bundle, by, reason)
         return _act(site, ledger, intent)
@@ -117,14 +115,6 @@ def _intend(ledger: Ledger, bundle: str, by: str, reason: str) -> Row:
     )  # fmt: skip
     audit.append(ledger, by, "deployment requested", reason, before=current and current["id"], after=bundle)
     return ledger.rows("SELECT * FROM deployment WHERE id = ?", number)[0]
-
-
-@contextmanager
-def _one_at_a_time(site: Site) -> Iterator[None]:
-    """Deployments queue up: a command and the agent must not both finish the same intent."""
-    with (site.root / "run" / "release.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _act(site: Site, ledger: Ledger, intent: Row) -> dict[str, Any]:
@@ -212,7 +202,7 @@ def _refuse(ledger: Ledger, intent: Row, why: str) -> None:
 
 def reconcile(site: Site, ledger: Ledger, now: datetime) -> None:
     """Finish a deployment that a crash interrupted, and end a probation whose days are over."""
-    with _one_at_a_time(site):
+    with locks.wait_for(site, "release"):
         intent = ledger.row("SELECT * FROM deployment ORDER BY id DESC LIMIT 1")
         if intent and intent["state"] == "requested":
             _act(site, ledger, intent)

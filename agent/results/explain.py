@@ -15,7 +15,7 @@ from agent.errors import Problem
 from agent.ledger.database import Ledger, image_number, utc, when
 from agent.release import release
 from agent.results import attribution
-from agent.rounds import evaluation
+from agent.site import files
 from agent.site.site import Site
 from deploy.server.session import Session
 
@@ -40,7 +40,7 @@ def explain(
     )  # fmt: skip
     if not image:
         raise Problem(f"explain {uid}: no stored image with this SOP Instance UID or image number")
-    bundle = evaluation.opened(site, _bundle(ledger, as_of))
+    bundle = files.open_sealed(site, _bundle(ledger, as_of))
     name = finding or bundle.findings[0]
     if name not in bundle.findings:
         raise Problem(f"--finding {name}: bundle {bundle.id} knows {', '.join(bundle.findings)}")

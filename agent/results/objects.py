@@ -9,10 +9,9 @@ import json
 import numpy as np
 from pydicom import Dataset
 
-from agent.images import retention
 from agent.ledger.database import Row, when
 from agent.results import explain
-from agent.rounds import evaluation
+from agent.site import files
 from agent.site.config import zone
 from agent.site.site import Site
 from cxrloop import __version__, npy
@@ -31,7 +30,7 @@ def make(site: Site, row: Row, bundles: dict[str, Bundle]) -> Dataset:
 
     `bundles` keeps what was opened. Raises Problem, BundleRefused, CantSay, OSError; odd headers raise what they will.
     """
-    bundle = bundles.get(row["bundle"]) or evaluation.opened(site, row["bundle"])
+    bundle = bundles.get(row["bundle"]) or files.open_sealed(site, row["bundle"])
     bundles[bundle.id] = bundle
     scores = tuple(
         Score(name, probability, float(bundle.thresholds[name]["threshold"]))
@@ -45,7 +44,7 @@ def make(site: Site, row: Row, bundles: dict[str, Bundle]) -> Dataset:
         device=hashlib.sha256(site.key("signing.pub")).hexdigest(),
         version=__version__,
     )
-    image = read_image(retention.original(site, row))
+    image = read_image(files.original(site, row))
     if row["kind"] == "sr":
         return report(image, said)
     heat = npy.loads(row["heatmap"]).astype(np.float32)

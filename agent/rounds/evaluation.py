@@ -15,8 +15,8 @@ from agent.ledger import audit
 from agent.ledger.database import Ledger, Row, canonical, utc
 from agent.release import release
 from agent.rounds import golden_set, records
+from agent.site.files import open_sealed
 from agent.site.site import Site
-from deploy.bundle.bundle import Bundle, open_bundle
 from deploy.server.session import ProbeMismatch, Session
 from learner.evaluation.gate import Rules, Scores, Verdict, judge
 
@@ -109,7 +109,7 @@ def rules(site: Site) -> Rules:
 
 def score(site: Site, bundle: str, plates: list[str]) -> Scores:
     """Probabilities float [N, F] of a sealed bundle on N plates of the store, on the provider that serves."""
-    sealed = opened(site, bundle)
+    sealed = open_sealed(site, bundle)
     session = Session(sealed, site.config.infer.provider, site.config.infer.threads or None)
     parts = []
     for start in range(0, len(plates), BATCH):
@@ -120,18 +120,13 @@ def score(site: Site, bundle: str, plates: list[str]) -> Scores:
 
 def parity(site: Site, bundle: str) -> dict[str, float]:
     """Largest |difference of probability|: torch against ONNX as the learner measured it, and the probe here."""
-    sealed = opened(site, bundle)
+    sealed = open_sealed(site, bundle)
     measured = {f"batch {n}": float(sealed.card["parity"][n]) for n in ("1", "8") if sealed.card.get("parity")}
     try:
         probe = Session(sealed, site.config.infer.provider).probe() / 4  # a sigmoid's slope is at most 1/4
     except ProbeMismatch:
         probe = float("inf")
     return {**measured, "probe": probe}
-
-
-def opened(site: Site, bundle: str) -> Bundle:
-    """A sealed bundle, verified."""
-    return open_bundle(site.models, bundle, site.key("signing.pub"))
 
 
 def _baseline(ledger: Ledger) -> Row | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from agent.ledger.database import Ledger, Row
 from agent.ledger.states import OPEN_ROUNDS
-from agent.rounds import records, training
+from agent.rounds import records
+from agent.site import locks
 from agent.site.site import Site
 from learner.round.collapse_limits import LIMITS
 from learner.round.manifest import read_json
@@ -63,7 +64,7 @@ def follow(site: Site, ledger: Ledger, name: str, write: Callable[[bytes], None]
     folder, begin = site.rounds / name, 0
     while True:
         row = records.get(ledger, name)
-        on = row["state"] in OPEN_ROUNDS and row["state"] != "paused" and training.running(site)
+        on = row["state"] in OPEN_ROUNDS and row["state"] != "paused" and locks.is_held(site, "round")
         new = log(folder, begin)  # after the look at the state: what a round at rest has written is complete
         begin += len(new)
         write(new)

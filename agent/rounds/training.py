@@ -5,7 +5,6 @@ exit code may be its launcher's. "Is it running?" is a lock on a file, never a p
 """
 
 import ctypes
-import fcntl
 import json
 import os
 import shlex
@@ -14,8 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from agent.ledger import audit
 from agent.ledger.database import Ledger, Row, utc
 from agent.release import release
 from agent.rounds import evaluation, records
+from agent.site import locks
 from agent.site.site import Site
 from deploy.bundle.bundle import seal
 from learner.round.manifest import RoundBusy, held, write_json
@@ -36,25 +35,10 @@ QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 LIBC = ctypes.CDLL(None)  # loaded before any fork: nothing may be loaded between fork and exec
 
 
-class Busy(Exception):
-    """Another process is running a round."""
-
-
-@contextmanager
-def the_lock(site: Site) -> Iterator[None]:
-    """Held while a round runs; raises Busy when it is held. The system frees it when the holder dies."""
-    with (site.root / "run" / "round.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy from None
-        yield
-
-
 def carry_on(
     site: Site, ledger: Ledger, row: Row, until: datetime | None = None, seen: Callable[[dict], None] = lambda p: None
 ) -> Row:
-    """Take a round from whatever state it is in to its next resting place. The caller holds `the_lock`.
+    """Take a round from whatever state it is in to its next resting place. The caller holds the lock `round`.
 
     Resting places: paused (time is up), a verdict, no_look, or an end with its reason. `seen` gets the progress.
     """
@@ -207,21 +191,12 @@ def _result(folder: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def running(site: Site) -> bool:
-    """True when some process holds the lock of rounds."""
-    try:
-        with the_lock(site):
-            return False
-    except Busy:
-        return True
-
-
 def wait_for_other(site: Site, ledger: Ledger, with_look: bool) -> Row:
     """Wait for the round that another process runs, and return it; `with_look` asks it to end with a look."""
     row = records.open_round(ledger)
     if row and with_look:
         records.want_look(ledger, row["name"])
     row = row or ledger.rows("SELECT * FROM round ORDER BY id DESC LIMIT 1")[0]
-    while running(site):
+    while locks.is_held(site, "round"):
         time.sleep(POLL_S)
     return records.get(ledger, row["name"])

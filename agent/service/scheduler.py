@@ -7,8 +7,7 @@ threads below only call them. Starting is recovery: the first tick of `reconcile
 import logging
 import threading
 from collections.abc import Callable
-from datetime import UTC, datetime, time, timedelta
-from zoneinfo import ZoneInfo
+from datetime import UTC, datetime
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
@@ -20,8 +19,10 @@ from agent.ledger.database import Ledger, utc
 from agent.release import release
 from agent.results import outbox, scoring
 from agent.rounds import records, training
+from agent.site import locks
 from agent.site.config import zone
 from agent.site.site import Site
+from agent.site.window import window_at
 from deploy.bundle.bundle import sweep
 from deploy.client import Client
 from dicom.store.drop_folder import Drop
@@ -34,39 +35,12 @@ STOP_S = 5  # a step at hand may finish in this time; after that stopping is a c
 TICK_S = 15  # how often the night and the reconciliation look at the ledger
 
 
-def window_at(now: datetime, window: str, tz: ZoneInfo) -> tuple[datetime, datetime] | None:
-    """Start and end (UTC) of the window that holds `now`, or None; windows may pass midnight and a clock change."""
-    for start, end in _windows(now, window, tz, days=(-1, 0)):
-        if start <= now < end:
-            return start, end
-    return None
-
-
-def next_window(now: datetime, window: str, tz: ZoneInfo) -> datetime | None:
-    """Start (UTC) of the next window after `now`, or None when there is no window."""
-    return next((start for start, _ in _windows(now, window, tz, days=(-1, 0, 1, 2)) if start > now), None)
-
-
-def _windows(now: datetime, window: str, tz: ZoneInfo, days: tuple[int, ...]) -> list[tuple[datetime, datetime]]:
-    if not window:
-        return []
-    start, end = (time.fromisoformat(text) for text in window.split("-"))
-    today = now.astimezone(tz).date()
-    found = []
-    for day in (today + timedelta(days=n) for n in days):
-        last = day + timedelta(days=1) if end <= start else day
-        # Through UTC and back: a wall-clock time that the spring change skips becomes the one after it.
-        a, b = (datetime.combine(d, t, tz).astimezone(UTC) for d, t in ((day, start), (last, end)))
-        found.append((a, b))
-    return found
-
-
 def night_step(site: Site, now: datetime) -> str:
     """Take up an interrupted round, or start tonight's; says what was done."""
     span = window_at(now, site.config.learn.window, zone(site.config))
     with site.ledger() as ledger:
         try:
-            with training.the_lock(site):
+            with locks.hold(site, "round"):
                 sweep(site.models)  # what a crash in the middle of sealing left; nobody seals without the lock
                 row = records.open_round(ledger)
                 if row and (span or _goes_on_by_day(row)):
@@ -77,7 +51,7 @@ def night_step(site: Site, now: datetime) -> str:
                 if ledger.value("SELECT 1 FROM round WHERE why = 'night' AND planned_at >= ?", utc(span[0])):
                     return "done for tonight"
                 return _tonight(site, ledger, now, span[1])
-        except training.Busy:
+        except locks.Busy:
             return "running"
 
 

@@ -11,9 +11,9 @@ from agent.network.watermark import too_full
 from agent.release import release
 from agent.results import outbox, scoring
 from agent.rounds import golden_set, records
-from agent.service.scheduler import next_window
 from agent.site.config import zone
 from agent.site.site import Site
+from agent.site.window import next_window
 from deploy.bundle import pointer
 from deploy.client import Client
 from dicom.node import refusals

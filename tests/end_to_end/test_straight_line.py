@@ -75,7 +75,7 @@ def test_3_the_first_round_makes_the_baseline_and_the_backlog_is_scored(line):
     appliance.ask("approve", said["bundle"], "--by", "Dr. A", "--reason", "please", code=2)
 
 
-def test_4_a_image_that_comes_now_is_scored_without_being_asked(line):
+def test_4_an_image_that_comes_now_is_scored_without_being_asked(line):
     appliance, images, _ = line
     port = appliance.site.config.node.port
     assert [s for _, s in pacs.deliver([images[80].path], port, "CXRLOOP")] == [0]

@@ -13,9 +13,10 @@ from agent.erasure import forget, round_folders
 from agent.errors import Problem
 from agent.ledger import audit
 from agent.ledger.database import utc
-from agent.rounds import records, training
+from agent.rounds import records
 from agent.service.scheduler import housekeeping
 from agent.service.status import status
+from agent.site import locks
 from agent.site.site import Site
 from dicom.pseudonyms import study_mark
 from learner.round.manifest import held, write_json
@@ -59,7 +60,7 @@ def test_no_byte_of_the_patient_is_left_and_the_others_lose_nothing(lived_in):
         )
         gone = [row["id"] for row in ledger.rows("SELECT id FROM image WHERE reason = 'forgotten'")]
         assert len(gone) == said["images"] == 6  # one corrected, one lateral, one unreadable among them
-        for table in forget.of_a_image(ledger):
+        for table in forget.of_an_image(ledger):
             left = {row["image"] for row in ledger.rows(f"SELECT image FROM {table}")}
             assert not left & set(gone), table
         assert audit.verify(ledger, site.root / "audit.heads", site.key("signing.pub"))["ok"]
@@ -92,7 +93,7 @@ def test_audit_and_notices_hold_numbers_and_no_patient(lived_in):
     assert not any(bit in text.encode() for bit in bits)
 
 
-def test_models_that_learnt_from_a_image_are_named_and_those_that_descend_from_them(lived_in):
+def test_models_that_learnt_from_an_image_are_named_and_those_that_descend_from_them(lived_in):
     site, _ = lived_in
     with site.ledger() as ledger:
         with ledger.transaction():
@@ -134,7 +135,7 @@ def test_a_round_that_is_just_being_planned_is_waited_for(lived_in):
     kept = json.loads(manifest.read_text())
     manifest.unlink()
     with site.ledger() as ledger:
-        with training.the_lock(site):
+        with locks.hold(site, "round"):
             assert forget.forget(site, ledger, [the_key(site)], *WHO, refuse=False)["state"] == "pending"
             write_json(manifest, kept)
         assert forget.finish(site, ledger) is None

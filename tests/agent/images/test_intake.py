@@ -19,7 +19,7 @@ def states(site):
         return [(row["state"], row["reason"]) for row in images.ls(site, ledger, None, 100)]
 
 
-def test_a_image_is_stored_with_its_plate_its_pseudonym_and_its_range(site):
+def test_an_image_is_stored_with_its_plate_its_pseudonym_and_its_range(site):
     put(site, xray(1, patient="Doe^John"))
     with site.ledger() as ledger:
         assert take_in(site, ledger) == 1
@@ -130,7 +130,7 @@ def test_ranges_are_fixed_by_patient_and_follow_the_shares(site):
     assert abs(found.count("train") / 2000 - 0.4) < 0.04
 
 
-def test_a_image_without_patient_id_is_never_golden(site):
+def test_an_image_without_patient_id_is_never_golden(site):
     key, shares = site.key("pseudonym.key"), site.config.patients
     assert not any(range_of(key, f"s{n:016x}", False, shares).startswith("golden") for n in range(500))
 

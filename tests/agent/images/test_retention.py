@@ -15,6 +15,7 @@ from agent.network import held_copies
 from agent.results import explain, scoring
 from agent.rounds import golden_set
 from agent.service.scheduler import housekeeping
+from agent.site import files
 from agent.site.site import Site
 from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION
 from dicom.node.commitment import NO_SUCH_INSTANCE
@@ -70,7 +71,7 @@ def test_an_original_goes_after_its_days_and_all_that_was_made_of_it_stays(site)
         assert retention.step(site, ledger, NOW + 60 * DAY) == 0
 
 
-def test_a_image_without_a_score_keeps_its_original_however_old(site):
+def test_an_image_without_a_score_keeps_its_original_however_old(site):
     put(site, xray(1))
     with site.ledger() as ledger:
         take_in(site, ledger)
@@ -86,7 +87,7 @@ def test_zero_days_keep_everything(tmp_path):
         assert retention.step(site, ledger, NOW + 3000 * DAY) == 0
 
 
-def test_a_image_of_a_golden_set_keeps_its_original(tmp_path):
+def test_an_image_of_a_golden_set_keeps_its_original(tmp_path):
     site = a_site(
         tmp_path / "site", patients={"golden": 0.9, "golden_next": 0.0, "calibration": 0.0, "validation": 0.0}
     )
@@ -189,7 +190,7 @@ def test_a_death_at_any_step_leaves_no_row_without_its_file_and_the_next_tick_en
     assert k > 6  # two intents, three unlinks, two confirmations
 
 
-def test_a_image_that_comes_again_is_kept_again_and_its_time_begins_anew(site):
+def test_an_image_that_comes_again_is_kept_again_and_its_time_begins_anew(site):
     with site.ledger() as ledger:
         (row,) = scored(site, ledger, 1)
         retention.step(site, ledger, NOW + 31 * DAY)
@@ -202,7 +203,7 @@ def test_a_image_that_comes_again_is_kept_again_and_its_time_begins_anew(site):
         assert retention.step(site, ledger, NOW + 31 * DAY) == 1
 
 
-def test_a_image_that_comes_again_between_the_intent_and_the_unlink_stays(site):
+def test_an_image_that_comes_again_between_the_intent_and_the_unlink_stays(site):
     with site.ledger() as ledger:
         (row,) = scored(site, ledger, 1)
         retention.intend(ledger, "original", NOW + 31 * DAY, 30 * DAY)
@@ -229,7 +230,7 @@ def test_a_map_is_still_drawn_from_the_plate_and_what_needs_the_original_says_so
         said = explain.explain(site, ledger, row["sop_uid"], None, "heatmap", None, tmp_path / "map.png")
         assert 0 <= said["probability"] <= 1
         with pytest.raises(Problem, match="original was dropped on"):
-            retention.original(site, after)
+            files.original(site, after)
 
 
 def test_images_of_an_older_ledger_are_counted_from_their_score(tmp_path):

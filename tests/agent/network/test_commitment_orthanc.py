@@ -134,7 +134,7 @@ def test_orthanc_hears_success_for_all_that_it_sent_and_a_reason_for_what_it_did
     assert two.result(two.ask([wrong])) == ("Failure", {wrong["SOPInstanceUID"]: 0x0119})
 
 
-def test_orthanc_hears_a_failure_for_a_image_whose_bytes_were_damaged_on_disk(pair, tmp_path):
+def test_orthanc_hears_a_failure_for_an_image_whose_bytes_were_damaged_on_disk(pair, tmp_path):
     two = pair()
     sent = two.send(tmp_path, 2)
     with two.site.ledger() as ledger:

@@ -241,7 +241,7 @@ def test_a_dry_run_fetches_nothing_and_remembers_nothing(site):
         assert (said["found"], said["already"], said["pulled"], archive.asked) == (1, 0, 0, [])
 
 
-def test_a_image_is_here_from_the_inbox_until_the_ledger_has_it(site):
+def test_an_image_is_here_from_the_inbox_until_the_ledger_has_it(site):
     with site.ledger() as ledger:
         here, one = Here(site, ledger), xray(1)
         assert not here(one.SOPInstanceUID)

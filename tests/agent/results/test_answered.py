@@ -64,7 +64,7 @@ def test_heartbeats_images_set_aside_and_corrected_versions_get_no_answer(site, 
             assert len(pacs.held) == 4
 
 
-def test_a_image_that_was_corrected_before_its_score_is_answered_under_the_new_header_alone(site):
+def test_an_image_that_was_corrected_before_its_score_is_answered_under_the_new_header_alone(site):
     old = xray(60, patient="WRONG")
     new = xray(60, patient="RIGHT", sop_uid=old.SOPInstanceUID, study_uid=old.StudyInstanceUID)
     with site.ledger() as ledger:

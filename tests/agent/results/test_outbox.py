@@ -192,7 +192,7 @@ def test_a_pacs_that_hangs_up_at_everything_is_left_alone_for_a_while(site, port
             assert len(pacs.held) == 6
 
 
-def test_a_image_whose_original_is_gone_is_shown_and_blocks_no_other(site, port):
+def test_an_image_whose_original_is_gone_is_shown_and_blocks_no_other(site, port):
     with answering(site, images=2) as (ledger, line), Archive(port) as pacs:
         site.store.path(ledger.value("SELECT original FROM image ORDER BY id LIMIT 1")).unlink()
         outbox.step(site, ledger, line, NOW)
@@ -201,7 +201,7 @@ def test_a_image_whose_original_is_gone_is_shown_and_blocks_no_other(site, port)
         assert "not in the store" in outbox.alerts(site, ledger, NOW)[0][1]
 
 
-def test_a_image_that_the_disk_does_not_give_out_waits_and_blocks_no_other(site, port):
+def test_an_image_that_the_disk_does_not_give_out_waits_and_blocks_no_other(site, port):
     with answering(site, images=2) as (ledger, line), Archive(port) as pacs:
         original = site.store.path(ledger.value("SELECT original FROM image WHERE id = 1"))
         original.unlink()

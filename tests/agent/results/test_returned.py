@@ -47,7 +47,7 @@ def states(site, ledger):
     return [row["state"] for row in reversed(images.ls(site, ledger, None, 10))]
 
 
-def test_a_image_is_returned_when_all_its_results_had_success_and_not_before(scored, port):
+def test_an_image_is_returned_when_all_its_results_had_success_and_not_before(scored, port):
     site, ledger = scored
     with Archive(port, verdict=lambda ds: 0xA700 if ds.Modality == "OT" else 0):
         outbox.step(site, ledger, outbox.Line(site), NOW)
@@ -81,7 +81,7 @@ def test_a_labelled_image_stays_labelled_and_counts_as_returned_once(scored, por
 
 
 @pytest.mark.parametrize("left", [None, b"", b"no array"])
-def test_a_image_whose_plate_is_lost_is_said_and_the_next_one_is_scored(tmp_path, left):
+def test_an_image_whose_plate_is_lost_is_said_and_the_next_one_is_scored(tmp_path, left):
     site = make_site(tmp_path / "site", site={"findings": list(FINDINGS)})
     with site.ledger() as ledger:
         for seed in range(2):
@@ -103,7 +103,7 @@ def test_a_image_whose_plate_is_lost_is_said_and_the_next_one_is_scored(tmp_path
         assert states(site, ledger) == ["predicted", "predicted"]
 
 
-def test_a_image_with_a_refused_result_is_not_returned(scored, port):
+def test_an_image_with_a_refused_result_is_not_returned(scored, port):
     site, ledger = scored
     with Archive(port, verdict=lambda ds: 0xA900 if ds.Modality == "SR" else 0):
         outbox.step(site, ledger, outbox.Line(site), NOW)

@@ -8,6 +8,7 @@ import pytest
 from agent.errors import Problem
 from agent.images import labels
 from agent.rounds import records, training
+from agent.site import locks
 from tests.conftest import make_site
 from tests.support.agent.appliance import TINY, Appliance
 from tests.support.agent.images import put, take_in, xray
@@ -37,7 +38,7 @@ def ready(tmp_path):
 
 def carried_on(site, until=None, change=lambda manifest: manifest):
     """The open round, or a new one, taken to its next resting place; `change` spoils a new one's manifest."""
-    with site.ledger() as ledger, training.the_lock(site):
+    with site.ledger() as ledger, locks.hold(site, "round"):
         row = records.open_round(ledger)
         if not row:
             row = records.plan(site, ledger, "now", datetime.now(UTC))

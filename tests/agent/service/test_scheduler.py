@@ -10,7 +10,9 @@ from agent.images import labels
 from agent.release import release
 from agent.rounds import records, training
 from agent.service import scheduler
-from agent.service.scheduler import next_window, night_step, window_at
+from agent.service.scheduler import night_step
+from agent.site import locks
+from agent.site.window import next_window, window_at
 from tests.conftest import make_site
 from tests.support.agent.appliance import TINY
 from tests.support.agent.images import put, take_in, xray
@@ -87,10 +89,10 @@ def test_images_without_labels_are_no_reason_for_a_round(nightly):
 
 def test_a_second_round_never_starts_beside_a_running_one(nightly):
     put(nightly, xray(1))
-    with training.the_lock(nightly):
+    with locks.hold(nightly, "round"):
         assert night_step(nightly, datetime(2026, 1, 10, 23, tzinfo=UTC)) == "running"
-        assert training.running(nightly)
-    assert not training.running(nightly)
+        assert locks.is_held(nightly, "round")
+    assert not locks.is_held(nightly, "round")
 
 
 def test_a_round_that_the_window_ends_is_paused_and_goes_on_the_next_night(tmp_path):
@@ -108,7 +110,7 @@ def test_a_round_that_the_window_ends_is_paused_and_goes_on_the_next_night(tmp_p
         text = "".join(f"{row['sop_uid']},effusion,{n % 2}\n" for n, row in enumerate(rows))
         (tmp_path / "labels.csv").write_text("sop_uid,finding,value\n" + text)
         labels.import_csv(site, ledger, tmp_path / "labels.csv", "test")
-        with training.the_lock(site):
+        with locks.hold(site, "round"):
             row = records.plan(site, ledger, "night", now - timedelta(days=1))
             paused = training.carry_on(site, ledger, row, until=now)  # the window is over at once
         assert paused["state"] == "paused"

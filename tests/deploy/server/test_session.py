@@ -41,7 +41,7 @@ def test_probabilities_are_the_sigmoid_of_the_plain_computation(session):
     assert answer.heatmap.shape == (3, len(FINDINGS), 4, 4)
 
 
-def test_a_image_scores_the_same_alone_and_among_forty(session):
+def test_an_image_scores_the_same_alone_and_among_forty(session):
     images = plates(40)
     together = session.predict(images).probabilities
     assert together.shape == (40, len(FINDINGS))
@@ -144,7 +144,7 @@ def test_serving_without_onnxruntime_names_the_extra(tmp_path):
     )
 
 
-def test_scoring_a_image_loads_no_torch(site, session):
+def test_scoring_an_image_loads_no_torch(site, session):
     done = python(
         "import sys, numpy as np, pathlib\n"
         "from deploy.bundle.bundle import open_bundle; from deploy.server.session import Session; from deploy.bundle.keys import read_public\n"

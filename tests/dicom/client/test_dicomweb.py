@@ -193,7 +193,7 @@ PART = b"--b-1\r\nContent-Type: application/dicom\r\n\r\n" + FILE + b"\r\n--b-1-
     ("headers", "body"),
     [(MULTI, PART), (MULTI, b"preamble\r\n" + PART + b"epilogue"), ({"Content-Type": "application/dicom"}, FILE)],
 )
-def test_a_image_is_kept_as_it_came(http, tmp_path, headers, body):
+def test_an_image_is_kept_as_it_came(http, tmp_path, headers, body):
     inbox = Inbox(tmp_path, 0)
     asks(http(always(200, headers, body)), inbox=inbox).fetch(ASKED)
     assert inbox.waiting()[0].read_bytes() == FILE
@@ -229,7 +229,7 @@ def test_a_refused_image_says_whether_to_try_again_give_up_the_image_or_stop(htt
         asks(http(always(status)), inbox=Inbox(tmp_path, 0)).fetch(ASKED)
 
 
-def test_a_image_without_end_over_http_is_cut_off(http, tmp_path, monkeypatch):
+def test_an_image_without_end_over_http_is_cut_off(http, tmp_path, monkeypatch):
     monkeypatch.setattr(dicomweb, "MAX_IMAGE", 1 << 20)
     inbox = Inbox(tmp_path, 0)
     with pytest.raises(Missing, match="more than 1 MiB"):

@@ -143,7 +143,7 @@ def gets(*images, status=0x0000):
     return get
 
 
-def test_a_image_comes_by_get(pacs, tmp_path):
+def test_an_image_comes_by_get(pacs, tmp_path):
     inbox = Inbox(tmp_path, 0)
     with to(pacs(get=gets(xray())), inbox).session() as session:
         session.fetch(ASKED)
@@ -157,7 +157,7 @@ def test_another_image_than_the_one_asked_for_is_refused(pacs, tmp_path):
     assert inbox.waiting() == []
 
 
-def test_a_success_without_a_image_is_not_taken_for_one(pacs, tmp_path):
+def test_a_success_without_an_image_is_not_taken_for_one(pacs, tmp_path):
     with (
         to(pacs(get=gets()), Inbox(tmp_path, 0)).session() as session,
         pytest.raises(Missing, match="does not send it"),
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_nothing_and_is_our_error_not_the_archives(pacs, tmp_
     assert inbox.waiting() == []
 
 
-def test_a_image_without_end_is_cut_off(pacs, tmp_path, monkeypatch):
+def test_an_image_without_end_is_cut_off(pacs, tmp_path, monkeypatch):
     monkeypatch.setattr("dicom.client.association.MAX_IMAGE", 1 << 20)
     inbox = Inbox(tmp_path, 0)
     with to(pacs(get=gets(xray(side=1500))), inbox).session() as session:

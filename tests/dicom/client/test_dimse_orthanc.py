@@ -93,7 +93,7 @@ def test_nothing_is_found_and_that_is_no_error(node, orthanc, how):
 
 @pytest.mark.peer("orthanc", "orthanc-dicomweb")
 @pytest.mark.parametrize("how", ["get", "move", "web"])
-def test_a_image_that_is_gone_between_list_and_fetch_is_missing_and_the_next_one_comes(node, orthanc, how):
+def test_an_image_that_is_gone_between_list_and_fetch_is_missing_and_the_next_one_comes(node, orthanc, how):
     _, inbox = node
     uid = "1.2.3.4"
     images = [xray(n, study_uid=uid) for n in range(2)]

@@ -134,7 +134,7 @@ def test_no_bytes_behind_a_good_file_meta_make_the_examination_fail(tmp_path, da
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, DEFLATED_LE, JPEG_LS, JPEG_2000_LOSSLESS])
-def test_a_image_with_bytes_changed_anywhere_is_examined_to_an_answer(tmp_path, syntax):
+def test_an_image_with_bytes_changed_anywhere_is_examined_to_an_answer(tmp_path, syntax):
     rng, good, path = random.Random(syntax), whole(xray(transfer_syntax=syntax)), save(xray(), tmp_path / "image.dcm")
     outcomes = set()
     for _ in range(120):

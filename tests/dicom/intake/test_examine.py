@@ -60,7 +60,7 @@ def test_the_heartbeat_image_is_admitted_and_marked(tmp_path):
     assert found.image.heartbeat
 
 
-def test_a_image_without_a_patient_is_not_identified(tmp_path):
+def test_an_image_without_a_patient_is_not_identified(tmp_path):
     found = look(tmp_path, changed(PatientID=""))
     assert not found.image.identified
     assert found.image.patient_key.startswith("s")

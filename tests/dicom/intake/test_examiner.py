@@ -66,7 +66,7 @@ def test_two_workers_keep_the_order(files):
     assert [found.outcome for _, found in results] == ["admitted", "admitted", "quarantined", "admitted"]
 
 
-def test_a_image_that_takes_too_long_is_quarantined_and_the_next_is_examined(files):
+def test_an_image_that_takes_too_long_is_quarantined_and_the_next_is_examined(files):
     with examiner(timeout_s=0.3) as pool:
         list(pool.examine([files["small0"]]))
         began = time.monotonic()
@@ -79,7 +79,7 @@ def test_a_image_that_takes_too_long_is_quarantined_and_the_next_is_examined(fil
     assert time.monotonic() - began < 5
 
 
-def test_a_image_that_needs_too_much_memory_is_quarantined_and_the_next_is_examined(files):
+def test_an_image_that_needs_too_much_memory_is_quarantined_and_the_next_is_examined(files):
     with examiner(memory_bytes=300 << 20) as pool:
         results = [found for _, found in pool.examine([files["wide"], files["small1"]])]
     assert (results[0].outcome, results[0].reason) == (
@@ -101,7 +101,7 @@ def kill_soon(sent):
     return thread
 
 
-def test_a_worker_that_crashes_on_a_image_quarantines_it(files):
+def test_a_worker_that_crashes_on_an_image_quarantines_it(files):
     with examiner() as pool:
         list(pool.examine([files["small0"]]))
         thread = kill_soon(signal.SIGSEGV)
@@ -131,7 +131,7 @@ def test_a_worker_killed_while_idle_is_replaced(files):
     assert [found.outcome for found in results] == ["admitted", "admitted"]
 
 
-def test_a_worker_killed_while_it_fetches_a_image_holds_the_others_up_for_seconds(files):
+def test_a_worker_killed_while_it_fetches_an_image_holds_the_others_up_for_seconds(files):
     with examiner() as pool:
         list(pool.examine([files["small0"]]))
         # what a kill leaves behind in those microseconds: the lock of the pipe, held by nobody

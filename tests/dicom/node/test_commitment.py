@@ -35,7 +35,7 @@ def node(tmp_path, monkeypatch):
 # What is held
 
 
-def test_a_image_that_has_just_arrived_is_committed_from_the_inbox(node, pacs):
+def test_an_image_that_has_just_arrived_is_committed_from_the_inbox(node, pacs):
     site, port = node(pacs)
     images = [xray(n) for n in range(3)]
     assert [status for _, status in send(images, "127.0.0.1", port, "CXRLOOP")] == [0] * 3
@@ -44,7 +44,7 @@ def test_a_image_that_has_just_arrived_is_committed_from_the_inbox(node, pacs):
     assert wait_for(lambda: pending(site) == [])
 
 
-def test_a_image_that_was_taken_in_is_committed_and_so_is_one_that_was_set_aside(site):
+def test_an_image_that_was_taken_in_is_committed_and_so_is_one_that_was_set_aside(site):
     admitted, knee, bare = xray(1), xray(2, body_part="KNEE"), xray(3)
     del bare.PixelData
     for ds in (admitted, knee, bare):
@@ -56,7 +56,7 @@ def test_a_image_that_was_taken_in_is_committed_and_so_is_one_that_was_set_aside
     assert held_copies.held(site, of(admitted, knee, bare)) == [SUCCESS] * 3
 
 
-def test_a_image_too_deep_to_be_read_is_set_aside_under_its_own_name_and_committed(site):
+def test_an_image_too_deep_to_be_read_is_set_aside_under_its_own_name_and_committed(site):
     """The node follows sequences of any depth, and said Success; the reader of the intake recurses, and gives up."""
     ds = xray(1)
     whole = save(ds, site.root / "run" / "image.dcm").read_bytes()
@@ -116,7 +116,7 @@ def test_another_sop_class_than_the_images_is_a_conflict_in_store_and_inbox(kept
     assert held_copies.held(site, [(COMPUTED_RADIOGRAPHY, waiting.SOPInstanceUID)]) == [CLASS_CONFLICT]
 
 
-def test_a_image_in_the_inbox_that_is_cut_short_is_not_committed(site):
+def test_an_image_in_the_inbox_that_is_cut_short_is_not_committed(site):
     ds = xray(0)
     path = put(site, ds)
     os.truncate(path, path.stat().st_size - 1)

@@ -34,7 +34,7 @@ def node(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["1 FIN", "2 A-ABORT", "1 RST"])
-def test_a_sender_that_goes_in_the_middle_of_a_image_leaves_nothing_and_is_noted(node, how):
+def test_a_sender_that_goes_in_the_middle_of_an_image_leaves_nothing_and_is_noted(node, how):
     listener, inbox = node()
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])

@@ -50,7 +50,7 @@ def test_echo_is_answered(node):
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED_LE, JPEG_LS, JPEG_2000_LOSSLESS])
-def test_a_image_arrives_as_it_was_sent(node, syntax):
+def test_an_image_arrives_as_it_was_sent(node, syntax):
     listener, inbox = node()
     ds = xray(bits=12, transfer_syntax=syntax)
     assert send_once(listener.port, data_set(ds), ds.SOPInstanceUID, DX, syntax) == 0
@@ -72,7 +72,7 @@ def test_every_class_and_syntax_of_ours_is_accepted_and_nothing_else(node):
     association.release()
 
 
-def test_a_image_is_acknowledged_only_after_it_is_in_the_inbox(node):
+def test_an_image_is_acknowledged_only_after_it_is_in_the_inbox(node):
     listener, inbox = node()
     for n, (_, status) in enumerate(send([xray(n) for n in range(5)], "127.0.0.1", listener.port, "CXRLOOP"), 1):
         assert status == 0

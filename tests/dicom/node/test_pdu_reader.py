@@ -108,7 +108,7 @@ def standing(tmp_path_factory):
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_a_image_arrives_byte_for_byte_however_it_is_cut_into_values_pdus_and_packets(standing, data):
+def test_an_image_arrives_byte_for_byte_however_it_is_cut_into_values_pdus_and_packets(standing, data):
     listener, inbox = standing
     whole = command(1, DX, UID)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(DATA)), max_size=6)))

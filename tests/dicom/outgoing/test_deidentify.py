@@ -153,7 +153,7 @@ def test_bytes_after_the_pixels_do_not_leave(leave):
     assert b"PAT-4711" not in encoded(leave(source))
 
 
-def test_a_image_in_a_lossy_syntax_leaves_as_lossy_also_where_its_header_does_not_say_so(leave):
+def test_an_image_in_a_lossy_syntax_leaves_as_lossy_also_where_its_header_does_not_say_so(leave):
     source = rich(bits=8)
     source.file_meta.TransferSyntaxUID = JPEG_BASELINE
     jpeg = imagecodecs.jpeg8_encode(np.frombuffer(source.PixelData, np.uint8).reshape(source.Rows, source.Columns))
@@ -248,7 +248,7 @@ def test_a_spacing_of_zero_is_not_told(leave):
         ("PixelData", b"\0\0", "PixelData"),
     ],
 )
-def test_a_image_that_may_show_a_name_or_is_no_image_stays(leave, keyword, value, why):
+def test_an_image_that_may_show_a_name_or_is_no_image_stays(leave, keyword, value, why):
     source = rich()
     setattr(source, keyword, value)
     with pytest.raises(MayNotLeave, match=why):

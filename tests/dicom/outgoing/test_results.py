@@ -171,7 +171,7 @@ def test_unknown_or_wrong_patient_attributes_are_empty_and_what_identifies_stays
     assert not {"PatientAge", "PatientWeight", "StudyDescription"} & set(made.dir())
 
 
-def test_a_image_without_a_series_can_not_be_referred_to_and_says_so(tmp_path):
+def test_an_image_without_a_series_can_not_be_referred_to_and_says_so(tmp_path):
     with pytest.raises(CantSay, match="SeriesInstanceUID"):
         report(header_of(tmp_path, SeriesInstanceUID=None), SAID)
 
@@ -229,7 +229,7 @@ def test_a_long_text_is_measured_in_characters_and_not_in_bytes(tmp_path):
             assert ("StudyDescription" in made) == kept, (charset, length)
 
 
-def test_a_heatmap_of_a_image_that_was_once_lossy_says_so(tmp_path):
+def test_a_heatmap_of_an_image_that_was_once_lossy_says_so(tmp_path):
     assert capture(header_of(tmp_path, LossyImageCompression=b"01"), SAID, PANELS).LossyImageCompression == "01"
     assert "LossyImageCompression" not in capture(header_of(tmp_path, LossyImageCompression=b"00"), SAID, PANELS)
     silent = xray()

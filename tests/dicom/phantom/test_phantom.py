@@ -14,7 +14,7 @@ def what_changes(finding: str, strength: float = 1.0, seed: int = 11) -> np.ndar
     return np.abs(sick.astype(float) - plain.astype(float))
 
 
-def test_a_image_is_twelve_bit_and_the_same_for_the_same_seed():
+def test_an_image_is_twelve_bit_and_the_same_for_the_same_seed():
     first, again = phantom.xray(3, {"opacity": 0.5}, size=SMALL), phantom.xray(3, {"opacity": 0.5}, size=SMALL)
     assert first.dtype == np.uint16 and first.shape == (SMALL, SMALL)
     assert first.max() <= 4095 and first.std() > 300

@@ -270,7 +270,7 @@ def test_the_aspect_is_kept_and_the_image_centred(shape):
     assert set(np.unique(plate)) <= {0, 200}
 
 
-def test_a_image_of_the_plates_size_is_not_touched():
+def test_an_image_of_the_plates_size_is_not_touched():
     values = np.random.default_rng(0).integers(0, 256, (512, 512)).astype(np.float32)
     assert (letterbox(values) == values).all()
 

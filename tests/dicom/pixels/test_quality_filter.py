@@ -92,7 +92,7 @@ def test_a_chest_whose_view_is_unknown_stays_rejected_for_pixels_cannot_tell_a_l
     assert (found.outcome, found.reason.split(":")[0]) == ("rejected", "view unknown")
 
 
-def test_a_image_with_the_wrong_monochrome_is_rejected_as_inverted(tmp_path):
+def test_an_image_with_the_wrong_monochrome_is_rejected_as_inverted(tmp_path):
     ds = sample("RG1_UNCR.dcm")
     assert ds.PhotometricInterpretation == "MONOCHROME1"
     ds.PhotometricInterpretation = "MONOCHROME2"
@@ -109,7 +109,7 @@ def test_phantoms_pass_though_the_net_never_saw_one_and_turned_or_inverted_ones_
         assert quality_filter.fault(drawn(np.rot90(pixels, 1 + image.seed % 3))) is not None
 
 
-def test_a_image_with_nothing_on_it_or_burnt_out_is_refused(chest):
+def test_an_image_with_nothing_on_it_or_burnt_out_is_refused(chest):
     rng = np.random.default_rng(0)
     assert "saturated" in quality_filter.fault(np.where(chest > 120, 255, 0).astype(np.uint8))
     assert "saturated" in quality_filter.fault(np.zeros((512, 512), np.uint8))
@@ -146,7 +146,7 @@ def test_the_net_is_what_its_formula_says(chest):
     assert quality_filter.WEIGHTS.stat().st_size < 1 << 20
 
 
-def test_the_site_keeps_such_a_image_aside_and_shows_why(tmp_path):
+def test_the_site_keeps_such_an_image_aside_and_shows_why(tmp_path):
     for asked, state in ((True, "rejected"), (False, "stored")):
         site = make_site(tmp_path / state, admission={"quality": asked})
         put(site, tagged_as_chest(sample("RG3_UNCR.dcm")))

@@ -83,7 +83,7 @@ def test_unknown_labels_weigh_alike_wherever_they_fall():
         assert_alike(given, alone)
 
 
-def test_a_rank_without_a_image_takes_the_same_step():
+def test_a_rank_without_an_image_takes_the_same_step():
     alone = after(distil, samples=2)
     assert_alike(together(3, lambda: after(distil, samples=2))[0], alone)
 
@@ -235,7 +235,7 @@ MUTATIONS = [
         (dino, "label_loss"),
         lambda student, labels, known: step_label_loss(student, labels),
     ),
-    ("test_a_rank_without_a_image_takes_the_same_step", (distributed, "mean"), local_mean),
+    ("test_a_rank_without_an_image_takes_the_same_step", (distributed, "mean"), local_mean),
     (
         "test_a_network_part_that_no_image_reached_stays_without_a_gradient",
         (distributed, "gather"),

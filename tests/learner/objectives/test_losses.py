@@ -43,7 +43,7 @@ def test_ibot_terms_and_both_centres_are_the_published_ones():
         close(patches.centre, g["center2"][step][0])
 
 
-def test_a_image_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_up():
+def test_an_image_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_up():
     g = golden("ibot_loss")
     patches = self_supervised.PatchLoss(10, 0.1, 0.07, 0.9).double()
     mask = g["mask"][1].flatten(0, 1).flatten(1)
@@ -226,7 +226,7 @@ MUTATIONS = [
         lambda patches, mean: patches.centre.mul_(0.1).add_(mean, alpha=0.9),
     ),
     (
-        "test_a_image_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_up",
+        "test_an_image_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_up",
         "learner.objectives.self_supervised.PatchLoss.forward",
         unweighted,
     ),

@@ -6,7 +6,8 @@ import numpy as np
 
 from agent.ledger.database import Ledger
 from agent.release import import_model, release
-from agent.rounds import evaluation, records
+from agent.rounds import records
+from agent.site import files
 from agent.site.site import Site
 from deploy.server.session import Session
 from tests.support.deploy.model_server import FINDINGS, write_model
@@ -40,6 +41,6 @@ class Served:
     def explain(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray, np.ndarray]:
         current = release.in_service(self.ledger)
         assert current is not None
-        bundle = evaluation.opened(self.site, current["id"])
+        bundle = files.open_sealed(self.site, current["id"])
         answer = Session(bundle, "cpu", 1).predict(plates)
         return bundle.id, bundle.findings, answer.probabilities, answer.heatmap
