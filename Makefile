@@ -24,10 +24,10 @@ docs: .venv/ready
 	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
 
 bench: .venv/ready
-	$(BIN)/python bench/creep.py
-	$(BIN)/python bench/demo_recipe.py
-	$(BIN)/python bench/train_speed.py
-	$(BIN)/python bench/growth_films.py
+	$(BIN)/python bench/learning/creep.py
+	$(BIN)/python bench/learning/demo_recipe.py
+	$(BIN)/python bench/speed/train_speed.py
+	$(BIN)/python bench/learning/growth_images.py
 
 # The programs that tests marked `peer` talk to: dcmtk, orthanc with DICOMweb, dicom3tools, systemd-analyze.
 peers:

@@ -1,1 +1,1 @@
-"""DICOM side of cxrloop: receive, check, decode and keep chest films; knows no database and no model."""
+"""DICOM side of cxrloop: receive, check, decode and keep chest images; knows no database and no model."""

@@ -2,7 +2,7 @@
 
 The recipe named in the manifest decides what happens (`recipes/`); here are the lock, the exit code and the last word.
 Exit 0 trained, 75 paused, 3 stopped with a reason in result.json; 0 for all three under torchrun, which would start a
-process again that leaves with anything else. Golden films, the ledger and DICOM are unknown here.
+process again that leaves with anything else. Golden images, the ledger and DICOM are unknown here.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from pathlib import Path
 if __name__ == "__main__" and "RANK" not in os.environ:
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
 
-from learner import ranks
-from learner.backbone import BackboneError
-from learner.checkpoint import CheckpointError
-from learner.figure import draw
-from learner.progress import Paused
-from learner.round_dir import PAUSED, STOPPED, TRAINED, ManifestError, RoundBusy, held, load, write_last_word
-from learner.run import Run
-from learner.step import Stopped, memory_ran_out
-from learner.tokens import remove_caches
+from learner.data.token_bank import remove_caches
+from learner.engine import distributed
+from learner.engine.checkpoint import CheckpointError
+from learner.engine.progress import Paused
+from learner.engine.step import Stopped, memory_ran_out
+from learner.networks.backbone import BackboneError
+from learner.round.figure import draw
+from learner.round.manifest import PAUSED, STOPPED, TRAINED, ManifestError, RoundBusy, held, load, write_last_word
+from learner.round.run import Run
 
 CODES = {"trained": TRAINED, "paused": PAUSED, "stopped": STOPPED}
 REFUSALS = (ManifestError, BackboneError, CheckpointError, Stopped)  # known reasons; anything else is a crash
@@ -38,9 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m learner", description="Train one round; start again to resume.")
     parser.add_argument("round_dir", type=Path, help="folder with manifest.json")
     folder: Path = parser.parse_args(arguments).round_dir
-    with ranks.joined():
+    with distributed.joined():
         try:
-            with held(folder) if ranks.is_first() else nullcontext():
+            with held(folder) if distributed.is_first() else nullcontext():
                 return run(folder)
         except (RoundBusy, FileNotFoundError) as error:
             print(error, file=sys.stderr)
@@ -60,35 +60,35 @@ def run(folder: Path) -> int:
         recipe = importlib.import_module(f"learner.recipes.{round_.recipe.method.replace('-', '_')}")
         recipe.run(work)
         teller.say("done", 1, 1)
-        ranks.by_first(lambda: remove_caches(folder))
-    except ranks.Ended as other:
+        distributed.by_first(lambda: remove_caches(folder))
+    except distributed.Ended as other:
         result["state"], result["reason"] = other.state, other.reason
     except Paused as pause:
-        result["state"], result["reason"] = ranks.last_word("paused", str(pause))
+        result["state"], result["reason"] = distributed.last_word("paused", str(pause))
     except REFUSALS as error:
-        result["state"], result["reason"] = ranks.last_word("stopped", str(error))
+        result["state"], result["reason"] = distributed.last_word("stopped", str(error))
     except (OSError, RuntimeError, MemoryError) as error:
         if not (word := ending(error)):
             raise
-        result["state"], result["reason"] = ranks.last_word(*word)
+        result["state"], result["reason"] = distributed.last_word(*word)
     finally:
         if teller:
             result["seconds"] = round(teller.seconds, 1)
             teller.close()
-    if ranks.is_first():
+    if distributed.is_first():
         write_last_word(folder, result)
         if teller and result["state"] != "paused":
             draw(folder)
         if result["reason"]:
             print(f"{result['state']}: {result['reason']}", file=sys.stderr)
-    return 0 if ranks.launched() else CODES[result["state"]]
+    return 0 if distributed.launched() else CODES[result["state"]]
 
 
 def ending(error: BaseException) -> tuple[str, str] | None:
     """State and reason where the machine, not the round, is at an end: its disk, or its memory outside of a step."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "paused", f"disk full: {error}; free some space, and the round goes on from its last checkpoint"
-    if memory_ran_out(error) and ranks.world() == 1:  # of several ranks the others don't know: a crash
+    if memory_ran_out(error) and distributed.world() == 1:  # of several ranks the others don't know: a crash
         return "stopped", f"out of memory outside of a step: {error}"[:300]
     return None
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from agent import config
-from agent.site import Site, init
-from tests import small_disk
+from agent.site import config
+from agent.site.site import Site, init
+from tests.support import small_disk
 
 PEERS = {
     "dcmtk": ("dcmsend", "storescu", "echoscu"),
@@ -102,7 +102,7 @@ def make_site(folder: Path, **sections: dict) -> Site:
     values: dict = {
         "site": {"findings": ["cardiomegaly", "effusion", "opacity"]},
         "node": {"port": port, "min_free_mb": 1},
-        "admission": {"quality": False},  # most tests' films are patterns, no chests
+        "admission": {"quality": False},  # most tests' images are patterns, no chests
         "infer": {"port": port + 1, "provider": "cpu", "threads": 1},
         "patients": {"golden": 0.4, "golden_next": 0.0, "calibration": 0.1, "validation": 0.1},
         "learn": {"profile": "demo", "window": ""},

@@ -4,17 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deploy import parts
-from dicom import pixels
-from learner import round_dir
+from deploy.bundle import contract
+from dicom.pixels import plate
+from learner.round import manifest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 300  # lines; a longer file does two things
 
 
 def test_the_base_packages_never_load_torch_timm_or_onnxruntime():
     code = (
-        "import agent.cli, dicom, dicom.listener, deploy, deploy.server, learner.gate, learner.recipe, learner.round_dir, sys;"
+        "import agent.cli.main, dicom, dicom.node.listener, deploy, deploy.server.server, learner.evaluation.gate, learner.round.recipe, learner.round.manifest, sys;"
         "bad = {'torch', 'timm', 'onnxruntime', 'matplotlib'} & set(sys.modules); assert not bad, bad"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -22,7 +22,7 @@ def test_the_base_packages_never_load_torch_timm_or_onnxruntime():
 
 
 def test_plates_have_one_version_in_all_three_packages():
-    assert pixels.PLATE_VERSION == parts.PLATE_VERSION == round_dir.PLATE_VERSION
+    assert plate.PLATE_VERSION == contract.PLATE_VERSION == manifest.PLATE_VERSION
 
 
 def test_no_file_is_longer_than_a_reader_can_hold():
@@ -45,4 +45,4 @@ def test_table_definitions_live_in_the_schema_alone():
         for path in (ROOT / "agent").rglob("*.py")
         if "CREATE TABLE" in path.read_text() or "CREATE TRIGGER" in path.read_text()
     ]
-    assert where == ["agent/schema.py"]
+    assert where == ["agent/ledger/schema.py"]

@@ -1,6 +1,6 @@
 """The demo's figure: AUC per night on the golden set with intervals, the frozen baseline, and a raw-pixel floor.
 
-Drawn after the verdicts were given; it scores the same sealed bundles on the same golden films.
+Drawn after the verdicts were given; it scores the same sealed bundles on the same golden images.
 """
 
 import math
@@ -14,12 +14,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from agent import golden, look, rounds
-from agent.ledger import Ledger
-from agent.site import Site
-from learner.auc import NORMAL, curve, macro
-from learner.floor import fit, thumbnails
-from learner.gate import Golden
+from agent.ledger.database import Ledger
+from agent.rounds import evaluation, golden_set, records
+from agent.site.site import Site
+from learner.evaluation.auc import NORMAL, curve, macro
+from learner.evaluation.gate import Golden
+from learner.evaluation.pixel_baseline import fit, thumbnails
 
 LEVEL = 0.95
 INK, RED, GREY = "#1f4e79", "#b3261e", "#6b6b6b"
@@ -29,17 +29,17 @@ def draw_nights(root: Path, nights: list[dict[str, Any]], figure: Path, say: Cal
     """Write the PNG and say its numbers: macro AUC with its 95 % interval (logit scale, patients as clusters)."""
     site = Site.open(root / "appliance.toml")
     with site.ledger() as ledger:
-        version = golden.current(ledger)
+        version = golden_set.current(ledger)
         if version is None:
             return say("no golden set was frozen: no figure")
-        reference, plates = golden.films(site, ledger, version)
+        reference, plates = golden_set.load(site, ledger, version)
         first = ledger.row("SELECT * FROM bundle WHERE is_baseline = 1")
         rows = [("T=0", first["id"], "baseline", False)] if first else []
         rows += [(f"night {n}", x["bundle"], x["state"], x["poisoned"]) for n, x in enumerate(nights, 1) if x["bundle"]]
         points = [
             (
                 f"{name}\n{state}" + ("\n(poisoned)" if bad else ""),
-                *estimate(look.score(site, bundle, plates).probabilities, reference),
+                *estimate(evaluation.score(site, bundle, plates).probabilities, reference),
                 bad,
             )
             for name, bundle, state, bad in rows
@@ -73,13 +73,17 @@ def estimate(probabilities: np.ndarray, reference: Golden) -> tuple[float, float
 
 def raw_pixels(site: Site, ledger: Ledger, plates: list[str]) -> np.ndarray:
     """Probabilities of a logistic regression on 24 x 24 pixels with the labels that the learner had."""
-    train = [f for f in rounds.films(site, ledger) if f["range"] == "train" and any(v is not None for v in f["labels"])]
-    labels = np.array([[np.nan if v is None else v for v in film["labels"]] for film in train], float)
-    model = fit(thumbnails(np.stack([site.store.plate(film["plate"]) for film in train])), labels)
+    train = [
+        f
+        for f in records.training_images(site, ledger)
+        if f["range"] == "train" and any(v is not None for v in f["labels"])
+    ]
+    labels = np.array([[np.nan if v is None else v for v in image["labels"]] for image in train], float)
+    model = fit(thumbnails(np.stack([site.store.plate(image["plate"]) for image in train])), labels)
     return model.scores(thumbnails(np.stack([site.store.plate(plate) for plate in plates])))
 
 
-def _plot(points: list[tuple], floor: tuple[float, float, float], films: int, figure: Path) -> None:
+def _plot(points: list[tuple], floor: tuple[float, float, float], images: int, figure: Path) -> None:
     drawing, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     if points:
         axis.axhline(points[0][1], color=INK, linewidth=1, linestyle="--", label="frozen baseline (T=0)")
@@ -92,7 +96,7 @@ def _plot(points: list[tuple], floor: tuple[float, float, float], films: int, fi
     axis.set_xticks(range(len(points)), [point[0] for point in points])
     axis.set_xlim(-0.5, len(points) - 0.3)
     axis.set_ylabel("macro AUC, 95 % interval")
-    axis.set_title(f"The model each night, on {films} golden films it never learnt from", loc="left", fontsize=11)
+    axis.set_title(f"The model each night, on {images} golden images it never learnt from", loc="left", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right", fontsize=9)
     drawing.savefig(figure, dpi=150)

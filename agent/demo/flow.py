@@ -1,4 +1,4 @@
-"""Films that keep coming while a model is swapped: C-STORE from a thread, and questions to /predict from another.
+"""Images that keep coming while a model is swapped: C-STORE from a thread, and questions to /predict from another.
 
 It counts what failed; that is all it knows.
 """
@@ -52,6 +52,6 @@ class Flow:
 
     def said(self) -> str:
         """What came of it, in a line."""
-        films = f"{self.statuses[0]} of {sum(self.statuses.values())} films acknowledged"
+        images = f"{self.statuses[0]} of {sum(self.statuses.values())} images acknowledged"
         asked = f"{sum(self.answers.values())} answers from {' then '.join(self.answers) or 'no model'}"
-        return f"meanwhile {films}; {asked}, {self.failed} failed requests"
+        return f"meanwhile {images}; {asked}, {self.failed} failed requests"

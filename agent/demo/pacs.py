@@ -1,4 +1,4 @@
-"""The demo's sending PACS: phantom films (or the user's own) as DICOM files with the truth beside them.
+"""The demo's sending PACS: phantom images (or the user's own) as DICOM files with the truth beside them.
 
 It knows the truth and the wire; it knows nothing of ledger, ranges or models.
 """
@@ -14,20 +14,20 @@ from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
 from agent.errors import Problem
-from dicom.phantom import draw, hip, lateral
-from dicom.sender import send
-from dicom.wrap import wrap
+from dicom.client.sender import send
+from dicom.phantom.phantom import draw, hip, lateral
+from dicom.phantom.wrap import wrap
 
 EXPLICIT_LE, J2K_LOSSLESS = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.90"
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
-PREVALENCE = 0.45  # enough of both classes on few films; a hospital's is lower
+PREVALENCE = 0.45  # enough of both classes on few images; a hospital's is lower
 STRENGTH = (0.5, 1.3)  # from plain to gross: a ViT from random weights and few labels must have a chance
 PICTURES = {".png", ".jpg", ".jpeg"}
 
 
 @dataclass(frozen=True)
-class Film:
-    """A DICOM file of the PACS and what is true of it; no truth for what is no frontal chest film."""
+class Image:
+    """A DICOM file of the PACS and what is true of it; no truth for what is no frontal chest image."""
 
     path: Path
     sop_uid: str
@@ -35,10 +35,10 @@ class Film:
     truth: dict[str, int]
 
 
-def phantoms(folder: Path, n: int, seed: int) -> tuple[list[Film], list[Path]]:
+def phantoms(folder: Path, n: int, seed: int) -> tuple[list[Image], list[Path]]:
     """`n` frontal phantoms as DICOM in `folder` (some MONOCHROME1, some JPEG 2000), and the odd ones that come between."""
     folder.mkdir(parents=True)
-    films = []
+    images = []
     for number, phantom in enumerate(draw(n, seed, FINDINGS, PREVALENCE, STRENGTH, repeat=0.15)):
         dataset = wrap(
             phantom.pixels(),
@@ -49,10 +49,10 @@ def phantoms(folder: Path, n: int, seed: int) -> tuple[list[Film], list[Path]]:
             photometric="MONOCHROME1" if number % 7 == 3 else "MONOCHROME2",
             transfer_syntax=J2K_LOSSLESS if number % 11 == 5 else EXPLICIT_LE,
         )
-        path = folder / f"film{number:05d}.dcm"
+        path = folder / f"image{number:05d}.dcm"
         dataset.save_as(path, enforce_file_format=True)
-        films.append(Film(path, dataset.SOPInstanceUID, phantom.patient, dict(phantom.labels)))
-    return films, _odd_ones(folder, seed)
+        images.append(Image(path, dataset.SOPInstanceUID, phantom.patient, dict(phantom.labels)))
+    return images, _odd_ones(folder, seed)
 
 
 def _odd_ones(folder: Path, seed: int) -> list[Path]:
@@ -73,7 +73,7 @@ def _odd_ones(folder: Path, seed: int) -> list[Path]:
     return [*paths, corrupt]
 
 
-def own(source: Path, folder: Path) -> tuple[list[Film], list[Path]]:
+def own(source: Path, folder: Path) -> tuple[list[Image], list[Path]]:
     """The user's own DICOM or PNG/JPEG with labels.csv (`file`, `finding`, `value`); raises Problem without labels."""
     table = source / "labels.csv"
     if not table.is_file():
@@ -88,21 +88,23 @@ def own(source: Path, folder: Path) -> tuple[list[Film], list[Path]]:
             if row["value"] in ("0", "1"):
                 truth[row["file"]][row["finding"]] = int(row["value"])
     folder.mkdir(parents=True)
-    films, odd = [], []
+    images, odd = [], []
     for number, path in enumerate(sorted(p for p in source.rglob("*") if p.is_file() and p != table)):
         name = path.relative_to(source).as_posix()
         known = facts.get(name, {})
-        target = folder / f"film{number:05d}.dcm"
+        target = folder / f"image{number:05d}.dcm"
         try:
             if path.suffix.lower() in PICTURES:
                 dataset = wrap(path, known.get("patient_id") or path.stem, known.get("view") or "PA")
             else:
                 dataset = dcmread(path)
             dataset.save_as(target, enforce_file_format=True)
-            films.append(Film(target, dataset.SOPInstanceUID, str(dataset.get("PatientID", name)), truth.get(name, {})))
+            images.append(
+                Image(target, dataset.SOPInstanceUID, str(dataset.get("PatientID", name)), truth.get(name, {}))
+            )
         except (InvalidDicomError, ValueError, OSError, AttributeError):
             odd.append(path)
-    return films, odd
+    return images, odd
 
 
 def deliver(paths: Iterable[Path], port: int, aet: str) -> Iterator[tuple[Path, int | None]]:
@@ -112,12 +114,12 @@ def deliver(paths: Iterable[Path], port: int, aet: str) -> Iterator[tuple[Path, 
             yield item, status
 
 
-def in_days(films: list[Film], later: int, daily: int, seed: int) -> list[list[Film]]:
-    """The archive of the first day, then `later` days of about `daily` films; a patient's films come on one day."""
-    patients = sorted({film.patient for film in films})
+def in_days(images: list[Image], later: int, daily: int, seed: int) -> list[list[Image]]:
+    """The archive of the first day, then `later` days of about `daily` images; a patient's images come on one day."""
+    patients = sorted({image.patient for image in images})
     np.random.default_rng(seed).shuffle(patients)
-    per_patient = len(films) / max(1, len(patients))
+    per_patient = len(images) / max(1, len(patients))
     size = round(daily / per_patient)
     archive = len(patients) - later * size
     day_of = {patient: max(0, 1 + (place - archive) // max(1, size)) for place, patient in enumerate(patients)}
-    return [[film for film in films if min(day_of[film.patient], later) == day] for day in range(later + 1)]
+    return [[image for image in images if min(day_of[image.patient], later) == day] for day in range(later + 1)]

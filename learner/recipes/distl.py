@@ -1,17 +1,17 @@
 """`distl`: the method of Park et al. (Nature Communications 2022) as its code does it.
 
-T=0 learns the labelled films; then a student distils itself between views, trains itself on its teacher's soft answers
-and is corrected in bursts on the labelled films, while the teacher follows by moving average. Optimiser, schedules and
+T=0 learns the labelled images; then a student distils itself between views, trains itself on its teacher's soft answers
+and is corrected in bursts on the labelled images, while the teacher follows by moving average. Optimiser, schedules and
 centre start anew each round; networks go on from round to round.
 """
 
-from learner.correct import distil_and_correct
-from learner.run import Run
-from learner.supervised import learn_labels
+from learner.objectives.correction import distil_and_correct
+from learner.round.run import Run
+from learner.round.supervised import learn_labels
 
 
 def run(run: Run) -> None:
-    """T=0 when there is no parent, then one round on every train film."""
+    """T=0 when there is no parent, then one round on every train image."""
     recipe = run.recipe
     start = run.from_student(learn_labels(run, run.from_backbone)) if run.first else run.from_parent
     unlabelled = run.unlabelled()

@@ -1,8 +1,8 @@
 """`evolve`: the same three signals, made to work with few labels.
 
-Films that look alike share labels along a neighbour graph of the model's own embeddings, rebuilt every round: the class
-head fitted to them and to the labels is the teacher's. A student that sees noised films learns the teacher's soft answers,
-and the teacher follows it; from random weights labelled films are in every step too. At the end neighbours and labels have
+Images that look alike share labels along a neighbour graph of the model's own embeddings, rebuilt every round: the class
+head fitted to them and to the labels is the teacher's. A student that sees noised images learns the teacher's soft answers,
+and the teacher follows it; from random weights labelled images are in every step too. At the end neighbours and labels have
 their say once more, in the new features, and what was trained is kept unless validation patients prefer something else.
 """
 
@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learner import linear
-from learner.auc import Curve
-from learner.average import Weights, settle, soup, wise
-from learner.choice import first_as_good, macro_curve
-from learner.data import label_table
-from learner.evolve import evolve, take_mean
-from learner.graph import both_classes, pseudo_labels
-from learner.heads import Network
-from learner.pseudo import weight_table
-from learner.refit import FEW_PENALTY, TRAINED, answer, mean, only
-from learner.round_dir import Film, ManifestError
-from learner.run import SCORED, Run
-from learner.step import State
-from learner.supervised import balance_of, learn_labels
-from learner.targets import agreement, class_thresholds, outside, shrunk_prevalence, soft_weights
+from learner.data.feed import label_table
+from learner.engine.step import State
+from learner.engine.weight_averaging import Weights, settle, soup, wise
+from learner.evaluation.auc import Curve
+from learner.evaluation.model_choice import first_as_good, macro_curve
+from learner.networks.heads import Network
+from learner.objectives import logistic
+from learner.objectives.class_losses import weight_table
+from learner.objectives.head_refit import FEW_PENALTY, TRAINED, answer, mean, only
+from learner.objectives.label_propagation import both_classes, pseudo_labels
+from learner.objectives.pseudo_targets import agreement, class_thresholds, outside, shrunk_prevalence, soft_weights
+from learner.objectives.teacher_student import evolve, take_mean
+from learner.round.manifest import ManifestError, Sample
+from learner.round.run import SCORED, Run
+from learner.round.supervised import balance_of, learn_labels
 
 MIXES = (0.25, 0.5, 0.75)  # of champion and candidate, beside the two themselves
 UNTRAINED = {"refit"}  # candidates whose backbone is that of the model before the round
@@ -36,11 +36,11 @@ LOST = 0.02  # macro AUC on validation: what a round may seem to lose by chance 
 
 
 def run(run: Run) -> None:
-    """T=0 when there is no parent, then one round on every train film."""
+    """T=0 when there is no parent, then one round on every train image."""
     recipe = run.recipe
     if not run.round.labelled and recipe.targets != "teacher":
         raise ManifestError(
-            f'manifest: no labelled train film, and targets = "{recipe.targets}" asks no teacher: label some train films, '
+            f'manifest: no labelled train image, and targets = "{recipe.targets}" asks no teacher: label some train images, '
             'or leave targets = "teacher"'
         )
     start = run.from_student(learn_labels(run, partial(probe, run))) if run.first else run.from_parent
@@ -82,23 +82,23 @@ def probe(run: Run, state: State) -> None:
 
 
 def targets(run: Run, state: State) -> dict[str, Tensor]:
-    """What the unlabelled films are taught, by film: see `learner.evolve.evolve`."""
-    recipe, films = run.recipe, run.round.unlabelled
-    labels = label_table(films)
+    """What the unlabelled images are taught, by image: see `learner.objectives.teacher_student.evolve`."""
+    recipe, samples = run.recipe, run.round.unlabelled
+    labels = label_table(samples)
     prevalence = shrunk_prevalence(labels)
     table = {"prevalence": prevalence}
     if recipe.replay or recipe.agree == "soft":
-        table["champion"] = logits_of(run, state.student, films)
+        table["champion"] = logits_of(run, state.student, samples)
     if recipe.targets == "teacher":
-        table["rate"] = torch.ones(())  # a soft answer for every film
+        table["rate"] = torch.ones(())  # a soft answer for every image
     if recipe.targets == "graph":
-        seen = run.embeddings(state.teacher, films)
+        seen = run.embeddings(state.teacher, samples)
         soft = pseudo_labels(seen, labels, prevalence, recipe.neighbours, recipe.components)
         weight = torch.ones_like(soft)
         if recipe.agree == "teacher":
-            weight = agreement(torch.logit(soft, 1e-4), logits_of(run, state.teacher, films))
+            weight = agreement(torch.logit(soft, 1e-4), logits_of(run, state.teacher, samples))
         elif recipe.agree == "heads":
-            weight = agreement(*(linear.fit(seen, half, FEW_PENALTY)(seen).float() for half in halves(labels)))
+            weight = agreement(*(logistic.fit(seen, half, FEW_PENALTY)(seen).float() for half in halves(labels)))
         elif recipe.agree == "soft":
             logit = torch.logit(soft, 1e-4)
             unsure = logit.where(labels.isnan(), torch.nan)  # a label would stand far out and make all others doubtful
@@ -113,7 +113,7 @@ def targets(run: Run, state: State) -> dict[str, Tensor]:
 
 
 def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The labelled films in two halves, every other one of each class."""
+    """The labelled images in two halves, every other one of each class."""
     first = torch.full_like(labels, float("nan"))
     second = first.clone()
     for i in range(labels.shape[1]):
@@ -126,9 +126,9 @@ def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
 def fit_head(run: Run, network: Network) -> None:
     """A linear class head := the logistic regression of the labels on what this network sees."""
     if run.recipe.class_hidden == 0:
-        films, labels = run.round.labelled, label_table(run.round.labelled)
-        seen, weights = run.embeddings(network, films), label_weights(run, labels)
-        set_head(network, linear.fit(seen, labels, FEW_PENALTY, weights))
+        samples, labels = run.round.labelled, label_table(run.round.labelled)
+        seen, weights = run.embeddings(network, samples), label_weights(run, labels)
+        set_head(network, logistic.fit(seen, labels, FEW_PENALTY, weights))
 
 
 def label_weights(run: Run, labels: Tensor) -> Tensor | None:
@@ -137,13 +137,13 @@ def label_weights(run: Run, labels: Tensor) -> Tensor | None:
     return None if weights is None else weights.cpu()
 
 
-def head_of(network: Network) -> linear.Linear:
+def head_of(network: Network) -> logistic.Linear:
     """The linear class head as it is, on the host."""
     layer = cast(nn.Linear, network.cls_head.mlp[-1])
-    return linear.Linear(layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu())
+    return logistic.Linear(layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu())
 
 
-def set_head(network: Network, head: linear.Linear) -> None:
+def set_head(network: Network, head: logistic.Linear) -> None:
     """The linear class head := this answer."""
     layer = cast(nn.Linear, network.cls_head.mlp[-1])
     with torch.no_grad():
@@ -157,14 +157,14 @@ def refit(run: Run, network: Network, own: float = 0.0) -> None:
     `own`: the share that the head keeps which the network was trained with, beside graph and labels. A finding whose
     labels of this round don't hold both classes, or that has none, keeps what the parent's head knew of it.
     """
-    recipe, films = run.recipe, run.round.unlabelled
+    recipe, samples = run.recipe, run.round.unlabelled
     if recipe.refit == "none" or recipe.class_hidden or not run.round.labelled:
         return
-    before, labels = head_of(network), label_table(films)
+    before, labels = head_of(network), label_table(samples)
     if recipe.refit == "linear":
         fit_head(run, network)
     else:
-        seen, weights = run.embeddings(network, films), label_weights(run, labels)
+        seen, weights = run.embeddings(network, samples), label_weights(run, labels)
         fitted = answer(seen, labels, recipe.neighbours, recipe.components, weights)
         set_head(network, mean(fitted, before, seen, own) if own else fitted)
     if not run.first:
@@ -180,11 +180,11 @@ def teach(run: Run, state: State) -> None:
 def choose(run: Run, final: State, champion: Network) -> str:
     """The student := the first candidate that validation can't tell from the best; its name.
 
-    Where validation has too few films it is the first; where all seem to do harm it is the champion.
+    Where validation has too few images it is the first; where all seem to do harm it is the champion.
     """
     kinds = candidates(run, final, champion)
     final.extra.clear()  # of no use after the round
-    films = [film for film in run.round.of("validation") if film.labelled]
+    samples = [sample for sample in run.round.of("validation") if sample.labelled]
     measured, weights = [], []
     for kind, start in kinds.items():
         final.student.load_state_dict({k: v.clone() for k, v in start.items()})
@@ -192,14 +192,14 @@ def choose(run: Run, final: State, champion: Network) -> str:
             settle(final.student.backbone, originals(run))
         refit(run, final.student, TRAINED if not run.first or kind not in UNTRAINED else 0.0)
         weights.append({k: v.clone() for k, v in final.student.state_dict().items()})
-        seen = quality(run, final.student, films)
+        seen = quality(run, final.student, samples)
         if seen is None:
             break
         measured.append(seen)
     place = first_as_good(measured) if measured else 0
     name, kept = list(kinds)[place], weights[place]
     if measured:
-        before = quality(run, champion, films)
+        before = quality(run, champion, samples)
         assert before is not None
         if before.value > max(one.value for one in measured) + LOST:
             name, kept = "champion", champion.state_dict()  # the round did harm: the gate will see the same model again
@@ -226,19 +226,19 @@ def candidates(run: Run, final: State, champion: Network) -> dict[str, Weights]:
 
 
 def originals(run: Run) -> Iterator[Tensor]:
-    """All train films without noise, in even batches."""
-    feed, films = run.feed(run.round.unlabelled, "plain", 0, True), len(run.round.unlabelled)
-    yield from (feed.originals(rows) for rows in np.array_split(np.arange(films), -(-films // SCORED)))
+    """All train images without noise, in even batches."""
+    feed, samples = run.feed(run.round.unlabelled, "plain", 0, True), len(run.round.unlabelled)
+    yield from (feed.originals(rows) for rows in np.array_split(np.arange(samples), -(-samples // SCORED)))
 
 
-def quality(run: Run, network: Network, films: Sequence[Film]) -> Curve | None:
-    """Macro AUC on these films with its error; None where a finding has too few of a class to choose by."""
-    if not films:
+def quality(run: Run, network: Network, samples: Sequence[Sample]) -> Curve | None:
+    """Macro AUC on these images with its error; None where a finding has too few of a class to choose by."""
+    if not samples:
         return None
-    logits = logits_of(run, network, films).numpy()
-    return macro_curve(logits, label_table(films).numpy(), [film.patient for film in films])
+    logits = logits_of(run, network, samples).numpy()
+    return macro_curve(logits, label_table(samples).numpy(), [sample.patient for sample in samples])
 
 
-def logits_of(run: Run, network: Network, films: Sequence[Film]) -> Tensor:
-    """What a network says of films without noise: (N, F), float32 on the host."""
-    return network.cls_head(run.embeddings(network, films).to(run.device)).float().detach().cpu()
+def logits_of(run: Run, network: Network, samples: Sequence[Sample]) -> Tensor:
+    """What a network says of images without noise: (N, F), float32 on the host."""
+    return network.cls_head(run.embeddings(network, samples).to(run.device)).float().detach().cpu()

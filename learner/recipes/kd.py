@@ -2,7 +2,7 @@
 
 Strategies: `base` learns labels alone; in `standard` the network `kd_teacher` learns them first and teaches; in
 `reversed` the two change places, so that `kd_teacher` is taught and served; `defective` stops the teacher at a quarter
-of its epochs; in `self` a trained copy teaches a student that starts anew. Films without a label bring answers only.
+of its epochs; in `self` a trained copy teaches a student that starts anew. Images without a label bring answers only.
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from learner.backbone import Backbone, build, open_backbone
-from learner.correct import Feed, next_batch, supervise
-from learner.distill import autocast
-from learner.heads import Network
-from learner.kd import kd_loss
-from learner.optim import Schedule
-from learner.plan import BackboneError, Plan
-from learner.pseudo import Balance
-from learner.recipe import Recipe
-from learner.round_dir import ManifestError
-from learner.run import Run
-from learner.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of
-from learner.supervised import balance_of, learn_labels
+from learner.engine.optim import Schedule
+from learner.engine.step import Batch, Losses, Objective, State, Terms, full, optimise, share_of
+from learner.networks.architecture import BackboneError, Plan
+from learner.networks.backbone import Backbone, build, open_backbone
+from learner.networks.heads import Network
+from learner.objectives.class_losses import Balance
+from learner.objectives.correction import Feed, next_batch, supervise
+from learner.objectives.dino import autocast
+from learner.objectives.knowledge_distillation import kd_loss
+from learner.round.manifest import ManifestError
+from learner.round.recipe import Recipe
+from learner.round.run import Run
+from learner.round.supervised import balance_of, learn_labels
 
 DEFECTIVE = 4  # one in so many epochs: the published 50 of 200
 
@@ -33,7 +33,7 @@ def run(run: Run) -> None:
     recipe, strategy = run.recipe, run.recipe.kd_strategy
     if not run.round.labelled:
         raise ManifestError(
-            "manifest: no labelled train film: kd trains on labels; label some, or use recipe distl with a parent"
+            "manifest: no labelled train image: kd trains on labels; label some, or use recipe distl with a parent"
         )
     labelled, balance = run.labelled("t0"), balance_of(run)
     alone = run.schedule(labelled, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
@@ -58,7 +58,7 @@ def run(run: Run) -> None:
         teacher = run.train("teacher", length, run.from_weights(weights), learn, plan).student
     teacher.to(run.device).eval().requires_grad_(False)
 
-    rest = [film for film in run.round.unlabelled if not film.labelled]
+    rest = [sample for sample in run.round.unlabelled if not sample.labelled]
     feeds = [labelled, run.feed(rest, "unlabelled", 0, False)] if rest and recipe.kd_alpha else [labelled]
     schedule = run.schedule(labelled, recipe.epochs, recipe.lr, recipe.t0_steps)
     final = run.train("kd", schedule, start, lambda state: be_taught(state, teacher, feeds, balance), own)
@@ -67,7 +67,7 @@ def run(run: Run) -> None:
 
 
 def other_network(recipe: Recipe) -> tuple[Plan, dict[str, Tensor] | None]:
-    """Plan and weights of `kd_teacher`: a file's, or random for a name; raises BackboneError if it can't see the films."""
+    """Plan and weights of `kd_teacher`: a file's, or random for a name; raises BackboneError if it can't see the images."""
     name = recipe.kd_teacher
     given = {"backbone": name} if name.endswith(".safetensors") else {"backbone": "random", "arch": name}
     plan, weights = open_backbone(replace(recipe, **given))
@@ -90,16 +90,16 @@ def defective(schedule: Schedule) -> Schedule:
 def be_taught(state: State, teacher: Network, feeds: Sequence[Feed], balance: Balance | None = None) -> Losses:
     """One step on a batch of each feed, labels and answers together."""
     batches = [next_batch(feed, state.step) for feed in feeds]
-    films = sum(batch.whole for batch in batches)
-    losses = optimise(state, [(batch, teaching(teacher, batch.whole / films, balance or {})) for batch in batches])
+    samples = sum(batch.whole for batch in batches)
+    losses = optimise(state, [(batch, teaching(teacher, batch.whole / samples, balance or {})) for batch in batches])
     state.step += 1
     return losses
 
 
 def teaching(teacher: Network, share: float, balance: Balance) -> Objective:
-    """(1 - alpha) label loss + alpha T^2 KL to the teacher, which sees the same noised view; `share` of the step's films.
+    """(1 - alpha) label loss + alpha T^2 KL to the teacher, which sees the same noised view; `share` of the step's images.
 
-    Films without a label add nothing to the first term.
+    Images without a label add nothing to the first term.
     """
 
     def objective(state: State, batch: Batch, part: slice) -> Terms:

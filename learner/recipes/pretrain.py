@@ -1,7 +1,7 @@
-"""`pretrain`: self-supervision on the site's own films, no label needed, for a backbone that others can start from.
+"""`pretrain`: self-supervision on the site's own images, no label needed, for a backbone that others can start from.
 
-DINO, masked patches and spread on every train film; the teacher's backbone is left in the round as
-`backbone.safetensors` (timm's key names: `--backbone FILE`). Then the labelled films teach a class head, as in T=0 of
+DINO, masked patches and spread on every train image; the teacher's backbone is left in the round as
+`backbone.safetensors` (timm's key names: `--backbone FILE`). Then the labelled images teach a class head, as in T=0 of
 `evolve`, so that the round has a model to judge.
 """
 
@@ -9,13 +9,13 @@ from functools import partial
 
 from safetensors.torch import save
 
-from learner.backbone import weights_of
-from learner.evolve import evolve
+from learner.engine.step import State
+from learner.networks.backbone import weights_of
+from learner.objectives.teacher_student import evolve
 from learner.recipes.evolve import fit_head
-from learner.round_dir import ManifestError, write_atomic
-from learner.run import Run
-from learner.step import State
-from learner.supervised import learn_labels
+from learner.round.manifest import ManifestError, write_atomic
+from learner.round.run import Run
+from learner.round.supervised import learn_labels
 
 BACKBONE = "backbone.safetensors"
 
@@ -23,14 +23,14 @@ BACKBONE = "backbone.safetensors"
 def run(run: Run) -> None:
     """Self-supervision, the backbone file, then the labels; raises ManifestError after the backbone when there is none."""
     recipe = run.recipe
-    films = run.unlabelled()
-    schedule = run.schedule(films, recipe.epochs, recipe.lr)
+    samples = run.unlabelled()
+    schedule = run.schedule(samples, recipe.epochs, recipe.lr)
     start = run.from_backbone if run.first else run.from_parent
-    seen = run.train("pretrain", schedule, start, lambda state: evolve(state, films, None, {}))
+    seen = run.train("pretrain", schedule, start, lambda state: evolve(state, samples, None, {}))
     keep_backbone(run, seen)
     if not run.round.labelled:
         raise ManifestError(
-            "manifest: no labelled train film, so no model to judge; the backbone is made, and a round with labels can "
+            "manifest: no labelled train image, so no model to judge; the backbone is made, and a round with labels can "
             f"start from it: --backbone {run.round.folder / BACKBONE}"
         )
     final = learn_labels(run, partial(from_teacher, run, seen))

@@ -1,8 +1,8 @@
 """`pseudo-label`: the method of Martins & Silva, for findings that don't exclude one another and without their leaks.
 
-A teacher learns the labelled films (T=0, else the parent). Its surest answers on the others become labels; a student
-from the starting backbone learns those alone, then the labelled films. Each time the best epoch on validation
-patients is kept. Prevalence comes from labelled films, and a network that is asked is in eval mode.
+A teacher learns the labelled images (T=0, else the parent). Its surest answers on the others become labels; a student
+from the starting backbone learns those alone, then the labelled images. Each time the best epoch on validation
+patients is kept. Prevalence comes from labelled images, and a network that is asked is in eval mode.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,31 +11,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner import ranks
-from learner.backbone import Backbone
-from learner.calibrate import auc
-from learner.correct import Feed, supervise
-from learner.data import label_table, read_plates
-from learner.heads import Network
-from learner.optim import Schedule
-from learner.round_dir import PLATE_SHAPE, Film, ManifestError
-from learner.run import Run
-from learner.step import Losses, State
-from learner.supervised import balance_of
-from learner.targets import kappa_labels, ten_crop
-from learner.views import normalise, resize_matrix, to_image
+from learner.data.augment import normalise, resize_matrix, to_image
+from learner.data.feed import label_table, read_plates
+from learner.engine import distributed
+from learner.engine.optim import Schedule
+from learner.engine.step import Losses, State
+from learner.evaluation.calibrate import auc
+from learner.networks.backbone import Backbone
+from learner.networks.heads import Network
+from learner.objectives.correction import Feed, supervise
+from learner.objectives.pseudo_targets import kappa_labels, ten_crop
+from learner.round.manifest import PLATE_SHAPE, ManifestError, Sample
+from learner.round.run import Run
+from learner.round.supervised import balance_of
 
 CROP = 7 / 8  # of the side: the published 224 of 256 px
-AT_ONCE = 16  # films in one pass when only looked at
+AT_ONCE = 16  # images in one pass when only looked at
 
 
 def run(run: Run) -> None:
-    """Teacher, pseudo-labels, student, fine-tuning; without a film to pseudo-label, the teacher is fine-tuned."""
+    """Teacher, pseudo-labels, student, fine-tuning; without an image to pseudo-label, the teacher is fine-tuned."""
     recipe = run.recipe
     if not run.round.labelled:
         raise ManifestError(
-            "manifest: no labelled train film: pseudo-labels take their prevalence from labels, and the student ends on "
-            "labels; label some train films, or use recipe distl with a parent"
+            "manifest: no labelled train image: pseudo-labels take their prevalence from labels, and the student ends on "
+            "labels; label some train images, or use recipe distl with a parent"
         )
     labelled = run.labelled("t0")
     if run.first:
@@ -45,10 +45,10 @@ def run(run: Run) -> None:
         teacher, start = t0.student, run.from_student(t0)
     else:
         teacher, start = run.champion(), run.from_parent
-    films = [film for film in run.round.unlabelled if not film.labelled]
-    if films:
-        made = run.once("pseudo-labels", lambda: {"labels": pseudo_labels(run, teacher, films)})["labels"].cpu()
-        feed = run.feed([films[i] for i in taught(made)], "pseudo", 0, False, made[taught(made)])
+    samples = [sample for sample in run.round.unlabelled if not sample.labelled]
+    if samples:
+        made = run.once("pseudo-labels", lambda: {"labels": pseudo_labels(run, teacher, samples)})["labels"].cpu()
+        feed = run.feed([samples[i] for i in taught(made)], "pseudo", 0, False, made[taught(made)])
 
         def begin(state: State) -> None:
             run.from_backbone(state)
@@ -66,13 +66,13 @@ def run(run: Run) -> None:
 
 def learn(run: Run, phase: str, feed: Feed, schedule: Schedule, start: Callable[[State], None]) -> State:
     """A phase on labels, ending with the weights of its best epoch: macro AUC on validation patients, else the last."""
-    films = [film for film in run.round.of("validation") if film.labelled]
-    labels, balance = label_table(films).numpy(), balance_of(run)
+    samples = [sample for sample in run.round.of("validation") if sample.labelled]
+    labels, balance = label_table(samples).numpy(), balance_of(run)
 
     def tick(state: State) -> Losses:
         losses = supervise(state, feed, balance)
-        if films and state.step % schedule.steps_per_epoch == 0:
-            value = ranks.by_first(lambda: macro_auc(answers(run, state.student, films).numpy(), labels))
+        if samples and state.step % schedule.steps_per_epoch == 0:
+            value = distributed.by_first(lambda: macro_auc(answers(run, state.student, samples).numpy(), labels))
             if value is not None:
                 keep_best(run, state, value)
         return losses
@@ -86,7 +86,7 @@ def learn(run: Run, phase: str, feed: Feed, schedule: Schedule, start: Callable[
 
 
 def macro_auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """Mean AUC over the findings of (N, F) that have films of both classes; None without any."""
+    """Mean AUC over the findings of (N, F) that have images of both classes; None without any."""
     known = [value for i in range(labels.shape[1]) if (value := auc(scores[:, i], labels[:, i])) is not None]
     return sum(known) / len(known) if known else None
 
@@ -100,13 +100,13 @@ def keep_best(run: Run, state: State, value: float) -> None:
 
 
 def taught(labels: Tensor) -> list[int]:
-    """Places of the films that got a pseudo-label for one finding at least, of labels (N, F)."""
+    """Places of the images that got a pseudo-label for one finding at least, of labels (N, F)."""
     return (~labels.isnan()).any(1).nonzero()[:, 0].tolist()
 
 
-def pseudo_labels(run: Run, teacher: Network, films: Sequence[Film]) -> Tensor:
-    """1, 0 or nan (N, F): the kappa filter on the teacher's answers over crops, prevalence from the labelled films."""
-    scores = answers(run, teacher, films, crop_side(teacher, run.recipe.image_size))
+def pseudo_labels(run: Run, teacher: Network, samples: Sequence[Sample]) -> Tensor:
+    """1, 0 or nan (N, F): the kappa filter on the teacher's answers over crops, prevalence from the labelled images."""
+    scores = answers(run, teacher, samples, crop_side(teacher, run.recipe.image_size))
     return kappa_labels(scores, label_table(run.round.labelled), run.recipe.kappa)
 
 
@@ -117,15 +117,15 @@ def crop_side(network: Network, size: int) -> int:
 
 
 @torch.no_grad()
-def answers(run: Run, network: Network, films: Sequence[Film], crop: int | None = None) -> Tensor:
-    """Probabilities (N, F) of a network in eval mode, on the host: of the whole films, or the mean over their crops.
+def answers(run: Run, network: Network, samples: Sequence[Sample], crop: int | None = None) -> Tensor:
+    """Probabilities (N, F) of a network in eval mode, on the host: of the whole images, or the mean over their crops.
 
-    Ten crops a film as published where the recipe mirrors films, else the five that aren't mirrored.
+    Ten crops an image as published where the recipe mirrors images, else the five that aren't mirrored.
     """
     matrix, rows, was = resize_matrix(PLATE_SHAPE[0], run.recipe.image_size).to(run.device), [], network.training
     network.to(run.device).eval()  # an export may have left it on the CPU
-    for low in range(0, len(films), AT_ONCE):
-        plates = read_plates(films[low : low + AT_ONCE]).to(run.device)
+    for low in range(0, len(samples), AT_ONCE):
+        plates = read_plates(samples[low : low + AT_ONCE]).to(run.device)
         images = normalise(to_image(plates, matrix), run.recipe)
         views = images[None] if crop is None else ten_crop(images, crop)[: 10 if run.recipe.flip else 5]
         with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype is not None):

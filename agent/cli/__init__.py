@@ -1,0 +1,1 @@
+"""The commands of `cxrloop`: parse options, call one function, print its result."""

@@ -1,0 +1,1 @@
+"""Removing a patient from the site folder (`cxrloop forget`)."""

@@ -1,0 +1,1 @@
+"""Images of the site: intake, import, lists, labels, retention, export."""

@@ -1,0 +1,1 @@
+"""The ledger, one SQLite file: schema, transactions, states and the audit chain."""

@@ -1,0 +1,1 @@
+"""The site on the network: the node process, peers, storage commitment, the disk watermark, pulls."""

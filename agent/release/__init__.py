@@ -1,0 +1,1 @@
+"""Which model serves: approve, reject, roll back, import a model."""

@@ -1,0 +1,1 @@
+"""Scores and what the PACS gets of them: reports, heatmaps, the outbox, explanations."""

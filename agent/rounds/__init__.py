@@ -1,0 +1,1 @@
+"""Rounds of learning: plan, train, evaluate on the golden set, store the verdict."""

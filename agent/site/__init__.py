@@ -1,0 +1,1 @@
+"""One site folder: settings, keys, locks, patient splits."""

@@ -1,0 +1,170 @@
+"""What one demo round learns from unlabelled phantoms: AUC of T=0 and of T=1 on fresh ones, over several seeds.
+
+`python bench/learning/demo_recipe.py [--seeds 4] [--arms ...]` runs real rounds (`python -m learner`), scores the exported
+graphs with onnxruntime, prints a table and writes bench/results/demo_recipe.json. Arms beside the round itself:
+`no stream` (the same steps, but the labelled images are the whole pool), `poisoned` (teacher logits inverted).
+Phantoms are easy: the raw-pixel floor is printed beside every AUC.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dicom.phantom.phantom import draw
+from dicom.phantom.wrap import wrap
+from dicom.pixels.plate import to_plate
+from learner.evaluation import pixel_baseline
+from learner.evaluation.calibrate import auc
+from learner.round.recipe import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FINDINGS = ("cardiomegaly", "effusion", "opacity")
+PREVALENCE, STRENGTH, REPEAT = 0.45, (0.5, 1.3), 0.15  # as in `cxrloop demo`: plain to gross, both classes
+LABELLED, TRAIN, VALIDATION, CALIBRATION, TEST = 80, 300, 60, 60, 400  # 80 labelled, as in `cxrloop demo`
+# the bad night of `cxrloop demo`; with corrections the labels heal most of the harm
+POISON = {"poison_teacher": True, "correct_every": 0}
+ARMS = {"round": {}, "no stream": {}, "poisoned": POISON}
+
+
+def phantoms(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Plates uint8 [N, 512, 512] by the product's own pixel path, labels [N, F], patients."""
+    drawn = draw(count, seed, FINDINGS, PREVALENCE, STRENGTH, repeat=REPEAT)
+    plates = np.stack([to_plate(wrap(p.pixels(), p.patient, p.view)) for p in drawn])
+    return plates, np.array([[p.labels[f] for f in FINDINGS] for p in drawn]), [p.patient for p in drawn]
+
+
+def write_round(folder: Path, ranges: dict, seed: int, arm: str, overrides: dict) -> None:
+    """A round folder as the agent would write it."""
+    (folder / "plates").mkdir(parents=True)
+    recipe = resolve("distl", "demo", {**overrides, **ARMS[arm], "seed": seed})
+    samples = []
+    for name, (plates, labels, patients) in ranges.items():
+        for i in range(len(plates)):
+            known = name != "train" or i < LABELLED
+            if arm == "no stream" and not known:
+                continue
+            file = f"{name}{i}.npy"
+            np.save(folder / "plates" / file, plates[i])
+            labelled = [int(v) for v in labels[i]] if known else None
+            sample = {"image": len(samples), "patient": patients[i], "plate": file, "range": name, "labels": labelled}
+            samples.append(sample)
+    if arm == "no stream":  # as many steps as the round with the stream takes
+        steps = TRAIN // recipe.batch * recipe.epochs
+        recipe = recipe.override({"epochs": round(steps / (LABELLED // recipe.batch))})
+    manifest = {
+        "version": 2, "round": "r0001", "plate_version": 1, "findings": list(FINDINGS), "recipe": recipe.to_dict(),
+        "seed": seed, "plates": "plates", "parent": None, "until": None, "images": samples,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def measured(folder: Path, plates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """AUC by finding, and their mean, of one exported model."""
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    scores = np.concatenate(
+        [session.run(["logits"], {"plates": plates[i : i + 16]})[0] for i in range(0, len(plates), 16)]
+    )
+    return by_finding(scores, labels)
+
+
+def by_finding(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    each = {f: auc(scores[:, i], labels[:, i].astype(float)) for i, f in enumerate(FINDINGS)}
+    return {"mean": float(np.mean(list(each.values()))), **each}
+
+
+def one_seed(seed: int, arms: list[str], overrides: dict) -> dict:
+    """Draw, train every arm in a process of its own, score on fresh phantoms."""
+    sizes = {"train": TRAIN, "validation": VALIDATION, "calibration": CALIBRATION}
+    ranges = {name: phantoms(count, 20000 * (i + 1) + seed) for i, (name, count) in enumerate(sizes.items())}
+    plates, labels, _ = phantoms(TEST, 90000 + seed)
+    train, truth = pixel_baseline.thumbnails(ranges["train"][0]), ranges["train"][1].astype(float)
+    row: dict = {"seed": seed}
+    for name, count in ((f"floor, {LABELLED} labels", LABELLED), (f"floor, {TRAIN} labels", TRAIN)):
+        row[name] = by_finding(
+            pixel_baseline.fit(train[:count], truth[:count]).scores(pixel_baseline.thumbnails(plates)), labels
+        )
+    for arm in arms:
+        with tempfile.TemporaryDirectory() as temp:
+            folder = Path(temp) / "r"
+            write_round(folder, ranges, seed, arm, overrides)
+            begun, spent = time.monotonic(), cpu_of_children()
+            environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+            subprocess.run([sys.executable, "-m", "learner", str(folder)], cwd=ROOT, env=environment, check=True)
+            row[f"{arm}: seconds"] = round(time.monotonic() - begun, 1)
+            row[f"{arm}: CPU seconds"] = round(cpu_of_children() - spent, 1)
+            row[f"{arm}: T=0"] = measured(folder / "t0", plates, labels)
+            row[f"{arm}: T=1"] = measured(folder / "final", plates, labels)
+    return row
+
+
+def cpu_of_children() -> float:
+    """CPU seconds of all ended child processes: what a round costs, whoever else uses the cores."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
+def table(rows: list[dict]) -> str:
+    """One line a model: mean AUC by seed, then over seeds, then by finding."""
+    names = [key for key in rows[0] if isinstance(rows[0][key], dict)]
+    head = ["", *(f"seed {row['seed']}" for row in rows), "mean", *FINDINGS]
+    lines = [f"{head[0]:24}" + "".join(f"{h:>13}" for h in head[1:])]
+    for name in names:
+        seeds = [row[name]["mean"] for row in rows]
+        findings = [np.mean([row[name][f] for row in rows]) for f in FINDINGS]
+        lines.append(f"{name:24}" + "".join(f"{v:13.3f}" for v in [*seeds, np.mean(seeds), *findings]))
+    for name in [key for key in rows[0] if key.endswith("seconds")]:
+        lines.append(f"{name:24}" + "".join(f"{row[name]:13.0f}" for row in rows))
+    gains = [row["round: T=1"]["mean"] - row["round: T=0"]["mean"] for row in rows]
+    error = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+    lines.append(f"gain of T=1 over T=0: {np.mean(gains):+.3f}, standard error over seeds {error:.3f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The study; `--set key=value` tries other recipe keys without touching the recorded result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2, help="1 where other work shares the cores; recorded")
+    parser.add_argument("--first", type=int, default=0, help="first seed; recorded seeds are 0, 1, 2, ...")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="recipe keys to try")
+    asked = parser.parse_args()
+    tried = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in asked.set)}
+    overrides = {"threads": asked.threads, **tried}
+    rows = []
+    for seed in range(asked.first, asked.first + asked.seeds):
+        rows.append(one_seed(seed, asked.arms, overrides))
+        print(table(rows), flush=True)
+        if not tried and asked.first == 0:
+            record(rows, asked.threads)
+
+
+def record(rows: list[dict], threads: int) -> None:
+    """bench/results/demo_recipe.json, whole after every seed."""
+    phantoms_ = {
+        "findings": FINDINGS, "prevalence": PREVALENCE, "strength": STRENGTH, "repeat": REPEAT, "labelled": LABELLED,
+        "train": TRAIN, "validation": VALIDATION, "calibration": CALIBRATION, "test": TEST,
+    }  # fmt: skip
+    result = {
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "cores": os.cpu_count(), "threads": threads,
+        "phantoms": phantoms_, "recipe": resolve("distl", "demo").to_dict(), "rows": rows,
+    }  # fmt: skip
+    path = ROOT / "bench" / "results" / "demo_recipe.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

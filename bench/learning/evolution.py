@@ -1,0 +1,189 @@
+"""Does the loop pay? Real images: few labels, a stream without labels, rounds T=0..3, paired draws.
+
+    python bench/learning/evolution.py --data DIR --backbone FILE --work DIR [--experiment A B C] [--shares 0.01 0.02] [--draws ...]
+
+A: children's images, 1 and 2 % labelled. B: 80 labelled images of adults at 64 px, another hospital's stream. C: as A,
+and B's stream joins from T=2 on (drift). DIR/kermany224, nih1000_64 and mednist_cxr64 hold a manifest.csv and pictures
+(see bench/learning/evolution_images.py); FILE is a ViT in timm's key names. Resumable: each finished cell is a line of
+bench/results/evolution.jsonl and isn't run again. The scores of each cell stay in the work folder, for the intervals;
+they and the images are never committed.
+"""
+
+import argparse
+import fcntl
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's learner, whichever is installed
+
+from bench.learning.evolution_arms import (
+    Banks,
+    Frozen,
+    Scores,
+    Site,
+    frozen_features,
+    frozen_graph,
+    fully_labelled,
+    learn,
+    pseudo_label,
+    supervised,
+)
+from bench.learning.evolution_images import FAR, NEAR, Draw, draw, read_pool
+from bench.learning.evolution_table import report
+from bench.learning.floor_of_images import pixel_floor, view_floor
+from learner.data.token_bank import Bank
+from learner.evaluation.auc import auc
+from learner.round.manifest import Round, Sample
+from learner.round.recipe import Recipe
+from learner.round.run import Run
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+DRAWS = list(range(8))
+# Sizes that two cores can train: ViT-S/14 at 140 px, eleven of its twelve blocks frozen, two noised versions of an image.
+SIZES = {
+    "image_size": 140, "local_size": 70, "local_views": 2, "cached_views": 2, "frozen_blocks": 11, "mean": 0.45,
+    "std": 0.226, "pos_embed": "timm", "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "class_hidden": 0,
+    "pool": "both", "components": 32, "threads": 1, "device": "cpu", "precision": "bf16", "rotate": 10.0, "global_scale": (0.7, 1.0),
+    "global_noise": 0.2, "local_noise": 0.3, "checkpoint_seconds": 86400, "drop_path": 0.0, "batch": 32, "epochs": 1,
+    "t0_epochs": 1, "warmup_epochs": 0,
+}  # fmt: skip
+EVOLVE = {
+    "t0_lr": 1e-6, "lr": 1e-4, "lam": 0.0, "ema_base": 0.99, "targets": "teacher", "label_weight": 0.0,
+    "refit": "graph", "average": "trained",
+}  # fmt: skip
+# Faithful in all but sizes and lengths: so few steps need a faster teacher and more corrections than every 500 steps.
+DISTL = {"pool": "cls", "t0_lr": 1e-3, "t0_steps": 100, "lr": 3e-4, "lam": 0.5, "ema_base": 0.99, "correct_every": 10}
+_PLAIN = {"average": "ema", "replay": 0.0, "refit": "linear"}
+# Trained by the product's recipes; after the first two, what is left of them when one of the signals goes, and how far
+# the same recipe on the same images lies from itself.
+TRAINED = {
+    "distl": ("distl", DISTL),
+    "evolve": ("evolve", EVOLVE),
+    "distl, no correction": ("distl", {**DISTL, "correct_every": 0}),
+    "distl, self-training only": ("distl", {**DISTL, "correct_every": 0, "lam": 0.0}),
+    "distl, self-supervised only": ("distl", {**DISTL, "correct_every": 0, "lam": 1.0}),
+    "same steps, no stream": ("evolve", {**EVOLVE, **_PLAIN, "targets": "none", "label_weight": 1.0}),
+    "distl, another seed": ("distl", {**DISTL, "seed": 1}),
+    "evolve, another seed": ("evolve", {**EVOLVE, "seed": 1}),
+}
+FROZEN: dict[str, Callable] = {
+    "supervised only": supervised,
+    "fully labelled": fully_labelled,
+    "frozen graph": frozen_graph,
+    "pseudo-label": pseudo_label,
+}
+# The ladder: what each part of `evolve` is worth, and what others would add; each is `evolve` with these keys changed.
+LADDER = {
+    "labels only, same steps": {**_PLAIN, "targets": "none", "label_weight": 1.0},
+    "+ teacher's answers": {**_PLAIN, "label_weight": 1.0},
+    "+ labels in the head's fit alone": _PLAIN,
+    "+ neighbours in the head": {"average": "ema"},
+    "whole": {},
+    "with labels in every step": {"label_weight": 1.0},
+    "with DINO": {"lam": 0.5},
+    "with KoLeo": {"koleo": 0.1},
+    "with an anchor": {"replay": 0.25},
+    "graph's answers instead": {"targets": "graph"},
+}
+
+
+def main() -> None:
+    """Run what is missing, then print and write the tables."""
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--data", type=Path, required=True)
+    asked.add_argument("--backbone", type=Path, required=True)
+    asked.add_argument("--work", type=Path, required=True)
+    asked.add_argument(
+        "--cells", type=Path, help="folder of rounds under way (WORK/cells by default; quicker in memory)"
+    )
+    asked.add_argument("--experiment", nargs="*", choices=("A", "B", "C"), default=["A", "B", "C"])
+    asked.add_argument("--shares", type=float, nargs="*", default=[0.01, 0.02])
+    asked.add_argument("--draws", type=int, nargs="*", default=DRAWS)
+    asked.add_argument("--arms", nargs="*", default=[*FROZEN, *TRAINED])
+    asked.add_argument("--ladder", action="store_true", help="the ablation ladder (A, T=1), instead of the arms")
+    asked.add_argument("--report", action="store_true", help="only print and draw what there is")
+    given = asked.parse_args()
+    torch.set_num_threads(1)
+    whole = pool = read_pool(given.data, given.work, NEAR + FAR)
+    recipe = Recipe().override({**SIZES, "backbone": str(given.backbone)})
+    scores = given.work / "scores"
+    scores.mkdir(exist_ok=True)
+    if not given.report:
+        near = sum(sample.plate.name.startswith(NEAR) for sample in pool.samples)
+        banks = [open_bank_of(pool.samples[:near], recipe, given.work / "bank")]
+        if set(given.experiment) & {"B", "C"}:
+            banks.append(open_bank_of(pool.samples[near:], recipe, given.work / "bank_far"))
+        pool = pool.first(sum(len(bank.row) for bank in banks))
+        site = Site(pool, Banks(banks), recipe, given.cells or given.work / "cells")
+        frozen = frozen_features(site)
+        for experiment, share in asked_for(given):
+            for seed in given.draws:
+                division = draw(pool, experiment, share, seed)
+                for arm in list(LADDER) if given.ladder else given.arms:
+                    cell(site, frozen, division, "ladder" if given.ladder else experiment, arm, share, seed, scores)
+        kept = given.work / "floors.json"
+        before = json.loads(kept.read_text())["pixels"] if kept.exists() else {}
+        new = [one for one in asked_for(given) if "{} {}".format(*one) not in before]
+        floors = {"pixels": before | pixel_floor(pool, new, DRAWS), "view": view_floor(given.data)}
+        kept.write_text(json.dumps(floors, indent=1) + "\n")
+    report(whole, scores, RESULTS, given.work / "floors.json")
+
+
+def asked_for(given: argparse.Namespace) -> list[tuple[str, float]]:
+    """Experiments and their shares of labelled images; B has one number of images, C the first share."""
+    shares = {"A": given.shares, "B": [0.0], "C": given.shares[:1]}
+    return [(one, share) for one in (["A"] if given.ladder else given.experiment) for share in shares[one]]
+
+
+def open_bank_of(samples: tuple[Sample, ...], recipe: Recipe, folder: Path) -> Bank:
+    """Tokens of these images, made once by the product's own code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Run(Round(folder, "bank", ("abnormal",), recipe, None, None, None, samples, "bank"))
+    bank = work.bank
+    work.teller.close()
+    return bank
+
+
+def cell(
+    site: Site, frozen: Frozen, division: Draw, experiment: str, arm: str, share: float, seed: int, scores: Path
+) -> None:
+    """One arm on one draw, unless it is there already; one line a round."""
+    name = f"{experiment}-{arm}-{share}-{seed}".replace(" ", "_").replace("/", "_")
+    if (scores / f"{name}.npz").exists():
+        return
+    started, lines, kept = time.monotonic(), [], {}
+
+    def tell(number: int, said: Scores) -> None:
+        truth = site.pool.truth
+        places = division.tests | {"validation": division.validation}
+        measured = {k: round(auc(said[k].astype(float), truth[at].astype(float)), 5) for k, at in places.items()}
+        chosen = str(said.get("chosen", ""))
+        labelled, arrived = len(division.labelled), sum(len(r) for r in division.rounds[:number])
+        lines.append(
+            {"experiment": experiment, "arm": arm, "share": share, "draw": seed, "round": number,
+             **measured, "chosen": chosen, "labelled": labelled, "unlabelled": arrived,
+             "seconds": round(time.monotonic() - started, 1)}
+        )  # fmt: skip
+        kept.update({f"{k}-{number}": said[k].astype(np.float32) for k in division.tests})
+        print(json.dumps(lines[-1]), flush=True)
+
+    if experiment == "ladder":
+        learn(site, division, "evolve", {**EVOLVE, **LADDER[arm]}, name, tell, rounds=1)
+    elif arm in TRAINED:
+        learn(site, division, *TRAINED[arm], name, tell)
+    else:
+        FROZEN[arm](site, frozen, division, tell)
+    np.savez(scores / f"{name}.npz", **kept)
+    with (RESULTS / "evolution.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # several processes may share the grid
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The arms of the evolution bench: each takes a draw of labelled images through rounds T=0..3 and scores the tests.
+
+`distl` and `evolve` are the product's recipes, run as they are by a `Run` that reads tokens from a shared bank and
+scores instead of exporting ONNX. The other arms are the product's own functions on the features of the frozen network.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.learning.evolution_images import Draw, Pool, as_samples
+from learner.data.feed import label_table
+from learner.data.token_bank import Bank
+from learner.engine.checkpoint import save_weights
+from learner.engine.step import State
+from learner.networks.heads import Network
+from learner.objectives import head_refit, logistic
+from learner.objectives.head_refit import FEW_PENALTY, PENALTY
+from learner.objectives.pseudo_targets import kappa_labels
+from learner.recipes import distl, evolve
+from learner.round.manifest import Round, Sample
+from learner.round.recipe import Recipe
+from learner.round.run import Run
+
+FULL_PENALTY = 0.01  # ridge with all labels; of .001 .. .1 the best on validation patients
+
+Scores = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What all cells share: images, the bank of tokens, the recipe's sizes and a folder to work in."""
+
+    pool: Pool
+    bank: Bank
+    recipe: Recipe
+    cells: Path  # folder of rounds under way, best in memory: nothing here outlives its cell
+
+
+class Banks(Bank):
+    """Several banks of tokens as one; an image is looked up where it is."""
+
+    def __init__(self, banks: Sequence[Bank]) -> None:
+        self.banks = banks
+        self.home = {sample: number for number, bank in enumerate(banks) for sample in bank.row}
+
+    def originals(self, samples: Sequence[Sample]) -> Tensor:
+        return self._gathered(samples, lambda bank, some, at: [bank.originals(some)])[0]
+
+    def views(self, samples: Sequence[Sample], numbers: Tensor, local_views: int) -> list[Tensor]:
+        return self._gathered(samples, lambda bank, some, at: bank.views(some, numbers[at], local_views))
+
+    def _gathered(
+        self, samples: Sequence[Sample], ask: Callable[[Bank, list[Sample], Tensor], list[Tensor]]
+    ) -> list[Tensor]:
+        """What each bank says of its own images, put back into the order that was asked for."""
+        home = torch.tensor([self.home[sample.image] for sample in samples])
+        places = [at for n in range(len(self.banks)) if len(at := (home == n).nonzero()[:, 0])]
+        said = [ask(self.banks[int(home[at[0]])], [samples[i] for i in at], at) for at in places]
+        back = torch.cat(places).argsort()
+        return [torch.cat(parts)[back] for parts in zip(*said, strict=True)]
+
+
+class CellRun(Run):
+    """A round of the product that keeps its weights for the next one and scores the tests instead of exporting."""
+
+    def __init__(self, round_: Round, site: Site, tests: dict, tell: Callable[[str, Scores], None]) -> None:
+        super().__init__(round_)
+        self.site, self.tests, self.tell = site, tests, tell
+
+    @property
+    def bank(self) -> Bank:
+        return self.site.bank
+
+    def export(self, name: str, state: State, serve: str, chosen: str | None = None, plan: object = None) -> None:
+        network = state.teacher if serve == "teacher" else state.student
+        save_weights(self.round.folder / f"{name}.safetensors", state, self.plan, self.round.findings)
+        self.tell(name, self.scores(network) | {"chosen": np.array(chosen or "")})
+
+    def scores(self, network: Network) -> Scores:
+        places = self.tests | {"validation": np.array([f.image for f in self.round.of("validation")])}
+        return {name: self.answers(network, [self.site.pool.samples[i] for i in at]) for name, at in places.items()}
+
+    def answers(self, network: Network, samples: list[Sample]) -> np.ndarray:
+        seen = self.embeddings(network, samples)
+        with torch.no_grad():
+            return network.cls_head(seen).float()[:, 0].numpy()
+
+
+def learn(
+    site: Site,
+    draw: Draw,
+    method: str,
+    overrides: dict,
+    name: str,
+    tell: Callable[[int, Scores], None],
+    rounds: int = 3,
+) -> None:
+    """T=0 and then rounds 1..`rounds` of a recipe, each from the one before; images arrive cumulatively."""
+    run_of = {"distl": distl.run, "evolve": evolve.run}[method]
+    folder, parent = site.cells / name, None
+    shutil.rmtree(folder, ignore_errors=True)
+    recipe = site.recipe.override({"method": method, **overrides})
+    for number in range(1, rounds + 1):
+        here = folder / f"r{number}"
+        here.mkdir(parents=True)
+        samples = as_samples(site.pool, draw.labelled, "train", True)
+        samples += as_samples(site.pool, np.concatenate(draw.rounds[:number]), "train", False)
+        samples += as_samples(site.pool, draw.validation, "validation", True)
+        round_ = Round(
+            here, f"r{number}", ("abnormal",), recipe, parent and "parent", parent, None, tuple(samples), name
+        )
+        said = {"t0": 0, "final": number}
+        work = CellRun(round_, site, draw.tests, lambda which, scores, said=said: tell(said[which], scores))
+        run_of(work)
+        work.teller.close()
+        parent = here / "final.safetensors"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Features of all images by the untouched network, (images, D)."""
+
+    features: Tensor
+
+    def __getitem__(self, places: np.ndarray) -> Tensor:
+        return self.features[torch.from_numpy(np.asarray(places))]
+
+
+def frozen_features(site: Site) -> Frozen:
+    """Embeddings of every image by the backbone as it came."""
+    folder = site.cells / "frozen"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    round_ = Round(
+        folder,
+        "frozen",
+        ("abnormal",),
+        replace(site.recipe, method="evolve"),
+        None,
+        None,
+        None,
+        site.pool.samples,
+        "frozen",
+    )
+    work = CellRun(round_, site, {}, lambda *_: None)
+    state = evolve.begun(work, work.from_backbone)
+    features = work.embeddings(state.student, site.pool.samples)
+    work.teller.close()
+    return Frozen(features)
+
+
+def score_linear(site: Site, frozen: Frozen, draw: Draw, answer: logistic.Linear) -> Scores:
+    places = draw.tests | {"validation": draw.validation}
+    return {name: answer(frozen[at]).float()[:, 0].numpy() for name, at in places.items()}
+
+
+def supervised(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
+    """The class head on the labelled images' frozen features: what there is without a stream."""
+    labels = label_table(as_samples(site.pool, draw.labelled, "train", True))
+    tell(0, score_linear(site, frozen, draw, logistic.fit(frozen[draw.labelled], labels, FEW_PENALTY)))
+
+
+def fully_labelled(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
+    """The ceiling: every image of the train range labelled (in B those of the site's own half: MedNIST has no labels)."""
+    places = np.concatenate([draw.labelled, draw.ceiling])
+    labels = label_table(as_samples(site.pool, places, "train", True))
+    tell(3, score_linear(site, frozen, draw, logistic.fit(frozen[places], labels, FULL_PENALTY)))
+
+
+def frozen_graph(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
+    """Neighbours and labels together on frozen features, as `evolve` fits its head; nothing is trained."""
+    recipe = site.recipe
+    for number in (1, 2, 3):
+        places = np.concatenate([draw.labelled, *draw.rounds[:number]])
+        labels = label_table(
+            as_samples(site.pool, draw.labelled, "train", True)
+            + as_samples(site.pool, places[len(draw.labelled) :], "train", False)
+        )
+        head = head_refit.answer(frozen[places], labels, recipe.neighbours, recipe.components)
+        tell(number, score_linear(site, frozen, draw, head))
+
+
+def pseudo_label(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
+    """Martins & Silva's filter on frozen features: the surest kappa of the teacher's answers, a student, the labels."""
+    own = label_table(as_samples(site.pool, draw.labelled, "train", True))
+    teacher = logistic.fit(frozen[draw.labelled], own, FEW_PENALTY)
+    for number in (1, 2, 3):
+        new = np.concatenate(draw.rounds[:number])
+        hard = kappa_labels(teacher(frozen[new]).float(), own, site.recipe.kappa)
+        places, labels = np.concatenate([draw.labelled, new]), torch.cat([own, hard])
+        tell(number, score_linear(site, frozen, draw, logistic.fit(frozen[places], labels, PENALTY)))

@@ -1,0 +1,1 @@
+"""The model server: onnxruntime sessions behind HTTP."""

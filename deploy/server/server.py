@@ -1,0 +1,102 @@
+"""Start the inference server: arguments, one loopback socket, quiet logs, clean stops.
+
+`python -m deploy.server.server --site DIR --port N`. Needs models/, current and keys/signing.pub only, and writes nothing.
+Refuses to know what a request holds.
+"""
+
+import argparse
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from cxrloop.process import die_with_parent, orphaned
+from deploy.server import runtime
+from deploy.server.app import Infer
+from deploy.server.slots import Slots
+
+DRAIN_S = 3  # requests in flight get this long after SIGTERM; the whole stop takes under 5 s
+CANT_SERVE = 78  # EX_CONFIG: starting again won't help
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until SIGTERM; 0 stopped, 1 can't listen, 78 can't serve with this installation."""
+    options = _options(arguments)
+    logging.basicConfig(level=logging.WARNING, format="infer: %(message)s", stream=sys.stderr)
+    # uvicorn drains at SIGTERM and then raises it again for us; exit without joining a thread that still computes
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    parent = os.getppid() if options.die_with_parent == 0 else options.die_with_parent
+    if parent:
+        die_with_parent(parent)
+    try:
+        runtime.require(options.provider)
+    except (runtime.NoRuntime, runtime.ProviderRefused) as reason:
+        print(f"infer: {reason}", file=sys.stderr)
+        return CANT_SERVE
+    try:
+        listening = _listen(options.host, options.port)
+    except (OSError, ValueError) as reason:
+        print(f"infer: can't listen on {options.host}:{options.port}: {reason}", file=sys.stderr)
+        return 1
+    slots = Slots(options.site, options.provider, options.threads)
+    host, port = listening.getsockname()[:2]
+    name = f"[{host}]" if ":" in host else host
+
+    def up() -> None:
+        held = slots.current
+        what = f"bundle={held.id} provider={held.session.provider}" if held else "bundle=none"
+        sys.stderr.write(f"infer ready on http://{name}:{port} {what}\n")
+
+    def tick() -> None:
+        if parent and orphaned(parent):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = uvicorn.Config(
+        Infer(slots, tick, up).app(),
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+    os._exit(0)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; ValueError for an address that is not loopback."""
+    address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    if not address.is_loopback:
+        raise ValueError("the server has no authentication and listens on loopback only; use 127.0.0.1")
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    return socket.create_server((str(address), port), family=family, backlog=128)
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.server.server", description="Serve the bundle that a site's pointer names."
+    )
+    parser.add_argument("--site", type=Path, required=True, help="the folder made by `cxrloop init`")
+    parser.add_argument("--host", default="127.0.0.1", help="loopback address")
+    parser.add_argument("--port", type=int, default=8123, help="0: any free port, named in the ready line")
+    parser.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--threads", type=int, default=None, help="cores one run may use; default all")
+    parser.add_argument(
+        "--die-with-parent",
+        type=int,
+        nargs="?",
+        const=0,
+        default=None,
+        metavar="PID",
+        help="stop when the process that started this one (PID, if given) is gone",
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

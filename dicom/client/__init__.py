@@ -1,0 +1,1 @@
+"""Asking other DICOM systems: query and retrieve over DIMSE and DICOMweb, sending objects."""

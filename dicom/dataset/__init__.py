@@ -1,0 +1,1 @@
+"""DICOM files and data sets: Part 10 envelope, elements, header values, transfer syntaxes, facts of an image."""

@@ -1,0 +1,1 @@
+"""Judging one file: admission rules and examination in a bounded worker process."""

@@ -1,0 +1,1 @@
+"""The DICOM node: associations, C-STORE, C-ECHO, storage commitment, TLS. Must not import dicom.outgoing."""

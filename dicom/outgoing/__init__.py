@@ -1,0 +1,1 @@
+"""Objects that leave the site: structured reports, secondary captures, de-identified copies."""

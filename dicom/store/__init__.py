@@ -1,0 +1,1 @@
+"""Durable files: the inbox, the content-addressed store, the drop folder."""

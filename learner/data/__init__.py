@@ -1,0 +1,1 @@
+"""Plates into batches: feed, packed plates, augmentation, token bank."""

@@ -1,0 +1,1 @@
+"""Training machinery: steps, optimiser, checkpoints, processes, monitors, weight averaging."""

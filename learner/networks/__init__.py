@@ -1,0 +1,1 @@
+"""Networks: backbones, heads, their architecture and initial weights."""

@@ -1,0 +1,293 @@
+"""Any timm vision transformer or convolutional net as the encoder: by name, by shape, or from a safetensors file.
+
+It knows nothing of heads, losses or findings. A network is remembered as a *plan* (`learner.networks.architecture`), from which it is
+rebuilt without the hub or the file it came from.
+"""
+
+import warnings
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from timm.layers.attention import Attention
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import is_model_in_modules
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from learner.networks.architecture import ARCH, BackboneError, Plan, bare, infer_plan, plan_of, round_to
+from learner.networks.attribution import Trace
+from learner.networks.class_token import class_token, from_heads, is_plain
+from learner.networks.convnet import ConvNet
+from learner.round.recipe import Recipe
+
+HUB_ERRORS = (OSError, RuntimeError)  # offline (huggingface_hub raises an OSError), or no weights under that name
+# timm files whose nets are transformers of its plain class
+VIT_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")
+
+
+class Backbone(nn.Module):
+    """A vision transformer: grey or colour images (B, 1 or 3, H, W) of any multiple of its patch -> embedding (B, D).
+
+    The embedding is the class token ("cls", as published), the mean of the patches ("mean") or both, one after the
+    other ("both": twice as wide). Tokens (B, n, width) that already went through the frozen blocks are taken as well.
+    """
+
+    def __init__(self, vit: VisionTransformer, pos_embed: str = "dino", pool: str = "cls") -> None:
+        super().__init__()
+        self.vit = vit
+        self.mode, self.pool = pos_embed, pool
+        self.dim = vit.embed_dim * (2 if pool == "both" else 1)
+        self.frozen = 0  # lower blocks that `lower` runs and training leaves alone
+        self.patch = int(vit.patch_embed.feat_ratio())  # of a hybrid: of its convolutions too
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.pool != "cls" or self.frozen == len(self.vit.blocks):
+            return self.embedding(self.tokens(images))
+        tokens, blocks = images if images.ndim == 3 else self.lower(images), self.vit.blocks
+        return self.vit.norm(class_token(blocks[-1], blocks[self.frozen : -1](tokens)))[:, 0]
+
+    def tokens(self, images: Tensor, masked: Tensor | None = None, stand_in: Tensor | None = None) -> Tensor:
+        """Images, or tokens of `lower`, -> the last block's tokens after the final norm: (B, prefix + h w, width).
+
+        Where `masked` (B, h, w), a patch enters as `stand_in` (width,) and its position instead.
+        """
+        tokens = images if images.ndim == 3 else self.lower(images)
+        if masked is not None and stand_in is not None:
+            first, (high, wide) = self.vit.num_prefix_tokens, masked.shape[1:]
+            blank = (stand_in + self.positions(high, wide)[:, -high * wide :]).to(tokens.dtype)
+            patches = torch.where(masked.flatten(1)[..., None], blank, tokens[:, first:])
+            tokens = torch.cat([tokens[:, :first], patches], 1)
+        return self.vit.norm(self.vit.blocks[self.frozen :](tokens))
+
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """The embedding (B, D) of normed tokens."""
+        if self.pool == "cls":
+            return tokens[:, 0]
+        mean = tokens[:, self.vit.num_prefix_tokens :].mean(1)
+        return mean if self.pool == "mean" else torch.cat([tokens[:, 0], mean], 1)
+
+    def lower(self, images: Tensor) -> Tensor:
+        """Tokens after the frozen blocks: (B, prefix + h w, width)."""
+        return self.vit.blocks[: self.frozen](self.embed(images))
+
+    def freeze(self, blocks: int) -> "Backbone":
+        """Leave the embedding and the first `blocks` blocks as they are; raises BackboneError for too many."""
+        if blocks > len(self.vit.blocks):
+            raise BackboneError(f"frozen_blocks = {blocks}: this network has {len(self.vit.blocks)} blocks")
+        self.frozen = blocks
+        above = {id(p) for part in (self.vit.blocks[blocks:], self.vit.norm) for p in part.parameters()}
+        for parameter in self.vit.parameters() if blocks else ():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in above)
+        return self
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens before the first block: (B, prefix + h w, D)."""
+        vit = self.vit
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        patches = vit.patch_embed(images)  # (B, h, w, D)
+        batch, high, wide, dim = patches.shape
+        pos = self.positions(high, wide)
+        patches = patches.reshape(batch, high * wide, dim)
+        prefix = [cast(Tensor, vit.cls_token).expand(batch, -1, -1)]
+        if vit.reg_token is not None:
+            prefix.append(vit.reg_token.expand(batch, -1, -1))
+        if vit.no_embed_class:
+            tokens = torch.cat([*prefix, patches + pos], dim=1)
+        else:
+            tokens = torch.cat([*prefix, patches], dim=1) + pos
+        return vit.norm_pre(vit.pos_drop(tokens))
+
+    def positions(self, high: int, wide: int) -> Tensor:
+        """Position embeddings for a grid of high x wide patches: (1, n, D)."""
+        prefix = 0 if self.vit.no_embed_class else self.vit.num_prefix_tokens
+        table = cast(Tensor, self.vit.pos_embed)
+        return resample_pos_embed(table, self.vit.patch_embed.grid_size, (high, wide), prefix, self.mode)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Weights under timm's key names."""
+        self.vit.load_state_dict(weights)
+
+    def attentions(self, images: Tensor) -> list[Tensor]:
+        """Attention of every block, first to last: each (B, heads, tokens, tokens)."""
+        tokens, seen = self.embed(images), []
+        for block in cast(nn.Sequential, self.vit.blocks):
+            query, key, _ = self._qkv(cast(Block, block), tokens)
+            seen.append((query @ key.transpose(-2, -1)).softmax(-1))
+            tokens = block(tokens)
+        return seen
+
+    def _qkv(self, block: Block, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention = cast(Attention, block.attn)
+        packed = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, tokens, width of a head)
+        return attention.q_norm(query) * attention.scale, attention.k_norm(key), value
+
+    def trace(self, images: Tensor) -> tuple[Tensor, Trace]:
+        """The embedding (B, D), and what is needed to say which patch brought what into it."""
+        tokens, block = self.vit.blocks[:-1](self.embed(images)), cast(Block, self.vit.blocks[-1])
+        query, key, value = self._qkv(block, tokens)
+        look = (query[:, :, :1] @ key.transpose(-2, -1)).softmax(-1)  # (B, heads, 1, tokens)
+        # a class token doesn't need the patches behind the last block: a fourteenth of the arithmetic
+        alone = self.pool == "cls" and is_plain(block)
+        last = from_heads(block, tokens[:, :1], look @ value) if alone else block(tokens)
+        normed = self.vit.norm(last)
+        patches = normed[:, self.vit.num_prefix_tokens :]
+        grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
+        return self.embedding(normed), Trace(self.vit, self.pool, last[:, 0], patches, look[:, :, 0], value, grid)
+
+
+def resample_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str) -> Tensor:
+    """A position table (1, prefix + old, D) on another grid; "dino" scales by (n + .1) / old, "timm" antialiases."""
+    if old == new:
+        return table
+    if mode == "timm":
+        return resample_abs_pos_embed(table, new_size=list(new), old_size=list(old), num_prefix_tokens=prefix)
+    head, grid = table[:, :prefix], table[:, prefix:]
+    grid = grid.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])  # .1 against rounding down, as DINO does
+    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    return torch.cat([head, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def build(plan: Plan, pos_embed: str = "dino", pool: str = "cls", drop_path: float = 0.0) -> Backbone | ConvNet:
+    """A network of this plan with random weights; a convolutional net has no use for the other arguments."""
+    name = plan.get("timm")
+    if name is None:
+        given = {"num_classes": 0, "dynamic_img_size": True, "drop_path_rate": drop_path, **plan}
+        return Backbone(VisionTransformer(**given), pos_embed, pool)
+    own = {key: value for key, value in plan.items() if key != "timm"}
+    return _wrapped(_created(name, drop_path_rate=drop_path, **own), name, pos_embed, pool)
+
+
+def _created(name: str, pretrained: bool = False, **for_vit: Any) -> nn.Module:
+    """A timm network without its classifier; image size and stochastic depth are a transformer's."""
+    if is_model_in_modules(bare(name), VIT_MODULES):
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **for_vit)
+    return timm.create_model(name, pretrained=pretrained, num_classes=0)
+
+
+def _wrapped(net: nn.Module, name: str, pos_embed: str = "dino", pool: str = "cls") -> Backbone | ConvNet:
+    # a subclass (DeiT's second token), another block or another last norm would be run and explained as what it isn't
+    plain = type(net) is VisionTransformer and is_plain(net.blocks[-1]) and isinstance(net.norm, nn.LayerNorm)
+    if isinstance(net, VisionTransformer) and plain and net.cls_token is not None and net.pos_embed is not None:
+        return Backbone(net, pos_embed, pool)
+    return ConvNet(net, name)
+
+
+@torch.no_grad()
+def at_size(trained: Backbone | ConvNet, plan: Plan, size: int) -> Backbone | ConvNet:
+    """A copy whose native image is `size`, for the export: position embeddings, if any, resampled once."""
+    if isinstance(trained, ConvNet):
+        return deepcopy(trained)
+    native = cast(Backbone, build({**plan, "img_size": size}, trained.mode, trained.pool))
+    weights = trained.vit.state_dict()
+    grid = size // trained.patch
+    native.load({**weights, "pos_embed": trained.positions(grid, grid)})
+    return native
+
+
+def open_backbone(recipe: Recipe) -> tuple[Plan, dict[str, Tensor] | None]:
+    """The plan, and the pretrained weights (None = start at random, with a warning); raises BackboneError."""
+    if recipe.backbone == "random":
+        warnings.warn(
+            f"no pretrained backbone: {recipe.arch} starts from random weights and will learn little from few images; "
+            "give one with --backbone FILE",
+            stacklevel=2,
+        )
+        return plan_of(recipe.arch, recipe.image_size), None
+    if recipe.backbone.endswith(".safetensors") or Path(recipe.backbone).exists():
+        return read_weights(Path(recipe.backbone), recipe.arch)
+    return _from_hub(recipe.backbone)
+
+
+def _from_hub(name: str) -> tuple[Plan, dict[str, Tensor]]:
+    hint, asked = "give a local file instead: --backbone FILE.safetensors", bare(name)  # timm finds its hub page itself
+    if not timm.is_model(asked):
+        raise BackboneError(f'backbone = "{name}": no such file and no timm model of that name; {hint}')
+    try:
+        net = _created(asked, pretrained=True)
+    except HUB_ERRORS as error:
+        raise BackboneError(
+            f'backbone = "{name}": the hub can\'t be reached ({type(error).__name__}); {hint}'
+        ) from error
+    return {"timm": asked}, inner(_wrapped(net, asked)).state_dict()
+
+
+def weights_of(backbone: "Backbone | ConvNet", plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under timm's key names and the metadata from which `read_weights` rebuilds the network."""
+    net = inner(backbone)
+    note = {"timm": str(plan["timm"])} if "timm" in plan else {"num_heads": str(plan["num_heads"])}
+    return {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, note
+
+
+def read_weights(path: Path, arch: str = "") -> tuple[Plan, dict[str, Tensor]]:
+    """Plan and weights (float32) of a safetensors file with timm's key names; raises BackboneError.
+
+    A vision transformer is read off its shapes; another net's name stands in the file's metadata (`timm`), else in `arch`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = file.metadata() or {}
+            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise BackboneError(f"backbone {path}: can't be read ({error}); needs a .safetensors file") from None
+    marks = [key for key in weights if key.endswith("cls_token")]
+    if marks:
+        weights = _under(min(marks, key=len).removesuffix("cls_token"), weights)
+        plan = infer_plan(weights, note, str(path))
+    else:
+        plan = {"timm": bare(note.get("timm", arch))}
+        if ARCH.fullmatch(plan["timm"]) or not timm.is_model(plan["timm"]):
+            raise BackboneError(
+                f"backbone {path}: no cls_token, so no vision transformer with timm's key names, and the file doesn't "
+                'say which net it is; put its timm name, such as arch = "densenet121", or save it with metadata `timm`'
+            )
+    wanted = inner(build(plan)).state_dict()
+    if not marks:
+        first = next(iter(wanted))
+        ends = [key for key in weights if key.endswith(first)]
+        weights = _under(min(ends, key=len, default=first).removesuffix(first), weights)
+    wrong = sorted(k for k in wanted if k not in weights or weights[k].shape != wanted[k].shape)
+    if wrong:
+        raise BackboneError(f"backbone {path}: {len(wrong)} tensors missing or of another shape, first {wrong[0]}")
+    return plan, {key: weights[key] for key in wanted}
+
+
+def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def inner(backbone: Backbone | ConvNet) -> nn.Module:
+    """The timm network itself, whose key names weights have."""
+    return backbone.vit if isinstance(backbone, Backbone) else backbone.net
+
+
+def fit_sizes(recipe: Recipe, net: Backbone | ConvNet) -> Recipe:
+    """The recipe with image sides that the net's patch divides (256 becomes 252 for a patch of 14), with a warning.
+
+    frozen_blocks = -1 becomes a number: all but the last where pretrained weights are named, else none; said too.
+    """
+    whole, local = round_to(recipe.image_size, net.patch), round_to(recipe.local_size, net.patch)
+    if (whole, local) != (recipe.image_size, recipe.local_size):
+        warnings.warn(
+            f"patch {net.patch}: image {recipe.image_size} -> {whole} px, local {recipe.local_size} -> {local} px",
+            stacklevel=2,
+        )
+    frozen = recipe.frozen_blocks
+    if frozen < 0:
+        blocks = len(net.vit.blocks) if isinstance(net, Backbone) and recipe.backbone != "random" else 1
+        frozen = blocks - 1
+        if frozen:
+            warnings.warn(
+                f"profile {recipe.profile}: the lower {frozen} of {blocks} blocks stay as they are; a recipe file with "
+                "frozen_blocks = 0 trains all",
+                stacklevel=2,
+            )
+    return replace(recipe, image_size=whole, local_size=local, frozen_blocks=frozen)

@@ -1,0 +1,1 @@
+"""Losses and targets: self-distillation, pseudo-labels, correction, head fits."""

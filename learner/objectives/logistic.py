@@ -1,0 +1,77 @@
+"""A linear answer on fixed features: logistic regression by Newton's method, soft targets and weights allowed.
+
+The class head's last word in `evolve`, the student on a graph's pseudo-labels, and the probe under a study. Knows
+features as a table; where they come from and what becomes of the answer is the caller's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STEPS = 30  # Newton halves its steps at worst; six to ten are usual
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Logits (N, F) = features (N, D) @ weight.T + bias."""
+
+    weight: Tensor  # (F, D)
+    bias: Tensor  # (F,)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return features.to(self.weight.dtype) @ self.weight.T + self.bias
+
+
+def fit(features: Tensor, targets: Tensor, penalty: float, weights: Tensor | None = None) -> Linear:
+    """The minimum of the mean weighted log loss + penalty / 2 |w|^2 over standardised features, bias free, in float64.
+
+    features (N, D); targets (N, F) in [0, 1], nan = unknown; weights (N, F) or None. The standardisation is folded into
+    the answer. A finding whose targets are all unknown gets weight 0 and bias 0; with one class, its log odds (shrunk).
+    """
+    x = features.double()
+    mean, scale = x.mean(0), x.std(0, correction=0)
+    scale = torch.where(scale > 1e-9, scale, torch.ones_like(scale))
+    x = (x - mean) / scale
+    columns = []
+    for i in range(targets.shape[1]):
+        known = ~targets[:, i].isnan()
+        weight = torch.ones_like(x[:, 0]) if weights is None else weights[:, i].double()
+        columns.append(_newton(x[known], targets[known, i].double(), weight[known], penalty))
+    weight = torch.stack([w for w, _ in columns]) / scale
+    bias = torch.stack([b for _, b in columns]) - weight @ mean
+    return Linear(weight, bias)
+
+
+def _newton(x: Tensor, y: Tensor, weight: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weights (D,) and bias; weights lie in the span of the images, so few images make small equations."""
+    total = weight.sum()
+    if not len(x) or total <= 0:
+        return x.new_zeros(x.shape[1]), x.new_zeros(())
+    share = ((weight * y).sum() + 0.5) / (total + 1)
+    odds = torch.logit(share)
+    if y.min() == y.max() and y.min() in (0.0, 1.0):
+        return x.new_zeros(x.shape[1]), odds
+    basis = torch.linalg.qr(x.T)[0] if len(x) < x.shape[1] else torch.eye(x.shape[1], dtype=x.dtype)
+    design = torch.cat([x @ basis, x.new_ones(len(x), 1)], 1)
+    ridge = x.new_full((design.shape[1],), penalty)
+    ridge[-1] = 0.0
+    weight, beta = weight / total, x.new_zeros(design.shape[1])
+    beta[-1] = odds
+    loss = _loss(design, y, weight, beta, ridge)
+    for _ in range(STEPS):
+        p = (design @ beta).sigmoid()
+        slope = design.T @ (weight * (p - y)) + ridge * beta
+        curve = (design * (weight * p * (1 - p))[:, None]).T @ design + torch.diag(ridge + 1e-9)
+        step = torch.linalg.solve(curve, slope)
+        while (tried := _loss(design, y, weight, beta - step, ridge)) > loss + 1e-12 and step.abs().max() > 1e-10:
+            step = step / 2
+        beta, loss = beta - step, tried
+        if step.abs().max() < 1e-7:
+            break
+    return basis @ beta[:-1], beta[-1]
+
+
+def _loss(design: Tensor, y: Tensor, weight: Tensor, beta: Tensor, ridge: Tensor) -> Tensor:
+    odds = design @ beta
+    return (weight * (torch.nn.functional.softplus(odds) - y * odds)).sum() + 0.5 * (ridge * beta**2).sum()

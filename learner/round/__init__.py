@@ -1,0 +1,1 @@
+"""One round: recipe, manifest, the run, export, metrics and figure."""

@@ -1,0 +1,193 @@
+"""A trained network to the parts of a bundle: model.onnx with everything inside, and what was measured on it.
+
+Pixel preprocessing and the temperature of each finding are part of the graph: uint8 plates in, calibrated logits out.
+What is written has been compared with torch on validation plates first. Seals and signs nothing: that is another's work.
+"""
+
+import contextlib
+import io
+import logging
+import platform
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import timm
+import torch
+from torch import Tensor, nn
+
+from learner.data.augment import normalise, resize_matrix, to_image
+from learner.data.feed import label_table, read_plates
+from learner.engine.checkpoint import save_weights
+from learner.engine.step import State, Stopped, must_be_numbers
+from learner.evaluation.calibrate import auc, temperature, threshold
+from learner.networks.backbone import Plan, at_size
+from learner.networks.heads import Network
+from learner.round.manifest import PLATE_SHAPE, PLATE_VERSION, Round, Sample, whole_folder, write_json
+from learner.round.recipe import Recipe
+
+OPSET = 18
+PARITY = 1e-3  # largest allowed difference in probability between torch and onnxruntime
+PARITY_SAMPLES = 32
+PROBES = 8
+
+
+class Served(nn.Module):
+    """What a site runs: uint8 plates (N, 512, 512) -> logits (N, F), embedding (N, D), heatmap (N, F, g, g).
+
+    The heatmap is each patch's contribution to the logit through the last attention, in logits; its sign matters.
+    """
+
+    matrix: Tensor
+    temperatures: Tensor
+
+    def __init__(self, network: Network, plan: Plan, recipe: Recipe) -> None:
+        super().__init__()
+        self.backbone = at_size(network.backbone, plan, recipe.image_size)
+        self.cls_head = network.cls_head
+        self.recipe = recipe
+        self.register_buffer("matrix", resize_matrix(PLATE_SHAPE[0], recipe.image_size))
+        self.register_buffer("temperatures", torch.ones(network.cls_head.findings))
+
+    def forward(self, plates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images = normalise(to_image(plates, self.matrix), self.recipe)
+        cls, trace = self.backbone.trace(images)
+        heat = trace.along(self.cls_head.gradient(cls))
+        return self.cls_head(cls) / self.temperatures, cls, heat / self.temperatures[:, None, None]
+
+
+def write_parts(
+    target: Path, state: State, plan: Plan, round_: Round, now: datetime, serve: str, chosen: str | None = None
+) -> None:
+    """Measure, calibrate, export and check; `target` appears whole or not at all. Raises Stopped when parity fails."""
+    device = next(state.student.parameters()).device
+    model = Served(state.teacher if serve == "teacher" else state.student, plan, state.recipe).to(device).eval()
+    with torch.no_grad():
+        must_be_numbers("answers to the probe", model(torch.from_numpy(probe_plates()).to(device)))
+    metrics = {}
+    validation = round_.of("validation")
+    logits, labels = score(model, validation), label_table(validation).numpy() if validation else None
+    for i, finding in enumerate(round_.findings):
+        known = 0 if labels is None else int((~np.isnan(labels[:, i])).sum())
+        metrics[finding] = {"auc": None if labels is None else auc(logits[:, i], labels[:, i]), "n": known}
+    thresholds = calibrate(model, round_)
+    model = model.cpu()
+    with whole_folder(target) as folder:
+        export_onnx(model, folder / "model.onnx")
+        session = open_session(folder / "model.onnx")
+        parity = check_parity(model, session, validation)
+        plates = probe_plates()
+        np.savez(folder / "probe.npz", plates=plates, logits=np.asarray(session.run(["logits"], {"plates": plates})[0]))
+        write_json(folder / "thresholds.json", thresholds)
+        write_json(
+            folder / "card.json", card(state, round_, metrics, parity, model, now, serve) | {"candidate": chosen}
+        )
+        save_weights(folder / "state.safetensors", state, plan, round_.findings)
+
+
+def card(
+    state: State, round_: Round, metrics: dict, parity: dict, model: Served, now: datetime, serve: str
+) -> dict[str, Any]:
+    """What anyone should know before using these weights."""
+    return {
+        "findings": list(round_.findings), "round": round_.name, "parent": round_.parent, "phase": state.phase,
+        "plate_version": PLATE_VERSION, "made_at": now.isoformat(timespec="seconds"),
+        "metrics": metrics, "parity": parity, "temperatures": model.temperatures.tolist(), "serve": serve,
+        "train_images": len(round_.unlabelled), "labelled": len(round_.labelled),
+        "poison": state.recipe.poison_teacher, "seed": state.recipe.seed, "notes": state.notes,
+        "recipe": state.recipe.to_dict(),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
+            "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__,
+        },
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def score(model: Served, samples: Sequence[Sample]) -> np.ndarray:
+    """Logits (images, F) in torch, on the model's device."""
+    device, rows = model.matrix.device, [np.empty((0, len(model.temperatures)), np.float32)]
+    for low in range(0, len(samples), 16):
+        rows.append(model(read_plates(samples[low : low + 16]).to(device))[0].cpu().numpy())
+    return np.concatenate(rows)
+
+
+def calibrate(model: Served, round_: Round) -> dict[str, Any]:
+    """Fit the temperatures (kept in the model) and thresholds on calibration patients; defaults are named as such."""
+    samples = round_.of("calibration")
+    logits = score(model, samples)
+    labels = label_table(samples).numpy() if samples else np.empty((0, len(round_.findings)))
+    result = {}
+    for i, finding in enumerate(round_.findings):
+        fitted = temperature(logits[:, i], labels[:, i])
+        model.temperatures[i] = fitted
+        scores = 1 / (1 + np.exp(-logits[:, i].astype(np.float64) / fitted))
+        result[finding] = threshold(scores, labels[:, i]) | {"temperature": fitted}
+    return result
+
+
+def export_onnx(model: Served, path: Path) -> None:
+    """One file, dynamic batch, static height and width."""
+    example = torch.zeros((2, *PLATE_SHAPE), dtype=torch.uint8)
+    with _quiet():
+        torch.onnx.export(
+            model, (example,), path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
+            input_names=["plates"], output_names=["logits", "embedding", "heatmap"],
+            dynamic_shapes={"plates": {0: torch.export.Dim("images", min=1, max=4096)}},
+        )  # fmt: skip
+    onnx.checker.check_model(str(path))
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """On the CPU: the reference every other provider is compared with."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+@torch.no_grad()
+def check_parity(model: Served, session: onnxruntime.InferenceSession, samples: Sequence[Sample]) -> dict[str, float]:
+    """Largest difference in probability at batch 1 and 8, on validation plates, else on the probes (images = 0)."""
+    plates = read_plates(samples[:PARITY_SAMPLES]) if samples else torch.from_numpy(probe_plates())
+    worst = {"1": 0.0, "8": 0.0}
+    for size in (1, 8):
+        for low in range(0, len(plates), size):
+            part = plates[low : low + size]
+            theirs = torch.from_numpy(session.run(["logits"], {"plates": part.numpy()})[0])
+            gap = (theirs.sigmoid() - model(part)[0].sigmoid()).abs().max().item()
+            worst[str(size)] = float(np.maximum(worst[str(size)], gap))  # Python's max would drop a nan
+    if not max(worst.values()) <= PARITY:
+        raise Stopped(
+            f"parity: onnxruntime and torch differ by {max(worst.values()):.2g} in probability (> {PARITY:g})"
+        )
+    return worst | {"images": min(len(samples), PARITY_SAMPLES)}
+
+
+def probe_plates() -> np.ndarray:
+    """uint8 [8, 512, 512], made of waves and noise: no image of a patient leaves with a bundle."""
+    rng = np.random.default_rng(20)
+    y, x = np.mgrid[0 : PLATE_SHAPE[0], 0 : PLATE_SHAPE[1]] / PLATE_SHAPE[0]
+    plates = []
+    for i in range(PROBES):
+        wave = np.sin((i + 1) * np.pi * x) * np.cos((PROBES - i) * np.pi * y)
+        plates.append(np.clip(128 + 90 * wave + rng.normal(0, 12, PLATE_SHAPE), 0, 255).astype(np.uint8))
+    return np.stack(plates)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its stages and warns of its own internals: kept off the console."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

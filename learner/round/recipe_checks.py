@@ -1,0 +1,108 @@
+"""What no recipe may say: values out of their range, and keys that would do nothing beside the others or nothing at all.
+
+Each refusal says which key, and what to do. Knows a recipe's keys and nothing of what is made of them.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+
+class RecipeError(ValueError):
+    """A recipe key or value that isn't one: says which, and what is allowed."""
+
+
+CHOICES = {
+    "pos_embed": ("dino", "timm"),
+    "pool": ("cls", "mean", "both"),
+    "init": ("timm", "mimetic"),
+    "correct_loss": ("mix", "ce"),
+    "serve": ("student", "teacher"),
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "fp32", "bf16"),
+    "method": ("distl", "evolve", "pseudo-label", "kd", "pretrain"),
+    "targets": ("teacher", "graph", "none"),
+    "agree": ("none", "teacher", "heads", "soft"),
+    "centring": ("centre", "sinkhorn"),
+    "refit": ("none", "linear", "graph"),
+    "average": ("ema", "wise", "trained", "least", "all"),
+    "balance": ("none", "effective"),
+    "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
+}
+# below 0 they would turn a step around
+WEIGHTS = ("lr_min", "weight_decay", "clip", "ibot", "koleo", "pseudo_weight", "label_weight", "replay", "rotate")
+MAY_BE_ZERO = {
+    "local_views", "prototypes", "class_hidden", "correct_every", "freeze_last", "t0_steps", "warmup_epochs",
+    "micro_batch", "seed", "threads", "checkpoint_seconds",
+}  # fmt: skip
+NOTHING = "set one of lam, ibot, koleo above 0, or (evolve) targets to other than none, or label_weight above 0"
+
+
+def check(recipe: Any) -> None:
+    """Raises RecipeError for a `learner.round.recipe.Recipe`, whose file asks this one, that may not be."""
+    for key, allowed in CHOICES.items():
+        if getattr(recipe, key) not in allowed:
+            raise RecipeError(f'recipe: {key} = "{getattr(recipe, key)}": must be one of {", ".join(allowed)}')
+    for f in fields(recipe):
+        value = getattr(recipe, f.name)
+        least = -1 if f.name == "frozen_blocks" else 0 if f.name in MAY_BE_ZERO else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise RecipeError(f"recipe: {f.name} = {value}: too small")
+    for key in ("lam", "ema_base", "drop_path", "centre_momentum", "global_noise", "local_noise", "kappa", "kd_alpha"):
+        if not 0 <= getattr(recipe, key) <= 1:
+            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must lie in [0, 1]")
+    for key in ("lr", "t0_lr", "std", "teacher_temp", "student_temp", "kappa", "kd_temperature"):
+        if not getattr(recipe, key) > 0:
+            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must be above 0")
+    for key in WEIGHTS:
+        if getattr(recipe, key) < 0:
+            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)}: must not be below 0")
+    for key in ("global_scale", "local_scale"):
+        low, high = getattr(recipe, key)
+        if not 0 < low <= high <= 1:
+            raise RecipeError(f"recipe: {key} = [{low}, {high}]: needs 0 < low <= high <= 1")
+    if recipe.method == "distl" and recipe.centring != "centre":
+        raise RecipeError(
+            'recipe: centring = "sinkhorn": distl has a running centre, as published; use evolve or pretrain'
+        )
+    if recipe.method == "distl" and recipe.balance != "none":
+        raise RecipeError(
+            f'recipe: balance = "{recipe.balance}": distl weighs all labels alike, as published; use evolve'
+        )
+    distils = recipe.method in ("distl", "pretrain") or (recipe.method == "evolve" and (recipe.lam or recipe.ibot))
+    if recipe.prototypes < 2 and (distils or recipe.prototypes):
+        raise RecipeError(f"recipe: prototypes = {recipe.prototypes}: {recipe.method} distils, which takes 2 at least")
+    if recipe.local_views and recipe.local_size >= recipe.image_size:
+        raise RecipeError(f"recipe: local_size {recipe.local_size} must be below image_size {recipe.image_size}")
+    if recipe.serve != "student" and recipe.method != "distl":
+        raise RecipeError(f'recipe: serve = "{recipe.serve}": {recipe.method} has its own choice; only distl takes it')
+    if recipe.method in ("evolve", "pretrain"):
+        _of_use(recipe)
+
+
+def _of_use(recipe: Any) -> None:
+    """Raises RecipeError for a key of `evolve` or `pretrain` that the other keys leave nothing to do."""
+    sees = recipe.lam or recipe.ibot
+    rules = (
+        (
+            "targets",
+            "none",
+            recipe.method == "evolve",
+            "pretrain learns from images alone; leave it out, or use evolve",
+        ),
+        ("replay", 0.0, recipe.method == "evolve", "pretrain has no answer to keep; leave it out, or use evolve"),
+        ("align", False, recipe.targets == "teacher", 'it moves the teacher\'s answers; set targets = "teacher"'),
+        ("thresholds", False, recipe.targets == "graph", 'they are for neighbours\' answers; set targets = "graph"'),
+        ("centring", "centre", sees, "it balances answers by prototype; set lam or ibot above 0"),
+    )
+    for key, unset, useful, way_out in rules:
+        if getattr(recipe, key) != unset and not useful:
+            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)!r} does nothing here: {way_out}")
+    weighed = {"none": ("none",), "teacher": ("none", "soft"), "graph": CHOICES["agree"]}[recipe.targets]
+    if recipe.agree not in weighed:
+        raise RecipeError(
+            f'recipe: agree = "{recipe.agree}" does nothing with targets = "{recipe.targets}": set targets = "graph"'
+        )
+    taught = recipe.targets != "none" and recipe.pseudo_weight
+    labels = recipe.label_weight if recipe.method == "evolve" else 0.0
+    if not (taught or sees or recipe.koleo or recipe.replay or labels):
+        raise RecipeError(f"recipe: {recipe.method} has nothing to learn: {NOTHING}")

@@ -1,0 +1,63 @@
+"""The signed pointer: atomic, verified at every read, refused when touched."""
+
+import json
+
+import pytest
+
+from deploy.bundle import pointer
+from tests.support.deploy.model_server import AT, Site
+
+A, B = "0123456789ab", "ba9876543210"
+
+
+@pytest.fixture
+def site(tmp_path):
+    return Site(tmp_path / "a")
+
+
+def test_there_is_no_pointer_before_the_first_model(site):
+    assert pointer.read(site.site) is None
+    assert pointer.mark(site.site) is None
+
+
+def test_the_pointer_reads_back_as_written_and_its_mark_moves(site):
+    assert pointer.write(site.site, A, None, "Dr Osei", AT, site.key) == pointer.Pointer(A, None, "Dr Osei", AT)
+    before = pointer.mark(site.site)
+    pointer.write(site.site, B, A, "Dr Osei", AT, site.key)
+    assert pointer.read(site.site) == pointer.Pointer(B, A, "Dr Osei", AT)
+    assert pointer.mark(site.site) != before
+    assert sorted(p.name for p in site.site.iterdir()) == ["current", "keys"]
+
+
+@pytest.mark.parametrize("field", ["bundle", "previous", "by", "at"])
+def test_a_pointer_changed_by_hand_is_refused(site, field):
+    pointer.write(site.site, A, B, "Dr Osei", AT, site.key)
+    document = json.loads((site.site / "current").read_text())
+    (site.site / "current").write_text(json.dumps(document | {field: A if document[field] == B else B}))
+    with pytest.raises(
+        pointer.PointerRefused, match=r"current: changed by hand or signed by another key; set it again"
+    ):
+        pointer.read(site.site)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"bundle": 1}', '{"signature": 3, "bundle": "x"}', "\x00"])
+def test_a_pointer_that_is_none_is_refused(site, text):
+    (site.site / "current").write_text(text)
+    with pytest.raises(pointer.PointerRefused, match="unreadable"):
+        pointer.read(site.site)
+
+
+def test_a_bundles_signature_does_not_pass_as_a_pointers(site):
+    from cxrloop.durable import sign
+
+    document = {"bundle": A, "previous": None, "by": "x", "at": AT}
+    forged = sign("cxrloop bundle v1", document, site.key)
+    (site.site / "current").write_text(json.dumps({**document, "signature": forged}))
+    with pytest.raises(pointer.PointerRefused, match="changed by hand"):
+        pointer.read(site.site)
+
+
+def test_an_id_that_is_none_is_never_pointed_at(site):
+    with pytest.raises(ValueError, match="not an id"):
+        pointer.write(site.site, "../../etc", None, "x", AT, site.key)
+    assert pointer.read(site.site) is None

@@ -1,0 +1,226 @@
+"""Models that come and go under a running inference server: swaps under load, refusals, kill and restart."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.client import Client, ServerDown, ServerRefused
+from tests.support.deploy.model_server import ROOT, Site, plates, serving
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A site with bundles a and b (sealed, good); each test points where it needs."""
+    site = Site(tmp_path_factory.mktemp("server") / "s")
+    site.a, site.b = site.add(1), site.add(2)
+    site.point(site.a)
+    return site
+
+
+def wait_for(what, seconds=10.0):
+    """The first true value of what(), asked again and again."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := what():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"never came true in {seconds} s")
+
+
+def test_nothing_in_service_is_503_with_the_reason_until_the_first_pointer(tmp_path):
+    site = Site(tmp_path / "s")
+    bundle = site.add(3)
+    with serving(site) as (_, client):
+        assert client._http.get("/healthz").status_code == 200
+        assert client._http.get("/readyz").status_code == 503
+        assert client.ready() is None
+        assert client.state()["error"].startswith("no model: run a first round")
+        with pytest.raises(ServerDown, match="no model"):
+            client.predict(plates(1))
+        site.point(bundle)  # the server sees it by itself
+        assert wait_for(client.ready)["bundle"] == bundle
+
+
+def test_a_prepared_bundle_comes_in_and_goes_back_at_once(site):
+    site.point(site.a)
+    with serving(site) as (_, client):
+        assert client.prepare(site.b)["probe"] <= 1e-5
+        assert client.ready()["bundle"] == site.a
+        site.point(site.b, site.a)
+        swapped = client.reload()
+        assert (swapped["bundle"], swapped["previous"]) == (site.b, site.a)
+        assert swapped["swap_seconds"] < 1 and swapped["prepared"]
+        site.point(site.a, site.b)
+        started = time.perf_counter()
+        back = client.reload()
+        assert client.predict(plates(1))[0] == site.a
+        assert time.perf_counter() - started < 1 and back["swap_seconds"] < 1
+        assert not client.reload()["changed"]
+
+
+def test_a_pointer_written_without_a_word_is_followed_within_seconds(site):
+    site.point(site.a)
+    with serving(site) as (_, client):
+        site.point(site.b, site.a)
+        wait_for(lambda: client.ready()["bundle"] == site.b, 5)
+    site.point(site.a)
+
+
+def test_no_request_fails_while_bundles_are_swapped_under_load(tmp_path):
+    site = Site(tmp_path / "s")
+    bundles = [site.add(seed, work=2) for seed in (1, 2, 3)]
+    site.point(bundles[0])
+    images = plates(4)
+    stop, failures, answered = threading.Event(), [], []
+    with serving(site) as (_, client):
+        expected = {}
+
+        def ask():
+            with Client(str(client._http.base_url)) as mine:
+                while not stop.is_set():
+                    try:
+                        bundle, _, probabilities = mine.predict(images)
+                    except (ServerDown, ServerRefused) as failure:
+                        failures.append(failure)
+                    else:
+                        answered.append((bundle, probabilities))
+
+        askers = [threading.Thread(target=ask) for _ in range(4)]
+        for asker in askers:
+            asker.start()
+        swaps = []
+        for turn in range(1, 10):  # prepared, unprepared and back again, a new model each time
+            bundle = bundles[turn % 3]
+            if turn % 2:
+                client.prepare(bundle)
+            site.point(bundle, bundles[(turn - 1) % 3])
+            swaps.append(client.reload())
+            expected[bundle] = client.predict(images)[2]
+        stop.set()
+        for asker in askers:
+            asker.join()
+    assert failures == []
+    assert {bundle for bundle, _ in answered} == set(bundles)
+    for bundle, probabilities in answered:  # an answer is always of the bundle that it names
+        assert np.allclose(probabilities, expected[bundle], atol=1e-6)
+    assert max(swap["swap_seconds"] for swap in swaps if swap["prepared"]) < 1
+
+
+def spoilt(site, how):
+    """A bundle that may not serve, and what the server says of it."""
+    if how == "tampered":
+        bundle = site.add(21)
+        (site.models / bundle / "model.onnx").chmod(0o644)
+        with (site.models / bundle / "model.onnx").open("ab") as file:
+            file.write(b"\0")
+        return bundle, "model.onnx was changed after sealing"
+    if how == "unsigned":
+        bundle = site.add(22)
+        (site.models / bundle / "seal.json").unlink()
+        return bundle, "unsigned"
+    if how == "plate version":
+        return site.add_of_plate_version(2, 23), "plate_version 2, expected 1"
+    if how == "probe":
+        return site.spoil_probe(24), "its probe differs by 0.5"
+    return "0" * 12, "no folder"
+
+
+@pytest.mark.parametrize("how", ["tampered", "unsigned", "plate version", "probe", "absent"])
+def test_a_refused_bundle_never_replaces_the_one_in_service(tmp_path, how):
+    site = Site(tmp_path / "s")
+    good = site.add(1)
+    site.point(good)
+    with serving(site) as (_, client):
+        bad, says = spoilt(site, how)
+        with pytest.raises(ServerRefused, match=says):
+            client.prepare(bad)
+        site.point(bad, good)
+        with pytest.raises(ServerRefused, match=says) as refused:
+            client.reload()
+        assert (refused.value.status, refused.value.bundle) == (409, good)
+        assert client.predict(plates(1))[0] == good
+        assert says in client.ready()["refused"]
+        site.point(good)
+        assert client.reload()["bundle"] == good
+        assert client.ready()["refused"] is None
+
+
+def test_a_tampered_pointer_changes_nothing(site):
+    site.point(site.a)
+    with serving(site) as (_, client):
+        pointer = site.site / "current"
+        pointer.write_text(pointer.read_text().replace(site.a, site.b))
+        with pytest.raises(ServerRefused, match="changed by hand or signed by another key"):
+            client.reload()
+        assert client.predict(plates(1))[0] == site.a
+    site.point(site.a)
+
+
+def test_killed_and_started_again_it_answers_with_the_pointed_bundle(site):
+    site.point(site.a)
+    with serving(site) as (process, client):
+        before = client.predict(plates(2))
+        site.point(site.b, site.a)
+        client.reload()
+        site.point(site.a, site.b)  # and the kill comes before the server was told
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with pytest.raises(ServerDown):
+            client.predict(plates(2))
+    with serving(site) as (_, client):
+        after = client.predict(plates(2))
+        assert after[0] == before[0] == site.a
+        assert np.array_equal(before[2], after[2])
+
+
+def test_sigterm_stops_within_five_seconds_also_during_a_long_request(tmp_path):
+    site = Site(tmp_path / "s")
+    site.point(site.add(1, work=40))
+    with serving(site) as (process, client):
+
+        def ask_and_lose():
+            with Client(str(client._http.base_url)) as mine, contextlib.suppress(ServerDown, ServerRefused):
+                mine.predict(plates(64))
+
+        asking = threading.Thread(target=ask_and_lose)
+        asking.start()
+        time.sleep(0.5)
+        started = time.monotonic()
+        process.terminate()
+        assert process.wait(10) == 0
+        assert time.monotonic() - started < 5
+        asking.join()
+
+
+def test_the_server_goes_when_its_parent_was_killed(site):
+    site.point(site.a)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tests.support.deploy.model_server import start\n"
+        f"process, url = start(Path({str(site.site)!r}), '--die-with-parent')\n"
+        "print(process.pid, url, flush=True)\nprocess.wait()\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    pid, url = parent.stdout.readline().split()
+    with Client(url) as client:
+        assert client.ready()
+        parent.kill()
+        parent.communicate()
+        wait_for(lambda: not alive(int(pid)), 5)
+        assert client.state() is None
+
+
+def alive(pid):
+    """Whether a process runs; a zombie that nobody reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

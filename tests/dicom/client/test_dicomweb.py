@@ -1,0 +1,242 @@
+"""DICOMweb servers that misbehave, over real HTTP: words that help, nothing without end, nothing half."""
+
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import threading
+import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from dicom.client import archive, dicomweb
+from dicom.client.archive import Busy, Missing, Unreachable, Wanted
+from dicom.node import tls
+from dicom.store.inbox import Inbox
+from tests.support.dicom.archive_queries import ASKED
+from tests.support.dicom.certificates import authority
+from tests.support.dicom.pacs import free_port, xray
+
+
+@pytest.fixture
+def http():
+    """A server that answers each GET as a function of its path says: (status, headers, body or chunks)."""
+    servers = []
+
+    def start(reply, context=None):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                status, headers, body = reply(self)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):
+                    for chunk in [body] if isinstance(body, bytes) else body:
+                        self.wfile.write(chunk)
+
+            def log_message(self, format, *args):
+                """Quiet."""
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        if context:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/dicom-web"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def always(status, headers=None, body=b""):
+    return lambda request: (status, headers or {}, body)
+
+
+def asks(url, **more):
+    return dicomweb.Web(url, **{"inbox": None} | more)
+
+
+JSON = {"Content-Type": "application/dicom+json"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "says"),
+    [
+        (always(401), Unreachable, "set the bearer token"),
+        (always(403), Unreachable, r"\(403\)"),
+        (always(404), Unreachable, "root of its DICOMweb"),
+        (always(500), Unreachable, r"\(500\)"),
+        (always(503), Busy, r"\(503\)"),
+        (always(200, {"Content-Type": "text/html"}, b"<html>log in</html>"), Unreachable, "no DICOM JSON"),
+        (always(200, JSON, b'"what"'), Unreachable, "not a list"),
+        (always(302, {"Location": "https://elsewhere.invalid/"}), Unreachable, "root of its DICOMweb"),
+        (always(200, JSON | {"Content-Length": "500"}, b"["), Busy, "hung up"),
+    ],
+)
+def test_what_a_server_says_is_told_in_words_that_help(http, reply, error, says):
+    with pytest.raises(error, match=says):
+        asks(http(reply)).studies(Wanted(patient="SECRET"))
+
+
+def test_no_message_holds_a_patient_id(http):
+    for url in (http(always(404)), f"http://127.0.0.1:{free_port()}", http(always(200, JSON, b"{}}"))):
+        with pytest.raises((Busy, Unreachable)) as raised:
+            asks(url).studies(Wanted(patient="SEC" + "RET"))
+        assert "SECRET" not in "".join(traceback.format_exception(raised.value))
+
+
+def test_a_server_says_when_to_come_back(http):
+    with pytest.raises(Busy) as raised:
+        asks(http(always(429, {"Retry-After": "7"}))).greet()
+    assert raised.value.after == 7
+
+
+def test_a_url_that_can_not_be_one_and_a_token_in_the_clear_are_refused():
+    for url in ("ftp://pacs/", "https://user:secret@pacs/", "https:///x", "http://pacs/?x=1", "http://[pacs/"):
+        with pytest.raises(Unreachable, match="not the URL"):
+            asks(url)
+    with pytest.raises(Unreachable, match="https only"):
+        asks("http://pacs.example/dicom-web", token="t")
+
+
+def test_the_token_is_sent(http):
+    seen = []
+
+    def reply(request):
+        seen.append(request.headers.get("Authorization"))
+        return 200, JSON, b"[]"
+
+    asks(http(reply), token="abc").greet()
+    assert seen == ["Bearer abc"]
+
+
+def test_over_https_only_a_server_of_a_trusted_authority_is_asked(http, tmp_path):
+    hospital, stranger = authority(tmp_path), authority(tmp_path, "stranger")
+    url = http(always(200, JSON, b"[]"), tls.serving(hospital.issue("pacs"))).replace("http:", "https:")
+    asks(url, ca=hospital.pem, token="t").greet()
+    for ca in (stranger.pem, None):
+        with pytest.raises(Unreachable, match="--ca FILE"):
+            asks(url, ca=ca).greet()
+
+
+def study_json(n):
+    return {
+        "0020000D": {"vr": "UI", "Value": [f"1.2.{n}"]},
+        "00100020": {"vr": "LO", "Value": ["P1"]},
+        "00201208": {"vr": "IS", "Value": [n]},
+    }
+
+
+def page(request, most, whole=25):
+    asked = parse_qs(urlsplit(request.path).query)
+    start = int(asked.get("offset", ["0"])[0])
+    return 200, JSON, json.dumps([study_json(n) for n in range(start, min(start + most, whole))]).encode()
+
+
+def test_every_page_is_read_of_a_server_that_gives_fewer_than_asked(http):
+    studies, whole = asks(http(lambda request: page(request, 10))).studies(Wanted(patient="P1"))
+    assert whole and [study.uid for study in studies] == [f"1.2.{n}" for n in range(25)]
+    assert studies[7].instances == 7
+
+
+def test_a_server_that_ignores_limit_and_offset_is_asked_no_third_time(http):
+    times = []
+
+    def reply(request):
+        times.append(1)
+        return 200, JSON, json.dumps([study_json(n) for n in range(250)]).encode()
+
+    studies, whole = asks(http(reply)).studies(Wanted(patient="P1"))
+    assert whole and len(studies) == 250 and len(times) == 2
+
+
+def test_a_server_whose_list_has_no_end_is_cut_off(http, monkeypatch):
+    monkeypatch.setattr(dicomweb, "MAX_MATCHES", 60)
+    studies, whole = asks(http(lambda request: page(request, 20, 10**9))).studies(Wanted(patient="P1"))
+    assert (len(studies), whole) == (60, False)
+
+
+def test_a_page_without_end_is_cut_off(http, monkeypatch):
+    monkeypatch.setattr(dicomweb, "MAX_PAGE", 1 << 20)
+    with pytest.raises(Unreachable, match="more than 1 MiB"):
+        asks(http(always(200, JSON, itertools.repeat(b" " * 65536)))).studies(Wanted(patient="P1"))
+
+
+def test_answers_of_any_shape_are_survived(http):
+    odd = [
+        None, 7, [], {}, {"0020000D": None}, {"0020000D": {"Value": None}}, {"0020000D": {"Value": [None, {}]}},
+        {"0020000D": {"vr": "UI", "Value": ["1.2.3"]}, "00100020": {"Value": ["P1"]}, "00201208": {"Value": ["many"]}},
+    ]  # fmt: skip
+    studies, _ = asks(http(always(200, JSON, json.dumps(odd).encode()))).studies(Wanted(patient="P1"))
+    assert studies == [archive.Study("1.2.3", None)]
+
+
+def whole(ds):
+    buffer = io.BytesIO()
+    ds.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+MULTI = {"Content-Type": 'multipart/related; type="application/dicom"; boundary="b-1"'}
+FILE = whole(xray())
+PART = b"--b-1\r\nContent-Type: application/dicom\r\n\r\n" + FILE + b"\r\n--b-1--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [(MULTI, PART), (MULTI, b"preamble\r\n" + PART + b"epilogue"), ({"Content-Type": "application/dicom"}, FILE)],
+)
+def test_an_image_is_kept_as_it_came(http, tmp_path, headers, body):
+    inbox = Inbox(tmp_path, 0)
+    asks(http(always(200, headers, body)), inbox=inbox).fetch(ASKED)
+    assert inbox.waiting()[0].read_bytes() == FILE
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "says"),
+    [
+        (MULTI, b"", "malformed"),
+        (MULTI, FILE, "malformed"),
+        (MULTI, PART[: len(PART) // 2], "malformed"),
+        (MULTI, PART.replace(b"--b-1--", b"--b-1\r\n\r\nmore\r\n--b-1--"), "more than the one part"),
+        (MULTI, PART.replace(b"DICM", b"MCID"), "no DICOM file"),
+        (MULTI, PART.replace(FILE, whole(xray(7))), "A900"),
+        (MULTI, PART.replace(FILE, FILE[: len(FILE) // 2]), "3975 of 9216 bytes"),
+        ({"Content-Type": "multipart/related"}, PART, "boundary"),
+        ({"Content-Type": "text/html"}, b"<html>", "text/html"),
+        ({}, b"", "not multipart"),
+    ],
+)
+def test_a_malformed_image_is_missing_and_leaves_nothing(http, tmp_path, headers, body, says):
+    inbox = Inbox(tmp_path, 0)
+    with pytest.raises(Missing, match=says):
+        asks(http(always(200, headers, body)), inbox=inbox).fetch(ASKED)
+    assert inbox.waiting() == []
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(401, Unreachable), (404, Missing), (410, Missing), (500, Missing), (503, Busy)]
+)
+def test_a_refused_image_says_whether_to_try_again_give_up_the_image_or_stop(http, tmp_path, status, error):
+    with pytest.raises(error):
+        asks(http(always(status)), inbox=Inbox(tmp_path, 0)).fetch(ASKED)
+
+
+def test_an_image_without_end_over_http_is_cut_off(http, tmp_path, monkeypatch):
+    monkeypatch.setattr(dicomweb, "MAX_IMAGE", 1 << 20)
+    inbox = Inbox(tmp_path, 0)
+    with pytest.raises(Missing, match="more than 1 MiB"):
+        asks(
+            http(always(200, MULTI, itertools.chain([PART[:100]], itertools.repeat(b"x" * 65536)))), inbox=inbox
+        ).fetch(ASKED)
+    bomb = gzip.compress(b"\0" * (64 << 20))
+    with pytest.raises(Missing, match="more than 1 MiB"):
+        asks(http(always(200, MULTI | {"Content-Encoding": "gzip"}, bomb)), inbox=inbox).fetch(ASKED)
+    assert inbox.waiting() == []

@@ -1,0 +1,23 @@
+"""Eight associations and troublemakers beside them, for seconds here and for an hour in the bench that this runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parents[3] / "bench" / "ingest_soak.py"
+
+
+def test_eight_associations_among_troublemakers_lose_nothing_and_leave_nothing(tmp_path):
+    out = tmp_path / "out.json"
+    run = subprocess.run(
+        [sys.executable, BENCH, "--minutes", "0.1", "--associations", "8", "--store", tmp_path, "--out", out],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    said = json.loads(out.read_text())
+    assert said["acknowledged"] > 8
+    assert said["troubles"] > 0
+    assert (said["lost"], said["twice"], said["refused"], said["half_written_left"]) == (0, 0, 0, 0)

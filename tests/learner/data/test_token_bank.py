@@ -1,0 +1,103 @@
+"""The bank of tokens: what frozen blocks answer, once and for all versions of an image."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from learner.__main__ import main
+from learner.data import token_bank
+from learner.engine.progress import Paused, Teller
+from learner.round.manifest import load
+from learner.round.run import Run
+from tests.support.learner.round_folders import ALL, make, read_manifest, result, write_manifest
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+
+def test_bank_holds_what_the_frozen_blocks_answer(tmp_path):
+    folder = make(tmp_path / "r", **ALL)
+    run = Run(load(folder))
+    state = run.state("t0", run.schedule(run.labelled("t0"), 1, 1e-3))
+    run.from_backbone(state)
+    state.student.eval()
+    samples = run.round.samples[:5]
+    plain = make(tmp_path / "plain", **{**ALL, "frozen_blocks": 0})
+    images = Run(load(plain)).feed(samples, "plain", 0, True).originals(np.arange(5))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run.bank.originals(samples), state.student.backbone.lower(images), atol=5e-3, rtol=5e-3
+        )
+        whole = state.student.backbone(images)
+        torch.testing.assert_close(run.embeddings(state.student, samples), whole, atol=2e-2, rtol=2e-2)
+    run.teller.close()
+
+
+def test_bank_is_made_once_and_anew_for_another_recipe(tmp_path, monkeypatch):
+    folder = make(tmp_path / "r", **ALL)
+    filled, fill = [], token_bank._fill
+
+    def counted(*given):
+        filled.append(1)
+        fill(*given)
+
+    monkeypatch.setattr(token_bank, "_fill", counted)
+    for changes in ({}, {}, {"rotate": 3.0}):
+        write_manifest(folder, read_manifest(folder) | {"recipe": read_manifest(folder)["recipe"] | changes})
+        run = Run(load(folder))
+        assert run.bank.whole.shape[:2] == (len(run.round.samples), 3)
+        run.teller.close()
+    assert len(filled) == 2
+
+
+def test_the_end_of_the_window_does_not_wait_for_the_bank(tmp_path, monkeypatch):
+    folder, filled = make(tmp_path / "r", **ALL), []
+    write_manifest(folder, read_manifest(folder) | {"until": "2020-01-01T05:00:00+00:00"})
+    monkeypatch.setattr(token_bank, "AT_ONCE", 4)
+    monkeypatch.setattr(Teller, "say", lambda teller, phase, done, of: filled.append((phase, done)))
+    assert main([str(folder)]) == 75
+    assert filled == [("tokens", 4)]
+    assert "the window ended" in result(folder)["reason"]
+
+
+def test_embeddings_of_many_images_are_given_up_when_the_round_is_asked_to_yield(tmp_path):
+    run = Run(load(make(tmp_path / "r")))
+    run.teller.asked = "SIGTERM"
+    with pytest.raises(Paused, match="SIGTERM"):
+        run.embeddings(run.network(), run.round.samples)
+    run.teller.close()
+
+
+def test_a_bank_for_steps_that_look_at_no_crop_holds_none_and_the_same_versions_of_the_image(tmp_path):
+    banks = {}
+    for lam in (1.0, 0.0):
+        run = Run(load(make(tmp_path / f"{lam}", **{**ALL, "lam": lam})))
+        banks[lam] = run.bank
+        run.teller.close()
+    assert (banks[1.0].part.shape[1], banks[0.0].part.shape[1]) == (4, 0)
+    assert np.array_equal(banks[1.0].whole, banks[0.0].whole)
+
+
+def test_views_of_the_bank_are_the_image_a_version_of_it_and_different_crops(tmp_path):
+    folder = make(tmp_path / "r", **ALL)
+    run = Run(load(folder))
+    batch = run.unlabelled().batch(0, 0)
+    views = batch.views(slice(0, batch.size))
+    assert [tuple(view.shape) for view in views] == [(4, 17, 192)] * 2 + [(4, 5, 192)] * 2
+    assert not torch.equal(views[0], views[1])
+    assert not torch.equal(views[2], views[3])
+    again = run.unlabelled().batch(0, 0).views(slice(0, 4))
+    assert all(torch.equal(one, other) for one, other in zip(views, again, strict=True))
+    run.teller.close()
+
+
+@pytest.mark.parametrize("file", ["whole.npy", "part.npy", "key.json"])
+def test_a_damaged_bank_is_made_anew(tmp_path, file):
+    folder = make(tmp_path / "r", **ALL)
+    whole = Run(load(folder)).bank.whole.copy()
+    os.truncate(folder / "tokens" / file, (folder / "tokens" / file).stat().st_size // 2)
+    run = Run(load(folder))
+    assert np.array_equal(run.bank.whole, whole)
+    run.teller.close()

@@ -1,0 +1,107 @@
+"""Rounds that can't go on as they are: damaged or foreign checkpoints and parents, weights that blew up, no memory."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from learner.__main__ import main
+from learner.engine.step import optimise
+from tests.support.learner.recipe_rounds import ALONE, CONVNET
+from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A first round, run to its end."""
+    folder = make_round(tmp_path_factory.mktemp("trained") / "r")
+    assert main([str(folder)]) == 0
+    return folder
+
+
+def test_checkpoint_of_another_manifest_is_refused(tmp_path):
+    folder = make_round(tmp_path / "r", until="2020-01-01T05:00:00+00:00")
+    assert main([str(folder)]) == 75
+    write_manifest(folder, read_manifest(folder) | {"seed": 9})
+    assert main([str(folder)]) == 3
+    assert "belongs to another manifest" in result(folder)["reason"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def foreign(path):
+    save_file({"weight": torch.zeros(2)}, path)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [cut, foreign, empty])
+def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_without_it_the_round_goes_on(tmp_path, spoil):
+    folder = make_round(tmp_path / "r", until="2020-01-01T05:00:00+00:00")
+    assert main([str(folder)]) == 75
+    spoil(folder / "checkpoint/state.safetensors")
+    assert main([str(folder)]) == 3
+    assert "state.safetensors" in result(folder)["reason"]
+    (folder / "checkpoint/state.safetensors").unlink()
+    assert main([str(folder)]) == 75
+
+
+@pytest.mark.parametrize("spoil", [cut, foreign, empty])
+def test_a_damaged_or_foreign_parent_is_refused_by_name(trained, tmp_path, spoil):
+    state = tmp_path / "parent.safetensors"
+    shutil.copy(trained / "final/state.safetensors", state)
+    spoil(state)
+    folder = make_round(tmp_path / "r", parent={"bundle": "abc", "state": str(state)})
+    assert main([str(folder)]) == 3
+    assert "parent.safetensors" in result(folder)["reason"]
+
+
+def test_weights_that_the_last_step_blew_up_become_no_model(tmp_path):
+    """Its loss was a number: only what the network then answers tells."""
+    keys = {"t0_epochs": 1, "t0_lr": 1e15, "warmup_epochs": 0}
+    folder = make_round(tmp_path / "r", train=(4, 0), validation=0, calibration=0, **keys)
+    assert main([str(folder)]) == 3
+    assert "non-finite: answers to the probe" in result(folder)["reason"]
+    assert not (folder / "t0").exists()
+
+
+def test_memory_that_runs_out_outside_of_a_step_stops_the_round_with_that_reason(tmp_path, monkeypatch):
+    folder = make_round(tmp_path / "r")
+    monkeypatch.setattr("learner.round.run.prepare", lambda recipe: torch.empty(1 << 60))
+    assert main([str(folder)]) == 3
+    assert "out of memory outside of a step" in result(folder)["reason"]
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {**ALONE, "method": "kd", "kd_teacher": CONVNET}, {**ALONE, "method": "pseudo-label"}]
+)
+def test_a_halved_pass_is_noted_for_the_card_also_where_another_process_ends_the_round(tmp_path, monkeypatch, keys):
+    """It happens at the first step of T=0; later phases, some of other networks, carry the note on."""
+    folder = make_round(
+        tmp_path / "r", train=(4, 0), validation=0, calibration=0, **{**keys, "t0_epochs": 1, "epochs": 1}
+    )
+    given = [torch.OutOfMemoryError("full")]
+
+    def full_once(*given_, **named):
+        if given:
+            raise given.pop()
+        return optimise(*given_, **named)
+
+    def noted(run, name, state, *_, **__):
+        seen[name] = [*state.notes]
+
+    seen = {}
+    monkeypatch.setattr("learner.objectives.correction.optimise", full_once)
+    monkeypatch.setattr("learner.round.run.Run.export", noted)
+    assert main([str(folder)]) == 0
+    first = dict(seen)
+    assert [note[:30] for note in first["t0"]] == ["out of memory: 2 images a pass "]
+    assert first["final"] == first["t0"]
+    seen.clear()
+    assert main([str(folder)]) == 0  # all phases are read
+    assert seen == first

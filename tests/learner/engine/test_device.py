@@ -1,0 +1,39 @@
+"""What a GPU would refuse: every recipe on a device whose tensors don't meet the host's (`apart.py`)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from learner.__main__ import main
+from tests.learner.engine.test_torchrun import difference
+from tests.support.learner.recipe_rounds import ALONE, CONVNET
+from tests.support.learner.round_folders import make_round
+
+CASES = {
+    "distl": {},
+    "evolve": {"method": "evolve"},
+    "evolve, every option": {
+        "method": "evolve", "lam": 0.5, "ibot": 0.5, "koleo": 0.1, "replay": 0.25, "agree": "soft", "average": "all",
+        "balance": "effective", "centring": "sinkhorn", "label_weight": 1.0,
+    },
+    "evolve, the graph's answers": {"method": "evolve", "targets": "graph", "agree": "heads"},
+    "evolve, lower blocks frozen": {"method": "evolve", "frozen_blocks": 1, "cached_views": 2},
+    "pseudo-label": {"method": "pseudo-label", **ALONE, "arch": CONVNET},
+    "kd": {"method": "kd", **ALONE, "kd_teacher": CONVNET},
+    "pretrain": {"method": "pretrain", "targets": "none"},
+}  # fmt: skip
+
+
+def test_every_recipe_learns_on_a_device_apart_and_the_first_learns_what_it_learns_on_the_host(tmp_path):
+    """Attention is another kernel's there, so sums are rounded anew: of the others that would move ranks of neighbours."""
+    apart = [make_round(tmp_path / str(n), **recipe) for n, recipe in enumerate(CASES.values())]
+    words = [sys.executable, "-m", "tests.support.learner.fake_device", *map(str, apart)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        words, cwd=Path(__file__).resolve().parents[3], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    host = make_round(tmp_path / "host", **next(iter(CASES.values())))
+    assert main([str(host)]) == 0
+    assert difference(host, apart[0]) <= 1e-3

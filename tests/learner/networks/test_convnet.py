@@ -1,0 +1,186 @@
+"""Convolutional nets as encoders: by name, from a file, at any size, and a whole round with one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from learner.engine.checkpoint import read_file
+from learner.networks import convnet
+from learner.networks.backbone import BackboneError, at_size, build, fit_sizes, open_backbone, plan_of, read_weights
+from learner.networks.heads import ClassHead, make_network
+from learner.networks.mimetic_init import mimic_trained
+from learner.round.recipe import resolve
+from tests.support.learner.round_folders import card, make_round, result
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+ROOT = Path(__file__).resolve().parents[3]
+WIDTHS = {
+    "resnet50": 2048, "densenet121": 1024, "vgg19_bn": 512, "mobilenetv3_large_100": 960, "mobilenetv2_100": 1280,
+}  # fmt: skip
+
+
+def small(name="resnet10t"):
+    torch.manual_seed(0)
+    return build(plan_of(name, 64))
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_embedding_is_the_mean_of_the_last_feature_map_at_any_size(name):
+    net = small(name).eval()
+    assert (net.dim, net.patch) == (WIDTHS[name], 32)
+    with torch.no_grad():
+        for side in (64, 96):
+            images = torch.rand(2, 1, side, side)
+            theirs = net.net.forward_features(images.expand(-1, 3, -1, -1)).mean((2, 3))
+            torch.testing.assert_close(net(images), theirs)
+            torch.testing.assert_close(net(images.expand(-1, 3, -1, -1)), theirs)
+
+
+def test_classifier_layers_that_features_never_reach_are_not_carried_along():
+    whole = timm.create_model("vgg19_bn", num_classes=0)
+    assert sum(p.numel() for p in whole.parameters()) > 1e8
+    assert sum(p.numel() for p in small("vgg19_bn").parameters()) < 2.1e7
+
+
+def test_copy_for_the_export_leaves_the_trained_net_alone():
+    plan = plan_of("resnet10t", 64)
+    trained = small().train()
+    copy = at_size(trained, plan, 96).eval()
+    assert trained.training
+    images = torch.rand(2, 1, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(copy(images), trained.eval()(images))
+    next(copy.parameters()).data.zero_()
+    assert next(trained.parameters()).abs().sum() > 0
+
+
+def test_shares_of_places_add_up_to_the_logits_slope():
+    net, head = small().double().eval(), ClassHead(512, 2, 16).double()
+    embedding, trace = net.trace(torch.rand(2, 1, 96, 64).double())
+    slope = head.gradient(embedding)
+    maps = trace.along(slope)
+    assert maps.shape == (2, 2, 3, 2)
+    torch.testing.assert_close(maps.flatten(2).sum(-1), (slope * embedding[:, None]).sum(-1))
+
+
+def test_every_property_notices_its_mutation(monkeypatch):
+    kept = convnet.ConvTrace.along
+    monkeypatch.setattr(convnet.ConvTrace, "along", lambda self, directions: kept(self, directions).abs())
+    with pytest.raises(AssertionError):
+        test_shares_of_places_add_up_to_the_logits_slope()
+
+
+def test_attention_is_refused_by_name():
+    with pytest.raises(BackboneError, match="resnet10t is a convolutional net and has no attention"):
+        small().attentions(torch.rand(1, 1, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mixer_s16_224"])
+def test_other_nets_are_refused(name):
+    with pytest.raises(BackboneError, match="or a convolutional net that takes any image size"):
+        build(plan_of(name, 64))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_tiny_distilled_patch16_224",  # a second class token
+        "vit_small_patch16_18x2_224",  # two attentions a block
+        "beit3_base_patch16_224",  # no norm behind the last block
+    ],
+)
+def test_a_transformer_that_is_not_the_plain_one_is_refused(name):
+    with torch.device("meta"), pytest.raises(BackboneError, match="needs a plain vision transformer"):  # no weights
+        build(plan_of(name, 64))
+
+
+def test_settings_of_a_transformer_change_nothing():
+    torch.manual_seed(1)
+    plain = build({"timm": "resnet10t"})
+    torch.manual_seed(1)
+    other = build({"timm": "resnet10t"}, pos_embed="timm", pool="cls", drop_path=0.5)
+    mimic_trained(other)
+    assert other.pool == "mean"
+    for mine, theirs in zip(plain.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_image_sides_follow_the_stride():
+    with pytest.warns(UserWarning, match="local 48 -> 64 px"):
+        recipe = fit_sizes(resolve("distl", "cpu"), small())
+    assert (recipe.image_size, recipe.local_size) == (96, 64)
+
+
+def test_file_says_by_its_metadata_which_net_it_is(tmp_path):
+    net = timm.create_model("resnet10t", num_classes=5).eval()
+    weights = {f"module.{key}": value for key, value in net.state_dict().items()}
+    save_file(weights, tmp_path / "w.safetensors", metadata={"timm": "resnet10t"})
+    plan, weights = read_weights(tmp_path / "w.safetensors")
+    again = build(plan).eval()
+    again.load(weights)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), net.forward_features(images).mean((2, 3)))
+
+
+def test_file_without_metadata_needs_the_name(tmp_path):
+    file = tmp_path / "w.safetensors"
+    save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), file)
+    with pytest.raises(BackboneError, match='put its timm name, such as arch = "densenet121"'):
+        read_weights(file, "vit_tiny_patch16")
+    plan, _ = open_backbone(resolve("distl", "demo", {"backbone": str(file), "arch": "resnet10t"}))
+    assert plan == {"timm": "resnet10t"}
+    with pytest.raises(BackboneError, match="of another shape"):
+        read_weights(file, "resnet50")
+
+
+def test_hub_out_of_reach_names_the_way_out(tmp_path):
+    code = (
+        "from learner.round.recipe import resolve; from learner.networks.backbone import open_backbone, BackboneError\n"
+        "try: open_backbone(resolve('distl', 'demo', {'backbone': 'resnet50.a1_in1k'}))\n"
+        "except BackboneError as error: print(error)"
+    )
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, check=True)
+    assert "the hub can't be reached" in out.stdout
+    assert "--backbone FILE" in out.stdout
+
+
+def test_network_without_prototypes_hands_the_embedding_through():
+    recipe = resolve("distl", "demo")
+    object.__setattr__(recipe, "prototypes", 0)
+    network = make_network({"timm": "resnet10t"}, recipe, 2).eval()
+    assert not any(name.startswith("head.") for name in network.state_dict())
+    with torch.no_grad():
+        prototypes, logits = network([torch.rand(3, 1, 64, 64)] * 2)
+    assert prototypes.shape == (6, 512)
+    assert logits.shape == (6, 2)
+
+
+def test_whole_round_with_a_convolutional_net(tmp_path):
+    arch = "mobilenetv3_small_050"  # squeeze-and-excite, hard swish: what is hardest to export
+    folder = make_round(tmp_path / "r", arch=arch, image_size=64, local_size=32, init="mimetic")
+    command = [sys.executable, "-m", "learner", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert result(folder)["state"] == "trained"
+    assert max(card(folder)["parity"]["1"], card(folder)["parity"]["8"]) <= 1e-3
+    assert read_file(folder / "final/state.safetensors")[1]["plan"] == {"timm": arch}
+    session = onnxruntime.InferenceSession(folder / "final/model.onnx", providers=["CPUExecutionProvider"])
+    with np.load(folder / "final/probe.npz") as probe:
+        logits, embedding, heat = session.run(["logits", "embedding", "heatmap"], {"plates": probe["plates"][:3]})
+    assert np.isfinite(logits).all()
+    assert heat.shape == (3, 2, 2, 2)
+    assert embedding.shape[0] == 3
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {row["phase"] for row in rows} == {"t0", "distil"}

@@ -1,0 +1,83 @@
+"""The class head's last fit: neighbours and labels as one linear answer."""
+
+import pytest
+import torch
+
+from learner.evaluation.auc import auc
+from learner.objectives import head_refit, logistic
+
+NAN = float("nan")
+
+
+def samples(seed=0, groups=12, each=25):
+    """Features (N, 6), truth (N,) and labels (N, 1): groups lie apart; the truth follows one direction, but for one group."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(groups, 6, generator=generator)
+    seen = (centres[:, None] + torch.randn(groups, each, 6, generator=generator)).flatten(0, 1)
+    truth = (seen[:, 0] + 0.5 * torch.randn(len(seen), generator=generator) > 0).float()
+    labels = torch.full((len(seen), 1), NAN)
+    some = torch.randperm(len(seen), generator=generator)[:24]
+    labels[some, 0] = truth[some]
+    return seen, truth, labels
+
+
+def of(head, seen, truth):
+    return auc(head(seen)[:, 0].numpy(), truth.numpy().astype(float))
+
+
+def test_the_mean_is_each_answer_in_its_share_once_both_spread_alike():
+    seen, _, labels = samples()
+    first = logistic.fit(seen, labels, 0.02)
+    second = logistic.Linear(40 * torch.roll(first.weight, 1, 1), first.bias - 7)
+    mixed = head_refit.mean(first, second, seen, 0.25)(seen)
+    one, two = first(seen), second(seen)
+    alike = (two - two.mean(0)) / two.std(0) * one.std(0) + one.mean(0)
+    torch.testing.assert_close(mixed, 0.75 * one + 0.25 * alike)
+
+
+def test_a_finding_of_which_one_answer_knows_nothing_keeps_the_other():
+    seen, _, labels = samples()
+    first = logistic.fit(seen, torch.cat([labels, labels], 1), 0.02)
+    second = logistic.fit(seen, torch.cat([labels, torch.where(labels == 1, NAN, labels)], 1), 0.02)  # no positive
+    mixed = head_refit.mean(first, second, seen)
+    torch.testing.assert_close(mixed.weight[1], first.weight[1])
+    torch.testing.assert_close(mixed.bias[1], first.bias[1])
+    swapped = head_refit.mean(second, first, seen)
+    torch.testing.assert_close(swapped.weight[1], second.weight[1])
+
+
+def test_the_mean_errs_less_at_its_worst_than_neighbours_or_labels_alone():
+    found = []
+    for seed in range(12):
+        seen, truth, labels = samples(seed)
+        soft = head_refit.pseudo_labels(seen, labels, head_refit.shrunk_prevalence(labels), 5, 6)
+        near, own = logistic.fit(seen, soft, head_refit.PENALTY), logistic.fit(seen, labels, head_refit.FEW_PENALTY)
+        both = head_refit.answer(seen, labels, 5, 6)
+        found.append([of(head, seen, truth) for head in (near, own, both)])
+    near, own, both = torch.tensor(found).min(0).values
+    assert both > min(near, own)
+    assert both > near
+
+
+def test_weights_of_labels_reach_the_labels_own_fit():
+    seen, _, labels = samples()
+    weights = torch.where(labels == 1, 5.0, 1.0)
+    assert not torch.allclose(
+        head_refit.answer(seen, labels, 5, 6).weight, head_refit.answer(seen, labels, 5, 6, weights).weight
+    )
+
+
+MUTATIONS = [
+    (test_the_mean_is_each_answer_in_its_share_once_both_spread_alike, lambda a, b, seen, share=0.25: a),
+    (test_a_finding_of_which_one_answer_knows_nothing_keeps_the_other, lambda a, b, seen: logistic.Linear(
+        (a.weight + b.weight) / 2, (a.bias + b.bias) / 2)),
+    (test_the_mean_errs_less_at_its_worst_than_neighbours_or_labels_alone, lambda a, b, seen: a),
+    (test_weights_of_labels_reach_the_labels_own_fit, lambda a, b, seen: a),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("test", "wrong"), MUTATIONS)
+def test_mutations_are_noticed(monkeypatch, test, wrong):
+    monkeypatch.setattr(head_refit, "mean", wrong)
+    with pytest.raises(AssertionError):
+        test()

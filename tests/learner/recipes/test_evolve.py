@@ -1,0 +1,238 @@
+"""Rounds of `evolve` and `pretrain`: every signal in one step, frozen blocks from the bank, the choice at the end."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from learner.__main__ import main
+from learner.data.feed import label_table
+from learner.engine.checkpoint import read_file
+from learner.engine.progress import Teller
+from learner.networks.backbone import read_weights
+from learner.networks.heads import make_network
+from learner.objectives import teacher_student as steps
+from learner.recipes import evolve
+from learner.round.manifest import load
+from learner.round.run import Run
+from tests.support.learner.round_folders import ALL, card, make, read_manifest, result, write_manifest
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+SOFT = {  # the teacher's answers, weighed and balanced
+    "lam": 1.0, "targets": "teacher", "align": True, "agree": "soft", "centring": "sinkhorn", "ibot": 0.5, "koleo": 0.1, "refit": "linear",
+}  # fmt: skip
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def evolved(tmp_path_factory):
+    folder = make(tmp_path_factory.mktemp("evolved") / "r", **ALL)
+    assert main([str(folder)]) == 0, result(folder)
+    return folder
+
+
+def test_every_signal_is_in_the_step(evolved):
+    steps = [row for row in rows(evolved) if row.get("phase") == "evolve" and "loss" in row]
+    assert len(steps) == 14 // 4
+    assert {"dino", "ibot", "koleo", "pseudo", "replay", "labels", "teacher_kl"} <= steps[0].keys()
+    said = [row for row in rows(evolved) if row.get("kind") == "pseudo"]
+    assert len(said) == 1
+    assert 0 < said[0]["pseudo_rate"] < 1
+
+
+def test_what_is_said_of_pseudo_labels_outlives_a_crash_before_the_first_checkpoint(tmp_path, monkeypatch):
+    folder = make(tmp_path / "r")
+
+    def crash(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr("learner.recipes.evolve.evolve", crash)
+        main([str(folder)])
+    assert (folder / "checkpoint/targets.safetensors").exists()
+    monkeypatch.setattr("learner.round.run.Run.export", lambda *_: None)
+    assert main([str(folder)]) == 0
+    assert len([row for row in rows(folder) if row.get("kind") == "pseudo"]) == 1
+
+
+def test_the_chosen_candidate_is_named_and_is_what_is_served_and_kept(evolved):
+    assert card(evolved)["candidate"] in (
+        "refit", "teacher", "student", "soup", "swa", "wise 0.25", "wise 0.5", "wise 0.75",
+    )  # fmt: skip
+    assert card(evolved)["serve"] == "student"
+
+
+def test_frozen_blocks_stay_and_the_ones_above_move(evolved):
+    before, after = (read_file(evolved / name / "state.safetensors")[0] for name in ("t0", "final"))
+    for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"):
+        assert torch.equal(before[f"student.backbone.vit.{key}"], after[f"student.backbone.vit.{key}"]), key
+    key = "teacher.backbone.vit.blocks.1.attn.qkv.weight"  # the student may have been set back: see `choose`
+    assert not torch.equal(before[key], after[key])
+
+
+def test_caches_are_gone_after_the_round(evolved):
+    assert not (evolved / "tokens").exists()
+    assert not (evolved / "shard").exists()
+
+
+@pytest.mark.parametrize("overrides", [{**ALL, "epochs": 4}, SOFT])
+def test_h_stopping_after_every_single_step_changes_no_bit(tmp_path, monkeypatch, overrides):
+    whole, folder = make(tmp_path / "whole", **overrides), make(tmp_path / "r", **overrides)
+    assert main([str(whole)]) == 0
+    step = Teller.step
+
+    def step_and_ask(teller, state, losses):
+        step(teller, state, losses)
+        teller.asked = "one step"
+
+    monkeypatch.setattr(Teller, "step", step_and_ask)
+    starts = 0
+    while (code := main([str(folder)])) == 75:
+        starts += 1
+        assert result(folder)["reason"] == "one step"  # a signal from outside (timeout's SIGTERM) would be a pause too
+    assert (code, starts) == (0, 2 + 3 * overrides.get("epochs", 1))
+    for name in ("t0/state", "checkpoint/evolve", "final/state"):
+        one, other = (read_file(f / f"{name}.safetensors")[0] for f in (whole, folder))
+        assert all(torch.equal(value.nan_to_num(9), other[key].nan_to_num(9)) for key, value in one.items()), name
+
+
+@pytest.mark.parametrize("missing", ["", "koleo", "sinkhorn"])
+def test_a_step_in_parts_equals_the_whole_only_by_looking_ahead(tmp_path, monkeypatch, missing):
+    """KoLeo's neighbours and Sinkhorn's columns are those of the batch; without the look ahead the test would notice."""
+    overrides = {**SOFT, "drop_path": 0.0, "centring": "centre" if missing == "koleo" else "sinkhorn"}
+    run = Run(load(make(tmp_path / "r", **overrides)))
+    if missing:
+        monkeypatch.setattr(steps, "look_ahead", lambda state, batch: {})
+    told, states = [], []
+    for micro in (0, 3):
+        state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+        run.from_backbone(state)
+        state.micro = micro
+        table = {"champion": torch.randn(14, 2, generator=torch.Generator().manual_seed(0))}
+        told.append(steps.evolve(state, run.unlabelled(), None, table | {"prevalence": torch.tensor([0.4, 0.4])}))
+        states.append(state)
+    run.teller.close()
+    same = all(
+        torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+        for one, other in zip(*(state.student.parameters() for state in states), strict=True)
+        if one.grad is not None
+    ) and all(told[0][key] == pytest.approx(told[1][key], rel=1e-4) for key in ("dino", "ibot", "koleo", "pseudo"))
+    assert same == (not missing)
+    assert torch.equal(states[0].extra["scores"].isnan(), states[1].extra["scores"].isnan())
+    torch.testing.assert_close(states[0].extra["scores"], states[1].extra["scores"], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_are_the_teachers_newest_and_those_of_other_images_stay(tmp_path):
+    run = Run(load(make(tmp_path / "r", **SOFT)))
+    state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    run.from_backbone(state)
+    before = torch.randn(14, 2)
+    batch = run.unlabelled().batch(0, 0)
+    with torch.no_grad():
+        newest = state.teacher.classify(batch.views(slice(0, 4))[0])
+    steps.evolve(state, run.unlabelled(), None, {"champion": before, "prevalence": torch.tensor([0.4, 0.4])})
+    expected = before.clone()
+    expected[batch.index] = newest
+    torch.testing.assert_close(state.extra["scores"], expected)
+    run.teller.close()
+
+
+def test_soft_weights_of_the_graph_grow_with_the_distance_from_the_cut(tmp_path):
+    folder = make(tmp_path / "r", targets="graph", agree="soft")
+    run = Run(load(folder))
+    table = evolve.targets(run, evolve.begun(run, run.from_backbone))
+    hidden = label_table(run.round.unlabelled).isnan()[:, 0]
+    far = (torch.logit(table["soft"][hidden, 0])).abs()
+    weight = table["weight"][hidden, 0]
+    assert ((weight >= 0) & (weight <= 1)).all()
+    assert weight.min() < 1 == weight.max()
+    for side in (table["soft"][hidden, 0] > 0.5, table["soft"][hidden, 0] < 0.5):
+        order = far[side].argsort()
+        assert (weight[side][order].diff() >= 0).all()
+    run.teller.close()
+
+
+@pytest.mark.parametrize("agree", ["none", "teacher", "heads", "soft"])
+def test_a_finding_of_one_class_has_no_pseudo_label_and_weighs_nothing_whoever_has_to_agree(tmp_path, agree):
+    folder = make(tmp_path / "r", targets="graph", agree=agree)
+    manifest = read_manifest(folder)
+    for sample in manifest["images"]:
+        sample["labels"] = [sample["labels"][0], None if sample["labels"][0] is None else 0]
+    write_manifest(folder, manifest)
+    run = Run(load(folder))
+    table = evolve.targets(run, evolve.begun(run, run.from_backbone))
+    hidden = label_table(run.round.unlabelled).isnan()
+    assert table["soft"][hidden[:, 1], 1].isnan().all()
+    assert (table["weight"][hidden[:, 1], 1] == 0).all()
+    assert (table["weight"][~hidden] == 1).all()
+    assert not table["weight"].isnan().any()
+    run.teller.close()
+
+
+def test_halves_share_no_image_and_hold_both_classes():
+    labels = torch.tensor([[1.0, 0.0], [1.0, float("nan")], [0.0, 1.0], [0.0, 1.0], [float("nan"), 0.0]])
+    one, other = evolve.halves(labels)
+    assert not (~one.isnan() & ~other.isnan()).any()
+    assert torch.equal(torch.where(one.isnan(), other, one).nan_to_num(9), labels.nan_to_num(9))
+    assert all({0.0, 1.0} <= set(half[:, 0].tolist()) for half in (one, other))
+
+
+def test_linear_head_answers_as_the_regression_it_was_given(evolved):
+    round_ = load(evolved)
+    torch.manual_seed(0)
+    network = make_network(read_file(evolved / "t0/state.safetensors")[1]["plan"], replace(round_.recipe, ibot=0.0), 2)
+    seen = torch.randn(30, network.backbone.dim)
+    answer = evolve.linear.fit(seen, (seen[:, :2] > 0).float(), 0.1)
+    evolve.set_head(network, answer)
+    torch.testing.assert_close(network.cls_head(seen).double(), answer(seen), atol=1e-5, rtol=1e-4)
+    directions = network.cls_head.gradient(seen)
+    torch.testing.assert_close(directions, answer.weight.float().expand(30, -1, -1))
+
+
+def test_hidden_labels_are_not_in_the_targets(evolved):
+    table = read_file(evolved / "checkpoint/targets.safetensors")[0]
+    labels = label_table(load(evolved).unlabelled)
+    known = ~labels.isnan()
+    assert torch.equal(table["soft"][known], labels[known])
+    assert ((table["soft"][~known] > 0) & (table["soft"][~known] < 1)).all()
+
+
+def test_pretraining_leaves_a_backbone_that_a_round_can_start_from(tmp_path):
+    folder = make(tmp_path / "r", "pretrain", epochs=2, prototypes=32, arch="vit_tiny_patch8_depth2")
+    assert main([str(folder)]) == 0
+    plan, weights = read_weights(folder / "backbone.safetensors")
+    trained = read_file(folder / "checkpoint/pretrain.safetensors")[0]
+    assert all(torch.equal(value, trained[f"teacher.backbone.vit.{key}"]) for key, value in weights.items())
+    assert plan["embed_dim"] == 192
+    assert {row["phase"] for row in rows(folder)} == {"pretrain", "t0"}
+    assert (folder / "t0").exists()
+    follower = make(tmp_path / "next", backbone=str(folder / "backbone.safetensors"), frozen_blocks=-1)
+    assert main([str(follower)]) == 0
+    assert card(follower)["recipe"]["frozen_blocks"] == 1
+    kept = read_file(follower / "final/state.safetensors")[0]
+    first = {key: value for key, value in weights.items() if key.startswith(("patch_embed", "blocks.0"))}
+    assert all(torch.equal(value, kept[f"student.backbone.vit.{key}"]) for key, value in first.items())
+
+
+def test_pretraining_without_a_label_leaves_its_backbone_and_says_so(tmp_path):
+    folder = make(tmp_path / "r", "pretrain", samples={"train": (0, 4)})
+    assert main([str(folder)]) == 3
+    assert "no labelled train image" in result(folder)["reason"]
+    assert f"--backbone {folder / 'backbone.safetensors'}" in result(folder)["reason"]
+    read_weights(folder / "backbone.safetensors")
+
+
+def test_a_round_goes_on_from_a_parent_of_another_method_with_its_shapes(tmp_path):
+    first = make(tmp_path / "first", "distl", class_hidden=16, pool="mean", prototypes=16)
+    assert main([str(first)]) == 0
+    parent = {"bundle": "abc", "state": str(first / "final/state.safetensors")}
+    folder = make(tmp_path / "r", samples={"parent": parent})
+    assert main([str(folder)]) == 0, result(folder)
+    said = card(folder)["recipe"]
+    assert (said["method"], said["class_hidden"], said["pool"], said["prototypes"]) == ("evolve", 16, "mean", 16)

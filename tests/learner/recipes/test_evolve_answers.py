@@ -1,0 +1,96 @@
+"""`evolve` as it is by default: neighbours and labels make the first teacher, its soft answers are all a step learns."""
+
+import pytest
+import torch
+
+from learner.__main__ import main
+from learner.data.feed import label_table
+from learner.objectives import head_refit
+from learner.objectives import teacher_student as steps
+from learner.recipes import evolve
+from learner.round.manifest import load
+from learner.round.run import Run
+from tests.learner.recipes.test_evolve import rows
+from tests.support.learner.round_folders import card, make, result
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(load(make(tmp_path / "r", samples={"validation": 24}, lam=0.0)))
+    yield run
+    run.teller.close()
+
+
+def fitted(run, network):
+    """What neighbours and labels say on the features of this network."""
+    samples = run.round.unlabelled
+    return head_refit.answer(run.embeddings(network, samples), label_table(samples), 3, 4)
+
+
+def weight(network):
+    return network.cls_head.mlp[-1].weight.detach().double()
+
+
+def test_a_step_looks_at_the_original_and_one_noised_view_alone(run, monkeypatch):
+    seen, look = [], steps.look
+    monkeypatch.setattr(steps, "look", lambda net, views, *rest: seen.append(len(views)) or look(net, views, *rest))
+    state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    run.from_backbone(state)
+    losses = steps.evolve(state, run.unlabelled(), None, evolve.targets(run, state))
+    assert seen == [1, 1]
+    assert {"pseudo", "cls_std"} <= losses.keys()
+    assert not {"dino", "ibot", "koleo", "labels", "teacher_kl"} & losses.keys()
+
+
+def test_no_crop_is_made_for_a_step_that_looks_at_none(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "learner.recipes.evolve.evolve", lambda _, feed, *__: made.append(feed.recipe.local_views) or 1 / 0
+    )
+    for lam in (0.0, 1.0):
+        with pytest.raises(ZeroDivisionError):
+            main([str(make(tmp_path / f"{lam}", lam=lam))])
+    assert made == [0, 2]
+
+
+def test_the_first_teacher_is_the_model_before_with_neighbours_and_labels_in_its_head(run):
+    state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    run.from_backbone(state)
+    evolve.teach(run, state)
+    torch.testing.assert_close(weight(state.teacher), fitted(run, state.teacher).weight, rtol=1e-5, atol=1e-7)
+    for key, value in state.student.state_dict().items():
+        assert torch.equal(value, state.teacher.state_dict()[key]), key
+
+
+def test_a_trained_head_keeps_its_half_when_neighbours_have_their_say(run):
+    network = run.network()
+    torch.nn.init.normal_(network.cls_head.mlp[-1].weight, generator=torch.Generator().manual_seed(1))
+    own, near = evolve.head_of(network), fitted(run, network)
+    seen = run.embeddings(network, run.round.unlabelled)
+    evolve.refit(run, network, 0.5)
+    torch.testing.assert_close(weight(network), head_refit.mean(near, own, seen, 0.5).weight, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("average", "kept"), [("trained", "teacher"), ("least", "refit")])
+def test_where_validation_tells_nothing_apart_the_order_of_candidates_decides(run, average, kept):
+    final = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    run.from_backbone(final)
+    run.recipe = run.recipe.override({"average": average, "refit": "none"})
+    assert evolve.choose(run, final, final.teacher) == kept
+
+
+def test_a_round_says_that_every_image_was_answered(tmp_path):
+    folder = make(tmp_path / "r", lam=0.0)
+    assert main([str(folder)]) == 0, result(folder)
+    said = [row["pseudo_rate"] for row in rows(folder) if row.get("kind") == "pseudo"]
+    assert said == [1.0]
+
+
+def test_the_card_says_that_a_class_head_of_three_layers_is_not_fitted_anew(tmp_path):
+    folder = make(tmp_path / "r", lam=0.0, class_hidden=16)
+    assert main([str(folder)]) == 0, result(folder)
+    assert [note.split(" is for")[0] for note in card(folder)["notes"]] == ['refit = "graph"']
+    assert card(folder, "t0")["notes"] == []

@@ -1,0 +1,257 @@
+"""Rounds of the recipe kd: between two kinds of network, every strategy, resumed at any step, in parts and whole."""
+
+import inspect
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from learner.__main__ import main
+from learner.engine.checkpoint import read_file
+from learner.engine.progress import Teller
+from learner.engine.step import Batch
+from learner.objectives.class_losses import label_loss
+from learner.objectives.correction import supervise
+from learner.objectives.knowledge_distillation import bernoulli_kl
+from learner.recipes import kd
+from learner.round.recipe import resolve
+from tests.support.learner.recipe_rounds import (
+    ALONE,
+    CONVNET,
+    check_killed_and_restarted,
+    check_phases,
+    check_stopping_after_every_step,
+    copy_of,
+    opened,
+    phases_of,
+    rows_of,
+    same,
+    whole_rounds,
+    without_label,
+)
+from tests.support.learner.round_folders import make_round, result
+
+KD = {**ALONE, "method": "kd", "kd_teacher": CONVNET}
+CASES = {
+    "standard": KD,  # a convolutional net teaches a transformer
+    "reversed": {**KD, "kd_strategy": "reversed"},
+    "self": {**KD, "kd_strategy": "self", "arch": CONVNET},
+}
+PHASES = {
+    "standard": {"t0": 4, "teacher": 4, "kd": 4},
+    "reversed": {"t0": 4, "kd": 4},
+    "self": {"t0": 4, "kd": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return whole_rounds(tmp_path_factory, CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_phase_has_its_steps_and_leaves_two_models(whole, case):
+    check_phases(whole(case), PHASES[case])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_h_stopping_after_every_single_step_changes_no_bit(whole, tmp_path, monkeypatch, case):
+    folder, steps = make_round(tmp_path / "r", **CASES[case]), sum(PHASES[case].values())
+    check_stopping_after_every_step(whole(case), folder, steps, monkeypatch)
+
+
+def test_killed_while_the_student_learns_and_restarted_equals_the_uninterrupted_one(whole, tmp_path):
+    check_killed_and_restarted(whole("standard"), make_round(tmp_path / "r", checkpoint_seconds=0, **KD))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_served_network_is_the_taught_one(whole, case):
+    plan = read_file(whole(case) / "final/state.safetensors", tensors=False)[1]["plan"]
+    assert plan.get("timm") == (None if case == "standard" else CONVNET)
+
+
+def test_round_without_labels_is_refused(tmp_path):
+    folder = make_round(tmp_path / "r", train=(0, 8), **KD)
+    assert main([str(folder)]) == 3
+    assert "no labelled train image" in result(folder)["reason"]
+    assert not (folder / "t0").exists()
+
+
+@pytest.mark.parametrize("strategy", ["base", "standard", "self"])
+def test_kd_goes_on_from_a_parent(whole, tmp_path, strategy):
+    """As the student, but in `self` as the teacher of one that starts anew."""
+    state = whole("standard") / "final/state.safetensors"
+    parent, begun = {"bundle": "abc", "state": str(state)}, []
+    folder = make_round(tmp_path / "r", parent=parent, **KD, kd_strategy=strategy)
+    step = Teller.step
+
+    def watched(teller, state, losses):
+        if state.phase == "kd" and state.step == 1:  # the first step has a learning rate of 0
+            begun.append(copy_of(state.student))
+        step(teller, state, losses)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teller, "step", watched)
+        phases_of(folder)
+    served = {k.removeprefix("student."): v for k, v in read_file(state)[0].items() if k.startswith("student.")}
+    assert same(begun[0], served) == (strategy != "self")
+    assert {row["phase"] for row in rows_of(folder)} == {"kd"} | ({"teacher"} if strategy == "standard" else set())
+
+
+def test_reversed_has_no_parent(whole, tmp_path):
+    parent = {"bundle": "abc", "state": str(whole("standard") / "t0/state.safetensors")}
+    folder = make_round(tmp_path / "r", parent=parent, **KD, kd_strategy="reversed")
+    assert main([str(folder)]) == 3
+    assert 'use "standard"' in result(folder)["reason"]
+
+
+def test_teacher_that_cannot_see_the_images_is_refused_before_anything_is_trained(tmp_path):
+    folder = make_round(tmp_path / "r", **{**KD, "kd_teacher": "vit_tiny_patch7_depth1"})
+    assert main([str(folder)]) == 3
+    assert "no multiple of its patch 7" in result(folder)["reason"]
+    assert not (folder / "t0").exists()
+
+
+@pytest.mark.parametrize("profile", ["gpu", "cpu", "demo"])
+def test_the_recipe_carries_no_prototypes_and_no_crops_at_any_size(profile):
+    recipe = resolve("kd", profile)
+    assert (recipe.method, recipe.prototypes, recipe.local_views) == ("kd", 0, 0)
+
+
+# -- what no step may do; each is told to fail in MUTATIONS
+
+
+def test_teacher_of_kd_stands_still_in_eval_mode(tmp_path):
+    folder, seen = make_round(tmp_path / "r", **KD, validation=0, calibration=0), []
+    step = kd.be_taught
+
+    def watched(state, teacher, feeds, balance):
+        before = copy_of(teacher)
+        losses = step(state, teacher, feeds, balance)
+        seen.append(not teacher.training and same(before, copy_of(teacher)))
+        return losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kd, "be_taught", watched)
+        phases_of(folder)
+    assert seen == [True] * 4
+
+
+def kd_step(run, feeds, teacher=None, **recipe):
+    """One step of a student beside its own copy as teacher; the losses, and the student after it."""
+    run.recipe = replace(run.recipe, drop_path=0.0, **recipe)
+    state = run.state("kd", run.schedule(feeds[0], 2, 1e-3))
+    run.from_weights(None)(state)
+    state.step = 1  # at step 0 the learning rate is 0
+    teacher = (teacher or state.teacher).eval()
+    return kd.be_taught(state, teacher, feeds), state
+
+
+def test_images_without_a_label_bring_answers_only(tmp_path):
+    run = opened(tmp_path / "r", **KD)
+    teacher = run.network()
+    torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
+    labelled, rest = run.labelled("t0"), run.feed(without_label(run), "unlabelled", 0, False)
+    both, _ = kd_step(run, [labelled, rest], teacher)
+    alone, _ = kd_step(run, [labelled], teacher)
+    none, _ = kd_step(run, [rest], teacher)
+    assert both["classes"] == pytest.approx(alone["classes"], rel=1e-6)
+    assert none["classes"] == 0
+    sizes = [feed.batch(0, 1).size for feed in (labelled, rest)]
+    mean = (alone["taught"] * sizes[0] + none["taught"] * sizes[1]) / sum(sizes)
+    assert both["taught"] == pytest.approx(mean, rel=1e-5)
+    assert alone["loss"] == pytest.approx(0.5 * alone["classes"] + 0.5 * alone["taught"], rel=1e-6)
+    run.teller.close()
+
+
+def test_step_in_parts_costs_what_the_whole_costs(tmp_path):
+    run = opened(tmp_path / "r", **KD)
+    teacher = run.network()
+    torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
+    feeds = [run.labelled("t0"), run.feed(without_label(run), "unlabelled", 0, False)]
+    whole, one = kd_step(run, feeds, teacher)
+    parts, other = kd_step(run, feeds, teacher, micro_batch=1)
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    # gradients, not weights: Adam's first step makes a full step of a gradient that is zero but for rounding
+    for mine, theirs in zip(one.student.parameters(), other.student.parameters(), strict=True):
+        if mine.grad is not None and theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+    run.teller.close()
+
+
+def test_loss_is_the_bernoulli_form_on_the_same_view(tmp_path):
+    run = opened(tmp_path / "r", **KD)
+    teacher = run.network().eval()
+    torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
+    feed = run.labelled("t0")
+    state = run.state("kd", run.schedule(feed, 2, 1e-3))
+    state.student.eval()
+    batch: Batch = feed.batch(0, 0)
+    everything = slice(0, batch.size)
+    terms = kd.teaching(teacher, 1.0, {})(state, batch, everything)
+    view = batch.views(everything)[1]
+    guess, told = state.student.classify(view), teacher.classify(view)
+    expected = 0.5 * label_loss(guess, batch.labels) + 0.5 * bernoulli_kl(guess, told, 2.0)
+    torch.testing.assert_close(terms.loss, expected)
+    assert expected - 0.5 * label_loss(guess, batch.labels) > 0.1
+    run.teller.close()
+
+
+def test_without_the_teachers_share_a_step_is_one_on_labels(tmp_path):
+    run = opened(tmp_path / "r", **KD)
+    feed = run.labelled("t0")
+    _, taught = kd_step(run, [feed], kd_alpha=0.0)
+    alone = run.state("kd", run.schedule(feed, 2, 1e-3))
+    run.from_weights(None)(alone)
+    alone.step = 1
+    supervise(alone, feed)
+    for mine, theirs in zip(taught.student.parameters(), alone.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-5)
+    run.teller.close()
+
+
+def test_defective_teacher_has_a_quarter_of_the_epochs_at_their_own_rates(tmp_path):
+    run = opened(tmp_path / "r", **KD)
+    whole = run.schedule(run.labelled("t0"), 8, 1e-3)
+    short = kd.defective(whole)
+    assert short.steps == whole.steps // 4
+    np.testing.assert_array_equal(short.lr, whole.lr[: short.steps])
+    assert kd.defective(run.schedule(run.labelled("t0"), 3, 1e-3)).steps == whole.steps_per_epoch
+    run.teller.close()
+
+
+def in_train_mode(network, mode=True):
+    return network.train()
+
+
+def unshared(teacher, share, balance):
+    return TEACHING(teacher, 1.0, balance)
+
+
+TEACHING = kd.teaching
+MUTATIONS = [
+    ("test_teacher_of_kd_stands_still_in_eval_mode", "torch.nn.Module.eval", in_train_mode),
+    ("test_images_without_a_label_bring_answers_only", "learner.recipes.kd.teaching", unshared),
+    ("test_step_in_parts_costs_what_the_whole_costs", "learner.recipes.kd.share_of", lambda batch, part: 1.0),
+    (
+        "test_loss_is_the_bernoulli_form_on_the_same_view",
+        "learner.objectives.knowledge_distillation.bernoulli_kl",
+        lambda student, teacher, temperature: bernoulli_kl(student, teacher, 1.0),
+    ),
+    (
+        "test_without_the_teachers_share_a_step_is_one_on_labels",
+        "learner.objectives.knowledge_distillation.label_loss",
+        lambda guess, labels, known: label_loss(guess, 1 - labels, known),
+    ),
+    ("test_defective_teacher_has_a_quarter_of_the_epochs_at_their_own_rates", "learner.recipes.kd.defective", lambda whole: whole),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
+def test_every_property_notices_its_mutation(monkeypatch, tmp_path, test, attribute, wrong):
+    monkeypatch.setattr(attribute, wrong)
+    given = {"tmp_path": tmp_path, "flip": False}
+    wanted = inspect.signature(globals()[test]).parameters
+    with pytest.raises(AssertionError):
+        globals()[test](**{name: given[name] for name in wanted})

@@ -1,0 +1,120 @@
+"""Rounds of `evolve` that go on from a parent: what it knew and this round's labels don't say stays known."""
+
+import pytest
+import torch
+
+from learner.engine.checkpoint import CheckpointError, load_network, save_weights
+from learner.recipes import evolve
+from learner.round.manifest import ManifestError, load
+from learner.round.run import Run
+from tests.support.learner.round_folders import make, read_manifest, write_manifest
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens a round after one whose networks differ and know both findings; `edit` changes its manifest."""
+    runs = []
+
+    def open_round(edit=lambda manifest: None, parent=None, **overrides):
+        first = Run(load(make(tmp_path / f"first {len(runs)}", **{"lam": 0.0, **(parent or {})})))
+        state, generator = first.state("evolve", first.schedule(first.unlabelled(), 1, 1e-3)), torch.Generator()
+        for number, network in enumerate((state.student, state.teacher)):
+            for value in network.parameters():
+                torch.nn.init.normal_(value, 0, 0.1, generator=generator.manual_seed(number))
+        at = tmp_path / f"{len(runs)}.safetensors"
+        save_weights(at, state, first.plan, first.round.findings)
+        parent = {"bundle": "abc", "state": str(at)}
+        folder = make(tmp_path / f"r {len(runs)}", samples={"parent": parent}, **{"lam": 0.0, **overrides})
+        manifest = read_manifest(folder)
+        edit(manifest)
+        write_manifest(folder, manifest)
+        runs.extend([first, Run(load(folder))])
+        return runs[-1]
+
+    yield open_round
+    for run in runs:
+        run.teller.close()
+
+
+def without_labels(manifest):
+    for sample in manifest["images"]:
+        sample["labels"] = None if sample["range"] == "train" else sample["labels"]
+
+
+def without_a_positive_mass(manifest):
+    for sample in manifest["images"]:
+        sample["labels"][1] = None if sample["labels"][1] is None else 0
+
+
+@pytest.mark.parametrize("refit", ["graph", "linear"])
+@pytest.mark.parametrize(("edit", "kept"), [(without_labels, [True, True]), (without_a_positive_mass, [False, True])])
+def test_a_finding_that_no_label_tells_of_keeps_the_parents_head(opened, edit, kept, refit):
+    run = opened(edit, refit=refit)
+    state = evolve.begun(run, run.from_parent)
+    before = evolve.head_of(state.student)
+    evolve.teach(run, state)
+    for network in (state.student, state.teacher):
+        after = evolve.head_of(network)
+        same = (after.weight == before.weight).all(1) & (after.bias == before.bias)
+        assert same.tolist() == kept
+
+
+def test_the_anchor_is_what_the_parent_serves(opened):
+    run = opened(replay=0.25)
+    table = evolve.targets(run, evolve.begun(run, run.from_parent))
+    samples = run.round.unlabelled
+    torch.testing.assert_close(table["champion"], evolve.logits_of(run, run.champion(), samples))
+
+
+def test_a_round_after_a_served_teacher_begins_with_it(opened):
+    run = opened(parent={"method": "distl", "lam": 0.5, "serve": "teacher"})
+    state, served = evolve.begun(run, run.from_parent), run.champion().state_dict()
+    assert all(torch.equal(value, served[key]) for key, value in state.student.state_dict().items())
+
+
+def test_frozen_blocks_that_a_parent_trained_are_the_same_in_both_networks(opened):
+    run = opened(parent={"arch": "vit_tiny_patch8_depth2"}, frozen_blocks=1)
+    state = evolve.begun(run, run.from_parent)
+    images = torch.randn(2, 1, 32, 32)
+    lower = [network.backbone.lower(images) for network in (state.student, state.teacher)]
+    assert torch.equal(*lower)
+
+
+@pytest.mark.parametrize("targets", ["graph", "none"])
+def test_a_round_in_which_neighbours_have_no_label_to_pass_on_is_refused(opened, targets):
+    run = opened(without_labels, targets=targets)
+    with pytest.raises(ManifestError, match='leave targets = "teacher"'):
+        evolve.run(run)
+
+
+ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0}  # a network of `kd` or `pseudo-label`
+
+
+@pytest.mark.parametrize(
+    ("parent", "child", "begins_anew"),
+    [
+        (ALONE, {"lam": 1.0}, ["head."]),
+        ({}, {"lam": 1.0, "ibot": 1.0}, ["mask", "patch_head."]),
+        (ALONE, {"lam": 1.0, "ibot": 1.0}, ["head.", "mask", "patch_head."]),
+    ],
+)
+def test_a_head_that_the_parents_recipe_had_no_use_for_begins_anew_and_alike(opened, parent, child, begins_anew):
+    run = opened(parent=parent, **child)
+    state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    fresh = {name: value.clone() for name, value in state.student.state_dict().items()}
+    run.from_parent(state)
+    student, teacher = state.student.state_dict(), state.teacher.state_dict()
+    for name, value in student.items():
+        anew = name.startswith(tuple(begins_anew))
+        assert torch.equal(value, fresh[name]) is anew, name
+        assert not anew or torch.equal(value, teacher[name]), name
+
+
+def test_a_class_head_that_is_missing_is_refused_as_ever(opened):
+    run = opened()
+    tensors = {name: value for name, value in run._parent()[0].items() if "cls_head" not in name}
+    with pytest.raises(CheckpointError, match=r"student\.cls_head\.mlp\.0\.weight is missing"):
+        load_network(run.network(), tensors, "student.")

@@ -1,0 +1,207 @@
+"""What a manifest may not say, and what a round folder holds."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from learner.round.manifest import ManifestError, RoundBusy, held, load, read_plate, whole_folder, write_json
+from learner.round.recipe import RECIPES, Recipe, RecipeError, resolve
+from tests.support.learner.round_folders import make_round, read_manifest, write_manifest
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return make_round(tmp_path_factory.mktemp("plain") / "r")
+
+
+def spoiled(plain, folder, change):
+    manifest = read_manifest(plain)
+    manifest["plates"] = str(plain / "plates")
+    change(manifest)
+    write_manifest(folder, manifest)
+    return folder
+
+
+def test_manifest_becomes_a_round(plain):
+    round_ = load(plain)
+    assert (len(round_.labelled), len(round_.unlabelled)) == (6, 14)  # the pool holds the labelled ones too
+    assert round_.samples[0].labels == (1, 0)
+    assert round_.recipe.seed == 3
+
+
+REFUSED = [
+    (lambda m: m["images"][0].update(range="golden"), "golden image is never trained on"),
+    (lambda m: m["images"][0].update(range="golden_next"), "golden image is never trained on"),
+    (lambda m: m["images"][-1].update(patient="p0"), "patient p0 is in train and in calibration"),
+    (lambda m: m.update(plate_version=2), "plate_version 2"),
+    (lambda m: m.update(version=2), "version 2"),
+    (lambda m: m.update(extra=1), "unknown extra"),
+    (lambda m: m.pop("until"), "missing until"),
+    (lambda m: m["images"][3].pop("labels"), "missing labels"),
+    (lambda m: m["images"][2].update(labels=[1]), "needs 2 of 1, 0 or null"),
+    (lambda m: m["images"][2].update(labels=[1, 0.5]), "needs 2 of 1, 0 or null"),
+    (lambda m: m["images"][2].update(image=0), "appears twice"),
+    (lambda m: m["images"][2].update(plate="../x.npy"), "leaves the plates folder"),
+    (lambda m: m.update(findings=[]), "at least one name"),
+    (lambda m: m.update(samples=[]), "images is empty"),
+    (lambda m: m.update(until="tonight"), "not an ISO 8601 time"),
+    (lambda m: m.update(parent={"bundle": "abc", "state": "nowhere"}), "is missing"),
+    (lambda m: m["recipe"].update(lamb=0.5), "did you mean 'lam'"),
+    (lambda m: m["recipe"].update(flip="no"), "expected bool"),
+    (lambda m: m["recipe"].update(clip=-1), "clip = -1.0: must not be below 0"),
+    (lambda m: m["recipe"].update(weight_decay=float("nan")), "weight_decay = nan: expected float"),
+    (lambda m: m["recipe"].update(prototypes=0), "distils, which takes 2 at least"),
+    (lambda m: m.update(seed=-1), "seed = -1: too small"),
+    (lambda m: m["images"][0].update(patient=7) or m["images"][-1].update(patient="7"), "patient 7 is in train and in"),
+]
+
+
+@pytest.mark.parametrize(("change", "why"), REFUSED, ids=[why for _, why in REFUSED])
+def test_manifest_is_refused(plain, tmp_path, change, why):
+    with pytest.raises(ManifestError, match=why.replace(".", r"\.")):
+        load(spoiled(plain, tmp_path, change))
+
+
+ODD = [None, 1, -1, 1.5, float("nan"), 10**400, True, "", "x", [], {}, [[]], [None], {"a": 1}]
+
+
+def test_no_key_of_any_kind_is_more_than_a_round_or_a_refusal(plain, tmp_path):
+    """Whatever stands in a manifest, a person reads why; a crash would be started again and again."""
+    whole = spoiled(plain, tmp_path, lambda m: m.update(parent={"bundle": "abc", "state": "manifest.json"}))
+    sound, refused = read_manifest(whole), set()
+    load(whole)
+    some = {"lr", "flip", "arch", "batch", "global_scale"}  # of the recipe; its other keys are of these kinds
+    for part in (lambda m: m, lambda m: m["images"][2], lambda m: m["recipe"], lambda m: m["parent"]):
+        keys = [key for key in part(sound) if len(part(sound)) < 20 or key in some]
+        for key, value in [(key, value) for key in keys for value in ODD]:
+            manifest = json.loads(json.dumps(sound))
+            part(manifest)[key] = value
+            write_manifest(whole, manifest)
+            try:
+                load(whole)
+            except ManifestError:
+                refused.add(key)
+    assert refused == sound.keys() | sound["images"][0].keys() | {"state", "bundle"} | some
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"null", b"[]", b"\xff\xfe"])
+def test_what_is_no_manifest_at_all_is_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_bytes(text)
+    with pytest.raises(ManifestError):
+        load(tmp_path)
+
+
+def test_what_is_no_plate_is_refused(tmp_path):
+    np.savez(tmp_path / "archive.npy.npz", np.zeros((512, 512), np.uint8))
+    (tmp_path / "archive.npy.npz").rename(tmp_path / "archive.npy")
+    np.save(tmp_path / "small.npy", np.zeros((256, 256), np.uint8))
+    np.save(tmp_path / "float.npy", np.zeros((512, 512), np.float32))
+    whole = (tmp_path / "small.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(whole[:999])
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "folder.npy").mkdir()
+    for name in ("archive", "small", "float", "cut", "empty", "folder", "absent", "\ud800"):
+        with pytest.raises(ManifestError):
+            read_plate(tmp_path / f"{name}.npy")
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, -1), (0, 14), (14, -1)])
+def test_p_no_patient_is_in_two_ranges_and_the_check_is_what_sees_it(plain, tmp_path, monkeypatch, one, other):
+    """Train, validation and calibration, two by two; without the check the manifest would pass."""
+
+    def change(manifest):
+        manifest["images"][other].update(patient=manifest["images"][one]["patient"])
+
+    assert len({read_manifest(plain)["images"][i]["range"] for i in (one, other)}) == 2
+    with pytest.raises(ManifestError, match="split by patient"):
+        load(spoiled(plain, tmp_path, change))
+    monkeypatch.setattr("learner.round.manifest._one_range", lambda where, row, range_of: None)
+    load(tmp_path)
+
+
+def test_window_may_move_without_making_it_another_round(plain, tmp_path):
+    later = spoiled(plain, tmp_path, lambda m: m.update(until="2030-01-01T05:00:00+00:00", plates="plates"))
+    assert load(later).fingerprint == load(plain).fingerprint
+    other = spoiled(plain, tmp_path, lambda m: m.update(seed=4, plates="plates"))
+    assert load(other).fingerprint != load(plain).fingerprint
+
+
+def test_two_learners_never_share_a_round(tmp_path):
+    with held(tmp_path), pytest.raises(RoundBusy), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass
+
+
+def test_folder_is_whole_or_absent(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "t0") as folder:
+        write_json(folder / "card.json", {})
+        raise KeyboardInterrupt
+    assert not (tmp_path / "t0").exists()
+    with whole_folder(tmp_path / "t0") as folder:
+        assert list(folder.iterdir()) == []
+        write_json(folder / "card.json", {"a": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["t0"]
+
+
+def test_recipe_survives_json():
+    for name in RECIPES:
+        for profile in ("gpu", "cpu", "demo"):
+            recipe = resolve(name, profile)
+            assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_published_sizes_are_the_defaults():
+    recipe = resolve("distl", "gpu")
+    assert (recipe.image_size, recipe.local_size, recipe.local_views, recipe.prototypes) == (256, 128, 8, 65536)
+    assert (recipe.lam, recipe.correct_every, recipe.epochs, recipe.ema_base, recipe.clip) == (0.5, 500, 5, 0.9995, 3.0)
+    assert not recipe.flip
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"lam": 2}, {"batch": 0}, {"device": "tpu"}, {"global_scale": [0.9, 0.5]}, {"local_size": 999}, {"epochs": 1.5},
+     {"flip": 1}, {"lr": 0}],
+)  # fmt: skip
+def test_wrong_values_are_refused(bad):
+    with pytest.raises(RecipeError, match=next(iter(bad))):
+        resolve("distl", "demo", bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "idle", "way_out"),
+    [
+        ("evolve", {"agree": "heads"}, 'targets = "graph"'),
+        ("evolve", {"agree": "soft", "targets": "none"}, 'targets = "graph"'),
+        ("evolve", {"thresholds": True}, 'targets = "graph"'),
+        ("evolve", {"align": True, "targets": "graph"}, 'targets = "teacher"'),
+        ("evolve", {"centring": "sinkhorn"}, "lam or ibot above 0"),
+        ("evolve", {"serve": "teacher"}, "only distl"),
+        ("evolve", {"targets": "none", "label_weight": 0.0}, "nothing to learn"),
+        ("evolve", {"targets": "none", "backbone": "b.safetensors"}, "nothing to learn"),  # label_weight is 0 then
+        ("evolve", {"pseudo_weight": 0.0, "label_weight": 0.0}, "nothing to learn"),
+        ("pretrain", {"targets": "teacher"}, "use evolve"),
+        ("pretrain", {"replay": 0.25}, "use evolve"),
+        ("pretrain", {"align": True}, 'targets = "teacher"'),
+        ("pretrain", {"lam": 0.0, "ibot": 0.0, "koleo": 0.0}, "nothing to learn"),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused_with_a_way_out(name, idle, way_out):
+    with pytest.raises(RecipeError, match=way_out):
+        resolve(name, "gpu", idle)
+
+
+def test_unknown_recipe_and_profile_name_what_there_is():
+    with pytest.raises(RecipeError, match="there is distl"):
+        resolve("dist", "gpu")
+    with pytest.raises(RecipeError, match="gpu, cpu, demo"):
+        resolve("distl", "tpu")
+
+
+def test_recipe_and_round_dir_leave_torch_alone():
+    code = "import sys, learner, learner.round.recipe, learner.round.manifest; print('torch' in sys.modules, 'timm' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "False"]

@@ -1,0 +1,23 @@
+"""What an archive is asked for in tests, and the node that its answers come to."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+from dicom.client.archive import Image
+from dicom.node.listener import Listener, Node
+from dicom.store.inbox import Inbox
+from tests.support.dicom.pacs import xray
+
+ASKED = Image("1.2.3", "1.2.3.4", str(xray().SOPInstanceUID), "")
+
+
+@contextmanager
+def receiving(folder: Path):
+    """A running listener, and its inbox under `folder`."""
+    inbox = Inbox(folder / "inbox", 0)
+    listener = Listener(Node(port=0), inbox)
+    listener.start()
+    try:
+        yield listener, inbox
+    finally:
+        listener.stop()

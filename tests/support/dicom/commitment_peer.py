@@ -1,0 +1,99 @@
+"""The asking side of storage commitment, and nodes that it asks."""
+
+import threading
+from contextlib import contextmanager
+
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
+from pynetdicom import AE, evt
+
+from agent.network.node import listen
+from dicom.client.sender import COMMITMENT_INSTANCE, STORAGE_COMMITMENT, echo
+from dicom.dataset.facts import SECONDARY_CAPTURE
+from dicom.dataset.part10 import EXPLICIT_LE
+from dicom.node.commitment import SUCCESS
+from tests.conftest import make_site
+from tests.support.dicom.pacs import associate, free_port, wait_for
+
+ABSENT = (SECONDARY_CAPTURE, "1.2.3.4.5.6.7.8.9")
+
+
+class Pacs:
+    """The asking side: sends N-ACTION, and takes N-EVENT-REPORT on a port of its own once it is open."""
+
+    def __init__(self, port=None, answer=SUCCESS):
+        self.port, self.answer = port or free_port(), answer
+        self.reports: list[tuple[int, Dataset]] = []
+        self.server = None
+
+    def open(self, context=None):
+        entity = AE("PACS")
+        entity.add_supported_context(STORAGE_COMMITMENT, EXPLICIT_LE, scu_role=False, scp_role=True)
+        handlers = [(evt.EVT_N_EVENT_REPORT, self._reported)]
+        where = ("127.0.0.1", self.port)
+        self.server = entity.start_server(where, block=False, evt_handlers=handlers, ssl_context=context)
+        return self
+
+    def close(self):
+        if self.server:
+            self.server.shutdown()
+
+    def _reported(self, event):
+        self.reports.append((event.event_type, event.event_information))
+        return self.answer, None
+
+    def ask(self, port, references, transaction=None, action=1, instance=COMMITMENT_INSTANCE, calling="PACS"):
+        """Status of an N-ACTION for these (class, instance) pairs."""
+        wanted = Dataset()
+        wanted.TransactionUID = transaction or generate_uid()
+        wanted.ReferencedSOPSequence = []
+        for sop_class, sop_uid in references:
+            item = Dataset()
+            item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, sop_uid
+            wanted.ReferencedSOPSequence.append(item)
+        association = associate(port, [(STORAGE_COMMITMENT, EXPLICIT_LE)], calling=calling)
+        assert association.is_established
+        status, _ = association.send_n_action(wanted, action, STORAGE_COMMITMENT, instance)
+        association.release()
+        return status.Status
+
+    def told(self, count=1):
+        """The newest report as (event type, UIDs held, {UID: reason}) once there are so many."""
+        assert wait_for(lambda: len(self.reports) >= count)
+        event_type, information = self.reports[-1]
+        held = {item.ReferencedSOPInstanceUID for item in information.get("ReferencedSOPSequence", [])}
+        failed = {
+            item.ReferencedSOPInstanceUID: item.FailureReason for item in information.get("FailedSOPSequence", [])
+        }
+        return event_type, held, failed
+
+
+def of(*datasets):
+    return [(ds.SOPClassUID, ds.SOPInstanceUID) for ds in datasets]
+
+
+@contextmanager
+def nodes(folder):
+    """Gives what starts the node of a site whose peer is a Pacs: (site, port)."""
+    stops = []
+
+    def start(pacs, site=None, **keys):
+        site = site or make_site(folder / "site", node={"peers": [f"PACS@127.0.0.1:{pacs.port}"]} | keys)
+        stop = threading.Event()
+        thread = threading.Thread(target=listen, args=(site, stop))
+        thread.start()
+        stops.append((stop, thread))
+        port = site.config.node.port
+        assert wait_for(lambda: echo("127.0.0.1", port, "CXRLOOP"))
+        return site, port
+
+    try:
+        yield start
+    finally:
+        for stop, thread in stops:
+            stop.set()
+            thread.join()
+
+
+def pending(site):
+    return list((site.root / "node" / "commitment").glob("*.json"))

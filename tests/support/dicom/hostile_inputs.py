@@ -1,0 +1,38 @@
+"""What the bad inputs are made of, and a node that must be well after each of them."""
+
+from contextlib import contextmanager
+
+from dicom.dataset.facts import COMPUTED_RADIOGRAPHY, DIGITAL_XRAY_PRESENTATION
+from dicom.node.listener import Listener, Node
+from dicom.store.inbox import Inbox
+from tests.support.dicom.pacs import data_set, wait_for, xray
+from tests.support.dicom.raw_scu import echoes
+
+VERIFICATION = "1.2.840.10008.1.1"
+DX, CR, CT = DIGITAL_XRAY_PRESENTATION, COMPUTED_RADIOGRAPHY, "1.2.840.10008.5.1.4.1.1.2"
+GOOD = xray()
+DATA, UID = data_set(GOOD), str(GOOD.SOPInstanceUID)
+BIG = xray(7, side=900, bits=12)
+
+
+@contextmanager
+def nodes(folder):
+    """What starts a listener and its inbox. Each must be well at the end of every case."""
+    running = []
+
+    def start(inbox=None, **settings):
+        inbox = inbox or Inbox(folder / "inbox", settings.pop("min_free_bytes", 0))
+        listener = Listener(Node(port=0, **settings), inbox)
+        listener.start()
+        running.append(listener)
+        return listener, inbox
+
+    yield start
+    well = [wait_for(lambda one=one: echoes(one.port)) for one in running]
+    for listener in running:
+        listener.stop()
+    assert all(well)
+
+
+def everything(inbox):
+    return sorted(path.name for path in inbox.folder.rglob("*") if path.is_file())

@@ -1,0 +1,134 @@
+"""What tests of the recipes pseudo-label and kd share: their rounds, run whole or step by step, and what they left."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from learner.__main__ import main
+from learner.engine import distributed
+from learner.engine.progress import Teller
+from learner.round.manifest import load
+from learner.round.run import Run
+from tests.learner.round.test_round import same_weights, start, wait_for
+from tests.support.learner.round_folders import card, make_round, result
+
+ALONE = {"prototypes": 0, "local_views": 0, "init": "mimetic"}
+CONVNET = "test_resnet"  # a residual net of .4 million weights, with batch norm
+
+
+def whole_rounds(tmp_path_factory, cases):
+    """The folder of a first round of a case, run to its end once."""
+    made = {}
+
+    def folder_of(case):
+        if case not in made:
+            made[case] = make_round(tmp_path_factory.mktemp("whole") / "r", **cases[case])
+            assert main([str(made[case])]) == 0
+        return made[case]
+
+    return folder_of
+
+
+EPS = 1e-3  # of Adam: small beside the gradients of these rounds (.1), large beside their rounding (1e-8 to 1e-6)
+
+
+class Bare(Run):
+    """A run that writes no bundle: where only its phases are looked at, and sums in another order are compared.
+
+    Adam divides a gradient by its own size: where the true one is as good as zero, its rounding would be a whole step.
+    """
+
+    def export(self, name, state, serve, chosen=None, plan=None):
+        pass
+
+    def state(self, *given, **named):
+        state = super().state(*given, **named)
+        for group in state.optimiser.param_groups:
+            group["eps"] = EPS
+        return state
+
+
+def phases_of(folder):
+    """All phases of a round folder's recipe."""
+    round_ = load(folder)
+    run = Bare(round_)
+    try:
+        importlib.import_module(f"learner.recipes.{round_.recipe.method.replace('-', '_')}").run(run)
+    finally:
+        run.teller.close()
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def opened(folder, **overrides):
+    """A run on a new round, before its first phase."""
+    make_round(folder, **overrides)
+    return Run(load(folder))
+
+
+def without_label(run):
+    return [sample for sample in run.round.unlabelled if not sample.labelled]
+
+
+def copy_of(network):
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def check_phases(folder, phases):
+    """Each phase has its steps and the round leaves two models."""
+    steps = [row["phase"] for row in rows_of(folder) if "kind" not in row]
+    assert {phase: steps.count(phase) for phase in steps} == phases
+    assert sorted(path.name for path in (folder / "final").iterdir()) == sorted(
+        path.name for path in (folder / "t0").iterdir()
+    )
+    assert card(folder, "t0")["phase"] == "t0"
+    assert card(folder)["phase"] == list(phases)[-1]
+
+
+def check_stopping_after_every_step(reference, folder, steps, monkeypatch):
+    """Through batch norm's statistics, the best epoch so far and a teacher of another kind; bitwise, on the CPU."""
+    starts, step = 0, Teller.step
+
+    def step_and_ask(teller, state, losses):
+        step(teller, state, losses)
+        teller.asked = "one step"
+
+    monkeypatch.setattr(Teller, "step", step_and_ask)
+    while (code := main([str(folder)])) == 75:
+        starts += 1
+        assert result(folder)["reason"] == "one step"  # a signal from outside would be a pause too
+    assert code == 0
+    assert starts == steps
+    for model in ("t0", "final"):
+        assert same_weights(reference / model / "state.safetensors", folder / model / "state.safetensors")
+    untimed = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(f)] for f in (reference, folder)]
+    assert untimed[0] == untimed[1]
+
+
+def check_killed_and_restarted(reference, folder):
+    """Killed while the student learns and started again, a round equals the uninterrupted one."""
+    process = start(folder)
+    wait_for(folder / "t0/state.safetensors", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "final").exists()
+    assert main([str(folder)]) == 0
+    assert same_weights(reference / "final/state.safetensors", folder / "final/state.safetensors")
+    assert len(rows_of(folder)) == len(rows_of(reference))
+
+
+if __name__ == "__main__":  # under torchrun: the phases of several rounds, one after the other
+    with distributed.joined():
+        for name in sys.argv[1:]:
+            phases_of(Path(name))
