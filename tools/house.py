@@ -2,8 +2,8 @@
 
 Reads every Python file below the top folders; imports by `ast`, never by running code. A layer is a set of modules
 in the `layers` contracts of import-linter in pyproject.toml, and in TOP. `python tools/house.py` prints the table;
-`--rooms` gives each sub-folder its own row; `--json` prints the numbers; `--names` adds the imports that run up and
-the modules of each circle.
+`--write` puts it into docs/benchmarks.md. `--rooms` gives each sub-folder its own row; `--json` prints the numbers;
+`--names` adds the imports that run up and the modules of each circle.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("agent", "dicom", "learner", "deploy", "cxrloop", "bench", "acceptance", "tools", "tests")
 TOP = ("agent", "dicom | learner | deploy", "cxrloop")  # highest first; `|` separates rooms that may not meet
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- table of tools/house.py -->\n", "\n<!-- end of the table -->"  # blank lines: a table ends at them
 Imports = dict[str, set[str]]  # module -> modules of this repository that it imports
 
 
@@ -172,24 +174,33 @@ def readme_words(text: str) -> int:
     return sum(len(line.split()) for line in prose.splitlines() if not line.startswith("|"))
 
 
+def markdown(rows: list[Row], words: int) -> str:
+    """Return the table of the rows, and the sentence on the words of README.md."""
+    lines = ["| folder | files | longest file | lines | imports that run up | circles |", "|---|---|---|---|---|---|"]
+    lines += [f"| {r.folder} | {r.files} | `{r.longest}` | {r.lines} | {r.up} | {r.circles} |" for r in rows]
+    return "\n".join([*lines, "", f"README.md has {words} words, code blocks and tables not counted."])
+
+
 def main() -> None:
-    """Print the table, or its numbers as JSON."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--json", action="store_true", help="one JSON document in place of the table")
-    words.add_argument("--names", action="store_true", help="also the imports that run up and the circles, by name")
-    words.add_argument("--rooms", action="store_true", help="a row for each folder, without its sub-folders")
-    asked = words.parse_args()
+    """Print the table, or its numbers as JSON; write it into docs/benchmarks.md where asked."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--json", action="store_true", help="one JSON document in place of the table")
+    options.add_argument("--names", action="store_true", help="also the imports that run up and the circles, by name")
+    options.add_argument("--rooms", action="store_true", help="a row for each folder, without its sub-folders")
+    options.add_argument("--write", action="store_true", help="also write the table into docs/benchmarks.md")
+    asked = options.parse_args()
     rows, bad, rings = table(ROOT, asked.rooms)
-    readme = readme_words((ROOT / "README.md").read_text("utf-8"))
+    words = readme_words((ROOT / "README.md").read_text("utf-8"))
     if asked.json:
-        print(json.dumps({"folders": [asdict(row) for row in rows], "readme_words": readme}, indent=1))
+        print(json.dumps({"folders": [asdict(row) for row in rows], "readme_words": words}, indent=1))
     else:
-        print("| folder | files | longest file | lines | imports that run up | circles |\n|---|---|---|---|---|---|")
-        for row in rows:
-            print(f"| {row.folder} | {row.files} | `{row.longest}` | {row.lines} | {row.up} | {row.circles} |")
-        print(f"\nREADME.md has {readme} words, code blocks and tables not counted.")
+        print(markdown(rows, words))
     if asked.names:
         print("\n".join([*(f"up: {a} -> {b}" for a, b in sorted(bad)), *("circle: " + ", ".join(r) for r in rings)]))
+    if asked.write:
+        before, rest = PAGE.read_text("utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        PAGE.write_text(f"{before}{BEGIN}\n{markdown(rows, words)}\n{END}{after}", "utf-8")
 
 
 if __name__ == "__main__":
