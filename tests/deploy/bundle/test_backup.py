@@ -1,4 +1,4 @@
-"""The backup and restore of docs/operating.md: the very lines that are printed there, run on a live site."""
+"""The backup and restore of docs/backup.md: the very lines that are printed there, run on a live site."""
 
 import re
 import subprocess
@@ -17,8 +17,8 @@ BUNDLE = "0123456789ab"
 
 
 def documented(what: str) -> str:
-    """The shell block of docs/operating.md that begins with `# what:`."""
-    text = (ROOT / "docs/operating.md").read_text("utf-8")
+    """The shell block of docs/backup.md that begins with `# what:`."""
+    text = (ROOT / "docs/backup.md").read_text("utf-8")
     found = re.search(rf"```sh\n(# {what}:.*?)```", text, re.S)
     assert found
     return found[1].replace("cxrloop audit verify", f"{sys.executable} -m agent.cli.main audit verify")

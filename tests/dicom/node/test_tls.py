@@ -215,7 +215,7 @@ def commands(page):
 
 @pytest.mark.peer("dcmtk", "openssl")
 def test_the_commands_of_the_manual_make_a_certificate_that_serves_and_let_a_pacs_in(node, tmp_path):
-    page = Path(__file__).resolve().parents[3] / "docs" / "operating.md"
+    page = Path(__file__).resolve().parents[3] / "docs" / "connect.md"
     openssl, echoscu = commands(page.read_text("utf-8"))
     for name in ("node", "pacs"):
         mine = [word.replace("node.", f"{name}.") for word in openssl]
