@@ -19,8 +19,8 @@ from tests.support.agent.answering_site import NOW, an_answering_site, answering
 from tests.support.agent.images import put, take_in, xray
 from tests.support.agent.models import FINDINGS, add_model
 from tests.support.dicom.certificates import authority
-from tests.support.dicom.pacs import free_port
 from tests.support.dicom.storage_scp import Archive, text_of
+from tests.support.ports import free_port
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from dicom.node import tls
 from dicom.store.inbox import Inbox
 from tests.support.dicom.archive_queries import ASKED
 from tests.support.dicom.certificates import authority
-from tests.support.dicom.pacs import free_port, xray
+from tests.support.dicom.pacs import xray
+from tests.support.ports import free_port
 
 
 @pytest.fixture
@@ -75,10 +76,10 @@ JSON = {"Content-Type": "application/dicom+json"}
         (always(404), ArchiveUnusable, "root of its DICOMweb"),
         (always(500), ArchiveUnusable, r"\(500\)"),
         (always(503), ArchiveBusy, r"\(503\)"),
-        (always(200, {"Content-Type": "text/html"}, b"<html>log in</html>"), ArchiveUnusable, "no DICOM JSON"),
+        (always(200, {"Content-Type": "text/html"}, b"<html>log in</html>"), ArchiveUnusable, "not DICOM JSON"),
         (always(200, JSON, b'"what"'), ArchiveUnusable, "not a list"),
         (always(302, {"Location": "https://elsewhere.invalid/"}), ArchiveUnusable, "root of its DICOMweb"),
-        (always(200, JSON | {"Content-Length": "500"}, b"["), ArchiveBusy, "hung up"),
+        (always(200, JSON | {"Content-Length": "500"}, b"["), ArchiveBusy, "closed the connection"),
     ],
 )
 def test_what_a_server_says_is_told_in_words_that_help(http, reply, error, says):
@@ -206,8 +207,8 @@ def test_an_image_is_kept_as_it_came(http, tmp_path, headers, body):
         (MULTI, b"", "malformed"),
         (MULTI, FILE, "malformed"),
         (MULTI, PART[: len(PART) // 2], "malformed"),
-        (MULTI, PART.replace(b"--b-1--", b"--b-1\r\n\r\nmore\r\n--b-1--"), "more than the one part"),
-        (MULTI, PART.replace(b"DICM", b"MCID"), "no DICOM file"),
+        (MULTI, PART.replace(b"--b-1--", b"--b-1\r\n\r\nmore\r\n--b-1--"), "more than one part"),
+        (MULTI, PART.replace(b"DICM", b"MCID"), "not a DICOM file"),
         (MULTI, PART.replace(FILE, whole(xray(7))), "A900"),
         (MULTI, PART.replace(FILE, FILE[: len(FILE) // 2]), "3975 of 9216 bytes"),
         ({"Content-Type": "multipart/related"}, PART, "boundary"),

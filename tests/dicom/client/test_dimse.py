@@ -20,7 +20,8 @@ from dicom.node import tls
 from dicom.store.inbox import Inbox
 from tests.support.dicom.archive_queries import ASKED, receiving
 from tests.support.dicom.certificates import authority
-from tests.support.dicom.pacs import free_port, xray
+from tests.support.dicom.pacs import xray
+from tests.support.ports import free_port
 
 
 @pytest.fixture
@@ -76,11 +77,11 @@ def test_a_wrong_title_a_dead_port_and_a_strange_name_each_say_what_is_wrong(pac
     port = pacs(require_calling_aet=["SOMEBODY"])
     with pytest.raises(ArchiveUnusable, match="does not know our AE title CXRLOOP"):
         to(port).check_connection()
-    with pytest.raises(ArchiveUnusable, match="does not go by the AE title WRONG"):
+    with pytest.raises(ArchiveUnusable, match="does not have the AE title WRONG"):
         to(pacs(), aet="WRONG").check_connection()
-    with pytest.raises(ArchiveBusy, match="does not answer: nothing listens there"):
+    with pytest.raises(ArchiveBusy, match="does not answer: no program listens there"):
         to(free_port()).check_connection()
-    with pytest.raises(ArchiveUnusable, match="no address is known"):
+    with pytest.raises(ArchiveUnusable, match="the host name has no address"):
         Pacs(Peer("PACS", "no-such-host.invalid", 104), None, "get").check_connection()  # type: ignore[arg-type]
 
 
@@ -191,7 +192,7 @@ def test_an_archive_that_does_not_know_our_title_is_to_be_told(pacs):
     def move(event):
         yield None, None
 
-    with to(pacs(move=move), how="move").session() as session, pytest.raises(ArchiveUnusable, match="enter CXRLOOP"):
+    with to(pacs(move=move), how="move").session() as session, pytest.raises(ArchiveUnusable, match="add CXRLOOP"):
         session.fetch(ASKED)
 
 
@@ -219,7 +220,10 @@ def test_an_archive_that_dies_while_it_sends_is_busy_at_once(pacs, tmp_path):
         yield 1
 
     started = time.monotonic()
-    with to(pacs(get=get), Inbox(tmp_path, 0)).session() as session, pytest.raises(ArchiveBusy, match="hung up"):
+    with (
+        to(pacs(get=get), Inbox(tmp_path, 0)).session() as session,
+        pytest.raises(ArchiveBusy, match="closed the connection"),
+    ):
         session.fetch(ASKED)
     assert time.monotonic() - started < 5
 
@@ -235,7 +239,7 @@ def test_a_pdu_of_four_gigabytes_is_not_waited_for():
                 line.recv(1 << 16)
 
         threading.Thread(target=hostile, daemon=True).start()
-        with pytest.raises(ArchiveBusy, match="hung up"):
+        with pytest.raises(ArchiveBusy, match="closed the connection"):
             to(server.getsockname()[1]).check_connection()
 
 

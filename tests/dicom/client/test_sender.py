@@ -8,13 +8,15 @@ from pynetdicom import evt
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_STORE_RSP
 
-from dicom.client.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, VERIFICATION, deliver, echo, is_running, send
+from dicom.client.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, deliver, echo, is_running, send
+from dicom.dataset.facts import VERIFICATION
 from dicom.dataset.part10 import EXPLICIT_LE, IMPLICIT_LE
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
-from tests.support.dicom.pacs import associate, free_port, save, wait_for, xray
+from tests.support.dicom.pacs import associate, save, wait_for, xray
 from tests.support.dicom.storage_scp import Archive
+from tests.support.ports import free_port
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from dicom.dataset import header
-from dicom.dataset.elements import ITEM, ITEM_END, MOST, SEQUENCE_END, UNDEFINED
+from dicom.dataset.elements import ITEM, ITEM_END, MAX_ELEMENTS, SEQUENCE_END, UNDEFINED
 from dicom.dataset.part10 import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, read_header
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS
 from dicom.errors import Unreadable
@@ -86,12 +86,14 @@ def test_a_value_that_nobody_asked_for_is_passed_over_and_not_held():
 @pytest.mark.parametrize("what", ["elements", "items", "fragments"])
 def test_a_list_without_end_is_given_up(what):
     if what == "elements":
-        data = UID + b"".join(struct.pack("<HH2sH", 9 + 2 * (n >> 15), n & 0x7FFF, b"LO", 0) for n in range(MOST))
+        data = UID + b"".join(
+            struct.pack("<HH2sH", 9 + 2 * (n >> 15), n & 0x7FFF, b"LO", 0) for n in range(MAX_ELEMENTS)
+        )
     elif what == "items":
-        data = UID + private(b"SQ", length=UNDEFINED) + mark(ITEM) * MOST + mark(SEQUENCE_END)
+        data = UID + private(b"SQ", length=UNDEFINED) + mark(ITEM) * MAX_ELEMENTS + mark(SEQUENCE_END)
     else:
-        data = UID + PIXELS[:8] + struct.pack("<L", UNDEFINED) + mark(ITEM) * MOST + mark(SEQUENCE_END)
-    with pytest.raises(Unreadable, match=f"more than {MOST} elements"):
+        data = UID + PIXELS[:8] + struct.pack("<L", UNDEFINED) + mark(ITEM) * MAX_ELEMENTS + mark(SEQUENCE_END)
+    with pytest.raises(Unreadable, match=f"more than {MAX_ELEMENTS} elements"):
         read_header(io.BytesIO(data), EXPLICIT_LE, pixels=False)
 
 

@@ -11,7 +11,8 @@ from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 
 from agent.network.node import listen
-from dicom.client.sender import STORAGE_COMMITMENT, echo, report_commitment, send
+from dicom.client.sender import echo, report_commitment, send
+from dicom.dataset.facts import STORAGE_COMMITMENT
 from dicom.dataset.part10 import EXPLICIT_LE
 from dicom.node import commitment, tls
 from dicom.node.commitment import NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS, Pending, Request

@@ -12,7 +12,7 @@ from dicom.store.inbox import Inbox
 from tests.support.dicom.pacs import data_set, xray
 from tests.support.dicom.raw_scu import Scu
 
-BENCH = Path(__file__).resolve().parents[3] / "bench" / "ingest_kill.py"
+BENCH = Path(__file__).resolve().parents[3] / "bench" / "node" / "kill.py"
 
 
 def test_25_whatever_got_success_is_there_byte_for_byte_after_a_kill_at_any_moment(tmp_path):

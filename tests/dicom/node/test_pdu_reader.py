@@ -46,11 +46,11 @@ def test_the_library_is_the_one_whose_reading_was_replaced():
 
 
 def test_pynetdicoms_own_tests_pass_over_our_reading(tmp_path):
-    here, plugins = Path(__file__).parent, ["-p", "stream_everywhere", "-p", "no:cacheprovider"]
+    root, plugins = Path(__file__).parents[3], ["-p", "tests.support.dicom.pdu_reader_plugin", "-p", "no:cacheprovider"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *plugins, "--pyargs", "pynetdicom.tests.test_dul"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"},
+        env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
         timeout=240,
@@ -234,11 +234,11 @@ def test_a_message_for_the_library_has_a_bound_too(node):
 
 def test_a_fault_of_ours_costs_one_association_and_is_in_the_log_without_values(node, caplog, monkeypatch):
     listener, inbox = node()
-    monkeypatch.setattr("dicom.node.reception.answer", lambda *_: {}["DOE^JANE"])
+    monkeypatch.setattr("dicom.node.reception.store_status", lambda *_: {}["DOE^JANE"])
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
         assert scu.store(DATA, DX, UID) is None
-    assert wait_for(lambda: "KeyError in test_dicom_stream.py" in caplog.text)
+    assert wait_for(lambda: "KeyError in test_pdu_reader.py" in caplog.text)
     assert "DOE" not in caplog.text
     assert everything(inbox) == []
     assert echoes(listener.port)

@@ -15,7 +15,8 @@ from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.intake.examine import Admission, examine
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
-from tests.support.dicom.pacs import KEY, free_port, save, wait_for, xray
+from tests.support.dicom.pacs import KEY, save, wait_for, xray
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.peer
 

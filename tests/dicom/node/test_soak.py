@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).resolve().parents[3] / "bench" / "ingest_soak.py"
+BENCH = Path(__file__).resolve().parents[3] / "bench" / "node" / "soak.py"
 
 
 def test_eight_associations_among_troublemakers_lose_nothing_and_leave_nothing(tmp_path):

@@ -11,6 +11,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 
+from cxrloop.plate import PLATE_SIDE as SIDE
 from dicom.dataset.facts import RESULT_UID_ROOT
 from dicom.dataset.syntaxes import JPEG_BASELINE
 from dicom.errors import HeaderIncomplete
@@ -18,7 +19,7 @@ from dicom.intake.admission import Admission
 from dicom.intake.examine import examine
 from dicom.outgoing.codes import SCHEME, finding_code, own_code
 from dicom.outgoing.results import NOTICE, Score, Scored, character_set, read_image, result_uid
-from dicom.outgoing.secondary_capture import SIDE, STRIP, capture, sheet
+from dicom.outgoing.secondary_capture import STRIP, capture, sheet
 from dicom.outgoing.structured_report import report
 from tests.support.dicom.pacs import KEY, save, xray
 from tests.support.dicom.storage_scp import text_of

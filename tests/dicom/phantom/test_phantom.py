@@ -10,12 +10,12 @@ SMALL = 96
 
 def what_changes(finding: str, strength: float = 1.0, seed: int = 11) -> np.ndarray:
     """Absolute difference a finding makes on an otherwise equal image, float [rows, columns]."""
-    plain, sick = phantom.image(seed, {}, size=SMALL), phantom.xray(seed, {finding: strength}, size=SMALL)
+    plain, sick = phantom.image(seed, {}, size=SMALL), phantom.image(seed, {finding: strength}, size=SMALL)
     return np.abs(sick.astype(float) - plain.astype(float))
 
 
 def test_an_image_is_twelve_bit_and_the_same_for_the_same_seed():
-    first, again = phantom.image(3, {"opacity": 0.5}, size=SMALL), phantom.xray(3, {"opacity": 0.5}, size=SMALL)
+    first, again = phantom.image(3, {"opacity": 0.5}, size=SMALL), phantom.image(3, {"opacity": 0.5}, size=SMALL)
     assert first.dtype == np.uint16 and first.shape == (SMALL, SMALL)
     assert first.max() <= 4095 and first.std() > 300
     assert np.array_equal(first, again)

@@ -8,12 +8,13 @@ from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 
 from agent.network.node import listen
-from dicom.client.sender import COMMITMENT_INSTANCE, STORAGE_COMMITMENT, echo
-from dicom.dataset.facts import SECONDARY_CAPTURE
+from dicom.client.sender import echo
+from dicom.dataset.facts import COMMITMENT_INSTANCE, SECONDARY_CAPTURE, STORAGE_COMMITMENT
 from dicom.dataset.part10 import EXPLICIT_LE
 from dicom.node.commitment import SUCCESS
 from tests.conftest import make_site
-from tests.support.dicom.pacs import associate, free_port, wait_for
+from tests.support.dicom.pacs import associate, wait_for
+from tests.support.ports import free_port
 
 ABSENT = (SECONDARY_CAPTURE, "1.2.3.4.5.6.7.8.9")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 from pydicom import Dataset
 
-from tests.support.dicom.pacs import free_port, save, wait_for
+from tests.support.dicom.pacs import save, wait_for
+from tests.support.ports import free_port
 
 PLUGIN = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
 

@@ -4,7 +4,6 @@ Plain helpers, no fixtures and no mocks; every byte goes over a real socket.
 """
 
 import io
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,12 +82,6 @@ def send_once(port: int, data: bytes, sop_uid: str, sop_class: str, syntax: str 
         return store_raw(association, data, sop_uid, sop_class)
     finally:
         association.release()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 10) -> bool:
