@@ -37,7 +37,7 @@ def node(tmp_path):
         listener.stop()
 
 
-def everything(inbox):
+def file_names(inbox):
     return sorted(path.name for path in inbox.folder.rglob("*") if path.is_file())
 
 
@@ -86,7 +86,7 @@ def test_the_same_image_twice_is_two_successes(node):
     assert len(inbox.waiting()) == 2
 
 
-def test_what_is_no_chest_image_is_stored_too_and_left_to_the_intake(node):
+def test_an_image_that_is_not_a_chest_is_stored_and_the_intake_decides(node):
     listener, inbox = node()
     knee, bare = xray(1, body_part="KNEE"), xray(2)
     del bare.PixelData
@@ -136,12 +136,12 @@ def test_only_addresses_on_the_list_are_accepted(node):
     assert echo("127.0.0.1", listener.port, "CXRLOOP")
 
 
-def test_more_associations_than_allowed_are_rejected_and_later_ones_welcome(node):
+def test_associations_over_the_limit_are_rejected_until_others_end(node):
     listener, _ = node(max_associations=2)
-    held = [associate(listener.port, [(DX, EXPLICIT_LE)]) for _ in range(2)]
-    assert all(association.is_established for association in held)
+    associations = [associate(listener.port, [(DX, EXPLICIT_LE)]) for _ in range(2)]
+    assert all(association.is_established for association in associations)
     assert associate(listener.port, [(DX, EXPLICIT_LE)]).is_rejected
-    for association in held:
+    for association in associations:
         association.release()
     assert wait_for(lambda: echo("127.0.0.1", listener.port, "CXRLOOP"))
 

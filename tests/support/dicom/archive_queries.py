@@ -8,11 +8,11 @@ from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
 from tests.support.dicom.pacs import xray
 
-ASKED = Image("1.2.3", "1.2.3.4", str(xray().SOPInstanceUID), "")
+REQUESTED = Image("1.2.3", "1.2.3.4", str(xray().SOPInstanceUID), "")
 
 
 @contextmanager
-def receiving(folder: Path):
+def running_listener(folder: Path):
     """A running listener, and its inbox under `folder`."""
     inbox = Inbox(folder / "inbox", 0)
     listener = Listener(Node(port=0), inbox)

@@ -19,7 +19,7 @@ from tests.support.ports import free_port
 ABSENT = (SECONDARY_CAPTURE, "1.2.3.4.5.6.7.8.9")
 
 
-class Pacs:
+class CommitmentScu:
     """The asking side: sends N-ACTION, and takes N-EVENT-REPORT on a port of its own once it is open."""
 
     def __init__(self, port=None, answer=SUCCESS):
@@ -43,38 +43,38 @@ class Pacs:
         self.reports.append((event.event_type, event.event_information))
         return self.answer, None
 
-    def ask(self, port, references, transaction=None, action=1, instance=COMMITMENT_INSTANCE, calling="PACS"):
+    def request(self, port, references, transaction=None, action=1, instance=COMMITMENT_INSTANCE, calling="PACS"):
         """Status of an N-ACTION for these (class, instance) pairs."""
-        wanted = Dataset()
-        wanted.TransactionUID = transaction or generate_uid()
-        wanted.ReferencedSOPSequence = []
+        information = Dataset()
+        information.TransactionUID = transaction or generate_uid()
+        information.ReferencedSOPSequence = []
         for sop_class, sop_uid in references:
             item = Dataset()
             item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, sop_uid
-            wanted.ReferencedSOPSequence.append(item)
+            information.ReferencedSOPSequence.append(item)
         association = associate(port, [(STORAGE_COMMITMENT, EXPLICIT_LE)], calling=calling)
         assert association.is_established
-        status, _ = association.send_n_action(wanted, action, STORAGE_COMMITMENT, instance)
+        status, _ = association.send_n_action(information, action, STORAGE_COMMITMENT, instance)
         association.release()
         return status.Status
 
-    def told(self, count=1):
+    def last_report(self, count=1):
         """The newest report as (event type, UIDs held, {UID: reason}) once there are so many."""
         assert wait_for(lambda: len(self.reports) >= count)
         event_type, information = self.reports[-1]
-        held = {item.ReferencedSOPInstanceUID for item in information.get("ReferencedSOPSequence", [])}
+        committed = {item.ReferencedSOPInstanceUID for item in information.get("ReferencedSOPSequence", [])}
         failed = {
             item.ReferencedSOPInstanceUID: item.FailureReason for item in information.get("FailedSOPSequence", [])
         }
-        return event_type, held, failed
+        return event_type, committed, failed
 
 
-def of(*datasets):
+def references(*datasets):
     return [(ds.SOPClassUID, ds.SOPInstanceUID) for ds in datasets]
 
 
 @contextmanager
-def nodes(folder):
+def running_sites(folder):
     """Gives what starts the node of a site whose peer is a Pacs: (site, port)."""
     stops = []
 
@@ -96,5 +96,5 @@ def nodes(folder):
             thread.join()
 
 
-def pending(site):
+def pending_requests(site):
     return list((site.root / "node" / "commitment").glob("*.json"))

@@ -19,7 +19,7 @@ from dicom.dataset.syntaxes import (
 from tests.support.dicom.pacs import chest, save, xray
 
 
-def again(ds, tmp_path):
+def written_and_read(ds, tmp_path):
     """The image written and read back, as it would come from a PACS."""
     return dcmread(save(ds, tmp_path / "again.dcm"))
 

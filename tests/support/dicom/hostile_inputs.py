@@ -6,7 +6,7 @@ from dicom.dataset.facts import COMPUTED_RADIOGRAPHY, DIGITAL_XRAY_PRESENTATION
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
 from tests.support.dicom.pacs import data_set, wait_for, xray
-from tests.support.dicom.raw_scu import echoes
+from tests.support.dicom.raw_scu import answers_echo
 
 VERIFICATION = "1.2.840.10008.1.1"
 DX, CR, CT = DIGITAL_XRAY_PRESENTATION, COMPUTED_RADIOGRAPHY, "1.2.840.10008.5.1.4.1.1.2"
@@ -16,7 +16,7 @@ BIG = xray(7, side=900, bits=12)
 
 
 @contextmanager
-def nodes(folder):
+def running_listeners(folder):
     """What starts a listener and its inbox. Each must be well at the end of every case."""
     running = []
 
@@ -28,11 +28,11 @@ def nodes(folder):
         return listener, inbox
 
     yield start
-    well = [wait_for(lambda one=one: echoes(one.port)) for one in running]
+    answers = [wait_for(lambda listener=listener: answers_echo(listener.port)) for listener in running]
     for listener in running:
         listener.stop()
-    assert all(well)
+    assert all(answers)
 
 
-def everything(inbox):
+def file_names(inbox):
     return sorted(path.name for path in inbox.folder.rglob("*") if path.is_file())

@@ -64,14 +64,14 @@ class Orthanc:
     def __exit__(self, *_: object) -> None:
         self.stop(signal.SIGKILL)  # its own stop takes seconds, and nothing of it is kept
 
-    def hold(self, *images: Dataset) -> None:
+    def add(self, *images: Dataset) -> None:
         """Put images in."""
         for image in images:
             path = save(image, self._folder / "image.dcm")
             httpx.post(self.url + "/instances", content=path.read_bytes(), timeout=30).raise_for_status()
             path.unlink()
 
-    def drop(self, image: Dataset) -> None:
+    def remove(self, image: Dataset) -> None:
         """Lose an image."""
-        (found,) = httpx.post(self.url + "/tools/lookup", content=str(image.SOPInstanceUID), timeout=30).json()
-        httpx.delete(f"{self.url}/instances/{found['ID']}", timeout=30).raise_for_status()
+        (match,) = httpx.post(self.url + "/tools/lookup", content=str(image.SOPInstanceUID), timeout=30).json()
+        httpx.delete(f"{self.url}/instances/{match['ID']}", timeout=30).raise_for_status()

@@ -55,10 +55,10 @@ class Scu:
     def __exit__(self, *raised: object) -> None:
         self.wire.close()
 
-    def say(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         self.wire.sendall(data)
 
-    def hear(self) -> tuple[int, bytes] | None:
+    def receive(self) -> tuple[int, bytes] | None:
         """The next PDU as (type, rest); None when the other side closed."""
         try:
             kind, length = struct.unpack(">BxL", self._exactly(6))
@@ -77,23 +77,23 @@ class Scu:
 
     def associate(self, kinds: list[tuple[str, str]], called: str = "CXRLOOP", calling: str = "SCU") -> int:
         """The type of the answer, 0 when the other side hung up instead; `self.answer` keeps the rest of it."""
-        self.say(associate_rq(kinds, called, calling))
-        kind, self.answer = self.hear() or (0, b"")
+        self.send(associate_rq(kinds, called, calling))
+        kind, self.answer = self.receive() or (0, b"")
         return kind
 
-    def begin(self, sop_class: str, sop_uid: str, context: int = 1) -> None:
+    def start_store(self, sop_class: str, sop_uid: str, context: int = 1) -> None:
         """The command of a C-STORE."""
-        self.say(p_data(pdv(context, COMMAND, command(1, sop_class, sop_uid))))
+        self.send(p_data(pdv(context, COMMAND, command(1, sop_class, sop_uid))))
 
-    def data(self, data: bytes, last: bool = True, context: int = 1, step: int = 65536) -> None:
+    def send_data(self, data: bytes, last: bool = True, context: int = 1, step: int = 65536) -> None:
         """A data set, or its next piece, in PDUs of about `step` bytes."""
         pieces = [data[at : at + step] for at in range(0, len(data), step)] or [b""]
         for n, piece in enumerate(pieces):
-            self.say(p_data(pdv(context, LAST if last and n == len(pieces) - 1 else 0, piece)))
+            self.send(p_data(pdv(context, LAST if last and n == len(pieces) - 1 else 0, piece)))
 
     def status(self) -> int | None:
         """The status of the next response; None when the association ended instead."""
-        heard = self.hear()
+        heard = self.receive()
         if heard is None or heard[0] != P_DATA:
             self.answer = heard[1] if heard else b""
             return None
@@ -106,23 +106,23 @@ class Scu:
         return None
 
     def store(self, data: bytes, sop_class: str, sop_uid: str, context: int = 1) -> int | None:
-        self.begin(sop_class, sop_uid, context)
-        self.data(data, context=context)
+        self.start_store(sop_class, sop_uid, context)
+        self.send_data(data, context=context)
         return self.status()
 
     def echo(self, context: int = 1) -> int | None:
-        self.say(p_data(pdv(context, COMMAND, command(0x30, VERIFICATION, has_data=False))))
+        self.send(p_data(pdv(context, COMMAND, command(0x30, VERIFICATION, has_data=False))))
         return self.status()
 
     def release(self) -> bool:
-        self.say(struct.pack(">BxL4x", A_RELEASE_RQ, 4))
-        heard = self.hear()
+        self.send(struct.pack(">BxL4x", A_RELEASE_RQ, 4))
+        heard = self.receive()
         return heard is not None and heard[0] == A_RELEASE_RP
 
     def abort(self) -> None:
-        self.say(struct.pack(">BxL4x", A_ABORT, 4))
+        self.send(struct.pack(">BxL4x", A_ABORT, 4))
 
-    def ends(self, seconds: float) -> bool:
+    def closed_within(self, seconds: float) -> bool:
         """True when the other side closes within `seconds`, whatever it says before."""
         until = time.monotonic() + seconds
         try:
@@ -137,7 +137,7 @@ class Scu:
         return False
 
 
-def echoes(port: int) -> bool:
+def answers_echo(port: int) -> bool:
     """True when a fresh association gets its C-ECHO answered and its release confirmed."""
     try:
         with Scu(port) as scu:

@@ -55,9 +55,9 @@ class Archive:
 
 def text_of(item: Dataset) -> list[str]:
     """Every text, code and number of a content tree."""
-    said = [str(item.get("TextValue", ""))]
-    said += [code.CodeMeaning for code in item.get("ConceptCodeSequence", [])]
-    said += [str(number.NumericValue) for number in item.get("MeasuredValueSequence", [])]
+    texts = [str(item.get("TextValue", ""))]
+    texts += [code.CodeMeaning for code in item.get("ConceptCodeSequence", [])]
+    texts += [str(number.NumericValue) for number in item.get("MeasuredValueSequence", [])]
     for child in item.get("ContentSequence", []):
-        said += text_of(child)
-    return [one for one in said if one]
+        texts += text_of(child)
+    return [text for text in texts if text]
