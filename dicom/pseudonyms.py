@@ -14,7 +14,7 @@ MAX_DAYS = 3650  # ten years: hides the year of the image, but keeps its era
 
 
 def patient_key(key: bytes, patient_id: str, issuer: str, study_uid: str) -> tuple[str, bool]:
-    """Return ("p" + 16 hex, True) for the patient, or ("s" + 16 hex, False) for the study if the header names no patient."""
+    """Return ("p" + 16 hex, True) for the patient; ("s" + 16 hex, False) for the study if no patient is named."""
     patient_id = patient_id.strip()
     if patient_id.upper() in PLACEHOLDERS:
         return "s" + _hmac(key, b"study", study_uid).hex()[:16], False
@@ -37,7 +37,7 @@ def study_mark(key: bytes, study_uid: str) -> str:
 
 
 def export_key(key: bytes, patient_key: str) -> str:
-    """Return "e" + 16 hex: the patient's pseudonym in exported images; it cannot be computed from the site's pseudonyms."""
+    """Return "e" + 16 hex: the patient's pseudonym in exports; without the key it cannot be linked to the site's."""
     return "e" + _hmac(key, b"export", patient_key).hex()[:16]
 
 

@@ -142,7 +142,7 @@ class Web:
     def _all(
         self, search: Callable[..., list[dict[str, Any]]], make: Callable[[archive.Attributes], T | None]
     ) -> tuple[list[T], bool]:
-        """Return the matches of all pages, up to a page without new ones: a server may ignore limit, offset, or both."""
+        """Return the matches of all pages, up to a page without new ones: servers may ignore limit and offset."""
         seen: set[tuple[str, ...]] = set()
         matches: list[T] = []
         offset = 0

@@ -123,7 +123,10 @@ class Session:
         return list(images.values())
 
     def fetch(self, image: Image) -> None:
-        """The image is in the inbox (get), or was sent to our AE title (move). Raises ImageMissing, ArchiveBusy, ArchiveUnusable, OSError."""
+        """Fetch an image into the inbox (get), or have it sent to our AE title (move).
+
+        Raises ImageMissing, ArchiveBusy, ArchiveUnusable, OSError.
+        """
         if self._ended or not self.association.is_established:
             raise ArchiveBusy(f"{self._pacs.peer} ended the association")
         keys = Dataset()

@@ -143,7 +143,7 @@ def report_commitment(
     calling_aet: str,
     tls: ssl.SSLContext | None = None,
 ) -> int | None:
-    """Send one N-EVENT-REPORT of storage commitment as provider (PS3.4 J.3.3); return its status, None without answer."""
+    """Send one N-EVENT-REPORT of storage commitment (PS3.4 J.3.3) and return its status; None without answer."""
     kinds = [(STORAGE_COMMITMENT, EXPLICIT_LE), (STORAGE_COMMITMENT, IMPLICIT_LE)]
     connection = _Connection(host, port, called_aet, calling_aet, kinds, tls, provider_of=STORAGE_COMMITMENT)
     try:

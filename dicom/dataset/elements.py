@@ -85,7 +85,7 @@ def _place(result: Walk) -> str:
 
 
 def _next(stream: BinaryIO, implicit: bool, order: struct.Struct, in_un: bool) -> tuple[int, str, int] | None:
-    """Return (tag, VR, length) of the element at the stream's position, or None at the end. VR is "" where none is written.
+    """Return (tag, VR, length) of the element at the stream's position, VR "" where none is written; None at the end.
 
     In an explicit data set, items are implicit, and so is the content of a UN sequence (PS3.5 6.2.2). Some devices
     write VRs inside UN all the same: there a VR counts only if it exists, because the letters may be a length.

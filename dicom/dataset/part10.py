@@ -129,7 +129,7 @@ def _exactly(stream: BinaryIO, length: int) -> bytes:
 
 
 def content_sha256(path: Path) -> str:
-    """Return the hex sha256 of transfer syntax UID + data set bytes; of the whole file if its envelope is unreadable."""
+    """Return the hex sha256 of transfer syntax UID + data set; of the whole file if its envelope is unreadable."""
     with path.open("rb") as stream:
         try:
             envelope = open_envelope(stream)

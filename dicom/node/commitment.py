@@ -103,9 +103,8 @@ class Commitment:
     ):
         self._pending, self._peers, self._check, self._report = pending, peers, check, report
         self._log = log or logging.getLogger("cxrloop.commitment")
-        self._tries: dict[
-            str, tuple[int, float]
-        ] = {}  # request name -> (attempts, time of the next one); empty after a restart
+        # request name -> (attempts, time of the next one); empty after a restart
+        self._tries: dict[str, tuple[int, float]] = {}
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -128,7 +127,7 @@ class Commitment:
             self._thread.join(5)  # seconds; the next start repeats an interrupted report
 
     def step(self, now: float) -> float | None:
-        """Report every request that is due at `now` (seconds since the epoch). Return when the next one is due, or None."""
+        """Report every request due at `now` (seconds since the epoch); return when the next one is due, or None."""
         requests = self._pending.all()
         self._tries = {request.name: self._tries.get(request.name, (0, now)) for request in requests}
         unreachable: set[str] = set()
@@ -136,9 +135,7 @@ class Commitment:
             attempts, due = self._tries[request.name]
             if now - request.at > KEPT_S:
                 self._log.error("%r did not accept a storage commitment report in 72 h: dropped", request.peer)
-            elif (
-                due > now or request.peer in unreachable
-            ):  # an unreachable peer costs one timeout in each step, not one for each request
+            elif due > now or request.peer in unreachable:  # one timeout per step for a peer, not one per request
                 continue
             elif not self._settle(request):
                 unreachable.add(request.peer)

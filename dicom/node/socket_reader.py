@@ -57,7 +57,7 @@ class SocketReader:
         return bytes(self._buffer[self._start - size : self._start])
 
     def forward(self, size: int, write: Callable[[list[memoryview]], None]) -> None:
-        """Pass the next `size` bytes to `write`, in larger parts, at the latest with the next `flush`. Raises as `read`."""
+        """Pass the next `size` bytes to `write`, at the latest with the next `flush`. Raises as `read`."""
         self._write = write
         while size:
             if not self.pending:
@@ -149,7 +149,7 @@ class SocketReader:
             self._mark, self._marked_at = self._received, now
 
     def _socket(self) -> socket.socket:
-        """Return the socket, with a timeout of TICK so that this thread can check clock and abort. Raises ConnectionEnded."""
+        """Return the socket, with a timeout of TICK to check clock and abort. Raises ConnectionEnded."""
         wire = self._dul.socket.socket if self._dul.socket else None
         if wire is None:
             raise ConnectionEnded

@@ -45,7 +45,7 @@ def check(identity: Identity, now: datetime | None = None) -> int:
         raise BadCertificate(f"{identity.key}: not a private key (PEM)") from None
     if key.public_key() != own.public_key():
         raise BadCertificate(
-            f"{identity.key} is not the key of {identity.cert}: configure the certificate and the key that belong together"
+            f"{identity.key} is not the key of {identity.cert}: configure a certificate and key that belong together"
         )
     if identity.key.stat().st_mode & stat.S_IROTH:
         raise BadCertificate(
@@ -59,7 +59,7 @@ def check(identity: Identity, now: datetime | None = None) -> int:
 
 
 def server_context(identity: Identity) -> ssl.SSLContext:
-    """Return the context of the node. With `ca` it accepts only clients with its certificates, and our own health check."""
+    """Return the node's context. With `ca`, it accepts only clients with its certificates, and our own health check."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _profile(context, identity)
     context.num_tickets = 0  # no resumption: there are few associations, and tickets would be another secret
@@ -81,7 +81,7 @@ def own_node_context(identity: Identity) -> ssl.SSLContext:
 
 
 def peer_context(identity: Identity) -> ssl.SSLContext:
-    """Return the context for our associations: the peer's certificate must be in `ca` (or the system's) and name its host."""
+    """Return the context for our associations: the peer's certificate must name its host and be trusted by `ca`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _profile(context, identity)
     if identity.ca:
@@ -134,7 +134,7 @@ def _check_dates(certificate: x509.Certificate, path: Path, now: datetime) -> No
 
 
 def _check_both_roles(own: x509.Certificate, path: Path) -> None:
-    """With mutual TLS, our certificate is also a client certificate: for our own node and for peers (RFC 5280 4.2.1.12)."""
+    """Check that our certificate may also be a client certificate, as mutual TLS requires (RFC 5280 4.2.1.12)."""
     try:
         uses = set(own.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except x509.ExtensionNotFound:
@@ -142,5 +142,6 @@ def _check_both_roles(own: x509.Certificate, path: Path) -> None:
     needed = {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
     if not needed <= uses and ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE not in uses:
         raise BadCertificate(
-            f"{path}: with tls_ca it needs both extended key usages, serverAuth and clientAuth; request a new certificate with both"
+            f"{path}: with tls_ca it needs both extended key usages, serverAuth and clientAuth; "
+            "request a new certificate with both"
         )

@@ -202,7 +202,7 @@ def _numbers(ds: Dataset, out: Dataset) -> None:
 
 
 def _number(vr: str, value: str) -> str | None:
-    """Return a number string that is valid for its VR (PS3.5 6.2), or None. Consoles write fractions in IS, or 20 digits."""
+    """Return the number in a form valid for its VR (PS3.5 6.2), or None. Some consoles write fractions in IS."""
     number = float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value) else math.inf
     if not math.isfinite(number) or (vr == "IS" and abs(number) >= 1 << 31):
         return None

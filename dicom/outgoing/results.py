@@ -153,7 +153,7 @@ def finish(result: Dataset, image: Dataset, scored: Scored) -> Dataset:
 
 
 def character_set(image: Dataset) -> tuple[str, ...]:
-    """Return SpecificCharacterSet for a result: the image's, or one that fits the bytes if the image's does not; () is ASCII."""
+    """Return SpecificCharacterSet for a result: the image's, else one that fits the image's bytes; () is ASCII."""
     declared = _declared(image)
     raw = b"\n".join(_value(image, keyword) for keyword in (*EMPTY_IF_UNKNOWN, *OPTIONAL))
     if declared and all(name in python_encoding for name in declared):
@@ -167,7 +167,7 @@ def character_set(image: Dataset) -> tuple[str, ...]:
 
 
 def _declared(image: Dataset) -> tuple[str, ...]:
-    """Return SpecificCharacterSet in the standard's spelling (PS3.3 C.12.1.1.2); GB18030 contains GBK and is better supported."""
+    """Return SpecificCharacterSet as spelt in PS3.3 C.12.1.1.2; GBK becomes GB18030, which contains it."""
     names = (
         re.sub(r"^ISO(.2022)?.IR.?(\d+)$", _iso_name, name) for name in header.values(image, "SpecificCharacterSet")
     )
@@ -203,9 +203,8 @@ def _value(image: Dataset, keyword: str) -> bytes:
     elif keyword == "PatientSex":
         text = text if text in ("M", "F", "O") else ""
     elif vr == "PN" and b"\x1b" not in value and not header.text(image, "SpecificCharacterSet").startswith("GB"):
-        value = value.split(b"\\")[
-            0
-        ].strip()  # one name; in code extensions and GB a backslash may be the second byte of a character
+        # the first name; in code extensions and GB a backslash may be the second byte of a character
+        value = value.split(b"\\")[0].strip()
         text = _characters(image, value)
     elif vr in ("SH", "LO", "PN"):
         text = _characters(image, value)
@@ -217,7 +216,7 @@ def _value(image: Dataset, keyword: str) -> bytes:
 
 
 def _characters(image: Dataset, value: bytes) -> str:
-    """Return the value decoded, to count its characters: by the image's character set, else by one that fits the bytes."""
+    """Return the value decoded, to count its characters; by the image's character set, else by one that fits."""
     declared = _declared(image)
     if value.isascii() and b"\x1b" not in value:
         return value.decode("ascii")

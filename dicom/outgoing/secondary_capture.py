@@ -60,7 +60,7 @@ def capture(image: Dataset, scored: Scored, panels: Sequence[tuple[Score, np.nda
 
 
 def sheet(panels: Sequence[tuple[Score, np.ndarray]], scored: Scored) -> np.ndarray:
-    """Return uint8 [H, W, 3]: panels in rows of two, each with finding, probability and threshold; below, the notice."""
+    """Return uint8 [H, W, 3]: panels in rows of two, finding, probability and threshold under each; then the notice."""
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     page = Image.new("RGB", (PLATE_SIDE * columns, (PLATE_SIDE + STRIP) * rows + 2 * STRIP))

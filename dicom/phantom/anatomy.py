@@ -233,7 +233,7 @@ def _inside(b: Body, rng: Seed) -> tuple[float, float]:
 
 
 def _effusion(x: Array, away: Array, y: Array, floor: Array, b: Body, cage: Array, strength: float, rng: Seed) -> Array:
-    """Return 0..1 fluid in one costophrenic angle (both in half of the cases), under a meniscus that rises at the wall."""
+    """Return 0..1 fluid in one costophrenic angle (or in both), under a meniscus that rises at the wall."""
     side = rng.integers(2)
     both = rng.random() < 0.5
     fluid = np.zeros_like(x)

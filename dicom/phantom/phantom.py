@@ -98,7 +98,7 @@ def image(
     sex: str = "M",
     age_years: float = 60,
 ) -> Array:
-    """Draw a frontal chest: uint16 [size, size], 12 bit, MONOCHROME2; `findings` maps a name to a strength in (0, 1]."""
+    """Draw a frontal chest: uint16 [size, size], 12 bit, MONOCHROME2; `findings` maps names to strengths in (0, 1]."""
     shown = dict(findings or {})
     if not set(shown) <= set(FINDINGS) or view not in ("PA", "AP"):
         raise ValueError(f"image(findings={shown}, view={view!r}): allowed are {FINDINGS} and PA, AP")

@@ -61,7 +61,7 @@ class DropFolder:
         return moved
 
     def _complete(self, path: Path, seen: dict[Path, tuple[tuple[int, int], float]]) -> bool:
-        """Return whether the file is unchanged for STILL seconds, by its mtime or our clock (a share's clock may be ahead)."""
+        """Return whether the file is unchanged for STILL seconds, by its mtime or by our clock (mtime may be ahead)."""
         try:
             facts = path.stat()
         except FileNotFoundError:

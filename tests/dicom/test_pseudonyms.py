@@ -1,4 +1,4 @@
-"""Pseudonyms and the ranges that hang on them."""
+"""Pseudonyms and the fractions derived from them."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What an archive says and what of it is believed, and how a span of days is asked."""
+"""Checks of an archive's answers, and the StudyDate range of a query."""
 
 from datetime import date
 

@@ -1,4 +1,4 @@
-"""DICOMweb servers that misbehave, over real HTTP: words that help, nothing without end, nothing half."""
+"""Faulty DICOMweb servers over real HTTP: helpful messages, size limits, no partial images."""
 
 import contextlib
 import gzip
@@ -25,7 +25,7 @@ from tests.support.ports import free_port
 
 @pytest.fixture
 def http():
-    """A server that answers each GET as a function of its path says: (status, headers, body or chunks)."""
+    """Return a function that starts a server; `reply` returns (status, headers, body or chunks) for a GET."""
     servers = []
 
     def start(reply, context=None):
@@ -41,7 +41,7 @@ def http():
                         self.wfile.write(chunk)
 
             def log_message(self, format, *args):
-                """Quiet."""
+                """Log nothing."""
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True

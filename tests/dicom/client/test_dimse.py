@@ -1,4 +1,4 @@
-"""Archives that misbehave over real associations: what is believed, asked again, or given up."""
+"""Faulty archives over real associations: filtered answers, limits, and the exception for each failure."""
 
 import socket
 import threading
@@ -32,7 +32,7 @@ def node(tmp_path):
 
 @pytest.fixture
 def pacs():
-    """A PACS whose answers are scripted: handlers for C-FIND, C-GET and C-MOVE."""
+    """Return a function that starts a PACS with handlers for C-FIND, C-GET and C-MOVE; it returns the port."""
     servers = []
 
     def start(find=None, get=None, move=None, models=(FIND, GET, MOVE), storage=True, **settings):
@@ -60,7 +60,7 @@ def pacs_client(port, inbox=None, how="get", aet="PACS"):
 
 
 def answers(*pairs):
-    """A C-FIND handler that gives these answers, whatever is asked."""
+    """Return a C-FIND handler that sends these answers to every query."""
 
     def find(event):
         for pair in pairs:
@@ -254,7 +254,7 @@ def test_the_reactor_takes_no_answer_during_a_session(pacs, tmp_path):
         session.fetch(REQUESTED)
         queue = session.association.dimse.msg_queue
         queue.put((1, xray()))
-        time.sleep(0.05)  # fifty rounds of the library's reactor, were it not at rest
+        time.sleep(0.05)  # fifty loops of the reactor if it were not paused
         assert queue.qsize() == 1
         queue.get()
 

@@ -1,4 +1,4 @@
-"""Asking Orthanc as the real thing, over C-GET, C-MOVE and DICOMweb."""
+"""Query and retrieve from a real Orthanc, over C-GET, C-MOVE and DICOMweb."""
 
 from datetime import date
 
@@ -35,7 +35,7 @@ def archives(orthanc, inbox):
 
 
 def pull(archive, query):
-    """All images of all studies that match."""
+    """Fetch all images of all matching studies and return their UIDs."""
     archive.check_connection()
     studies, complete = archive.studies(query)
     assert complete

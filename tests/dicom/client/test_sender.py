@@ -1,4 +1,4 @@
-"""The small sender: bytes as they are, a status for each."""
+"""The sender: unchanged bytes, and a status for each item."""
 
 import threading
 import time
@@ -81,7 +81,7 @@ def test_each_item_without_status_has_a_reason(tmp_path, node):
     ct = xray(1)
     ct.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
     odd = xray(3)
-    odd["Rows"].value = "many"  # can't be encoded
+    odd["Rows"].value = "many"  # cannot be encoded
     results = [
         sent.why for sent in deliver([tmp_path / "gone.dcm", odd, ct, xray(2)], "127.0.0.1", listener.port, "CXRLOOP")
     ]
@@ -118,7 +118,7 @@ def test_after_an_abort_by_the_peer_the_next_item_uses_a_new_association():
 
 
 def test_no_answer_is_lost_to_the_reactor_thread(monkeypatch):
-    """Its thread, made slow between its checkpoint and its look at the queue, would otherwise take them."""
+    """The reactor thread, delayed between its checkpoint and the queue, would otherwise take answers."""
     real = DIMSEServiceProvider.get_msg
 
     def slow(provider, block=False):

@@ -1,4 +1,4 @@
-"""The way to the pixels: every cut is found, no depth is too deep, and no value is held that nobody asked for."""
+"""Finding the pixels: every cut is detected, at any depth of sequences, with little memory."""
 
 import io
 import struct
@@ -44,7 +44,7 @@ def test_every_cut_within_an_element_is_detected(syntax):
 @pytest.mark.parametrize("vr", [b"SQ", b"UN"])
 @pytest.mark.parametrize("depth", [1, 100, 5000])
 def test_sequences_of_any_depth_are_followed_to_their_end(vr, depth):
-    inner = item_tag(0x00091011, 2) + b"ab" if vr == b"UN" else b""  # what is UN is implicit inside (PS3.5 6.2.2)
+    inner = item_tag(0x00091011, 2) + b"ab" if vr == b"UN" else b""  # the content of UN is implicit (PS3.5 6.2.2)
     nested = (private_element(vr, length=UNDEFINED) + item_tag(ITEM, UNDEFINED)) * depth + inner
     nested += (item_tag(ITEM_END) + item_tag(SEQUENCE_END)) * depth
     header_read = read_header(io.BytesIO(UID + nested + PIXELS), EXPLICIT_LE, pixels=False)
@@ -104,7 +104,7 @@ def test_an_endless_data_set_is_given_up(what):
 
 
 def test_within_a_sequence_of_unknown_vr_a_length_that_looks_like_a_vr_is_a_length():
-    length = struct.unpack("<H", b"BB")[0]  # 16,962 bytes, written where an explicit element has its VR
+    length = struct.unpack("<H", b"BB")[0]  # 16,962 bytes, at the place of the VR in an explicit element
     inner = item_tag(ITEM, UNDEFINED) + struct.pack("<HHL", 9, 0x1002, length) + bytes(length) + item_tag(ITEM_END)
     data = UID + private_element(b"UN", length=UNDEFINED) + inner + item_tag(SEQUENCE_END) + PIXELS
     header_read = read_header(io.BytesIO(data), EXPLICIT_LE, pixels=False)

@@ -1,4 +1,4 @@
-"""Plain values out of headers that people and machines have filled in."""
+"""Plain values of headers, as people and devices write them."""
 
 import pytest
 from pydicom.dataset import Dataset

@@ -1,4 +1,4 @@
-"""The envelope and the header: strict, cheap, bounded; and no bytes at all make the examination fail."""
+"""Envelope and header: strict, with limits; no bytes make the examination raise an exception."""
 
 import io
 import random

@@ -1,4 +1,4 @@
-"""Admission: every row of the decision table, on real files through the real path."""
+"""Admission: every rule, with real files through `examine`."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from dicom.dataset.syntaxes import JPEG_LS
 from dicom.intake.examine import Admission, examine
 from tests.support.dicom.pacs import KEY, save, xray
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*VR.*:UserWarning")  # the library's, while we write what is wrong
+pytestmark = pytest.mark.filterwarnings("ignore:.*VR.*:UserWarning")  # of pydicom, while the tests write invalid values
 
 GROWN_UPS, EVERYONE = Admission(), Admission(children=True)
 

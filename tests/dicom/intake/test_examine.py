@@ -1,4 +1,4 @@
-"""Examining one file: facts, hashes, blank and hostile images, and what a bomb costs."""
+"""Examining one file: facts, hashes, blank and hostile images, memory and time."""
 
 import time
 import tracemalloc
@@ -13,7 +13,7 @@ from dicom.phantom.wrap import wrap
 from dicom.pixels.plate import to_plate
 from tests.support.dicom.pacs import KEY, save, xray
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*VR.*:UserWarning")  # the library's, while we write what is wrong
+pytestmark = pytest.mark.filterwarnings("ignore:.*VR.*:UserWarning")  # of pydicom, while the tests write invalid values
 
 GROWN_UPS, EVERYONE = Admission(), Admission(children=True)
 

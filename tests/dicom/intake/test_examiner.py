@@ -20,10 +20,10 @@ from tests.support.dicom.pacs import KEY, save, wait_for, xray
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Small images, one that takes long to decode and one that takes much memory; the latter are honest images."""
+    """Return small images, a slow one to decode, one that needs much memory (both valid), and a broken file."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    noise = rng.integers(0, 65535, (2200, 2200), dtype=np.uint16)  # what no codec can do quickly
+    noise = rng.integers(0, 65535, (2200, 2200), dtype=np.uint16)  # slow for every codec
     wide = np.pad(rng.integers(0, 255, (128, 128), dtype=np.uint8), ((0, 9000 - 128), (0, 9000 - 128)))
     result = {f"small{n}": save(xray(n), folder / f"small{n}.dcm") for n in range(6)}
     result["slow"] = save(wrap(noise, "S", transfer_syntax=JPEG_2000_LOSSLESS), folder / "slow.dcm")
@@ -74,7 +74,7 @@ def test_an_image_that_takes_too_long_is_quarantined_and_the_next_is_examined(fi
     assert results[0].outcome == "quarantined"
     assert results[0].reason == "limit: examining took longer than 0.3 s"
     assert len(results[0].sha256) == 64
-    assert results[0].sop_uid and results[0].patient_key  # storage commitment and `forget` look for it by these
+    assert results[0].sop_uid and results[0].patient_key  # storage commitment and `forget` need these
     assert results[1].outcome == "admitted"
     assert time.monotonic() - began < 5
 
@@ -92,7 +92,7 @@ def test_an_image_that_needs_too_much_memory_is_quarantined_and_the_next_is_exam
 def kill_soon(sent):
     def run():
         wait_for(workers)
-        time.sleep(0.3)  # into the decoder of the slow image
+        time.sleep(0.3)  # now it decodes the slow image
         for pid in workers():
             os.kill(pid, sent)
 
@@ -134,7 +134,7 @@ def test_a_worker_killed_while_idle_is_replaced(files):
 def test_a_worker_killed_while_it_fetches_an_image_delays_others_only_for_seconds(files):
     with examiner() as pool:
         list(pool.examine([files["small0"]]))
-        # what a kill leaves behind in those microseconds: the lock of the pipe, held by nobody
+        # state after a kill in those microseconds: the lock of the pipe is never released
         pool._pool._pool_manager.worker_manager.workers_channel.mutex.reader_mutex.acquire()
         started = time.monotonic()
         results = [result for _, result in pool.examine([files["small1"], files["small2"]])]

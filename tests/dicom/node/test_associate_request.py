@@ -1,4 +1,4 @@
-"""What a peer may write into its A-ASSOCIATE-RQ and its commands: ignored, refused or served, and no thread dies of it."""
+"""Unusual A-ASSOCIATE-RQs and commands are ignored, refused or served, and no thread ends with an exception."""
 
 import struct
 
@@ -28,7 +28,7 @@ ECHO = [(VERIFICATION, IMPLICIT)]
 
 @pytest.fixture
 def port(tmp_path, monkeypatch):
-    """A listener with two seats, in which no thread may die."""
+    """Yield the port of a listener with two associations; fails if a thread ends with an exception."""
     died = []
     monkeypatch.setattr("threading.excepthook", died.append)
     listener = Listener(Node(port=0, max_associations=2), Inbox(tmp_path / "inbox", 0))
@@ -40,7 +40,7 @@ def port(tmp_path, monkeypatch):
 
 
 def changed(body, extra=b"", old=b"", new=b""):
-    """A request with `extra` at its end, which is in the user information, and `old` replaced."""
+    """Return a request with `extra` at the end of its user information, and `old` replaced by `new`."""
     end = associate_rq(ECHO).rindex(item(0x50, b"")[:2])
     body_and_items = body[6:end] + item(0x50, body[end + 4 :] + extra)
     body_and_items = body_and_items.replace(old, new) if old else body_and_items
@@ -98,7 +98,7 @@ def test_another_application_context_is_rejected_with_1_1_2(port):
 def test_a_malformed_request_is_aborted_at_once_and_does_not_count_as_an_association(port, old, new):
     body = associate_rq(ECHO)[6:]
     assert old in body
-    if len(old) > 16 and not new:  # the context's own length shrinks too
+    if len(old) > 16 and not new:  # the length of the context shrinks too
         body = body.replace(struct.pack(">BxH", 0x20, 46), struct.pack(">BxH", 0x20, 46 - len(old)))
     body = body.replace(old, new)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Certificates: what is wrong with one is said at the start and by `status`; where they are looked for."""
+"""Certificates: errors are reported at the start and by `status`; paths; mutual TLS of the appliance."""
 
 import subprocess
 import sys
@@ -72,7 +72,7 @@ def test_serve_refuses_a_certificate_that_does_not_match_its_key(tmp_path, hospi
     command = [sys.executable, "-m", "agent.cli.main", "serve", *part, "--config", settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert (done.stdout + done.stderr).strip().endswith("configure the certificate and the key that belong together")
+    assert (done.stdout + done.stderr).strip().endswith("configure a certificate and key that belong together")
 
 
 def tls_site(tmp_path, us, **more):

@@ -1,4 +1,4 @@
-"""Storage commitment: answered for what is on disk, byte for byte."""
+"""Storage commitment: an image is committed only if its bytes on disk are those received."""
 
 import json
 import os
@@ -26,13 +26,13 @@ def pacs():
 
 @pytest.fixture
 def node(tmp_path, monkeypatch):
-    """Starts the node of a site whose peer is a Pacs; gives (site, port)."""
+    """Return a function that starts the node of a site whose peer is a CommitmentScu; it returns (site, port)."""
     monkeypatch.setattr(commitment, "BACKOFF_S", (0.1,))
     with running_sites(tmp_path) as start:
         yield start
 
 
-# What is held
+# Committed images
 
 
 def test_an_image_that_has_just_arrived_is_committed_from_the_inbox(node, pacs):
@@ -57,7 +57,7 @@ def test_admitted_rejected_and_quarantined_images_are_committed(site):
 
 
 def test_an_image_nested_too_deeply_is_quarantined_with_its_uid_and_committed(site):
-    """The node follows sequences of any depth, and said Success; the reader of the intake recurses, and gives up."""
+    """The node follows sequences of any depth and answers Success; pydicom's reader in the intake fails on them."""
     ds = xray(1)
     file = save(ds, site.root / "run" / "image.dcm").read_bytes()
     opened = bytes.fromhex("400030a7 53510000 ffffffff feff00e0 ffffffff")
@@ -82,7 +82,7 @@ def test_an_image_never_sent_fails_and_the_others_are_committed(node, pacs):
 
 @pytest.fixture
 def kept(site):
-    """A site with one image taken in; gives (site, reference, its file)."""
+    """Return (site, reference, file) of a site with one stored image."""
     ds = xray(0)
     put(site, ds)
     with site.ledger() as ledger:
@@ -197,7 +197,7 @@ def test_looking_up_a_thousand_uids_uses_the_index(site):
     assert "SCAN image" not in plan
 
 
-# What is refused
+# Refused requests
 
 
 def test_invalid_requests_are_refused_and_not_kept(node, pacs):

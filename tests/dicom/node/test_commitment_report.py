@@ -1,4 +1,4 @@
-"""The report of a storage commitment: repeated until it is taken, across a crash, holding up nobody."""
+"""Reports of storage commitment: repeated until accepted, also after a crash, without delaying others."""
 
 import signal
 import subprocess
@@ -32,7 +32,7 @@ def pacs():
 
 @pytest.fixture
 def node(tmp_path, monkeypatch):
-    """Starts the node of a site whose peer is a Pacs; gives (site, port)."""
+    """Return a function that starts the node of a site whose peer is a CommitmentScu; it returns (site, port)."""
     monkeypatch.setattr(commitment, "BACKOFF_S", (0.1,))
     with running_sites(tmp_path) as start:
         yield start
@@ -104,7 +104,7 @@ def test_a_peer_that_disconnects_or_refuses_the_role_does_not_delay_reports(monk
         began = time.monotonic()
         where = ("127.0.0.1", server.server_address[1])
         assert report_commitment(about, commitment.SOME_FAILED, *where, "PACS", "CXRLOOP") is None
-        assert time.monotonic() - began < 10  # seconds; a wait in vain would have no end
+        assert time.monotonic() - began < 10  # seconds; without the check the wait would be endless
         server.shutdown()
 
 

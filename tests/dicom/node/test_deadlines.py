@@ -1,4 +1,4 @@
-"""Time and refusals at the node: who drips, stops or says nothing loses its seat, who is slow keeps it, all is counted."""
+"""Timeouts and refusals of the node: slow, stalled and silent senders, and how refusals are counted."""
 
 import logging
 import threading
@@ -33,7 +33,7 @@ def test_a_sender_below_the_minimum_pace_is_aborted(node):
         began = time.monotonic()
         with pytest.raises(OSError):
             while time.monotonic() - began < 10:
-                scu.send(p_data(pdv(1, 0, b"x")))  # whole PDUs, each in time: it is the pace that is wrong
+                scu.send(p_data(pdv(1, 0, b"x")))  # complete PDUs without a long pause, but below the minimum pace
                 time.sleep(0.1)
         assert time.monotonic() - began < 5
     assert wait_for(lambda: answers_echo(listener.port))
@@ -69,7 +69,7 @@ def test_a_pause_between_images_does_not_count_as_slow(node):
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
         for seed in range(2):
-            ds = xray(seed)  # all that was said is less than the pace asks of a message
+            ds = xray(seed)  # fewer bytes than the minimum pace requires for one message
             assert scu.store(data_set(ds), DX, ds.SOPInstanceUID) == 0
             time.sleep(1.2)
     assert len(inbox.waiting()) == 2

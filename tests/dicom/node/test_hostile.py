@@ -1,7 +1,7 @@
-"""The bad inputs that a node must survive, by number, on bare sockets: 1 to 18, what is sent.
+"""Bad inputs 1 to 18 and 26 of 26, over plain sockets: interrupted transfers, SOP classes, objects.
 
-Each gets its answer and nothing is left. The association lives wherever the standard lets it; after every case the
-node answers C-ECHO. Connections, titles and disks (19 to 24) are in test_dicom_hostile_connections.py.
+Each gets its status and leaves nothing. The association continues where the standard allows it, and after every case
+the node answers C-ECHO. Connections, titles and disks (19 to 24) are in test_hostile_connections.py.
 """
 
 import socket
@@ -30,7 +30,7 @@ def node(tmp_path):
         yield start
 
 
-# 1, 2: the sender goes away in the middle
+# 1, 2: the sender disconnects during a transfer
 
 
 @pytest.mark.parametrize("how", ["1 FIN", "2 A-ABORT", "1 RST"])
@@ -40,7 +40,7 @@ def test_a_sender_that_disconnects_during_an_image_leaves_nothing_and_is_counted
         scu.associate([(DX, EXPLICIT_LE)])
         scu.start_store(DX, BIG.SOPInstanceUID)
         scu.send_data(data_set(BIG)[:600_000], last=False)
-        assert wait_for(lambda: file_names(inbox))  # the image is on its way
+        assert wait_for(lambda: file_names(inbox))  # the transfer has begun
         if how == "2 A-ABORT":
             scu.abort()
             assert scu.closed_within(5)
@@ -50,7 +50,7 @@ def test_a_sender_that_disconnects_during_an_image_leaves_nothing_and_is_counted
     assert file_names(inbox) == []
 
 
-# 3: SOP classes that are not ours
+# 3: SOP classes that the node does not support
 
 
 def test_3_an_unknown_sop_class_is_refused_in_its_context_only(node):
@@ -67,7 +67,7 @@ def test_3_an_unknown_sop_class_is_refused_in_its_context_only(node):
 # 4 to 16: objects
 
 ENGINE = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-BOMB = b"".join(ENGINE.compress(b"\0" * (1 << 20)) for _ in range(300)) + ENGINE.flush()  # our bound is 256 MiB
+BOMB = b"".join(ENGINE.compress(b"\0" * (1 << 20)) for _ in range(300)) + ENGINE.flush()  # our limit is 256 MiB
 
 
 def changed(**facts):
@@ -158,7 +158,7 @@ threading.Event().wait()
 
 
 def peak(pid: int) -> int:
-    """Bytes: the most memory that the process ever held."""
+    """Return the peak memory of a process in bytes."""
     (line,) = [one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmHWM")]
     return int(line.split()[1]) << 10
 

@@ -1,4 +1,4 @@
-"""Bad inputs 19 to 24 of the 26: connections, titles and disks (1 to 18: test_dicom_hostile.py; 25: test_dicom_kill.py)."""
+"""Bad inputs 19 to 24 of 26: connections, titles and disks (1 to 18, 26: test_hostile.py; 25: test_kill.py)."""
 
 import resource
 import struct
@@ -62,14 +62,14 @@ def test_21_thirty_idle_connections_delay_nobody_and_are_closed(node):
         began = time.monotonic()
         assert answers_echo(listener.port)
         times.append(time.monotonic() - began)
-    assert min(times) < 0.5  # seconds; 0.1 on a machine that does nothing else
+    assert min(times) < 0.5  # seconds; 0.1 on an idle machine
     assert all(connection.closed_within(5) for connection in idle)
     for connection in idle:
         connection.wire.close()
     assert listener.refusals.totals == {"silent": 30}
 
 
-@pytest.mark.parametrize("word", [b"", b"\1"], ids=["nothing", "one byte"])
+@pytest.mark.parametrize("first_bytes", [b"", b"\1"], ids=["nothing", "one byte"])
 def test_21_one_address_has_a_limit_of_half_open_connections(node, first_bytes):
     listener, _ = node(artim=6)
     idle = [Scu(listener.port) for _ in range(HALF_OPEN_PEER)]
@@ -121,7 +121,7 @@ def test_24_a_disk_that_fills_during_a_transfer_is_a700_leaves_nothing_and_recov
         try:
             assert scu.store(data_set(BIG), DX, BIG.SOPInstanceUID) == reception.OUT_OF_RESOURCES
             assert file_names(inbox) == []
-            assert scu.store(DATA, DX, UID) == 0  # it is small enough
+            assert scu.store(DATA, DX, UID) == 0  # this image is small enough
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert scu.store(data_set(BIG), DX, BIG.SOPInstanceUID) == 0

@@ -1,4 +1,4 @@
-"""Case 25: SIGKILL at random moments under load, five times here and a hundred in the bench that this runs."""
+"""Bad input 25: SIGKILL at random moments under load; runs the kill bench five times."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The port: real associations over real sockets, friendly and hostile, and a disk that runs full."""
+"""The listener: real associations over real sockets, allow lists, limits, stopping and log lines."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ DX = DIGITAL_XRAY_PRESENTATION
 
 @pytest.fixture
 def node(tmp_path):
-    """A listener and its inbox; more arguments by `start`."""
+    """Return a function that starts a listener with these settings and returns (listener, inbox)."""
     running = []
 
     def start(**settings):
@@ -41,7 +41,7 @@ def file_names(inbox):
     return sorted(path.name for path in inbox.folder.rglob("*") if path.is_file())
 
 
-# Friendly
+# Echo and storage
 
 
 def test_echo_is_answered(node):
@@ -114,7 +114,7 @@ def test_many_senders_at_once_lose_nothing(node):
     assert {dcmread(path).SOPInstanceUID for path in inbox.waiting()} == set(sent)
 
 
-# Who may speak
+# Allow lists and limits
 
 
 def test_another_called_title_is_rejected(node):

@@ -1,4 +1,4 @@
-"""The data set's way from socket to file: any cut of the bytes, and pynetdicom's own tests over our reading."""
+"""Reading PDUs: any split of the bytes, commands, messages out of order, and pynetdicom's own tests."""
 
 import os
 import struct
@@ -38,11 +38,13 @@ def node(tmp_path):
         yield start
 
 
-# The library underneath
+# pynetdicom
 
 
 def test_the_version_of_pynetdicom_is_the_one_that_was_patched():
-    assert pynetdicom.__version__ == "3.0.4"  # another one: run its test_dul, test_fsm and test_assoc over our stream
+    assert (
+        pynetdicom.__version__ == "3.0.4"
+    )  # for another version run its test_dul, test_fsm and test_assoc with our reader
 
 
 def test_pynetdicoms_own_tests_pass_with_our_reader(tmp_path):
@@ -102,7 +104,7 @@ def test_malformed_commands_raise_only_value_error(noise):
 
 @pytest.fixture(scope="module")
 def shared_listener(tmp_path_factory):
-    """One listener for many small cases, and its inbox."""
+    """Yield (listener, inbox), shared by many small cases."""
     inbox = Inbox(tmp_path_factory.mktemp("standing"), 0)
     listener = Listener(Node(port=0), inbox)
     listener.start()
@@ -141,11 +143,14 @@ def test_an_image_arrives_byte_for_byte_in_any_split_into_values_pdus_and_packet
 def test_a_header_across_the_end_of_the_buffer_is_read(shared_listener, before):
     listener, inbox = shared_listener
     largest = 131072 - 12  # bytes of a value whose PDU is an eighth of the buffer
-    sizes = [largest] * (BUFFER // 131072 - 1) + [largest - before, 1000]  # the last one's headers come at the end
+    sizes = [largest] * (BUFFER // 131072 - 1) + [
+        largest - before,
+        1000,
+    ]  # the headers after the last one lie at the end of the buffer
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
         scu.start_store(DX, UID)
-        assert wait_for(lambda: file_names(inbox))  # the command is taken, the buffer empty
+        assert wait_for(lambda: file_names(inbox))  # the command is read, the buffer empty
         at = 0
         wire = b""
         for size in [*sizes, *[largest] * 100]:
@@ -227,8 +232,8 @@ def test_a_message_for_the_library_has_a_size_limit_too(node):
     listener, _ = node()
     with Scu(listener.port) as scu:
         scu.associate([(VERIFICATION, IMPLICIT)])
-        scu.send(p_data(pdv(1, COMMAND, command(0x20, VERIFICATION))))  # a C-FIND without end
-        with suppress(OSError):  # as soon as the node has hung up; until then it lets the rest go by
+        scu.send(p_data(pdv(1, COMMAND, command(0x20, VERIFICATION))))  # an endless C-FIND
+        with suppress(OSError):  # once the node has closed the connection; until then it discards the rest
             for _ in range(200):
                 scu.send(p_data(pdv(1, 0, b"x" * 100_000)))
         assert scu.closed_within(10)

@@ -1,4 +1,4 @@
-"""Programs that others wrote, on the other end of the line: dcmtk, Orthanc, dciodvfy."""
+"""Interoperation with other programs: dcmtk, Orthanc, dciodvfy."""
 
 import json
 import shutil
@@ -146,7 +146,7 @@ def test_our_sender_is_understood_by_storescp(tmp_path):
 
 @pytest.fixture
 def orthanc(node, tmp_path):
-    """An Orthanc that knows our node as the modality `node`; gives (its HTTP address, its DICOM port)."""
+    """Yield (HTTP address, DICOM port) of an Orthanc with our node as the modality `node`."""
     listener, _ = node
     http, dicom = free_port(), free_port()
     settings = {

@@ -1,4 +1,4 @@
-"""Eight associations and troublemakers beside them, for seconds here and for an hour in the bench that this runs."""
+"""Eight associations beside faulty senders: runs the soak bench for a few seconds."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""TLS on the port: which peers, versions and ciphers get in, and that no silent one holds up others."""
+"""TLS on the port: accepted peers, versions and ciphers; silent clients do not delay others."""
 
 import shlex
 import socket
@@ -27,7 +27,7 @@ def hospital(tmp_path):
 
 @pytest.fixture
 def node(tmp_path):
-    """A listener with an identity, and its inbox."""
+    """Return a function that starts a listener with an identity and returns (listener, inbox)."""
     running = []
 
     def start(identity, **settings):
@@ -51,7 +51,7 @@ def run(*command):
     return done.returncode, done.stdout + done.stderr
 
 
-# Who gets in
+# Accepted peers
 
 
 def test_images_arrive_over_tls_as_they_were_sent(node, hospital, tmp_path):
@@ -115,7 +115,7 @@ def test_a_peer_must_hold_a_certificate_of_the_authority_for_its_own_host_name(n
 
 
 def protocol(port, **limits):
-    """The protocol that a client limited so ends up with; None when it is refused."""
+    """Return the protocol version of a client with these limits; None when it is refused."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_ciphers(limits.pop("ciphers", "ALL") + ":@SECLEVEL=0")
@@ -150,7 +150,7 @@ def test_a_cipher_outside_the_profile_is_refused(node, hospital, ciphers):
     assert protocol(listener.port, ciphers=ciphers, maximum_version=ssl.TLSVersion.TLSv1_2) is None
 
 
-# Nobody waits for a silent one
+# Silent clients
 
 
 def test_clients_that_connect_and_send_nothing_do_not_delay_others(node, hospital):
@@ -160,10 +160,10 @@ def test_clients_that_connect_and_send_nothing_do_not_delay_others(node, hospita
     silent = [socket.create_connection(address) for _ in range(10)]
     half_open = [socket.create_connection(address) for _ in range(10)]
     for connection in half_open:
-        connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # a ClientHello that goes no further
+        connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a ClientHello
     began = time.monotonic()
     assert echo_succeeds(listener.port, tls.own_node_context(us))
-    assert time.monotonic() - began < 2  # seconds; one that waited for them would take 10
+    assert time.monotonic() - began < 2  # seconds; waiting for the silent clients would take 10
     for connection in silent + half_open:
         connection.close()
 
@@ -203,11 +203,11 @@ def test_many_senders_at_once_over_tls_lose_nothing(node, hospital):
     assert len(inbox.waiting()) == 16
 
 
-# The handbook
+# The operating manual
 
 
 def commands(page):
-    """The words of every `openssl` and `echoscu +tls` line of the operating manual."""
+    """Return the words of each `openssl` and `echoscu +tls` line of the operating manual."""
     lines = [line for line in page.splitlines() if line.startswith(("openssl ", "echoscu +tls"))]
     assert len(lines) == 2
     return [shlex.split(line) for line in lines]
@@ -232,7 +232,7 @@ def test_the_openssl_and_echoscu_commands_of_the_manual_work(node, tmp_path):
 
 @pytest.fixture
 def dcmtk(node, hospital, tmp_path):
-    """A node with mutual TLS, and dcmtk's options for a right, a wrong and no client certificate."""
+    """Return a node with mutual TLS, its inbox, and dcmtk's options for a right, a wrong and no certificate."""
     listener, inbox = node(hospital.issue("node", ca=hospital.pem))
     right, wrong = hospital.issue("pacs"), authority(tmp_path, "elsewhere").issue("pacs")
     options = {

@@ -1,4 +1,4 @@
-"""What leaves the site: a short list of attributes, a new identity, and the same pixels."""
+"""De-identified copies: allowed attributes only, a new identity, the same pixels."""
 
 import io
 import subprocess
@@ -42,7 +42,7 @@ KEPT = {
 
 
 def rich(seed: int = 1, **more: object) -> Dataset:
-    """An image whose header says who it is in every place that a header has."""
+    """Return an image with the patient's identity in every kind of element."""
     ds = xray(seed, patient_id="PAT-4711", study_date="20240229", sex="F", **more)  # type: ignore[arg-type]
     ds.PatientName, ds.OtherPatientNames, ds.PatientBirthDate = "MUELLER^HANNELORE", "MUELLER^H", "19410307"
     ds.IssuerOfPatientID, ds.AccessionNumber, ds.StudyID = "ST.ELSEWHERE", "ACC-99812", "ACC-99812"
@@ -103,7 +103,7 @@ def encoded(ds: Dataset) -> bytes:
 
 @pytest.fixture
 def export(tmp_path):
-    """A data set on disk, as it leaves."""
+    """Return a function that saves a data set and de-identifies it."""
 
     def export(ds: Dataset, key: bytes = KEY) -> Dataset:
         return deidentify(save(ds, tmp_path / "image.dcm"), key)

@@ -1,4 +1,4 @@
-"""Report and heatmap of a scored image: whose they are, what they say, that they never come back, and that they are valid."""
+"""Report and heatmap of a scored image: patient, content, validity, and rejection at our own intake."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ PANELS = [(score, np.full((SIDE, SIDE, 3), 60, np.uint8)) for score in SCORES[:1
 
 
 def elements(ds: Dataset, **raw: bytes | None) -> bytes:
-    """The image as a file whose elements hold these very bytes, valid or not; None takes one out."""
+    """Return the image as a file whose elements have exactly these bytes, valid or not; None removes one."""
     from pydicom.datadict import dictionary_VR, keyword_dict
     from pydicom.dataelem import RawDataElement
     from pydicom.tag import Tag
@@ -145,7 +145,7 @@ def test_the_sheet_shows_each_panel_with_its_caption_and_the_notice_below():
     caption = sheet(long, SCORED)[SIDE : SIDE + STRIP]
     assert (caption[:, -8:] == 0).all()
     likelier = sheet([(Score("W" * 64, 0.7, 0.5), PANELS[0][1])], SCORED)[SIDE : SIDE + STRIP]
-    assert not np.array_equal(caption, likelier)  # a long name is shortened, its figures never
+    assert not np.array_equal(caption, likelier)  # a long name is shortened, the figures never
 
 
 def test_a_finding_without_a_standard_code_has_one_of_the_declared_scheme(tmp_path):
@@ -188,7 +188,7 @@ def test_times_use_the_utc_offset_of_the_image(tmp_path):
 
 
 KANJI = "Yamada^Tarou=山田^太郎=やまだ^たろう"
-NAMES = {  # how it is declared, the bytes, what a reader of the result must see
+NAMES = {  # declared character set, bytes, name as a reader of the result must see it
     "ASCII": (b"ISO_IR 100", b"Doe^Jane", "Doe^Jane"),
     "Latin-1": (b"ISO_IR 100", "Müller^Jörg".encode("latin-1"), "Müller^Jörg"),
     "UTF-8": (b"ISO_IR 192", "Müller^Jörg".encode(), "Müller^Jörg"),
@@ -239,7 +239,7 @@ def test_a_heatmap_of_a_lossy_image_is_marked_lossy(tmp_path):
     silent.file_meta.TransferSyntaxUID = JPEG_BASELINE
     silent.PixelData, silent["PixelData"].VR = encapsulate([b"not read"]), "OB"
     made = capture(read_image(save(silent, tmp_path / "jpeg.dcm")), SCORED, PANELS)
-    assert made.LossyImageCompression == "01"  # whatever the header forgot
+    assert made.LossyImageCompression == "01"  # although the header does not declare it
 
 
 ODD = {

@@ -1,4 +1,4 @@
-"""Phantoms: the same seed is the same image, findings are where they belong, and no shortcut gives a label away."""
+"""Phantoms: deterministic by seed, findings in the right place, no shortcut reveals a label."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ SMALL = 96
 
 
 def change_by(finding: str, strength: float = 1.0, seed: int = 11) -> np.ndarray:
-    """Absolute difference a finding makes on an otherwise equal image, float [rows, columns]."""
+    """Return the absolute difference that a finding makes, float [rows, columns]."""
     plain, sick = phantom.image(seed, {}, size=SMALL), phantom.image(seed, {finding: strength}, size=SMALL)
     return np.abs(sick.astype(float) - plain.astype(float))
 
@@ -70,7 +70,7 @@ def test_prevalence_matches_and_only_present_findings_have_a_strength():
     assert abs(labels[:, 0].mean() - 0.5) < 0.05 and abs(labels[:, 1].mean() - 0.1) < 0.03
     assert all(set(f.strengths) == {name for name, value in f.labels.items() if value} for f in images)
     ap = np.array([f.view == "AP" for f in images])
-    assert abs(labels[ap, 0].mean() - labels[~ap, 0].mean()) < 0.08  # the view does not tell
+    assert abs(labels[ap, 0].mean() - labels[~ap, 0].mean()) < 0.08  # the view does not reveal the label
 
 
 def test_mean_brightness_does_not_reveal_a_label():

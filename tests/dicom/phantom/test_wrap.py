@@ -1,4 +1,4 @@
-"""Pictures as images: deterministic, readable by others, and the same plate whatever the encoding."""
+"""Pictures as DICOM: deterministic, readable by pydicom, and one plate in every encoding."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Stored values that do not begin at bit 0 of their pixel cell (PS3.5 8.1.1), in every way of writing them."""
+"""Stored values that do not begin at bit 0 of their pixel cell (PS3.5 8.1.1), in every syntax."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ GREY = chest(96, 1, 12).astype(np.uint16)
 
 
 def cells(high, signed=False):
-    """A native image of 12 bits that end at bit `high`, and what is stored in it."""
+    """Return a native image of 12 bits that end at bit `high`, and its stored values."""
     ds = xray(1, 96, 12)
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, high, int(signed)
     ds.PixelData = (GREY << np.uint16(high - 11)).astype("<u2").tobytes()

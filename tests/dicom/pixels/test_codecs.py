@@ -1,4 +1,4 @@
-"""Stored values out of every syntax: against other decoders, and against what was encoded."""
+"""Stored values decoded from every syntax, compared with the encoded values and with other decoders."""
 
 import struct
 
@@ -134,7 +134,7 @@ def test_rle_that_is_too_short_is_refused():
 
 
 def rle_frame(segments, tail=b""):
-    """An RLE frame of these segments (PS3.5 G), its header first."""
+    """Return an RLE frame of these segments (PS3.5 G), with its header."""
     starts = np.cumsum([64, *(len(segment) for segment in segments)])[:-1].tolist()
     return struct.pack("<16L", len(segments), *starts, *[0] * (15 - len(segments))) + b"".join(segments) + tail
 
@@ -203,7 +203,7 @@ def test_the_second_decoder_reads_what_the_first_cannot(tmp_path):
     ds, stream = xray(5, bits=12), bytearray(imagecodecs.jpegls_encode(chest(96, 5, 12)))
     ds = encapsulated(ds, JPEG_LS, stream)
     ds.file_meta.TransferSyntaxUID = (
-        JPEG_LOSSLESS_SV1  # says JPEG lossless, holds JPEG-LS: libjpeg-turbo refuses, libjpeg reads
+        JPEG_LOSSLESS_SV1  # declares JPEG lossless, contains JPEG-LS: libjpeg-turbo fails, libjpeg decodes it
     )
     assert (decode(written_and_read(ds, tmp_path)) == chest(96, 5, 12)).all()
 

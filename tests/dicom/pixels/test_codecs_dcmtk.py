@@ -1,4 +1,4 @@
-"""What dcmtk encodes, against what dcmtk, pylibjpeg and pydicom read of it."""
+"""Images encoded by dcmtk: our decoding compared with dcmtk, pylibjpeg and pydicom."""
 
 import subprocess
 
@@ -41,7 +41,7 @@ WRITTEN_BY_DCMTK = {
     "JPEG lossless, SV1": ("dcmcjpeg", "+e1", JPEG_LOSSLESS_SV1, 15, 0, 0),
     "JPEG lossless, SV1, 8 bits": ("dcmcjpeg", "+e1", JPEG_LOSSLESS_SV1, 8, 0, 0),
     **{f"JPEG lossless, predictor {n}": ("dcmcjpeg", f"+el +sv {n}", JPEG_LOSSLESS, 15, 0, 0) for n in range(1, 8)},
-    # before it compresses with loss, dcmcjpeg stretches the image's own range
+    # before lossy compression, dcmcjpeg stretches the range of the image
     "JPEG baseline": ("dcmcjpeg", "+eb +q 95", JPEG_BASELINE, 8, 12, 2),
     "JPEG extended, 12 bits": ("dcmcjpeg", "+ee +bt +q 95", JPEG_EXTENDED, 12, 130, 3),
     "JPEG extended, 8 bits": ("dcmcjpeg", "+ee +q 95", JPEG_EXTENDED, 8, 12, 2),
@@ -53,7 +53,7 @@ READERS = {"dcmcjpeg": "dcmdjpeg", "dcmcjpls": "dcmdjpls", "dcmcrle": "dcmdrle",
 
 
 def real(bits):
-    """Every eighth pixel of a real image, MONOCHROME1, in so many bits."""
+    """Return every eighth pixel of a real image, MONOCHROME1, with `bits` bits, and these pixels."""
     ds = dcmread(get_testdata_file("RG1_UNCR.dcm", download=False))
     pixels = ds.pixel_array[::8, ::8] >> (15 - bits)
     ds.Rows, ds.Columns = pixels.shape

@@ -28,7 +28,7 @@ def plain(pixels, **values):
 
 
 RAMP = np.arange(512 * 512, dtype=np.uint32).reshape(512, 512)
-RAMP12 = (RAMP // 64).astype(np.uint16)  # every 12-bit value 64 times, at the plate's own size: no resampling
+RAMP12 = (RAMP // 64).astype(np.uint16)  # every 12-bit value 64 times, in the size of a plate: no resampling
 
 
 def close(plate, expected):
@@ -43,7 +43,7 @@ def test_windows_are_those_of_the_standard(function, centre, width):
     if function:
         ds.VOILUTFunction = function
     expected = apply_voi_lut(RAMP12, ds)
-    low, high = (0, 4095)  # pydicom windows into the range of the stored bits
+    low, high = (0, 4095)  # pydicom maps the window to the range of the stored bits
     assert close(to_plate(ds), (expected - low) / (high - low) * 255)
 
 
@@ -165,7 +165,7 @@ def test_overlays_are_not_burnt_into_the_plate(tmp_path):
         drawn.add_new((group, 0x0040), "CS", "G")
         drawn.add_new((group, 0x0100), "US", 1)
         drawn.add_new((group, 0x3000), "OW", ones)
-    old.add_new((0x6000, 0x0100), "US", 16)  # in the bits above the stored ones, as images before 2004 have them
+    old.add_new((0x6000, 0x0100), "US", 16)  # in the bits above the stored ones, as in images before 2004
     old.add_new((0x6000, 0x0102), "US", 12)
     old.PixelData = (RAMP12 | np.uint16(0xF000)).tobytes()
     for ds in (drawn, old):
@@ -233,7 +233,7 @@ def test_real_look_up_tables_are_read_as_pydicom_reads_them():
 
 
 def slow_area(values, out):
-    """The area average of one line, by its definition: the integral of a step function over each interval."""
+    """Return the area average of one line by definition: the integral of a step function over each interval."""
     size = len(values)
     fine = np.repeat(np.asarray(values, float), out)  # every interval border is now a sample border
     return fine.reshape(out, size).mean(1)

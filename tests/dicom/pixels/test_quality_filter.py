@@ -1,4 +1,4 @@
-"""The quality filter: chest or not, upright, not inverted, not empty; from pixels, whatever the tags say."""
+"""The quality filter: chest, upright, not inverted, not empty; by pixels, whatever the tags."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def sample(name):
 
 @pytest.fixture(scope="module")
 def chest():
-    """uint8 [512, 512] of a real chest image."""
+    """Return the plate of a real chest image."""
     return to_plate(sample("RG1_UNCR.dcm"))
 
 
@@ -126,7 +126,7 @@ def test_black_borders_do_not_count_as_clipped(chest):
 
 
 def test_the_net_equals_a_second_implementation(chest):
-    """Against scipy's correlation, layer by layer, on the shipped weights."""
+    """Compare with scipy's correlation, layer by layer, with the shipped weights."""
     with np.load(quality_filter.WEIGHTS) as file:
         net = {name: file[name].astype(np.float64) for name in file.files}
     small = np.array([[chest[r : r + 16, c : c + 16].mean() for c in range(0, 512, 16)] for r in range(0, 512, 16)])

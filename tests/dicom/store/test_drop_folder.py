@@ -1,4 +1,4 @@
-"""The drop folder: complete files move in, incomplete ones wait."""
+"""The drop folder: complete files move into the inbox, incomplete ones wait."""
 
 import os
 import shutil

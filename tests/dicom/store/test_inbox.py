@@ -1,4 +1,4 @@
-"""The inbox: whole and durable, or absent."""
+"""The inbox: each file is complete and durable, or absent."""
 
 import errno
 import fcntl

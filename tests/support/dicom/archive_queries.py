@@ -1,4 +1,4 @@
-"""What an archive is asked for in tests, and the node that its answers come to."""
+"""The image that archive tests request, and a listener that receives it."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ REQUESTED = Image("1.2.3", "1.2.3.4", str(xray().SOPInstanceUID), "")
 
 @contextmanager
 def running_listener(folder: Path):
-    """A running listener, and its inbox under `folder`."""
+    """Yield (listener, inbox) of a running listener with its inbox under `folder`."""
     inbox = Inbox(folder / "inbox", 0)
     listener = Listener(Node(port=0), inbox)
     listener.start()

@@ -1,4 +1,4 @@
-"""The asking side of storage commitment, and nodes that it asks."""
+"""A storage commitment SCU, and running sites with that SCU as their peer."""
 
 import threading
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ ABSENT = (SECONDARY_CAPTURE, "1.2.3.4.5.6.7.8.9")
 
 
 class CommitmentScu:
-    """The asking side: sends N-ACTION, and takes N-EVENT-REPORT on a port of its own once it is open."""
+    """Sends N-ACTION, and accepts N-EVENT-REPORT on its own port while it is open."""
 
     def __init__(self, port=None, answer=SUCCESS):
         self.port, self.answer = port or free_port(), answer
@@ -44,7 +44,7 @@ class CommitmentScu:
         return self.answer, None
 
     def request(self, port, references, transaction=None, action=1, instance=COMMITMENT_INSTANCE, calling="PACS"):
-        """Status of an N-ACTION for these (class, instance) pairs."""
+        """Send an N-ACTION for these (class, instance) pairs and return its status."""
         information = Dataset()
         information.TransactionUID = transaction or generate_uid()
         information.ReferencedSOPSequence = []
@@ -59,7 +59,7 @@ class CommitmentScu:
         return status.Status
 
     def last_report(self, count=1):
-        """The newest report as (event type, UIDs held, {UID: reason}) once there are so many."""
+        """Return the newest report as (event type, committed UIDs, {UID: reason}) once there are `count`."""
         assert wait_for(lambda: len(self.reports) >= count)
         event_type, information = self.reports[-1]
         committed = {item.ReferencedSOPInstanceUID for item in information.get("ReferencedSOPSequence", [])}
@@ -70,12 +70,13 @@ class CommitmentScu:
 
 
 def references(*datasets):
+    """Return (SOP class, SOP instance) of each data set."""
     return [(ds.SOPClassUID, ds.SOPInstanceUID) for ds in datasets]
 
 
 @contextmanager
 def running_sites(folder):
-    """Gives what starts the node of a site whose peer is a Pacs: (site, port)."""
+    """Yield a function that starts the node of a site whose peer is a CommitmentScu; it returns (site, port)."""
     stops = []
 
     def start(pacs, site=None, **keys):
@@ -97,4 +98,5 @@ def running_sites(folder):
 
 
 def pending_requests(site):
+    """Return the files of requests without an accepted report."""
     return list((site.root / "node" / "commitment").glob("*.json"))

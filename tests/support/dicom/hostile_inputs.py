@@ -1,4 +1,4 @@
-"""What the bad inputs are made of, and a node that must be well after each of them."""
+"""Data for bad inputs, and listeners that must still answer C-ECHO after each of them."""
 
 from contextlib import contextmanager
 
@@ -17,7 +17,7 @@ BIG = xray(7, side=900, bits=12)
 
 @contextmanager
 def running_listeners(folder):
-    """What starts a listener and its inbox. Each must be well at the end of every case."""
+    """Yield a function that starts a listener and returns (listener, inbox); at the end each must answer C-ECHO."""
     running = []
 
     def start(inbox=None, **settings):
@@ -35,4 +35,5 @@ def running_listeners(folder):
 
 
 def file_names(inbox):
+    """Return the names of all files in the inbox, temporary ones included."""
     return sorted(path.name for path in inbox.folder.rglob("*") if path.is_file())
