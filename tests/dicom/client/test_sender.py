@@ -95,7 +95,7 @@ def test_kinds_given_in_advance_use_one_association():
     kinds = [(images[0].SOPClassUID, EXPLICIT_LE), (images[0].SOPClassUID, IMPLICIT_LE)]
     with Archive(free_port(), classes=(images[0].SOPClassUID,)) as archive:
         sent = list(deliver(images, "127.0.0.1", archive.port, "PACS", kinds=kinds))
-        assert [one.status for one in sent] == [0, 0, 0]
+        assert [result.status for result in sent] == [0, 0, 0]
         assert archive.associations == 1
         list(deliver(images, "127.0.0.1", archive.port, "PACS"))
         assert archive.associations == 3  # one more for the second syntax

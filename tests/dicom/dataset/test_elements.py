@@ -30,15 +30,15 @@ def test_every_cut_within_an_element_is_detected(syntax):
     ds = xray(transfer_syntax=syntax)
     data = data_set(ds)
     before_pixels = read_header(io.BytesIO(data), syntax).pixel_offset
-    whole = 0
+    undetected = 0
     for length in range(1, before_pixels):
         try:
             header_read = read_header(io.BytesIO(data[:length]), syntax, pixels=False)
         except Unreadable:
             continue
         assert header_read.pixel_length is None
-        whole += 1
-    assert whole == len(ds) - 1  # after each element but the last, PixelData
+        undetected += 1
+    assert undetected == len(ds) - 1  # after each element but the last, PixelData
 
 
 @pytest.mark.parametrize("vr", [b"SQ", b"UN"])

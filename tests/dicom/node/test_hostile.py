@@ -159,7 +159,7 @@ threading.Event().wait()
 
 def peak(pid: int) -> int:
     """Return the peak memory of a process in bytes."""
-    (line,) = [one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmHWM")]
+    (line,) = [text for text in Path(f"/proc/{pid}/status").read_text().splitlines() if text.startswith("VmHWM")]
     return int(line.split()[1]) << 10
 
 

@@ -116,10 +116,10 @@ def shared_listener(tmp_path_factory):
 @given(st.data())
 def test_an_image_arrives_byte_for_byte_in_any_split_into_values_pdus_and_packets(shared_listener, data):
     listener, inbox = shared_listener
-    whole = command(1, DX, UID)
+    encoded = command(1, DX, UID)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(DATA)), max_size=6)))
-    edge = data.draw(st.integers(0, len(whole)))
-    values = [pdv(1, 1, whole[:edge]), pdv(1, COMMAND, whole[edge:])]
+    edge = data.draw(st.integers(0, len(encoded)))
+    values = [pdv(1, 1, encoded[:edge]), pdv(1, COMMAND, encoded[edge:])]
     bounds = [0, *cuts, len(DATA)]
     for n, (first, last) in enumerate(pairwise(bounds)):
         for at in range(first, max(last, first + 1), 60_000):

@@ -68,18 +68,18 @@ def test_results_are_in_the_study_of_the_image_each_in_its_own_series(tmp_path):
     source.PatientName, source.AccessionNumber, source.StudyID = "Müller^Jörg", "A1", "S1"
     path = save(source, tmp_path / "image.dcm")
     results = [report(read_image(path), SCORED), capture(read_image(path), SCORED, PANELS)]
-    made = [dcmread(save(one, tmp_path / "out.dcm")) for one in results]
-    for one in made:
+    made = [dcmread(save(ds, tmp_path / "out.dcm")) for ds in results]
+    for ds in made:
         for keyword in (
             "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName", "PatientID",
             "PatientName", "PatientSex", "PatientAge", "PatientBirthDate", "SpecificCharacterSet",
         ):  # fmt: skip
-            assert one[keyword].value == source[keyword].value, keyword
-        assert one.SOPInstanceUID.startswith(RESULT_UID_ROOT)
-        assert one.SeriesInstanceUID.startswith(RESULT_UID_ROOT)
-        assert one.ManufacturerModelName == "cxrloop"
-        assert (one.ContentDate, one.ContentTime) == ("20260304", "050607")
-    uids = {uid for one in made for uid in (one.SOPInstanceUID, one.SeriesInstanceUID)}
+            assert ds[keyword].value == source[keyword].value, keyword
+        assert ds.SOPInstanceUID.startswith(RESULT_UID_ROOT)
+        assert ds.SeriesInstanceUID.startswith(RESULT_UID_ROOT)
+        assert ds.ManufacturerModelName == "cxrloop"
+        assert (ds.ContentDate, ds.ContentTime) == ("20260304", "050607")
+    uids = {uid for ds in made for uid in (ds.SOPInstanceUID, ds.SeriesInstanceUID)}
     assert len(uids) == 4
     assert source.SeriesInstanceUID not in uids
 
@@ -90,7 +90,7 @@ def test_the_report_has_bundle_finding_probability_threshold_and_notice(tmp_path
     texts = text_of(result)
     assert {"Pleural effusion", "a finding of this site", "Opacity", "0.8312", "0.41", "Yes", "No"} <= set(texts)
     assert "bundle 0123456789ab" in texts
-    assert sum(NOTICE in one for one in texts) == len(SCORES) + 1
+    assert sum(NOTICE in text for text in texts) == len(SCORES) + 1
     assert (result.CompletionFlag, result.VerificationFlag, result.PreliminaryFlag) == (
         "COMPLETE",
         "UNVERIFIED",
@@ -112,8 +112,8 @@ def test_a_retry_makes_the_same_bytes_and_another_bundle_another_object(tmp_path
     for make in (report, lambda f, s: capture(f, s, PANELS)):
         first, again = (save(make(source, SCORED), tmp_path / name) for name in ("1.dcm", "2.dcm"))
         assert first.read_bytes() == again.read_bytes()
-        other = Scored("ab" * 32, "ffffffffffff", SCORES, AT, "d" * 64, "0.1.0")
-        assert make(source, other).SOPInstanceUID != make(source, SCORED).SOPInstanceUID
+        by_next_bundle = Scored("ab" * 32, "ffffffffffff", SCORES, AT, "d" * 64, "0.1.0")
+        assert make(source, by_next_bundle).SOPInstanceUID != make(source, SCORED).SOPInstanceUID
     assert len({SCORED.uid(*words) for words in (("sr",), ("sc",), ("sr", "series"), ("sc", "series"))}) == 4
     assert all(len(result_uid(str(n))) <= 64 for n in range(200))
 
@@ -135,12 +135,12 @@ def test_our_own_results_are_rejected_when_they_are_received(tmp_path, kind):
 
 
 def test_the_sheet_shows_each_panel_with_its_caption_and_the_notice_below():
-    one, four = sheet(PANELS, SCORED), sheet(PANELS * 4, SCORED)
-    assert one.shape == (SIDE + 3 * STRIP, SIDE, 3)
+    single, four = sheet(PANELS, SCORED), sheet(PANELS * 4, SCORED)
+    assert single.shape == (SIDE + 3 * STRIP, SIDE, 3)
     assert four.shape == (2 * SIDE + 4 * STRIP, 2 * SIDE, 3)
-    assert (one[:SIDE] == 60).all()
+    assert (single[:SIDE] == 60).all()
     for strip in range(3):
-        assert one[SIDE + strip * STRIP : SIDE + (strip + 1) * STRIP].max() > 200
+        assert single[SIDE + strip * STRIP : SIDE + (strip + 1) * STRIP].max() > 200
     long = [(Score("W" * 64, 0.5, 0.5), PANELS[0][1])]
     caption = sheet(long, SCORED)[SIDE : SIDE + STRIP]
     assert (caption[:, -8:] == 0).all()
@@ -289,8 +289,8 @@ def test_no_library_prints_a_uid_or_a_name_into_the_log_while_a_result_is_made(t
         "import logging; from pathlib import Path; logging.basicConfig(level='INFO')\n"
         "from agent.cli import main as cli; from dicom.outgoing.structured_report import report; from dicom.client.sender import _Image\n"
         "from dicom.outgoing.results import Score, Scored, read_image; from datetime import datetime, UTC\n"
-        "said = Scored('ab', 'b', (Score('effusion', .5, .5),), datetime.now(UTC), 'd', '0')\n"
-        f"cli.app = lambda: _Image(report(read_image(Path({str(tmp_path / 'image.dcm')!r})), said)); cli.main()"
+        "scored = Scored('ab', 'b', (Score('effusion', .5, .5),), datetime.now(UTC), 'd', '0')\n"
+        f"cli.app = lambda: _Image(report(read_image(Path({str(tmp_path / 'image.dcm')!r})), scored)); cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
