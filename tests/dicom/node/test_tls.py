@@ -203,18 +203,18 @@ def test_many_senders_at_once_over_tls_lose_nothing(node, hospital):
     assert len(inbox.waiting()) == 16
 
 
-# The operating manual
+# The commands of docs/connect.md
 
 
 def commands(page):
-    """Return the words of each `openssl` and `echoscu +tls` line of the operating manual."""
+    """Return the words of each `openssl` and `echoscu +tls` line of the page connect.md."""
     lines = [line for line in page.splitlines() if line.startswith(("openssl ", "echoscu +tls"))]
     assert len(lines) == 2
     return [shlex.split(line) for line in lines]
 
 
 @pytest.mark.peer("dcmtk", "openssl")
-def test_the_openssl_and_echoscu_commands_of_the_manual_work(node, tmp_path):
+def test_the_openssl_and_echoscu_commands_of_the_page_work(node, tmp_path):
     page = Path(__file__).resolve().parents[3] / "docs" / "connect.md"
     openssl, echoscu = commands(page.read_text("utf-8"))
     for name in ("node", "pacs"):
