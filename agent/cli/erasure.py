@@ -9,7 +9,7 @@ import typer
 
 from agent import console
 from agent.cli.images import studies_app
-from agent.cli.options import By, Config, Json, opened
+from agent.cli.options import By, Config, Json, open_site
 from agent.erasure import forget as forgetting
 from agent.errors import Problem
 from agent.images import export
@@ -32,7 +32,7 @@ def studies_export(
     json_out: Json = False,
 ) -> None:
     """De-identified copies of images, for use outside the site. Pixels are not inspected. Exit 2 when some must stay."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         said = export.export(site, ledger, uids, folder, with_labels, by)
         if json_out:
             console.as_json(said)
@@ -66,7 +66,7 @@ def forget_command(
         raise typer.BadParameter("name the patient by id, or by --key", param_hint="PATIENT")
     if patient == "-":
         patient = sys.stdin.readline()
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         if patient and re.search(rf"(?<!\w){re.escape(patient.strip())}(?!\w)", f"{by}\n{reason}", re.IGNORECASE):
             raise Problem("forget: --by and --reason are kept for good; don't name the patient in them")
         keys = [forgetting.checked_key(key)] if key else forgetting.keys_of(site, patient or "", issuer or ())

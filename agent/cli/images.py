@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from agent import console
-from agent.cli.options import MOST, By, Config, Json, opened
+from agent.cli.options import MOST, By, Config, Json, open_site
 from agent.errors import Problem
 from agent.images import images, labels
 from agent.images.importer import import_folder
@@ -34,7 +34,7 @@ def import_command(
     """Take in every image under a folder, through the same intake as the node."""
     if view not in ("PA", "AP"):
         raise typer.BadParameter("PA or AP", param_hint="--view")
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         with console.logs.status("importing") as line:
             counts = import_folder(site, ledger, folder, view, lambda done: line.update(f"importing: {done} files"))
         if json_out:
@@ -50,7 +50,7 @@ def studies_ls(
     json_out: Json = False,
 ) -> None:
     """Images, newest first, with state, reason and scores."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         if state and state not in images.STATES:
             raise Problem(f"--state {state}: must be one of {', '.join(images.STATES)}")
         rows = images.ls(site, ledger, state, limit)
@@ -80,7 +80,7 @@ def studies_rerun(
     json_out: Json = False,
 ) -> None:
     """Score images again with the model in service and send their results (if [results] says so)."""
-    with console.errors(), opened(settings) as (_, ledger):
+    with console.errors(), open_site(settings) as (_, ledger):
         said = images.rerun(ledger, uid, state, failed, by)
         if json_out:
             return console.as_json(said)
@@ -97,7 +97,7 @@ def labels_import(
     json_out: Json = False,
 ) -> None:
     """Add labels from a CSV: all of it, or nothing."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         said = labels.import_csv(site, ledger, file, by)
         if json_out:
             return console.as_json(said)
@@ -107,14 +107,14 @@ def labels_import(
 @golden_app.command("freeze")
 def golden_freeze(by: By = "golden freeze", settings: Config = None, json_out: Json = False) -> None:
     """Freeze the labelled images of the golden patients as a new version."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         _print_golden(golden_set.freeze(site, ledger, by), json_out)
 
 
 @golden_app.command("show")
 def golden_show(settings: Config = None, json_out: Json = False) -> None:
     """Size and hash of the frozen set."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         _print_golden(golden_set.show(site, ledger), json_out)
 
 
@@ -133,7 +133,7 @@ def _print_golden(said: dict[str, Any], json_out: bool) -> None:
 @golden_app.command("power")
 def golden_power(settings: Config = None, json_out: Json = False) -> None:
     """How likely a look is to decide, per finding, at the correlation measured on this site's scores."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         said = power.power(site, ledger)
         if json_out:
             return console.as_json(said)

@@ -11,7 +11,7 @@ import typer
 
 from agent import console
 from agent.cli import erasure, images, models, pull, rounds
-from agent.cli.options import MOST, Config, Json, opened
+from agent.cli.options import MOST, Config, Json, open_site
 from agent.errors import Problem
 from agent.ledger import audit
 from agent.service.status import status
@@ -114,7 +114,7 @@ def demo(
 @app.command("status")
 def status_command(settings: Config = None, json_out: Json = False) -> None:
     """One screen: images, the model in service, rounds, looks left, disk, alerts. Exit 3 when degraded."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         said = status(site, ledger)
         if json_out:
             console.as_json(said)
@@ -168,7 +168,7 @@ def audit_verify(
     json_out: Json = False,
 ) -> None:
     """Check the whole chain and its signed heads. Exit 1 at the first broken link, named."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         said = audit.verify(ledger, site.root / "audit.heads", site.key("signing.pub"), head)
         if json_out:
             console.as_json(said)
@@ -185,7 +185,7 @@ def audit_tail(
     json_out: Json = False,
 ) -> None:
     """The newest entries."""
-    with console.errors(), opened(settings) as (_, ledger):
+    with console.errors(), open_site(settings) as (_, ledger):
         entries = audit.tail(ledger, limit)
         if json_out:
             return console.as_json(entries)

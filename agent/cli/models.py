@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from agent import console
-from agent.cli.options import By, Config, Json, opened
+from agent.cli.options import By, Config, Json, open_site
 from agent.ledger.database import Row
 from agent.release import import_model, release
 from agent.results import explain
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 @models_app.command("ls")
 def models_ls(settings: Config = None, json_out: Json = False) -> None:
     """All models, newest first."""
-    with console.errors(), opened(settings) as (_, ledger):
+    with console.errors(), open_site(settings) as (_, ledger):
         said = [_model(row) for row in ledger.rows("SELECT * FROM bundle ORDER BY created_at DESC, rowid DESC")]
         if json_out:
             return console.as_json(said)
@@ -56,7 +56,7 @@ def models_show(
     json_out: Json = False,
 ) -> None:
     """One model: its card, and what became of it."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         row = release.find(ledger, bundle)
         sealed = files.open_sealed(site, row["id"])
         history = ledger.rows("SELECT state, by, reason, at FROM deployment WHERE bundle = ? ORDER BY id", row["id"])
@@ -78,7 +78,7 @@ def models_import(
     json_out: Json = False,
 ) -> None:
     """Take in a model made elsewhere: the baseline when none serves, else a candidate for the gate."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         said = import_model.adopt(site, ledger, file, by, with_look)
         console.as_json(said) if json_out else console.pairs(said.items())
 
@@ -89,7 +89,7 @@ def gate(
     json_out: Json = False,
 ) -> None:
     """The stored verdict of a round; reading it spends nothing."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         said = evaluation.stored(site, ledger, records.get(ledger, name))
         if json_out:
             return console.as_json(said)
@@ -125,7 +125,7 @@ def approve(
     json_out: Json = False,
 ) -> None:
     """Put a bundle that passed the gate into service. Exit 2 when the verdict or the policy refuses."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         said = release.approve(site, ledger, bundle, by, reason)
         console.as_json(said) if json_out else console.pairs(said.items())
 
@@ -138,7 +138,7 @@ def reject(
     json_out: Json = False,
 ) -> None:
     """Close the door on a candidate."""
-    with console.errors(), opened(settings) as (_, ledger):
+    with console.errors(), open_site(settings) as (_, ledger):
         said = release.reject(ledger, bundle, by, reason)
         console.as_json(said) if json_out else console.pairs(said.items())
 
@@ -153,7 +153,7 @@ def rollback(
     json_out: Json = False,
 ) -> None:
     """Put an earlier model straight back into service; always possible, never gated."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         said = release.rollback(site, ledger, to, by, reason)
         console.as_json(said) if json_out else console.pairs(said.items())
 
@@ -177,6 +177,6 @@ def explain_command(
     json_out: Json = False,
 ) -> None:
     """What a model said of an image, and where it looked."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         said = explain.explain(site, ledger, uid, finding, method, as_of, output, positive)
         console.as_json(said) if json_out else console.pairs(said.items())

@@ -19,7 +19,7 @@ By = Annotated[str, typer.Option(help="who does this; kept in the audit")]
 
 
 @contextmanager
-def opened(settings: Path | None) -> Iterator[tuple[Site, Ledger]]:
+def open_site(settings: Path | None) -> Iterator[tuple[Site, Ledger]]:
     """The site and its ledger."""
     site = Site.open(settings)
     with site.ledger() as ledger:

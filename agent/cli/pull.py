@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from agent import console
-from agent.cli.options import Config, Json, opened
+from agent.cli.options import Config, Json, open_site
 from agent.errors import Problem
 from agent.ledger.database import Ledger
 from agent.network import connections
@@ -53,7 +53,7 @@ def pull_command(
     json_out: Json = False,
 ) -> None:
     """Fetch priors or a back-catalogue from a PACS or a DICOMweb server. Exit 3 when an image could not be had."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         modalities = _modalities(modality)
         questions, unknown = _questions(site, ledger, patient or [], study or [], priors, since, until, modalities)
         archive = _archive(site, source, how, ca)

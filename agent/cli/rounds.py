@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from agent import console
-from agent.cli.options import By, Config, Json, opened
+from agent.cli.options import By, Config, Json, open_site
 from agent.errors import Problem
 from agent.ledger.database import Ledger, Row
 from agent.rounds import inspection, records, training
@@ -38,7 +38,7 @@ def round_run(
     json_out: Json = False,
 ) -> None:
     """Run a round; an unfinished one goes on, and one that runs elsewhere is waited for."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         if not now:
             raise Problem("round run: say --now; at night rounds start by themselves in learn.window")
         end = _clock(site, until) if until else None
@@ -52,7 +52,7 @@ def round_resume(
     json_out: Json = False,
 ) -> None:
     """Go on with the unfinished round."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         row = records.open_round(ledger)
         if not row:
             raise Problem("round resume: no round is unfinished")
@@ -133,7 +133,7 @@ def _print_round(said: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> 
 @round_app.command("ls")
 def round_ls(settings: Config = None, json_out: Json = False) -> None:
     """All rounds, newest first."""
-    with console.errors(), opened(settings) as (_, ledger):
+    with console.errors(), open_site(settings) as (_, ledger):
         said = [records.summary(ledger, row) for row in ledger.rows("SELECT * FROM round ORDER BY id DESC")]
         if json_out:
             return console.as_json(said)
@@ -148,7 +148,7 @@ def round_show(
     json_out: Json = False,
 ) -> None:
     """One round: its state and verdict, phases and steps, newest losses and collapse monitors, its picture."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         row = records.get(ledger, name)
         said = records.summary(ledger, row) | inspection.learning(site.rounds / row["name"])
         said["progress"] = records.progress(site, row["name"])
@@ -188,7 +188,7 @@ def round_logs(
     json_out: Json = False,
 ) -> None:
     """What the learner wrote in a round."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         row = records.get(ledger, name) if name else inspection.newest(ledger)
         if not row:
             raise Problem("round logs: no round yet; `cxrloop round run --now` starts one")
@@ -230,7 +230,7 @@ def round_cancel(
     json_out: Json = False,
 ) -> None:
     """Stop a round for good (the unfinished one by default)."""
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         row = records.get(ledger, name) if name else records.open_round(ledger)
         if not row:
             raise Problem("round cancel: no round is unfinished")
