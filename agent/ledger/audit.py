@@ -12,9 +12,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
 from agent.ledger.database import Ledger, canonical, utc
 
 GENESIS = "0" * 64
@@ -54,6 +51,8 @@ def anchor(ledger: Ledger, heads: Path, signing_key: bytes) -> None:
         if lines and lines[-1].startswith(f"{last['seq']} "):
             return
         file.truncate(sum(len(line) + 1 for line in lines))
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # most commands sign nothing
+
         message = f"{last['seq']} {last['hash']}"
         signature = Ed25519PrivateKey.from_private_bytes(signing_key).sign(message.encode()).hex()
         file.write(f"{message} {signature}\n")
@@ -74,7 +73,7 @@ def verify(ledger: Ledger, heads: Path, public_key: bytes, head: str | None = No
     """
     previous, hashes = GENESIS, {}
     broken: str | None = None
-    for place, entry in enumerate(ledger.db.query("SELECT * FROM audit ORDER BY seq"), start=1):
+    for place, entry in enumerate(ledger.each("SELECT * FROM audit ORDER BY seq"), start=1):
         if entry["seq"] != place:
             broken = broken or f"entry {place} is missing (found {entry['seq']})"
         elif entry["previous"] != previous:
@@ -90,6 +89,9 @@ def verify(ledger: Ledger, heads: Path, public_key: bytes, head: str | None = No
 
 
 def _check_heads(heads: Path, hashes: dict[int, str], public_key: bytes) -> str | None:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     lines = whole_lines(heads.read_text()) if heads.exists() else []
     if hashes and not lines:
         return f"{heads.name} is missing: nothing vouches for the chain"

@@ -14,11 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlite_utils import Database
-
-from agent.ledger.schema import migrations
-
 Row = dict[str, Any]
+LATEST = "names_of_0_2"  # the newest migration of agent.ledger.schema: a ledger that has it needs none
 BUSY_MS = 30_000  # longer than any of our transactions, shorter than a person's patience
 
 
@@ -27,16 +24,27 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self.db = Database(connection)
+        self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self.db.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         with (path.parent / (path.name + ".lock")).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two processes starting at once must not both create the tables
             self.db.execute("PRAGMA journal_mode = WAL")
-            if migrations.pending(self.db):
-                migrations.apply(self.db)
+            if not self._is_current():
+                from sqlite_utils import Database  # only to migrate: it takes longer to load than most commands to run
+
+                from agent.ledger.schema import migrations
+
+                migrations.apply(Database(self.db))
         self.db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last approvals in a power cut
         self.db.execute("PRAGMA foreign_keys = ON")
+        self.db.execute("PRAGMA recursive_triggers = ON")  # else INSERT OR REPLACE deletes from append-only tables
+
+    def _is_current(self) -> bool:
+        newest = "SELECT name FROM _sqlite_migrations WHERE migration_set = 'cxrloop' ORDER BY id DESC LIMIT 1"
+        try:
+            return self.value(newest) == LATEST
+        except sqlite3.OperationalError:  # a new file: no such table
+            return False
 
     def close(self) -> None:
         """Close the connection."""
@@ -55,18 +63,25 @@ class Ledger:
         try:
             yield
         except BaseException:
-            if self.db.conn.in_transaction:  # SQLite itself has taken back what found the disk full
+            if self.db.in_transaction:  # SQLite itself has taken back what found the disk full
                 self.db.execute("ROLLBACK")
             raise
         self.db.execute("COMMIT")
 
     def rows(self, sql: str, *parameters: Any) -> list[Row]:
         """All rows of a query, as dicts."""
-        return list(self.db.query(sql, parameters))
+        return list(self.each(sql, *parameters))
+
+    def each(self, sql: str, *parameters: Any) -> Iterator[Row]:
+        """Yield the rows of a query one by one, as dicts, for results too long to hold."""
+        cursor = self.db.execute(sql, parameters)
+        names = [column[0] for column in cursor.description]
+        for values in cursor:
+            yield dict(zip(names, values, strict=True))
 
     def row(self, sql: str, *parameters: Any) -> Row | None:
         """The first row of a query, or None."""
-        return next(iter(self.db.query(sql, parameters)), None)
+        return next(self.each(sql, *parameters), None)
 
     def value(self, sql: str, *parameters: Any) -> Any:
         """The first column of the first row, or None."""
@@ -75,7 +90,7 @@ class Ledger:
 
     def run(self, sql: str, *parameters: Any) -> int:
         """Execute one writing statement inside a transaction; the id of the row it inserted, if any."""
-        if not self.db.conn.in_transaction:
+        if not self.db.in_transaction:
             raise RuntimeError("a write outside `with ledger.transaction()`")
         return self.db.execute(sql, parameters).lastrowid or 0
 

@@ -3,18 +3,23 @@
 Turns settings into what `dicom` takes. Opens no port by itself and knows no image.
 """
 
+from __future__ import annotations
+
 import ipaddress
 import logging
 import ssl
-
-from pydicom import Dataset
+from typing import TYPE_CHECKING
 
 from agent.errors import Problem
 from agent.site.peer_address import Peer, parse
 from agent.site.site import Site
-from dicom.client import sender
-from dicom.node import tls
-from dicom.node.listener import Node
+from dicom.client import echo
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+    from dicom.node import tls
+    from dicom.node.listener import Node
 
 log = logging.getLogger("cxrloop")
 
@@ -26,6 +31,8 @@ def identity(site: Site) -> tls.Identity | None:
     keys = site.config.node
     if not keys.tls_cert:
         return None
+    from dicom.node import tls
+
     return tls.Identity(
         site.root / keys.tls_cert, site.root / keys.tls_key, site.root / keys.tls_ca if keys.tls_ca else None
     )
@@ -37,8 +44,12 @@ def days_left(site: Site) -> int | None:
     wanting = next((text for text in (*keys.peers, site.config.results.destination) if text.endswith("/tls")), None)
     if wanting and not us:
         raise Problem(f"{wanting}: TLS needs our own certificate too; set node.tls_cert and node.tls_key")
+    if us is None:
+        return None
+    from dicom.node import tls
+
     try:
-        return tls.check(us) if us else None
+        return tls.check(us)
     except tls.BadCertificate as wrong:
         raise Problem(f"TLS: {wrong}") from None
 
@@ -48,6 +59,9 @@ def node(site: Site) -> Node:
 
     Our own AE title and loopback always pass: `status` and the supervisor ask the node with C-ECHO.
     """
+    from dicom.node import tls
+    from dicom.node.listener import Node
+
     keys, us = site.config.node, identity(site)
     days_left(site)
     return Node(
@@ -78,11 +92,15 @@ def address(site: Site) -> str:
 def answers(site: Site) -> bool:
     """True when our own node answers C-ECHO, or says that it is busy; in TLS where it speaks TLS."""
     keys, us = site.config.node, identity(site)
-    try:
-        context = tls.own_node_context(us) if us else None
-    except (tls.BadCertificate, OSError):  # ssl.SSLError is one: the files have gone bad since the start
-        return False
-    return sender.is_running(address(site), keys.port, keys.aet, calling_aet=keys.aet, tls=context)
+    context = None
+    if us:
+        from dicom.node import tls
+
+        try:
+            context = tls.own_node_context(us)
+        except (tls.BadCertificate, OSError):  # ssl.SSLError is one: the files have gone bad since the start
+            return False
+    return echo.answers(address(site), keys.port, keys.aet, keys.aet, context)
 
 
 def peers(site: Site) -> dict[str, Peer]:
@@ -97,6 +115,8 @@ def wire(site: Site, peer: Peer) -> ssl.SSLContext | None:
         return None
     if us is None:
         raise Problem(f"{peer.aet}: TLS needs our own certificate too; set node.tls_cert and node.tls_key")
+    from dicom.node import tls
+
     try:
         return tls.peer_context(us)
     except (tls.BadCertificate, ssl.SSLError) as wrong:
@@ -105,6 +125,8 @@ def wire(site: Site, peer: Peer) -> ssl.SSLContext | None:
 
 def report(site: Site, aet: str, information: Dataset, event_type: int) -> bool:
     """Send a storage commitment report to a configured peer; True when it has taken it."""
+    from dicom.client import sender
+
     peer = peers(site).get(aet)
     if peer is None:
         return False

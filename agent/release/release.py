@@ -8,18 +8,12 @@ import time
 from datetime import datetime, timedelta
 from typing import Any
 
-import numpy as np
-
 from agent.errors import Problem, Refused
 from agent.ledger import audit, states
 from agent.ledger.database import Ledger, Row, utc, when
 from agent.site import locks
 from agent.site.site import Site
-from deploy.bundle import pointer
-from deploy.bundle.bundle import BundleRefused, open_bundle
 from deploy.client import Client, ServerDown, ServerRefused
-from deploy.server.runtime import NoRuntime, ProviderRefused
-from deploy.server.session import Session
 
 CONFLICT = 409  # the server's word that the bundle itself may not serve
 
@@ -118,6 +112,9 @@ def _intend(ledger: Ledger, bundle: str, by: str, reason: str) -> Row:
 
 
 def _act(site: Site, ledger: Ledger, intent: Row) -> dict[str, Any]:
+    from deploy.bundle import pointer
+    from deploy.bundle.bundle import BundleRefused
+
     bundle, by = intent["bundle"], intent["by"]
     with Client(site.infer_url) as server:
         try:
@@ -135,6 +132,10 @@ def _act(site: Site, ledger: Ledger, intent: Row) -> dict[str, Any]:
 
 def _prepare(site: Site, server: Client, bundle: str) -> bool:
     """Load, warm and probe the bundle: in the server, or here when none is up. True when a server is up."""
+    from deploy.bundle.bundle import open_bundle
+    from deploy.server.runtime import NoRuntime, ProviderRefused
+    from deploy.server.session import Session
+
     try:
         server.prepare(bundle)
         return True
@@ -150,6 +151,8 @@ def _prepare(site: Site, server: Client, bundle: str) -> bool:
 
 def _swapped(server: Client, bundle: str, started: float) -> float:
     """Seconds from the change of the pointer to the first answer of the new bundle."""
+    import numpy as np
+
     try:
         server.reload()
         while server.predict(np.zeros((1, 512, 512), np.uint8))[0] != bundle:

@@ -4,25 +4,26 @@ Nothing is ever dropped: what the PACS can't take now is tried again, what it re
 What the objects hold is `answers`; how they travel is the sender's.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
-
-from pydicom import Dataset
+from typing import TYPE_CHECKING, Any
 
 from agent.errors import Problem
 from agent.ledger.database import Ledger, Row, utc, when
 from agent.network import connections
 from agent.site import peer_address
 from agent.site.site import Site
-from deploy.bundle.bundle import Bundle, BundleRefused
-from dicom.client.sender import NO_ANSWER, NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, Sent, deliver
-from dicom.dataset.facts import COMPREHENSIVE_SR, SECONDARY_CAPTURE
-from dicom.dataset.part10 import HOSTILE, IMPLICIT_LE
 
-KINDS = {"sr": (COMPREHENSIVE_SR, IMPLICIT_LE), "sc": (SECONDARY_CAPTURE, IMPLICIT_LE)}
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+    from deploy.bundle.bundle import Bundle
+    from dicom.client.sender import Sent
+
 BATCH = 32  # results of one association: some seconds' work
 FIRST_S, LONGEST_S = 2.0, 300.0  # back-off: doubled from one to the other
 SILENCES = 3  # results in a row without an answer, 30 seconds each at worst: then it is the PACS, not they
@@ -84,6 +85,11 @@ def step(site: Site, ledger: Ledger, line: Line, now: datetime) -> int:
     )  # fmt: skip
     if not due:
         return 0
+    from dicom.client.sender import NO_ANSWER, NO_ASSOCIATION, deliver
+    from dicom.dataset.facts import COMPREHENSIVE_SR, SECONDARY_CAPTURE
+    from dicom.dataset.part10 import IMPLICIT_LE
+
+    proposed = [(COMPREHENSIVE_SR, IMPLICIT_LE), (SECONDARY_CAPTURE, IMPLICIT_LE)]
     peer = peer_address.parse(site.config.results.destination)
     answered = silences = 0
     under_way: list[Row] = []
@@ -91,7 +97,7 @@ def step(site: Site, ledger: Ledger, line: Line, now: datetime) -> int:
         context = connections.wire(site, peer)
         for sent in deliver(
             _objects(line, ledger, due, under_way, now), peer.host, peer.port, peer.aet, site.config.node.aet, context,
-            kinds=KINDS.values(),
+            kinds=proposed,
         ):  # fmt: skip
             row = under_way.pop()
             if sent.why == NO_ASSOCIATION:
@@ -114,6 +120,8 @@ def _named(peer: peer_address.Peer) -> str:
 
 def judged(sent: Sent) -> tuple[str, str | None]:
     """("sent" | "failed" | "waiting", why) of an answer, by PS3.4 table B.2-1 and PS3.7 annex C."""
+    from dicom.client.sender import NO_CONTEXT, UNREADABLE
+
     status = sent.status
     if status is None:
         return ("failed" if sent.why in (NO_CONTEXT, UNREADABLE) else "waiting"), sent.why
@@ -153,6 +161,8 @@ def _objects(line: Line, ledger: Ledger, rows: list[Row], under_way: list[Row], 
         HeaderIncomplete,
         make,
     )
+    from deploy.bundle.bundle import BundleRefused
+    from dicom.dataset.part10 import HOSTILE
 
     for row in rows:
         try:

@@ -4,21 +4,27 @@ Asks `deploy.server.server` over loopback; when it is not up or has no model, th
 the PACS, the rows of the outbox are written with the score: both or neither.
 """
 
+from __future__ import annotations
+
 import io
 import json
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from agent.ledger.database import Ledger, Row, utc
 from agent.results import outbox
 from agent.site.site import Site
 from deploy.client import Client, ServerDown
 
+if TYPE_CHECKING:
+    import numpy as np
+
 BATCH = 16  # images of one request: 4 MB, under a second on two cores
 
 
 def step(site: Site, ledger: Ledger, client: Client) -> int:
     """Score at most BATCH waiting images; how many left the line (0 when there is nothing, or nobody, to ask)."""
+    import numpy as np
+
     queued = _waiting(ledger, "unscored") or _waiting(ledger, "score_again")
     if not queued:
         return 0
@@ -76,6 +82,8 @@ def _waiting(ledger: Ledger, table: str) -> list[Row]:
 
 def pack(heat: np.ndarray) -> bytes:
     """.npy of uint8 [F, g, g] from float [F, g, g]: what speaks for each finding, over its own largest value."""
+    import numpy as np
+
     speaks_for = np.nan_to_num(heat).clip(min=0)
     scaled = speaks_for / np.maximum(speaks_for.max((1, 2), keepdims=True), np.finfo(np.float32).tiny)
     body = io.BytesIO()
@@ -92,5 +100,12 @@ def latency(ledger: Ledger, last: int = 200) -> tuple[float | None, float | None
     )
     if not rows:
         return None, None
-    seconds = np.array([row["s"] for row in rows])
-    return round(float(np.median(seconds)), 3), round(float(np.percentile(seconds, 95)), 3)
+    seconds = sorted(row["s"] for row in rows)
+    return round(_quantile(seconds, 0.5), 3), round(_quantile(seconds, 0.95), 3)
+
+
+def _quantile(values: list[float], share: float) -> float:
+    """Return the quantile of sorted values, interpolated linearly as numpy does."""
+    place = share * (len(values) - 1)
+    below, above = values[int(place)], values[min(int(place) + 1, len(values) - 1)]
+    return below + (above - below) * (place - int(place))

@@ -4,11 +4,11 @@ The row that spends alpha is written before any golden score is read; a crash af
 which the next start finishes. Printing a verdict never spends.
 """
 
+from __future__ import annotations
+
 import json
 from datetime import UTC, datetime
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from agent.errors import Problem
 from agent.ledger import audit
@@ -17,8 +17,9 @@ from agent.release import release
 from agent.rounds import golden_set, records
 from agent.site.files import open_sealed
 from agent.site.site import Site
-from deploy.server.session import ProbeMismatch, Session
-from learner.evaluation.gate import Rules, Scores, Verdict, judge
+
+if TYPE_CHECKING:
+    from learner.evaluation.gate import Rules, Scores, Verdict
 
 BATCH = 32
 
@@ -85,6 +86,8 @@ def _pay(site: Site, ledger: Ledger, row: Row) -> Row:
 
 
 def _judged(site: Site, ledger: Ledger, bundle: str, paid: Row) -> Verdict:
+    from learner.evaluation.gate import judge
+
     reference, plates = golden_set.load(site, ledger, paid["golden"])
     champion, baseline = release.in_service(ledger), _baseline(ledger)
     if champion is None or baseline is None:
@@ -101,6 +104,8 @@ def _judged(site: Site, ledger: Ledger, bundle: str, paid: Row) -> Verdict:
 
 def rules(site: Site) -> Rules:
     """The site's gate settings as the gate reads them."""
+    from learner.evaluation.gate import Rules
+
     gate = site.config.gate
     return Rules(
         margin=gate.margin, must_show=gate.must_show, superiority_required=gate.require_better, min_class=gate.min_class
@@ -109,6 +114,11 @@ def rules(site: Site) -> Rules:
 
 def score(site: Site, bundle: str, plates: list[str]) -> Scores:
     """Probabilities float [N, F] of a sealed bundle on N plates of the store, on the provider that serves."""
+    import numpy as np
+
+    from deploy.server.session import Session
+    from learner.evaluation.gate import Scores
+
     sealed = open_sealed(site, bundle)
     session = Session(sealed, site.config.infer.provider, site.config.infer.threads or None)
     parts = []
@@ -120,6 +130,8 @@ def score(site: Site, bundle: str, plates: list[str]) -> Scores:
 
 def parity(site: Site, bundle: str) -> dict[str, float]:
     """Largest |difference of probability|: torch against ONNX as the learner measured it, and the probe here."""
+    from deploy.server.session import ProbeMismatch, Session
+
     sealed = open_sealed(site, bundle)
     measured = {f"batch {n}": float(sealed.card["parity"][n]) for n in ("1", "8") if sealed.card.get("parity")}
     try:

@@ -3,16 +3,18 @@
 Freezing again makes a new version; it never gives back alpha that was spent.
 """
 
-import hashlib
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
+import hashlib
+from typing import TYPE_CHECKING, Any
 
 from agent.errors import Problem
 from agent.ledger import audit
 from agent.ledger.database import Ledger, canonical, utc
 from agent.site.site import Site
-from learner.evaluation.gate import Golden
+
+if TYPE_CHECKING:
+    from learner.evaluation.gate import Golden
 
 POOL = """
   FROM image JOIN label_now ON label_now.image = image.id
@@ -77,6 +79,10 @@ def lost(ledger: Ledger, version: int) -> int:
 
 def load(site: Site, ledger: Ledger, version: int) -> tuple[Golden, list[str]]:
     """The frozen labels float [N, F] (nan = unknown) with patient keys, and the N plates' paths in the store."""
+    import numpy as np
+
+    from learner.evaluation.gate import Golden
+
     rows = ledger.rows(
         "SELECT g.image, g.finding, g.value, i.patient_key, i.plate FROM golden_image g JOIN image i ON i.id = g.image "
         "WHERE g.version = ? ORDER BY g.image",

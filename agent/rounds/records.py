@@ -15,7 +15,6 @@ from agent.ledger import audit, states
 from agent.ledger.database import Ledger, Row, utc, when
 from agent.site.site import Site
 from cxrloop.plate import PLATE_VERSION
-from learner.round.manifest import read_json, write_json
 from learner.round.recipe import RECIPES, Recipe, RecipeError, resolve
 
 USABLE = "plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL"
@@ -27,6 +26,8 @@ def plan(site: Site, ledger: Ledger, why: str, now: datetime, recipe: str | None
 
     Raises Problem when nothing can be learnt, and then writes nothing.
     """
+    from learner.round.manifest import write_json
+
     if importlib.util.find_spec("torch") is None:
         raise Problem("learning needs torch, which is not installed: pip install 'cxrloop[train]'")
     resolved = resolve_recipe(site, recipe or site.config.learn.recipe)
@@ -109,6 +110,8 @@ def begins_anew(site: Site, parent: Row, recipe: Recipe) -> bool:
     Going on would pass the backbone over, and a class head fits its own findings alone. A file that was moved since, or
     no name at all, is no other backbone.
     """
+    from learner.round.manifest import read_json
+
     card = read_json((site.root / parent["training_state"]).with_name("card.json"))
     if card.get("findings", [*site.findings]) != [*site.findings]:
         return True

@@ -1,19 +1,23 @@
 """One site on disk: the folder that `init` makes, its settings, keys, ledger and store."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent.errors import Problem
 from agent.ledger import audit
 from agent.ledger.database import Ledger
 from agent.site import config
-from deploy.bundle.keys import new_keys
 from dicom.store.inbox import Inbox
-from dicom.store.store import Store
+
+if TYPE_CHECKING:
+    from dicom.store.store import Store
 
 FOLDERS = ("inbox", "node", "drop", "store", "rounds", "models", "run", "keys")
 
@@ -26,7 +30,7 @@ class Site:
     config: config.Config
 
     @classmethod
-    def open(cls, settings: Path | None = None) -> "Site":
+    def open(cls, settings: Path | None = None) -> Site:
         """The site of a settings file (see `config.config_path`); raises Problem when it is not complete."""
         path = config.config_path(settings)
         site = cls(path.parent, config.load(path))
@@ -57,6 +61,8 @@ class Site:
 
     @cached_property
     def store(self) -> Store:
+        from dicom.store.store import Store
+
         return Store(self.root / "store")
 
     @cached_property
@@ -86,6 +92,8 @@ def init(folder: Path, settings: config.Config) -> Site:
 
     Raises Problem when the folder already holds a site: keys are never replaced.
     """
+    from deploy.bundle.keys import new_keys
+
     path = folder / "appliance.toml"
     if path.exists() or (folder / "keys").exists():
         raise Problem(f"{folder} already holds a site; edit {path}, or choose another folder")

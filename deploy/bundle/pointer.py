@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cxrloop.durable import replace_file, sign, signed_by
-from deploy.bundle.bundle import ID
 from deploy.bundle.keys import read_public
 
 POINTER = "current"
@@ -50,6 +49,8 @@ def read(site: Path) -> Pointer | None:
 
 def write(site: Path, bundle: str, previous: str | None, by: str, at: str, signing_key: bytes) -> Pointer:
     """Sign and atomically replace the pointer; durable when this returns. ValueError for an id that is none."""
+    from deploy.bundle.bundle import ID
+
     for name in (bundle, previous):
         if name is not None and not ID.fullmatch(name):
             raise ValueError(f"bundle {name!r}: not an id; expected 12 hex digits")

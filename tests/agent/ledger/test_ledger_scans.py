@@ -14,9 +14,9 @@ NEWEST = re.compile(r"ORDER BY (\w+\.)?id DESC LIMIT \d+")  # by the key from it
 def walked(ledger, work):
     """The (line of the plan, statement) of each walk from end to end."""
     asked = []
-    ledger.db.conn.set_trace_callback(asked.append)
+    ledger.db.set_trace_callback(asked.append)
     work()
-    ledger.db.conn.set_trace_callback(None)
+    ledger.db.set_trace_callback(None)
     assert asked
     found = []
     for sql in asked:

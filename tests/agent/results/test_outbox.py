@@ -255,14 +255,14 @@ def test_results_go_over_tls_where_the_destination_says_so_and_to_no_stranger(tm
 def test_no_question_about_the_outbox_scans_what_was_sent(site):
     asked = []
     with site.ledger() as ledger:
-        ledger.db.conn.set_trace_callback(asked.append)
+        ledger.db.set_trace_callback(asked.append)
         outbox.step(site, ledger, outbox.Line(site), NOW)
         outbox.alerts(site, ledger, NOW)
         with ledger.transaction():
             ledger.run("INSERT INTO outbox VALUES (1, 1, 'b', 'sr', NULL, 'failed', 0, '2000', NULL, '2000', NULL)")
         outbox.alerts(site, ledger, NOW)
         images.rerun(ledger, None, None, True, "test")
-        ledger.db.conn.set_trace_callback(None)
+        ledger.db.set_trace_callback(None)
         questions = [sql for sql in asked if "outbox" in sql and sql.startswith(("SELECT", "UPDATE outbox"))]
         assert len(questions) >= 5
         for sql in questions:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -51,16 +52,11 @@ def count_steps(die_at: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
     transaction = Ledger.transaction
 
+    @contextmanager
     def committed(self):
-        inner = self.db.execute
-
-        def execute(sql, *args, **kwargs):
-            if sql == "COMMIT":
-                step()
-            return inner(sql, *args, **kwargs)
-
-        self.db.execute = execute
-        return transaction(self)
+        with transaction(self):
+            yield
+            step()  # just before the COMMIT
 
     Ledger.transaction = committed
 
