@@ -1,13 +1,20 @@
 """Ask the inference server: the agent's side of the loopback HTTP.
 
-Refuses to know bundles' content and the pointer; an answer names the bundle that gave it.
+An answer names the bundle that gave it. Must not import httpx, and numpy only to score: `status` asks one question and
+is done before they would be loaded.
 """
 
-import base64
-import io
+from __future__ import annotations
 
-import httpx
-import numpy as np
+import base64
+import http.client
+import io
+import json
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CONNECT_S, ANSWER_S, LOAD_S = 2.0, 60.0, 300.0  # loading a large bundle on a busy GPU takes minutes at worst
 
@@ -25,22 +32,27 @@ class ServerRefused(Exception):
 
 
 class Client:
-    """One server by its URL (`http://127.0.0.1:8123`); safe in several threads; close it or use `with`."""
+    """One server by its URL (`http://127.0.0.1:8123`); safe in several threads; close it or use `with`.
+
+    Plain HTTP over a connection of its own for each request; the proxies of the environment are never used, so that no
+    plate leaves the machine.
+    """
 
     def __init__(self, url: str, timeout: float = ANSWER_S):
-        # trust_env off: a proxy of the hospital's environment must never see a plate
-        # plain HTTP on the loopback: a TLS context, 0.1 s and more to make, would never be used
-        limit = httpx.Timeout(timeout, connect=CONNECT_S)
-        self._http = httpx.Client(base_url=url, timeout=limit, trust_env=False, verify=False)
+        self.url, self.timeout = url, timeout
+        address = urlsplit(url)
+        self._host, self._port = address.hostname or "", address.port or 80
 
     def predict(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray]:
         """(bundle, findings, probabilities float64 [N, F]) of plates uint8 [N, 512, 512]; ServerRefused, ServerDown."""
-        answer = self._ask("POST", "/predict", content=_npy(plates))
+        answer = self._ask("POST", "/predict", _npy(plates))
         return answer["bundle"], tuple(answer["findings"]), _scores(answer, plates)
 
     def explain(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray, np.ndarray]:
         """What `predict` says, and the heatmaps float32 [N, F, g, g] of the same run."""
-        answer = self._ask("POST", "/predict?heatmaps=1", content=_npy(plates))
+        import numpy as np
+
+        answer = self._ask("POST", "/predict?heatmaps=1", _npy(plates))
         maps = np.frombuffer(base64.b64decode(answer["heatmaps"]["float32"]), "<f4")
         return (
             answer["bundle"],
@@ -52,8 +64,8 @@ class Client:
     def state(self) -> dict | None:
         """What /readyz says, ready or not; None where nothing answers."""
         try:
-            return self._http.get("/readyz", timeout=CONNECT_S).json()
-        except (httpx.TransportError, ValueError):
+            return json.loads(self._exchange("GET", "/readyz", timeout=CONNECT_S)[1])
+        except (OSError, http.client.HTTPException, ValueError):
             return None
 
     def ready(self) -> dict | None:
@@ -63,31 +75,45 @@ class Client:
 
     def prepare(self, bundle: str) -> dict:
         """Load, warm and probe a bundle beside the one in service; ServerRefused (409) with the reason."""
-        return self._ask("POST", "/prepare", json={"bundle": bundle}, timeout=LOAD_S)
+        return self._ask("POST", "/prepare", json.dumps({"bundle": bundle}).encode(), LOAD_S)
 
     def reload(self) -> dict:
         """Make the server follow the pointer now: {"bundle", "previous", "swap_seconds", ...}; ServerRefused (409)."""
         return self._ask("POST", "/reload", timeout=LOAD_S)
 
-    def _ask(self, method: str, path: str, **arguments) -> dict:
+    def _ask(self, method: str, path: str, body: bytes | None = None, timeout: float | None = None) -> dict:
         try:
-            response = self._http.request(method, path, **arguments)
-        except httpx.TransportError as away:
-            raise ServerDown(f"no answer from {self._http.base_url}{path}: {away or type(away).__name__}") from None
+            status, content = self._exchange(method, path, body, timeout or self.timeout)
+        except (OSError, http.client.HTTPException) as failure:
+            raise ServerDown(f"no answer from {self.url}{path}: {failure or type(failure).__name__}") from None
         try:
-            answer = response.json()
+            answer = json.loads(content)
         except ValueError:
-            raise ServerRefused(response.status_code, f"{path} answered {response.status_code} without JSON") from None
-        if response.status_code == 503:
+            raise ServerRefused(status, f"{path} answered {status} without JSON") from None
+        if status == 503:
             raise ServerDown(answer.get("error", "not ready"))
-        if response.status_code != 200:
-            raise ServerRefused(response.status_code, answer.get("error", "no reason given"), answer.get("bundle"))
+        if status != 200:
+            raise ServerRefused(status, answer.get("error", "no reason given"), answer.get("bundle"))
         return answer
 
-    def close(self) -> None:
-        self._http.close()
+    def _exchange(
+        self, method: str, path: str, body: bytes | None = None, timeout: float = ANSWER_S
+    ) -> tuple[int, bytes]:
+        """Return status and body of one request; raises OSError or HTTPException. `timeout` (s) is that of each read."""
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
+        try:
+            connection.connect()
+            connection.sock.settimeout(timeout)
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
 
-    def __enter__(self) -> "Client":
+    def close(self) -> None:
+        """Nothing is held open between requests."""
+
+    def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -95,10 +121,14 @@ class Client:
 
 
 def _npy(plates: np.ndarray) -> bytes:
+    import numpy as np
+
     body = io.BytesIO()
     np.lib.format.write_array(body, np.ascontiguousarray(plates), allow_pickle=False)
     return body.getvalue()
 
 
 def _scores(answer: dict, plates: np.ndarray) -> np.ndarray:
+    import numpy as np
+
     return np.array(answer["probabilities"], float).reshape(len(plates), -1)

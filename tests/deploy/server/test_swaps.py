@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -39,8 +40,8 @@ def test_nothing_in_service_is_503_with_the_reason_until_the_first_pointer(tmp_p
     site = Site(tmp_path / "s")
     bundle = site.add(3)
     with serving(site) as (_, client):
-        assert client._http.get("/healthz").status_code == 200
-        assert client._http.get("/readyz").status_code == 503
+        assert httpx.get(client.url + "/healthz", trust_env=False).status_code == 200
+        assert httpx.get(client.url + "/readyz", trust_env=False).status_code == 503
         assert client.ready() is None
         assert client.state()["error"].startswith("no model: run a first round")
         with pytest.raises(ServerDown, match="no model"):
@@ -84,7 +85,7 @@ def test_no_request_fails_while_bundles_are_swapped_under_load(tmp_path):
         expected = {}
 
         def ask():
-            with Client(str(client._http.base_url)) as mine:
+            with Client(client.url) as mine:
                 while not stop.is_set():
                     try:
                         bundle, _, probabilities = mine.predict(images)
@@ -187,7 +188,7 @@ def test_sigterm_stops_within_five_seconds_also_during_a_long_request(tmp_path):
     with serving(site) as (process, client):
 
         def ask_and_lose():
-            with Client(str(client._http.base_url)) as mine, contextlib.suppress(ServerDown, ServerRefused):
+            with Client(client.url) as mine, contextlib.suppress(ServerDown, ServerRefused):
                 mine.predict(plates(64))
 
         asking = threading.Thread(target=ask_and_lose)
