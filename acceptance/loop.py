@@ -28,7 +28,7 @@ ALL = ("--limit", "1000000")
 
 def run(data: Path, root: Path, record: Record, images: int, profile: str, cap: int, seed: int) -> None:
     """The whole of part 1; what does not hold is a broken check, what cannot go on raises Failed."""
-    changed = {"window": '""', "looks_per_year": "3", "max_unlabelled": str(cap)}
+    changed = {"window": '""', "evaluations_per_year": "3", "max_unlabelled": str(cap)}
     appliance = Appliance.make(root / "site", profile, changed)
     site = Site.open(appliance.root / "appliance.toml")
     chosen = choose(

@@ -49,7 +49,7 @@ def _loop(result: dict[str, Any]) -> list[str]:
         "gate can decide. Ranges themselves follow from the site's key, untouched. Labels: one training image in ten, and all "
         "images of the golden, calibration and validation ranges. "
         f"A round takes the newest {setup['cap']} training images (`learn.max_unlabelled`) and all labelled ones. "
-        "Three looks are planned (`gate.looks_per_year = 3`): two rounds and one in reserve; alpha .05 / 3 each, margin .02. "
+        "Three looks are planned (`gate.evaluations_per_year = 3`): two rounds and one in reserve; alpha .05 / 3 each, margin .02. "
         "No label of the public test split is used in any other way than an image's of its range.",
         _table(
             ("range", "images", "patients", "with pneumonia", "without", "labelled images"),

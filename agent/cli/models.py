@@ -1,17 +1,18 @@
 """Commands about models: the gate, approving, rolling back, importing, explaining."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from agent import console
+from agent.cli import completion
 from agent.cli.options import By, Config, Json, open_site
-from agent.ledger.database import Row
-from agent.release import import_model, release
-from agent.results import explain
-from agent.rounds import evaluation, records
-from agent.site import files
+
+if TYPE_CHECKING:
+    from agent.ledger.database import Row
 
 models_app = typer.Typer(no_args_is_help=True, help="Models (bundles).")
 Reason = Annotated[str, typer.Option(help="why; kept in the audit")]
@@ -51,11 +52,17 @@ def _model(row: Row) -> dict[str, Any]:
 
 @models_app.command("show")
 def models_show(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a bundle, or the round that made it")],
+    bundle: Annotated[
+        str,
+        typer.Argument(metavar="BUNDLE", autocompletion=completion.bundles, help="a bundle, or the round that made it"),
+    ],
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
     """One model: its card, and what became of it."""
+    from agent.release import release
+    from agent.site import files
+
     with console.errors(), open_site(settings) as (site, ledger):
         row = release.find(ledger, bundle)
         sealed = files.open_sealed(site, row["id"])
@@ -78,17 +85,24 @@ def models_import(
     json_out: Json = False,
 ) -> None:
     """Take in a model made elsewhere: the baseline when none serves, else a candidate for the gate."""
+    from agent.release import import_model
+
     with console.errors(), open_site(settings) as (site, ledger):
         said = import_model.adopt(site, ledger, file, by, with_look)
         console.as_json(said) if json_out else console.pairs(said.items())
 
 
 def gate(
-    name: Annotated[str, typer.Argument(metavar="ROUND", help="a round, such as r0007, or its bundle")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="ROUND", autocompletion=completion.rounds, help="a round, such as r0007, or its bundle"),
+    ],
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
     """The stored verdict of a round; reading it spends nothing."""
+    from agent.rounds import evaluation, records
+
     with console.errors(), open_site(settings) as (site, ledger):
         said = evaluation.stored(site, ledger, records.get(ledger, name))
         if json_out:
@@ -118,26 +132,36 @@ def _row(check: dict[str, Any]) -> tuple[str, ...]:
 
 
 def approve(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a bundle, or the round that made it")],
+    bundle: Annotated[
+        str,
+        typer.Argument(metavar="BUNDLE", autocompletion=completion.bundles, help="a bundle, or the round that made it"),
+    ],
     by: By,
     reason: Reason,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
     """Put a bundle that passed the gate into service. Exit 2 when the verdict or the policy refuses."""
+    from agent.release import release
+
     with console.errors(), open_site(settings) as (site, ledger):
         said = release.approve(site, ledger, bundle, by, reason)
         console.as_json(said) if json_out else console.pairs(said.items())
 
 
 def reject(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a bundle, or the round that made it")],
+    bundle: Annotated[
+        str,
+        typer.Argument(metavar="BUNDLE", autocompletion=completion.bundles, help="a bundle, or the round that made it"),
+    ],
     by: By,
     reason: Reason,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
     """Close the door on a candidate."""
+    from agent.release import release
+
     with console.errors(), open_site(settings) as (_, ledger):
         said = release.reject(ledger, bundle, by, reason)
         console.as_json(said) if json_out else console.pairs(said.items())
@@ -147,12 +171,17 @@ def rollback(
     by: By,
     reason: Reason,
     to: Annotated[
-        str | None, typer.Option(metavar="BUNDLE", help="a model that served; the previous one by default")
+        str | None,
+        typer.Option(
+            metavar="BUNDLE", autocompletion=completion.bundles, help="a model that served; the previous one by default"
+        ),
     ] = None,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
     """Put an earlier model straight back into service; always possible, never gated."""
+    from agent.release import release
+
     with console.errors(), open_site(settings) as (site, ledger):
         said = release.rollback(site, ledger, to, by, reason)
         console.as_json(said) if json_out else console.pairs(said.items())
@@ -164,8 +193,9 @@ def explain_command(
     method: Annotated[
         str,
         typer.Option(
+            autocompletion=completion.methods,
             help="heatmap, which the served model draws itself; or, from the weights of the round that made it (needs the "
-            f"training install): {', '.join(explain.METHODS[1:])}"
+            f"training install): {', '.join(completion.METHODS[1:])}",
         ),
     ] = "heatmap",
     positive: Annotated[bool, typer.Option("--positive", help="show only what speaks for the finding")] = False,
@@ -177,6 +207,8 @@ def explain_command(
     json_out: Json = False,
 ) -> None:
     """What a model said of an image, and where it looked."""
+    from agent.results import explain
+
     with console.errors(), open_site(settings) as (site, ledger):
         said = explain.explain(site, ledger, uid, finding, method, as_of, output, positive)
         console.as_json(said) if json_out else console.pairs(said.items())

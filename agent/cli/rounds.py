@@ -1,22 +1,23 @@
 """Commands about rounds of learning: run, resume, list, show, follow, cancel."""
 
+from __future__ import annotations
+
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from agent import console
+from agent.cli import completion
 from agent.cli.options import By, Config, Json, open_site
 from agent.errors import Problem
-from agent.ledger.database import Ledger, Row
-from agent.rounds import inspection, records, training
-from agent.site import locks
-from agent.site.config import zone
-from agent.site.site import Site
-from agent.site.window import next_window
+
+if TYPE_CHECKING:
+    from agent.ledger.database import Ledger, Row
+    from agent.site.site import Site
 
 round_app = typer.Typer(no_args_is_help=True, help="Rounds of learning.")
 
@@ -52,6 +53,8 @@ def round_resume(
     json_out: Json = False,
 ) -> None:
     """Go on with the unfinished round."""
+    from agent.rounds import records
+
     with console.errors(), open_site(settings) as (site, ledger):
         row = records.open_round(ledger)
         if not row:
@@ -60,6 +63,8 @@ def round_resume(
 
 
 def _next_round(site: Site, ledger: Ledger, recipe: str | None, with_look: bool) -> Row:
+    from agent.rounds import records
+
     now = datetime.now(UTC)
     row = records.open_round(ledger)
     if not row:
@@ -82,6 +87,9 @@ def _finish(
     with_look: bool = False,
 ) -> None:
     """Run a round to its next resting place and print it; Ctrl-C pauses it in good order."""
+    from agent.rounds import records, training
+    from agent.site import locks
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with locks.hold(site, "round"), console.logs.status("round") as line:
@@ -107,6 +115,9 @@ def _progress(p: dict[str, Any]) -> str:
 
 def _clock(site: Site, text: str) -> datetime:
     """The next HH:MM of the site's clock."""
+    from agent.site.config import zone
+    from agent.site.window import next_window
+
     try:
         datetime.strptime(text, "%H:%M")
     except ValueError:
@@ -133,6 +144,8 @@ def _print_round(said: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> 
 @round_app.command("ls")
 def round_ls(settings: Config = None, json_out: Json = False) -> None:
     """All rounds, newest first."""
+    from agent.rounds import records
+
     with console.errors(), open_site(settings) as (_, ledger):
         said = [records.summary(ledger, row) for row in ledger.rows("SELECT * FROM round ORDER BY id DESC")]
         if json_out:
@@ -143,11 +156,16 @@ def round_ls(settings: Config = None, json_out: Json = False) -> None:
 
 @round_app.command("show")
 def round_show(
-    name: Annotated[str, typer.Argument(metavar="ROUND", help="a round, such as r0007, or its bundle")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="ROUND", autocompletion=completion.rounds, help="a round, such as r0007, or its bundle"),
+    ],
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
     """One round: its state and verdict, phases and steps, newest losses and collapse monitors, its picture."""
+    from agent.rounds import inspection, records
+
     with console.errors(), open_site(settings) as (site, ledger):
         row = records.get(ledger, name)
         said = records.summary(ledger, row) | inspection.learning(site.rounds / row["name"])
@@ -181,13 +199,20 @@ def _number(value: float | None) -> str:
 @round_app.command("logs")
 def round_logs(
     name: Annotated[
-        str | None, typer.Argument(metavar="ROUND", help="a round, or its bundle; else the one under way or the newest")
+        str | None,
+        typer.Argument(
+            metavar="ROUND",
+            autocompletion=completion.rounds,
+            help="a round, or its bundle; else the one under way or the newest",
+        ),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="go on until the round rests; Ctrl-C leaves")] = False,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
     """What the learner wrote in a round."""
+    from agent.rounds import inspection, records
+
     with console.errors(), open_site(settings) as (site, ledger):
         row = records.get(ledger, name) if name else inspection.newest(ledger)
         if not row:
@@ -210,6 +235,7 @@ def round_logs(
 
 def _follow(site: Site, ledger: Ledger, name: str, quiet: bool) -> Row:
     """The log on stdout as it grows; at a terminal the progress in a line under it."""
+    from agent.rounds import inspection
 
     def write(new: bytes) -> None:
         if new and not quiet:
@@ -224,12 +250,17 @@ def _follow(site: Site, ledger: Ledger, name: str, quiet: bool) -> Row:
 
 @round_app.command("cancel")
 def round_cancel(
-    name: Annotated[str | None, typer.Argument(metavar="ROUND", help="a round, such as r0007, or its bundle")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="ROUND", autocompletion=completion.rounds, help="a round, such as r0007, or its bundle"),
+    ] = None,
     by: By = "round cancel",
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
     """Stop a round for good (the unfinished one by default)."""
+    from agent.rounds import records
+
     with console.errors(), open_site(settings) as (site, ledger):
         row = records.get(ledger, name) if name else records.open_round(ledger)
         if not row:

@@ -123,7 +123,7 @@ def _site(root: Path, images: list[pacs.Image]) -> Demo:
     subprocess.run([sys.executable, "-m", "agent.cli.main", *demo_init], check=True, stdout=subprocess.DEVNULL)
     settings = root / "appliance.toml"
     text = settings.read_text("utf-8").replace('window = "22:00-05:00"', 'window = ""')
-    settings.write_text(text.replace("looks_per_year = 52", f"looks_per_year = {NIGHTS}"), "utf-8")
+    settings.write_text(text.replace("evaluations_per_year = 52", f"evaluations_per_year = {NIGHTS}"), "utf-8")
     (root / "poisoned.toml").write_text(POISONED, "utf-8")
     gate = demo.ask("config", "show")["gate"]
     console.people.print(

@@ -56,7 +56,7 @@ def take(site: Site, ledger: Ledger, name: str) -> Verdict:
 def _why_not(site: Site, ledger: Ledger, row: Row) -> str | None:
     """Why this round gets no look, or None."""
     if not row["look"]:
-        return f"no look is due ({site.config.gate.looks_per_year} a year); `--look` spends one"
+        return f"no look is due ({site.config.gate.evaluations_per_year} a year); `--look` spends one"
     version = golden_set.current(ledger)
     if version is None:
         return "no golden set is frozen; `cxrloop golden freeze`"
@@ -75,7 +75,7 @@ def _paid(ledger: Ledger, name: str) -> Row | None:
 
 def _pay(site: Site, ledger: Ledger, row: Row) -> Row:
     gate = site.config.gate
-    alpha = gate.alpha / gate.looks_per_year
+    alpha = gate.alpha / gate.evaluations_per_year
     with ledger.transaction():
         version = golden_set.current(ledger)
         number = ledger.insert("look", round=row["name"], bundle=row["bundle"], golden=version, alpha=alpha, at=utc())

@@ -27,7 +27,7 @@ def power(site: Site, ledger: Ledger) -> dict[str, Any]:
     scores = evaluation.score(site, champion["id"], plates)
     other = ledger.value("SELECT bundle FROM look WHERE bundle != ? ORDER BY id DESC LIMIT 1", champion["id"])
     gate = site.config.gate
-    rules, alpha = evaluation.rules(site), gate.alpha / gate.looks_per_year
+    rules, alpha = evaluation.rules(site), gate.alpha / gate.evaluations_per_year
     found = golden_power(evaluation.score(site, other, plates) if other else scores, scores, reference, rules, alpha)
     left = records.budget(site, ledger, datetime.now(UTC))["looks_left"]
     return {

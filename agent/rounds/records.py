@@ -220,7 +220,7 @@ def budget(site: Site, ledger: Ledger, now: datetime) -> dict[str, float | int]:
     gate = site.config.gate
     rows = ledger.rows("SELECT alpha FROM look WHERE at > ?", utc(now - YEAR))
     spent = sum(row["alpha"] for row in rows)
-    left = max(0, gate.looks_per_year - len(rows))
+    left = max(0, gate.evaluations_per_year - len(rows))
     return {
         "spent": round(spent, 6),
         "left": round(max(0.0, gate.alpha - spent), 6),
@@ -232,4 +232,4 @@ def budget(site: Site, ledger: Ledger, now: datetime) -> dict[str, float | int]:
 def look_due(site: Site, ledger: Ledger, now: datetime) -> bool:
     """True when a year's looks, spread evenly, allow the next one now; counted from the first model's deployment."""
     last = ledger.value("SELECT max(at) FROM look") or ledger.value("SELECT min(at) FROM deployment")
-    return last is not None and now - when(last) >= YEAR / site.config.gate.looks_per_year
+    return last is not None and now - when(last) >= YEAR / site.config.gate.evaluations_per_year

@@ -6,7 +6,7 @@ The description of a key is the comment that `cxrloop init` writes and the text 
 import difflib
 import re
 from typing import Literal
-from zoneinfo import available_timezones
+from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -32,9 +32,11 @@ class SiteKeys(Section):
     @field_validator("timezone")
     @classmethod
     def known_zone(cls, value: str) -> str:
-        if value not in available_timezones():
+        try:
+            ZoneInfo(value)
+        except (KeyError, ValueError, OSError):  # no such zone; a path; a folder of zones such as "Europe"
             near = difflib.get_close_matches(value, sorted(available_timezones()), 1)
-            raise ValueError(f"an IANA time zone{f', nearest: {near[0]}' if near else ''}")
+            raise ValueError(f"an IANA time zone{f', nearest: {near[0]}' if near else ''}") from None
         return value
 
     @field_validator("findings")
@@ -148,7 +150,9 @@ class GateKeys(Section):
 
     margin: float = Field(0.02, description="largest loss of AUC per finding that is acceptable", gt=0, lt=0.5)
     alpha: float = Field(0.05, description="one-sided error a year, spent over all looks", gt=0, lt=0.5)
-    looks_per_year: int = Field(52, description="looks planned in a year; each costs alpha / looks", ge=1, le=366)
+    evaluations_per_year: int = Field(
+        52, description="evaluations planned in a year; each spends alpha / evaluations_per_year", ge=1, le=366
+    )
     must_show: tuple[str, ...] = Field((), description="findings that must be shown; empty = all")
     min_class: int = Field(100, description="cases of the smaller class a finding needs to be decided", ge=2)
     require_better: bool = Field(True, description="also ask for superiority somewhere (macro AUC or a finding)")

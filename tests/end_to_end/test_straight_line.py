@@ -20,7 +20,7 @@ def line(tmp_path_factory: pytest.TempPathFactory):
         folder / "site",
         admission={"quality": True},
         learn={"recipe": "tiny.toml", "window": ""},
-        gate={"min_class": 10, "looks_per_year": 2, "require_better": False},
+        gate={"min_class": 10, "evaluations_per_year": 2, "require_better": False},
         release={"probation_days": 0},
     )
     (site.root / "tiny.toml").write_text(TINY)

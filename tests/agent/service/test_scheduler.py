@@ -163,7 +163,7 @@ def test_what_one_loop_did_wakes_the_next_at_once(site, monkeypatch):
         return 0
 
     loops = [
-        threading.Thread(target=agent._loop, args=("making", make, agent.to_answer, agent.to_score)),
+        threading.Thread(target=agent._loop, args=("making", make, agent.to_send, agent.to_score)),
         threading.Thread(target=agent._loop, args=("taking", take, agent.to_score)),
     ]
     for loop in loops:
@@ -171,7 +171,7 @@ def test_what_one_loop_did_wakes_the_next_at_once(site, monkeypatch):
     try:
         assert seen.wait(20)
     finally:
-        for event in (agent.stopping, agent.to_score, agent.to_answer):
+        for event in (agent.stopping, agent.to_score, agent.to_send):
             event.set()
         for loop in loops:
             loop.join(20)
