@@ -52,15 +52,15 @@ class Config(Section):
     retention: RetentionKeys = RetentionKeys()  # pyright: ignore[reportCallIssue]
 
     @model_validator(mode="after")
-    def shown_are_known(self) -> "Config":
+    def must_show_are_findings(self) -> "Config":
         unknown = [name for name in self.gate.must_show if name not in self.site.findings]
         if unknown:
-            raise ValueError(f"gate.must_show: names of site.findings; {unknown[0]!r} is not one")
+            raise ValueError(f"gate.must_show: only names of site.findings; {unknown[0]!r} is not one")
         return self
 
 
 def zone(config: Config) -> ZoneInfo:
-    """The site's time zone."""
+    """Return the site's time zone."""
     return ZoneInfo(config.site.timezone)
 
 
@@ -122,8 +122,8 @@ def _short(value: Any) -> str:
 
 
 def template(config: Config) -> str:
-    """The settings file of a config, every key preceded by its description."""
-    lines = ["# cxrloop: the settings of this appliance. `cxrloop config show` prints them as they are understood."]
+    """Return the text of a settings file, every key preceded by its description."""
+    lines = ["# cxrloop: the settings of this appliance. `cxrloop config show` prints them as they are read."]
     for name, field in Config.model_fields.items():
         section = getattr(config, name)
         about = (field.annotation.__doc__ or "").strip().splitlines()[0]  # pyright: ignore[reportOptionalMemberAccess]
