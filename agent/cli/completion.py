@@ -40,7 +40,7 @@ def completion(
 
     ~/.config/fish/config.fish: cxrloop completion fish | source
     """
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # pyright: ignore[reportPrivateImportUsage]
 
     if shell not in SHELLS:
         raise typer.BadParameter(f"one of {', '.join(SHELLS)}", param_hint="SHELL")

@@ -109,7 +109,7 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=UserWarning, module="pydicom")
     if completion.VARIABLE in os.environ:  # the shell asks for the words that may follow
-        from typer.completion import completion_init
+        from typer.completion import completion_init  # pyright: ignore[reportPrivateImportUsage]
 
         completion_init()
     app(prog_name="cxrloop")

@@ -127,7 +127,7 @@ def _questions(
         Query(modalities, patient=patient_id, study=uid, since=start, until=end)
         for patient_id in ids if patient_id is not None for uid in study or [""] for start, end in days
     ]  # fmt: skip
-    return queries, ids.count(None)
+    return queries, sum(patient_id is None for patient_id in ids)
 
 
 def _day(option: str, text: str) -> date | None:
