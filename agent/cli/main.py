@@ -28,7 +28,6 @@ app = typer.Typer(
 )
 
 
-@app.command()
 def serve(
     only: Annotated[str, typer.Option(help="run only these parts, by comma: listen, infer, learn")] = "",
     child: Annotated[int, typer.Option(hidden=True)] = 0,
@@ -49,7 +48,6 @@ def serve(
         supervisor.serve(Site.open(settings), settings, parts, child or None)
 
 
-@app.command()
 def demo(
     source: Annotated[
         Path | None, typer.Option("--from", metavar="DIR", help="your own images: DICOM, or PNG + labels.csv")
@@ -92,6 +90,8 @@ class _Warnings(logging.Handler):
 
 
 site.register(app)
+app.command("serve")(serve)
+app.command("demo")(demo)
 images.register(app)
 erasure.register(app)
 pull.register(app)

@@ -140,10 +140,10 @@ def _day(option: str, text: str) -> date | None:
 def _archive(site: Site, source: str, how: str, ca: Path | None) -> Pacs | Web:
     from agent.network import connections
     from agent.site import peer_address
-    from dicom.errors import ArchiveUnusable
     from dicom.client.association import Peer
     from dicom.client.dicomweb import Web
     from dicom.client.dimse import Pacs
+    from dicom.errors import ArchiveUnusable
 
     if how not in ("get", "move"):
         raise Problem(f"--how {how}: get or move")

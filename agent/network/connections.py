@@ -100,7 +100,7 @@ def answers(site: Site) -> bool:
             context = tls.own_node_context(us)
         except (tls.BadCertificate, OSError):  # ssl.SSLError is one: the files have gone bad since the start
             return False
-    return echo.answers(address(site), keys.port, keys.aet, keys.aet, context)
+    return echo.is_running(address(site), keys.port, keys.aet, keys.aet, context)
 
 
 def peers(site: Site) -> dict[str, Peer]:

@@ -25,11 +25,7 @@ LONGEST = 1 << 16  # bytes of a PDU or a command; real answers have a few hundre
 PATIENCE_S = 10.0  # for the whole exchange
 
 
-class NotDicom(ValueError):
-    """The peer sent bytes that are no answer to the request."""
-
-
-def answers(
+def is_running(
     host: str,
     port: int,
     called_aet: str,
@@ -58,7 +54,7 @@ def answers(
             success = _status(_command(wire, deadline)) == 0
             _release(wire, deadline)
             return success
-    except (OSError, NotDicom):  # ssl.SSLError and TimeoutError are OSErrors
+    except (OSError, ValueError):  # ssl.SSLError and TimeoutError are OSErrors
         return False
 
 
@@ -94,10 +90,10 @@ def _framed(kind: int, body: bytes) -> bytes:
 
 
 def _pdu(wire: socket.socket, deadline: float) -> tuple[int, bytes]:
-    """Return type and body of the next PDU; raises NotDicom, or TimeoutError after the deadline."""
+    """Return type and body of the next PDU; raises ValueError, or TimeoutError after the deadline."""
     kind, length = struct.unpack(">BxL", _exactly(wire, 6, deadline))
     if not ASSOCIATE_RQ <= kind <= 7 or length > LONGEST:
-        raise NotDicom(f"PDU type {kind}, {length} bytes")
+        raise ValueError(f"PDU type {kind}, {length} bytes")
     return kind, _exactly(wire, length, deadline)
 
 
@@ -110,7 +106,7 @@ def _exactly(wire: socket.socket, length: int, deadline: float) -> bytes:
         wire.settimeout(left)
         part = wire.recv(length - len(received))
         if not part:
-            raise NotDicom("the peer closed the connection")
+            raise ValueError("the peer closed the connection")
         received += part
     return bytes(received)
 
@@ -133,22 +129,22 @@ def _command(wire: socket.socket, deadline: float) -> bytes:
     while True:
         kind, body = _pdu(wire, deadline)
         if kind != P_DATA:
-            raise NotDicom(f"PDU type {kind} where P-DATA-TF was due")
+            raise ValueError(f"PDU type {kind} where P-DATA-TF was due")
         at = 0
         while at + 6 <= len(body):
             length, context, control = struct.unpack_from(">LBB", body, at)
             if length < 2 or context != CONTEXT or not control & COMMAND:
-                raise NotDicom("a fragment of something other than our command")
+                raise ValueError("a fragment of something other than our command")
             command += body[at + 6 : at + 4 + length]
             if control & LAST:
                 return bytes(command)
             at += 4 + length
         if len(command) > LONGEST:
-            raise NotDicom("a command without an end")
+            raise ValueError("a command without an end")
 
 
 def _status(command: bytes) -> int:
-    """Return the status of a C-ECHO-RSP to our message; raises NotDicom for any other command."""
+    """Return the status of a C-ECHO-RSP to our message; raises ValueError for any other command."""
     numbers: dict[int, int] = {}
     at = 0
     while at + 8 <= len(command):
@@ -157,12 +153,12 @@ def _status(command: bytes) -> int:
             numbers[element] = struct.unpack_from("<H", command, at + 8)[0]
         at += 8 + length
     if (numbers.get(COMMAND_FIELD), numbers.get(RESPONDED_TO)) != (C_ECHO_RSP, MESSAGE) or STATUS not in numbers:
-        raise NotDicom("no C-ECHO-RSP to our request")
+        raise ValueError("no C-ECHO-RSP to our request")
     return numbers[STATUS]
 
 
 def _release(wire: socket.socket, deadline: float) -> None:
     """Release the association; a peer that does not answer keeps what it answered before."""
-    with contextlib.suppress(OSError, NotDicom):
+    with contextlib.suppress(OSError, ValueError):
         wire.sendall(_framed(RELEASE_RQ, bytes(4)))
         _pdu(wire, min(deadline, time.monotonic() + 1))

@@ -20,13 +20,14 @@ from dicom.node import tls
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
 from tests.support.dicom.certificates import authority
-from tests.support.dicom.pacs import associate, free_port, wait_for
+from tests.support.dicom.pacs import associate, wait_for
+from tests.support.ports import free_port
 
 VERIFICATION = echo.VERIFICATION.decode()
 
 
 def asked(port: int, called: str = "CXRLOOP", patience: float = 10.0) -> bool:
-    return echo.answers("127.0.0.1", port, called, "CXRLOOP", patience=patience)
+    return echo.is_running("127.0.0.1", port, called, "CXRLOOP", patience=patience)
 
 
 @contextlib.contextmanager
@@ -138,13 +139,13 @@ def test_another_implementation_reads_the_request():
 def test_over_tls_only_the_pinned_certificate_is_taken(tmp_path):
     hospital = authority(tmp_path)
     ours, theirs = hospital.issue("ours"), hospital.issue("theirs")
-    with listening(tmp_path, context=tls.serving(ours)) as listener:
+    with listening(tmp_path, context=tls.server_context(ours)) as listener:
 
         def ask(context: ssl.SSLContext | None) -> bool:
-            return echo.answers("127.0.0.1", listener.port, "CXRLOOP", "CXRLOOP", tls=context, patience=5)
+            return echo.is_running("127.0.0.1", listener.port, "CXRLOOP", "CXRLOOP", tls=context, patience=5)
 
-        assert ask(tls.to_ourselves(ours))
-        assert not ask(tls.to_ourselves(theirs))
+        assert ask(tls.own_node_context(ours))
+        assert not ask(tls.own_node_context(theirs))
         assert not ask(None)
 
 
