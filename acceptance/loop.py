@@ -105,7 +105,7 @@ def _rounds(appliance: Appliance, site: Site, record: Record) -> None:
 
 def _round(appliance: Appliance, record: Record, look: bool, victim: str) -> dict[str, Any]:
     """`round run --now`, with one process killed on the way; the same command is given again when it was the victim."""
-    words = appliance.words("round", "run", "--now", *(["--look"] if look else []), "--json")
+    words = appliance.words("round", "run", "--now", *(["--evaluate"] if look else []), "--json")
     began, before = time.monotonic(), appliance.value("SELECT count(*) FROM round")
     command = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPO)
     killed = False
@@ -132,7 +132,7 @@ def _round(appliance: Appliance, record: Record, look: bool, victim: str) -> dic
     record.event(f"round {said['round']}", state=said["state"], bundle=said["bundle"], said=line,
                  seconds=said["seconds"], wall_seconds=said["wall_seconds"])  # fmt: skip
     record.check(f"kill -9: {NAMES[victim]}", killed, "done" if killed else "the moment never came")
-    ended = said["state"] in (("passed", "failed", "not_shown") if look else ("no_look",))
+    ended = said["state"] in (("passed", "failed", "inconclusive") if look else ("not_evaluated",))
     only = len(rows) == before + 1
     record.check(f"{said['round']} goes on after the kill, to its end", ended and only and code == 0, said["state"])
     return said
@@ -174,8 +174,8 @@ def _opened_wide(appliance: Appliance, record: Record, last: dict[str, Any]) -> 
     record.event("no candidate passed: the gate is opened wide for the third look, to exercise swap and rollback")
     appliance.set({"margin": "0.49", "min_class": "2", "require_better": "false"})
     model = appliance.root / "models" / last["bundle"] / "model.onnx"
-    said = appliance.ask("models", "import", str(model), "--look", "--by", "Acceptance run")
-    record.event("models import --look", bundle=said["bundle"], said=(said["verdict"] or {}).get("line"))
+    said = appliance.ask("models", "import", str(model), "--evaluate", "--by", "Acceptance run")
+    record.event("models import --evaluate", bundle=said["bundle"], said=(said["verdict"] or {}).get("line"))
     answer = _approve(appliance, record, said["bundle"], "mechanics only: the gate was opened wide on purpose")
     one_in_service(appliance, record, "after the swap")
     return {**answer, "opened_wide": True}

@@ -221,10 +221,9 @@ def _total(natural: list[int], least: list[int], limit: int) -> int:
 
 def _refusals() -> tuple[type[Exception], ...]:
     """Return what exits with 2. Loaded when something fails: most commands never need these modules."""
-    from agent.ledger.states import IllegalMove
     from deploy.bundle.bundle import BundleRefused
 
-    return Refused, BundleRefused, IllegalMove
+    return Refused, BundleRefused
 
 
 def _problems() -> tuple[type[Exception], ...]:

@@ -57,7 +57,7 @@ def main() -> None:
         site = init(folder / "site", config.checked(values))
         linear_model(folder / "linear.onnx")
         with site.ledger() as ledger:
-            import_model.adopt(site, ledger, folder / "linear.onnx", "bench", False)
+            import_model.import_file(site, ledger, folder / "linear.onnx", "bench", False)
         shown = next(one for one in draw(60, seed=77, strength=(0.9, 1.0), repeat=0) if one.labels["effusion"])
         image = wrap(shown.pixels(1024), shown.patient, shown.view, "20260102", shown.sex, shown.age_years)
         image.PatientName, image.StudyDescription = "Phantom^Drawn", "Chest, drawn by dicom/phantom/phantom.py"

@@ -128,7 +128,7 @@ def _site(root: Path, images: list[pacs.Image]) -> Demo:
     gate = demo.ask("config", "show")["gate"]
     console.people.print(
         f"Protocol: findings {', '.join(findings)}; margin {gate['margin']} AUC against the champion and against "
-        f"the frozen baseline; {NIGHTS} looks planned, alpha {gate['alpha']} / {NIGHTS} = {gate['alpha'] / NIGHTS:.4f} each; "
+        f"the frozen baseline; {NIGHTS} evaluations planned, alpha {gate['alpha']} / {NIGHTS} = {gate['alpha'] / NIGHTS:.4f} each; "
         f"a finding is decided from {gate['min_class']} patients of its smaller class; {LABELS} labelled training images; "
         "night 2 has a poisoned teacher and no correction (site/poisoned.toml)."
     )
@@ -202,7 +202,7 @@ def _label(demo: Demo) -> None:
 def _night(demo: Demo, number: int, later: list[pacs.Image]) -> None:
     poisoned = number == 2
     _rule(f"night {number}" + (": the teacher is poisoned" if poisoned else ""))
-    said = demo.ask("round", "run", "--now", "--look", *(["--recipe", "poisoned.toml"] if poisoned else []))
+    said = demo.ask("round", "run", "--now", "--evaluate", *(["--recipe", "poisoned.toml"] if poisoned else []))
     if number == 1:
         baseline = demo.settled()
         console.people.print(
@@ -266,7 +266,7 @@ def _sum_up(demo: Demo, folder: Path, seconds: float) -> None:
     draw_nights(demo.root, demo.nights, figure, console.people.print)
     status = demo.ask("status")
     console.people.print(
-        f"In service: {status['serving']['bundle'] if status['serving'] else 'none'}; looks left {status['gate']['looks_left']}; "
+        f"In service: {status['serving']['bundle'] if status['serving'] else 'none'}; evaluations left {status['gate']['evaluations_left']}; "
         f"audit: {trail['entries']} entries, {'unbroken' if trail['ok'] else 'BROKEN'}; {seconds / 60:.1f} minutes in all."
     )
     console.people.print(

@@ -4,7 +4,6 @@ A round that is still learning from them is cancelled; weights that were learnt 
 no sealed bundle: those hold no image.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Collection
@@ -15,7 +14,7 @@ from agent.ledger.database import Ledger, Row
 from agent.rounds import records
 from agent.site import locks
 from agent.site.site import Site
-from learner.round.manifest import RoundBusy, held, read_json, write_json
+from learner.round.manifest import RoundBusy, held, read_raw, write_json
 
 LEARNING = ("planned", "training", "paused")
 LEAVES_S = 60  # a cancelled learner is told within a second and promises to be gone within 25
@@ -36,15 +35,13 @@ def holding(site: Site, ledger: Ledger, images: Collection[int]) -> list[Row]:
 
 
 def _listed(folder: Path) -> set[int]:
-    try:
-        return {image["image"] for image in json.loads((folder / "manifest.json").read_bytes())["images"]}
-    except FileNotFoundError:  # skipped, imported, or not written yet
-        return set()
+    """Return the images of a round's manifest; none when it was skipped or imported, or is just being planned."""
+    return {image["image"] for image in read_raw(folder).get("images", [])}
 
 
 def _begun_with(folder: Path) -> str:
     """The round that left the backbone this one began with; of another backbone, whatever its folder is called."""
-    return Path(read_json(folder / "manifest.json").get("recipe", {}).get("backbone", "")).parent.name
+    return Path(read_raw(folder).get("recipe", {}).get("backbone", "")).parent.name
 
 
 def learnt(site: Site, ledger: Ledger, images: Collection[int]) -> dict[str, Any]:
@@ -80,8 +77,9 @@ def clear(site: Site, ledger: Ledger, images: Collection[int]) -> bool:
         return False
     for row in holding(site, ledger, images):
         with ledger.transaction():
-            if records.get(ledger, row["name"])["state"] in LEARNING:
-                records.advance(ledger, row["name"], "cancelled", "an image of it was forgotten")
+            learning = records.get(ledger, row["name"])
+            if learning.state in LEARNING:
+                records.advance(ledger, learning, "cancelled", "an image of it was forgotten")
         if not _cleared(site.rounds / row["name"], images):
             return False
     return True
@@ -89,8 +87,10 @@ def clear(site: Site, ledger: Ledger, images: Collection[int]) -> bool:
 
 def _being_planned(site: Site, ledger: Ledger) -> bool:
     """A round whose row is there and whose manifest is not may be about to list an image (the planner holds the lock)."""
-    row = records.open_round(ledger)
-    return bool(row and not (site.rounds / row["name"] / "manifest.json").exists() and locks.is_held(site, "round"))
+    planned = records.open_round(ledger)
+    return bool(
+        planned and not (site.rounds / planned.name / "manifest.json").exists() and locks.is_held(site, "round")
+    )
 
 
 def _cleared(folder: Path, images: Collection[int]) -> bool:
@@ -114,7 +114,7 @@ def _clear(folder: Path, images: Collection[int]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest = read_raw(folder)
     gone = [image for image in manifest["images"] if image["image"] in images]
     words = {str(image[key]).encode() for image in gone for key in ("patient", "plate")}
     log = folder / "learner.log"

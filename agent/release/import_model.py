@@ -1,4 +1,4 @@
-"""`models import`: a model made elsewhere becomes the baseline when none serves, else a candidate for the gate."""
+"""`models import`: a model made elsewhere becomes the baseline when the site has none, else a candidate with its own round."""
 
 import tempfile
 from datetime import UTC, datetime
@@ -7,9 +7,11 @@ from typing import Any
 
 from agent.errors import Problem
 from agent.ledger import audit
-from agent.ledger.database import Ledger, utc
-from agent.release import release
+from agent.ledger.database import Ledger
+from agent.release import models, release
 from agent.rounds import evaluation, records
+from agent.rounds.evaluation_budget import evaluation_due
+from agent.rounds.records import Round
 from agent.site import locks
 from agent.site.site import Site
 from deploy.bundle.bundle import seal
@@ -17,57 +19,57 @@ from deploy.bundle.onnx_import import OnnxRefused, import_onnx
 from deploy.server.runtime import NoRuntime
 
 
-def adopt(site: Site, ledger: Ledger, file: Path, by: str, with_look: bool) -> dict[str, Any]:
-    """Check, seal and register an ONNX file; `{"bundle", "state", "is_baseline", "round", "verdict"}`.
+def import_file(site: Site, ledger: Ledger, file: Path, by: str, evaluate: bool) -> dict[str, Any]:
+    """Check, seal and register an ONNX file; return `{"bundle", "state", "is_baseline", "round", "verdict"}`.
 
-    Raises Problem where the file does not keep the bundle contract.
+    `evaluate`: spend an evaluation on it, also when none is due. Raises Problem where the file breaks the bundle contract.
     """
     if not file.is_file():
         raise Problem(f"{file}: no such file")
     try:
-        bundle = _seal(site, file)
+        with locks.hold(site, "round"):
+            bundle = _seal(site, file)
+            imported = _register(site, ledger, bundle, file, by, evaluate)
+            if imported is None:
+                release.put_in_service(site, ledger, models.get(ledger, bundle), by, reason="first model, ungated")
+            else:
+                imported = evaluation.finish(site, ledger, imported)
     except locks.Busy:
         raise Problem("models import: a round is running; wait for it, or `cxrloop round cancel`") from None
-    if ledger.row("SELECT 1 FROM bundle WHERE id = ?", bundle):
-        raise Problem(f"{file}: imported already, as bundle {bundle} ({release.find(ledger, bundle)['state']})")
-    first = release.in_service(ledger) is None and not ledger.row("SELECT 1 FROM bundle WHERE is_baseline = 1")
-    with ledger.transaction():
-        name = None if first else _as_round(site, ledger, bundle, with_look)
-        ledger.insert("bundle", id=bundle, round=name, state="candidate", is_baseline=int(first), created_at=utc())
-        audit.append(ledger, by, "bundle imported", file.name, after=bundle)
-    if first:
-        release.put_in_service(site, ledger, bundle, by, reason="first model, ungated")
-    elif name:
-        evaluation.finish(site, ledger, name)
-    summary = records.summary(ledger, records.get(ledger, name)) if name else None
-    row = release.find(ledger, bundle)
+    model = models.get(ledger, bundle)
     return {
         "bundle": bundle,
-        "state": row["state"],
-        "is_baseline": bool(row["is_baseline"]),
-        "round": name,
-        "verdict": summary["verdict"] if summary else None,
+        "state": model.state,
+        "is_baseline": model.is_baseline,
+        "round": model.round,
+        "verdict": records.newest_verdict(ledger, imported) if imported else None,
     }
 
 
-def _as_round(site: Site, ledger: Ledger, bundle: str, with_look: bool) -> str:
-    """A round that is trained already: the gate knows no other way in."""
-    now = datetime.now(UTC)
-    number = (ledger.value("SELECT max(id) FROM round") or 0) + 1
-    name = f"r{number:04d}"
-    ledger.insert(
-        "round", id=number, name=name, state="trained", why="import", recipe="imported", bundle=bundle,
-        unlabelled=0, labelled=0, look=int(with_look or records.look_due(site, ledger, now)), planned_at=utc(now),
-        last_image=ledger.value("SELECT max(last_image) FROM round") or 0,
-    )  # fmt: skip
-    return name
-
-
 def _seal(site: Site, file: Path) -> str:
-    """Check an ONNX file and seal it; the bundle's id. Raises Problem, locks.Busy."""
-    with locks.hold(site, "round"), tempfile.TemporaryDirectory(dir=site.root / "run") as scratch:
+    """Check an ONNX file and seal it; return its bundle. Raises Problem."""
+    with tempfile.TemporaryDirectory(dir=site.root / "run") as scratch:
         try:
             import_onnx(file, Path(scratch), site.findings)
         except (OnnxRefused, NoRuntime) as error:
             raise Problem(str(error)) from None
         return seal(Path(scratch), site.models, site.key("signing.key"))
+
+
+def _register(site: Site, ledger: Ledger, bundle: str, file: Path, by: str, evaluate: bool) -> Round | None:
+    """Add the bundle: as the baseline (None) when the site has no model, else as a candidate with a trained round."""
+    now = datetime.now(UTC)
+    with ledger.transaction():
+        if ledger.row("SELECT 1 FROM bundle WHERE id = ?", bundle):
+            raise Problem(f"{file}: imported already, as bundle {bundle} ({models.get(ledger, bundle).state})")
+        is_first = models.in_service(ledger) is None and models.baseline(ledger) is None
+        imported = None
+        if not is_first:
+            imported = records.add(
+                ledger, now, "trained", "import", "imported", bundle=bundle, unlabelled=0, labelled=0,
+                evaluate=int(evaluate or evaluation_due(site, ledger, now)),
+                last_image=ledger.value("SELECT max(last_image) FROM round") or 0,
+            )  # fmt: skip
+        models.add(ledger, bundle, imported.name if imported else None, is_baseline=is_first)
+        audit.append(ledger, by, "bundle imported", file.name, after=bundle)
+    return imported

@@ -13,7 +13,7 @@ from PIL import Image
 
 from agent.errors import Problem
 from agent.ledger.database import Ledger, image_number, utc, when
-from agent.release import release
+from agent.release import models
 from agent.results import attribution
 from agent.site import files
 from agent.site.site import Site
@@ -67,10 +67,10 @@ def explain(
 
 def _bundle(ledger: Ledger, as_of: str | None) -> str:
     if as_of is None:
-        current = release.in_service(ledger)
+        current = models.in_service(ledger)
         if not current:
             raise Problem("explain: no model is in service")
-        return current["id"]
+        return current.id
     try:
         at = utc(when(as_of) if when(as_of).tzinfo else when(as_of + "+00:00"))
     except ValueError:

@@ -18,7 +18,9 @@ from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
 from agent.release import release
 from agent.results import outbox, scoring
-from agent.rounds import records, training
+from agent.rounds import planning, records, training
+from agent.rounds.evaluation_budget import evaluation_due
+from agent.rounds.records import Round
 from agent.site import locks
 from agent.site.config import zone
 from agent.site.site import Site
@@ -42,11 +44,11 @@ def night_step(site: Site, now: datetime) -> str:
         try:
             with locks.hold(site, "round"):
                 sweep(site.models)  # remove what a crash left while sealing; sealing needs this lock
-                row = records.open_round(ledger)
-                if row and (span or _resumes_by_day(row)):
-                    until = span[1] if span and row["why"] == "night" else None
-                    return training.carry_on(site, ledger, row, until)["state"]
-                if row or not span:
+                unfinished = records.open_round(ledger)
+                if unfinished and (span or _resumes_by_day(unfinished)):
+                    until = span[1] if span and unfinished.why == "night" else None
+                    return training.carry_on(site, ledger, unfinished, until).state
+                if unfinished or not span:
                     return "waiting"
                 if ledger.value("SELECT 1 FROM round WHERE why = 'night' AND planned_at >= ?", utc(span[0])):
                     return "done for tonight"
@@ -55,12 +57,13 @@ def night_step(site: Site, now: datetime) -> str:
             return "running"
 
 
-def _resumes_by_day(row: dict) -> bool:
+def _resumes_by_day(unfinished: Round) -> bool:
     """Return True for a round that resumes outside the window.
 
     Those are a round that a person started and that neither ended nor was paused, and one that only lacks its evaluation.
     """
-    return row["state"] in ("trained", "scored") or (row["why"] == "now" and row["state"] in ("planned", "training"))
+    by_hand = unfinished.why == "now" and unfinished.state in ("planned", "training")
+    return by_hand or unfinished.state in ("trained", "scored")
 
 
 def _tonight(site: Site, ledger: Ledger, now: datetime, until: datetime) -> str:
@@ -69,22 +72,20 @@ def _tonight(site: Site, ledger: Ledger, now: datetime, until: datetime) -> str:
     reason = _too_little(site, ledger)
     if reason:
         with ledger.transaction():
-            number = (ledger.value("SELECT max(id) FROM round") or 0) + 1
-            ledger.insert(
-                "round", id=number, name=f"r{number:04d}", state="skipped", why="night", reason=reason,
-                recipe=site.config.learn.recipe, planned_at=utc(now), ended_at=utc(now),
+            skipped = records.add(
+                ledger, now, "skipped", "night", site.config.learn.recipe, reason=reason, ended_at=utc(now),
                 last_image=ledger.value("SELECT max(last_image) FROM round") or 0,
             )  # fmt: skip
-            audit.append(ledger, "cxrloop", "round skipped", reason, after=f"r{number:04d}")
+            audit.append(ledger, "cxrloop", "round skipped", reason, after=skipped.name)
         return "skipped"
-    row = records.plan(site, ledger, "night", now, look=records.look_due(site, ledger, now))
-    return training.carry_on(site, ledger, row, until)["state"]
+    planned = planning.plan(site, ledger, "night", now, evaluate=evaluation_due(site, ledger, now))
+    return training.carry_on(site, ledger, planned, until).state
 
 
 def _too_little(site: Site, ledger: Ledger) -> str | None:
     """Return why tonight's round is skipped, or None."""
     since = ledger.value("SELECT max(last_image) FROM round WHERE state != 'skipped'") or 0
-    new = ledger.value(f"SELECT count(*) FROM image WHERE {records.USABLE} AND range = 'train' AND id > ?", since)
+    new = ledger.value(f"SELECT count(*) FROM image WHERE {planning.USABLE} AND range = 'train' AND id > ?", since)
     if new < site.config.learn.min_new:
         return f"{new} new images in the train range, fewer than learn.min_new = {site.config.learn.min_new}"
     labelled = "SELECT 1 FROM label JOIN image ON image.id = label.image WHERE range = 'train' LIMIT 1"

@@ -8,9 +8,10 @@ from agent.errors import Problem
 from agent.ledger.database import Ledger, utc
 from agent.network import connections
 from agent.network.watermark import too_full
-from agent.release import release
+from agent.release import models
+from agent.release.models import Model
 from agent.results import outbox, scoring
-from agent.rounds import golden_set, records
+from agent.rounds import evaluation_budget, golden_set
 from agent.site.config import zone
 from agent.site.site import Site
 from agent.site.window import next_window
@@ -28,7 +29,6 @@ def status(site: Site, ledger: Ledger) -> dict[str, Any]:
     counters = ledger.counters()
     p50, p95 = scoring.latency(ledger)
     free = shutil.disk_usage(site.root).free
-    budget = records.budget(site, ledger, now)
     with Client(site.infer_url) as client:
         server = client.state()
     alerts, degraded = _alerts(site, ledger, now, free, server)
@@ -54,11 +54,7 @@ def status(site: Site, ledger: Ledger) -> dict[str, Any]:
             "next": utc(upcoming) if upcoming else None,
             "last": {"round": last["name"], "state": last["state"], "reason": last["reason"]} if last else None,
         },
-        "gate": {
-            "evaluations_left": budget["looks_left"],
-            "looks_left": budget["looks_left"],  # the name of version 0.1; goes away in the next version
-            "alpha_left": budget["left"],
-        },
+        "gate": evaluation_budget.for_status(site, ledger, now),
         "disk": {"free_bytes": free},
         "release": {"promote": site.config.release.promote, "approvers": site.config.release.approvers},
         "alerts": alerts,
@@ -67,19 +63,19 @@ def status(site: Site, ledger: Ledger) -> dict[str, Any]:
 
 
 def _serving(ledger: Ledger, server: dict | None) -> dict[str, Any] | None:
-    current = release.in_service(ledger)
+    current = models.in_service(ledger)
     if not current:
         return None
     since = ledger.value(
-        "SELECT max(at) FROM deployment WHERE bundle = ? AND state IN ('probation', 'live')", current["id"]
+        "SELECT max(at) FROM deployment WHERE bundle = ? AND state IN ('probation', 'live')", current.id
     )
-    same = server is not None and server.get("bundle") == current["id"]
+    same = server is not None and server.get("bundle") == current.id
     return {
-        "bundle": current["id"],
+        "bundle": current.id,
         "provider": server.get("provider") if server and same else None,
         "since": since,
-        "state": current["state"],
-        "is_baseline": bool(current["is_baseline"]),
+        "state": current.state,
+        "is_baseline": current.is_baseline,
     }
 
 
@@ -109,7 +105,7 @@ def _alerts(
         alerts.append(("server down", detail, True))
     alerts += _certificate(site)
     alerts += outbox.alerts(site, ledger, now)
-    current = release.in_service(ledger)
+    current = models.in_service(ledger)
     if not current:
         detail = "images wait for a first model; import labels, then run `cxrloop round run --now`"
         alerts.append(("no model", detail, False))
@@ -148,13 +144,13 @@ def _certificate(site: Site) -> list[tuple[str, str, bool]]:
     return [("certificate", f"node.tls_cert ends in {days} days; renew it, then restart the node", False)]
 
 
-def _pointer(site: Site, current: dict | None, server: dict | None) -> list[tuple[str, str, bool]]:
+def _pointer(site: Site, current: Model | None, server: dict | None) -> list[tuple[str, str, bool]]:
     """Return alerts where ledger, signed pointer and server name different bundles, or the server runs on the CPU."""
     try:
         signed = pointer.read(site.root)
     except pointer.PointerRefused as error:
         return [("pointer", str(error), True)]
-    named, wanted = signed.bundle if signed else None, current["id"] if current else None
+    named, wanted = signed.bundle if signed else None, current.id if current else None
     alerts: list[tuple[str, str, bool]] = []
     if named != wanted:
         detail = f"the pointer names {named}, the ledger {wanted}; `cxrloop serve` makes the pointer follow the ledger"

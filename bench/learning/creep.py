@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from learner.evaluation import auc as stats
-from learner.evaluation.gate import Golden, Rules, Scores, alpha_per_look, judge
+from learner.evaluation.gate import Golden, Rules, Scores, alpha_per_evaluation, judge
 
 ROUNDS, START, MARGIN = 60, 0.92, 0.02
 DRIFT, SPREAD = -0.003, 0.006  # a night's change in true AUC: a little worse on average, as retraining on drift is
@@ -34,9 +34,9 @@ LOOKS = {"one": 1, "weekly": 52, "nightly": 365}
 POLICIES = {
     "non-inferior to the last champion only": (0.05, ("champion",), False),
     "+ non-inferior to the locked baseline": (0.05, ("champion", "baseline"), False),
-    "+ an alpha budget over all looks": (alpha_per_look(0.05, ROUNDS), ("champion", "baseline"), False),
+    "+ an alpha budget over all looks": (alpha_per_evaluation(0.05, ROUNDS), ("champion", "baseline"), False),
     "superiority only": (0.05, ("champion",), True),
-    "the gate: baseline, budget and superiority": (alpha_per_look(0.05, ROUNDS), ("champion", "baseline"), True),
+    "the gate: baseline, budget and superiority": (alpha_per_evaluation(0.05, ROUNDS), ("champion", "baseline"), True),
 }
 
 
@@ -117,7 +117,7 @@ def powers(case: tuple[float, int], draws: int, seed: int) -> dict[str, object]:
         z, r = float(stats.statistic(a, b, -MARGIN)), stats.correlation(a, b)
         measured += r / draws
         for name, looks in LOOKS.items():
-            alpha = alpha_per_look(0.05, looks)
+            alpha = alpha_per_evaluation(0.05, looks)
             shown[name] += z > -NORMAL.inv_cdf(alpha)
             promised[name] += stats.power(b.value, b.variance, r, MARGIN, alpha) / draws
     return {
@@ -152,7 +152,7 @@ def main() -> None:
     ask.add_argument("--seed", type=int, default=1)
     ask.add_argument("--out", type=Path, default=Path("bench/results/creep.json"))
     args = ask.parse_args()
-    began, weekly = time.monotonic(), alpha_per_look(0.05, 52)
+    began, weekly = time.monotonic(), alpha_per_evaluation(0.05, 52)
     with ProcessPoolExecutor(args.jobs) as pool:
         policies = creep(pool, args.runs, args.seed)
         print(f"\ntrue level at nominal {weekly:.5f}: candidate exactly at the margin, {args.draws} draws a row")

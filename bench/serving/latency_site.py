@@ -69,7 +69,7 @@ def running(folder: Path, model: Path, threads: int) -> Iterator[Place]:
     }
     site = init(folder / "site", config.checked(values))
     with site.ledger() as ledger:
-        import_model.adopt(site, ledger, model, "bench", False)
+        import_model.import_file(site, ledger, model, "bench", False)
     with orthanc(folder / "orthanc", http, dicom) as url, serving(folder / "site"):
         yield Place(site, url, node)
 

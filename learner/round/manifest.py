@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -89,6 +89,34 @@ class Round:
     @property
     def labelled(self) -> tuple[Sample, ...]:
         return tuple(f for f in self.of("train") if f.labelled)
+
+
+def write(
+    folder: Path, *, plate_version: int, findings: Sequence[str], recipe: Recipe, seed: int, plates: str,
+    parent: tuple[str, str] | None, images: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """Write the manifest of a new round into its folder, which has the round's name.
+
+    `plates`: the folder of the plates, and the second of `parent` (bundle, its training state), relative to `folder`.
+    """
+    document = {
+        "version": VERSION, "round": folder.name, "plate_version": plate_version, "findings": list(findings),
+        "recipe": recipe.to_dict(), "seed": seed, "plates": plates,
+        "parent": {"bundle": parent[0], "state": parent[1]} if parent else None, "until": None, "images": images,
+    }  # fmt: skip
+    write_json(folder / "manifest.json", document)
+
+
+def read_raw(folder: Path) -> dict[str, Any]:
+    """Return the manifest with the keys of today's version, unchecked; empty when there is none (yet)."""
+    return _of_today(read_json(folder / "manifest.json"))
+
+
+def set_until(folder: Path, until: str | None) -> None:
+    """Change when the round must pause (ISO 8601 text, or None). The rest stays, so that its checkpoint stays valid."""
+    document = read_json(folder / "manifest.json")
+    if document["until"] != until:
+        write_json(folder / "manifest.json", document | {"until": until})
 
 
 def load(folder: Path) -> Round:

@@ -51,7 +51,7 @@ def test_the_help_of_a_command_loads_no_library_but_those_of_typer(words):
 
 
 @pytest.mark.parametrize(
-    "words", [("status",), ("images", "ls"), ("models", "ls"), ("round", "ls"), ("gate", "r0002"), ("config", "show")],
+    "words", [("status",), ("images", "ls"), ("models", "ls"), ("round", "ls"), ("verdict", "r0002"), ("config", "show")],
     ids=" ".join,
 )  # fmt: skip
 def test_a_command_that_only_reads_loads_neither_dicom_nor_numpy_nor_a_server(current, words):

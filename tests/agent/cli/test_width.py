@@ -52,7 +52,7 @@ def in_terminal(*words: str, columns: int = COLUMNS) -> list[str]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("status",), ("images", "ls"), ("round", "ls"), ("models", "ls"), ("gate", "r0002"), ("golden", "show"),
+        ("status",), ("images", "ls"), ("round", "ls"), ("models", "ls"), ("verdict", "r0002"), ("golden", "show"),
         ("audit", "tail"), ("status", "--help"),
     ],
     ids=" ".join,

@@ -121,7 +121,7 @@ def test_a_round_under_way_is_cancelled_and_waited_for(lived_in, monkeypatch):
             said = forget.forget(site, ledger, [the_key(site)], *WHO, refuse=False)
             assert said["state"] == "pending"
             assert "learner has not left" in said["pending"]
-            assert records.get(ledger, "r0001")["state"] == "cancelled"
+            assert records.get(ledger, "r0001").state == "cancelled"
             assert "forget" in {alert["kind"] for alert in status(site, ledger)["alerts"]}
         assert housekeeping(site, NOW) == "done"
         assert found(site, bits) == []

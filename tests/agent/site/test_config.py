@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from agent.errors import Problem
-from agent.rounds.records import resolve_recipe
+from agent.rounds.planning import resolve_recipe
 from agent.site import config
 from agent.site.site import Site, init
 

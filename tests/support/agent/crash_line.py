@@ -18,7 +18,7 @@ from agent.errors import Refused
 from agent.images import labels
 from agent.ledger import audit, states
 from agent.ledger.database import Ledger
-from agent.release import import_model, release
+from agent.release import import_model, models, release
 from agent.results import scoring
 from agent.rounds import golden_set, records
 from agent.service.scheduler import night_step
@@ -72,16 +72,16 @@ def walk(root: Path) -> None:
         take_in(site, ledger)
         labels.import_csv(site, ledger, root / "labels.csv", "test")
         golden_set.freeze(site, ledger, "test")
-        import_model.adopt(site, ledger, root / "first.onnx", "test", False)
+        import_model.import_file(site, ledger, root / "first.onnx", "test", False)
         score_all(site, ledger)
-        second = import_model.adopt(site, ledger, root / "second.onnx", "test", True)
+        second = import_model.import_file(site, ledger, root / "second.onnx", "test", True)
         assert second["verdict"]["outcome"] == "passed", second["verdict"]["line"]
         release.approve(site, ledger, second["bundle"], "Dr. A", "it passed")
         release.rollback(site, ledger, None, "Dr. B", "to see it")
 
 
 def score_all(site: Site, ledger: Ledger) -> None:
-    while release.in_service(ledger) and scoring.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+    while models.in_service(ledger) and scoring.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
         pass
 
 
@@ -128,8 +128,10 @@ def check(root: Path, had_served: bool) -> list[str]:
             wrong.append("a deployment is half done")
         if records.open_round(ledger):
             wrong.append("a round is neither at its end nor resumable")
-        if ledger.value("SELECT count(*) FROM look l LEFT JOIN verdict v ON v.look = l.id WHERE v.look IS NULL"):
-            wrong.append("a look was paid and never answered")
+        if ledger.value(
+            "SELECT count(*) FROM evaluation e LEFT JOIN verdict v ON v.evaluation = e.id WHERE v.evaluation IS NULL"
+        ):
+            wrong.append("an evaluation was paid and has no verdict")
         for row in ledger.rows("SELECT state FROM bundle"):
             if row["state"] not in {*states.BUNDLE, "rejected", "refused"}:
                 wrong.append(f"unknown bundle state {row['state']}")

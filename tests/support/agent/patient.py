@@ -6,7 +6,7 @@ from pathlib import Path
 from agent.images import labels
 from agent.ledger.database import Ledger
 from agent.results import scoring
-from agent.rounds import records
+from agent.rounds import planning
 from agent.site.site import Site
 from dicom.node.commitment import Pending, Request
 from dicom.pseudonyms import patient_key, study_mark
@@ -92,10 +92,10 @@ def a_life(folder: Path) -> tuple[Site, list[bytes]]:
                     images=1,
                     at="",
                 )
-        row = records.plan(site, ledger, "now", NOW)
+        planned = planning.plan(site, ledger, "now", NOW)
         mine = ledger.rows("SELECT * FROM image WHERE patient_key = ?", the_key(site))
     assert {row["state"] for row in mine} == {"labelled", "predicted", "rejected"}
-    caches(site, row["name"], [row["plate"] for row in mine if row["plate"]])
+    caches(site, planned.name, [row["plate"] for row in mine if row["plate"]])
     put(site, theirs(6))  # waits in the inbox
     save(theirs(7), site.root / "drop" / "late.dcm")
     orphan = save(theirs(8), site.root / "run" / "orphan.dcm")  # kept by an intake that died before its row
