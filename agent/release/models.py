@@ -77,13 +77,16 @@ def get(ledger: Ledger, name: str) -> Model:
     raise Problem(f"bundle {name!r}: no such bundle; the newest are: {newest or '(none yet)'}")
 
 
-def add(ledger: Ledger, bundle: str, made_by: str | None, is_baseline: bool, training_state: str | None = None) -> None:
-    """Add a sealed bundle as a candidate, inside the caller's transaction; a second call changes nothing."""
+def add(
+    ledger: Ledger, bundle: str, made_by: str | None, is_baseline: bool, training_state: str | None = None
+) -> Model:
+    """Add a sealed bundle as a candidate, inside the caller's transaction, and return it; adding it again changes nothing."""
     ledger.run(
         "INSERT OR IGNORE INTO bundle (id, round, state, is_baseline, training_state, created_at) "
         "VALUES (?, ?, 'candidate', ?, ?, ?)",
         bundle, made_by, int(is_baseline), training_state, utc(),
     )  # fmt: skip
+    return get(ledger, bundle)
 
 
 def advance(ledger: Ledger, model: Model, state: str, approved_by: str | None = None) -> Model:

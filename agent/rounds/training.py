@@ -21,6 +21,7 @@ from agent.errors import Problem
 from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
 from agent.release import models, release
+from agent.release.models import Model
 from agent.rounds import evaluation, inspection, records
 from agent.rounds.records import Round
 from agent.site import locks
@@ -110,8 +111,8 @@ def _deploy_first_model(site: Site, ledger: Ledger, current: Round) -> None:
         return
     bundle = seal(parts, site.models, site.key("signing.key"))
     with ledger.transaction():
-        _add_model(ledger, bundle, current, part="t0", is_baseline=True)
-    release.put_in_service(site, ledger, models.get(ledger, bundle), by="cxrloop", reason="first model, ungated")
+        baseline = _add_model(ledger, bundle, current, part="t0", is_baseline=True)
+    release.put_in_service(site, ledger, baseline, by="cxrloop", reason="first model, ungated")
 
 
 def _settle(site: Site, ledger: Ledger, current: Round, result: dict[str, Any]) -> Round:
@@ -128,10 +129,10 @@ def _settle(site: Site, ledger: Ledger, current: Round, result: dict[str, Any]) 
         return records.advance(ledger, current, "stopped", reason or "the learner stopped and gave no reason")
 
 
-def _add_model(ledger: Ledger, bundle: str, maker: Round, part: str, is_baseline: bool) -> None:
+def _add_model(ledger: Ledger, bundle: str, maker: Round, part: str, is_baseline: bool) -> Model:
     training_state = f"rounds/{maker.name}/{part}/state.safetensors"
-    models.add(ledger, bundle, maker.name, is_baseline, training_state)
     audit.append(ledger, "cxrloop", "bundle sealed", "baseline" if is_baseline else "candidate", after=bundle)
+    return models.add(ledger, bundle, maker.name, is_baseline, training_state)
 
 
 def _launcher(site: Site) -> list[str]:

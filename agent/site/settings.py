@@ -153,11 +153,11 @@ class GateKeys(Section):
     """What the golden set must show about a new model before a person may approve it."""
 
     margin: float = Field(0.02, description="largest loss of AUC per finding that is acceptable", gt=0, lt=0.5)
-    alpha: float = Field(0.05, description="one-sided error a year, spent over all looks", gt=0, lt=0.5)
+    alpha: float = Field(0.05, description="one-sided error a year, split over all evaluations", gt=0, lt=0.5)
     evaluations_per_year: int = Field(
         52, description="evaluations planned in a year; each spends alpha / evaluations_per_year", ge=1, le=366
     )
-    must_show: tuple[str, ...] = Field((), description="findings that must be shown; empty = all")
+    must_show: tuple[str, ...] = Field((), description="findings that must be shown non-inferior; empty = all")
     min_class: int = Field(100, description="patients of the smaller class that a finding needs to be decided", ge=2)
     require_better: bool = Field(True, description="also require superiority of the macro AUC or of a finding")
 
