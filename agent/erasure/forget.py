@@ -30,7 +30,7 @@ EMPTIED = (  # of an image row: all that says anything of the image
 BURIED = "SELECT image FROM forgetting"
 
 
-def keys_of(site: Site, patient: str, issuers: Iterable[str]) -> list[str]:
+def pseudonyms_of(site: Site, patient: str, issuers: Iterable[str]) -> list[str]:
     """The pseudonyms of a patient id: without an issuer (IssuerOfPatientID), and with each of `issuers`."""
     if patient.strip().upper() in PLACEHOLDERS:
         raise Problem(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agent.errors import Problem
-from agent.images.intake import examiner, take
+from agent.images.intake import examiner, take_in
 from agent.ledger.database import Ledger, utc
 from agent.site.site import Site
 from agent.site.splits import fix_shares
@@ -51,7 +51,7 @@ def import_folder(
                 if examined.sha256 == UNREAD:
                     unread.append(name)
                     continue
-                outcome = take(site, ledger, path, examined, received, file=name)
+                outcome = take_in(site, ledger, path, examined, received, file=name)
                 counts["seen"] += 1
                 counts[outcome] += 1
                 progress(counts["seen"])

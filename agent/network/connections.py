@@ -10,7 +10,7 @@ import ssl
 from pydicom import Dataset
 
 from agent.errors import Problem
-from agent.site.peer_address import Peer, parse
+from agent.site.peer_address import PeerAddress, parse
 from agent.site.site import Site
 from dicom.client import sender
 from dicom.node import tls
@@ -21,7 +21,7 @@ log = logging.getLogger("cxrloop")
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what is listened on everywhere is asked at home
 
 
-def identity(site: Site) -> tls.Identity | None:
+def tls_identity(site: Site) -> tls.Identity | None:
     """Certificate, key and authorities of the site, None where it speaks no TLS; paths count from the site folder."""
     keys = site.config.node
     if not keys.tls_cert:
@@ -31,9 +31,9 @@ def identity(site: Site) -> tls.Identity | None:
     )
 
 
-def days_left(site: Site) -> int | None:
+def certificate_days_left(site: Site) -> int | None:
     """Days until our certificate ends, None without TLS. Raises Problem when TLS as configured can't work."""
-    us, keys = identity(site), site.config.node
+    us, keys = tls_identity(site), site.config.node
     wanting = next((text for text in (*keys.peers, site.config.results.destination) if text.endswith("/tls")), None)
     if wanting and not us:
         raise Problem(f"{wanting}: TLS needs our own certificate too; set node.tls_cert and node.tls_key")
@@ -43,13 +43,13 @@ def days_left(site: Site) -> int | None:
         raise Problem(f"TLS: {wrong}") from None
 
 
-def node(site: Site) -> Node:
+def node_settings(site: Site) -> Node:
     """The node as configured. Raises Problem when its certificate can't be used.
 
     Our own AE title and loopback always pass: `status` and the supervisor ask the node with C-ECHO.
     """
-    keys, us = site.config.node, identity(site)
-    days_left(site)
+    keys, us = site.config.node, tls_identity(site)
+    certificate_days_left(site)
     return Node(
         aet=keys.aet,
         host=keys.host,
@@ -65,34 +65,34 @@ def node(site: Site) -> Node:
 def _ours(site: Site) -> set[str]:
     """The addresses that our own C-ECHO may come from."""
     try:
-        return {"127.0.0.1", "::1", str(ipaddress.ip_address(address(site)))}
+        return {"127.0.0.1", "::1", str(ipaddress.ip_address(node_address(site)))}
     except ValueError:  # a host name
         return {"127.0.0.1", "::1"}
 
 
-def address(site: Site) -> str:
+def node_address(site: Site) -> str:
     """Where our own node is asked, from this machine."""
     return ANYWHERE.get(site.config.node.host, site.config.node.host)
 
 
-def answers(site: Site) -> bool:
+def node_answers(site: Site) -> bool:
     """True when our own node answers C-ECHO, or says that it is busy; in TLS where it speaks TLS."""
-    keys, us = site.config.node, identity(site)
+    keys, us = site.config.node, tls_identity(site)
     try:
         context = tls.to_ourselves(us) if us else None
     except (tls.BadCertificate, OSError):  # ssl.SSLError is one: the files have gone bad since the start
         return False
-    return sender.answers(address(site), keys.port, keys.aet, calling_aet=keys.aet, tls=context)
+    return sender.answers(node_address(site), keys.port, keys.aet, calling_aet=keys.aet, tls=context)
 
 
-def peers(site: Site) -> dict[str, Peer]:
+def configured_peers(site: Site) -> dict[str, PeerAddress]:
     """Configured peers by AE title."""
     return {peer.aet: peer for peer in map(parse, site.config.node.peers)}
 
 
-def wire(site: Site, peer: Peer) -> ssl.SSLContext | None:
+def tls_context_to(site: Site, peer: PeerAddress) -> ssl.SSLContext | None:
     """The TLS context for an association to a peer, None for one in the clear. Raises Problem."""
-    us = identity(site)
+    us = tls_identity(site)
     if not peer.tls:
         return None
     if us is None:
@@ -103,15 +103,15 @@ def wire(site: Site, peer: Peer) -> ssl.SSLContext | None:
         raise Problem(f"TLS: {wrong}") from None
 
 
-def report(site: Site, aet: str, information: Dataset, event_type: int) -> bool:
+def send_commitment_report(site: Site, aet: str, information: Dataset, event_type: int) -> bool:
     """Send a storage commitment report to a configured peer; True when it has taken it."""
-    peer = peers(site).get(aet)
+    peer = configured_peers(site).get(aet)
     if peer is None:
         return False
     ours = site.config.node.aet
     try:
         status = sender.report_commitment(
-            information, event_type, peer.host, peer.port, peer.aet, ours, wire(site, peer)
+            information, event_type, peer.host, peer.port, peer.aet, ours, tls_context_to(site, peer)
         )
     except (OSError, Problem) as why:  # socket.gaierror: no such host; or our certificate has gone bad
         log.warning("%s@%s:%d: %s", peer.aet, peer.host, peer.port, why)

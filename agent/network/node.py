@@ -15,7 +15,7 @@ if __name__ == "__main__":  # pydicom imports these when they are there; 8 MB th
         sys.modules[name] = None  # pyright: ignore[reportArgumentType] # None: as if it were not installed
 
 from agent.errors import Problem
-from agent.network import connections, held_copies
+from agent.network import commitment_check, connections
 from agent.network.watermark import Watermark, free_bytes
 from agent.site.site import Site
 from cxrloop.process import die_with_parent
@@ -33,12 +33,12 @@ def command(settings: Path, parent: int = 0) -> list[str]:
 
 def listen(site: Site, stop: threading.Event) -> None:
     """The node in this process until `stop`: C-ECHO, C-STORE, storage commitment."""
-    node, folder = connections.node(site), site.root / "node"
+    node, folder = connections.node_settings(site), site.root / "node"
     commitment = Commitment(
         Pending(folder / "commitment"),
-        frozenset(connections.peers(site)),
-        lambda references: held_copies.held(site, references),
-        lambda *report: connections.report(site, *report),
+        frozenset(connections.configured_peers(site)),
+        lambda references: commitment_check.check(site, references),
+        lambda *report: connections.send_commitment_report(site, *report),
     )
     places = (site.root / "inbox", site.root / "store")  # one disk, or two
     full = Watermark(lambda: min(map(free_bytes, places)), site.config.retention.refuse_free_mb)

@@ -15,7 +15,7 @@ from typing import Any
 from agent.errors import Problem
 from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
-from agent.network.holdings import Here
+from agent.network.known_images import Here
 from agent.site.site import Site
 from dicom.client.archive import Busy, Image, Missing, Study, Unreachable, Wanted
 from dicom.client.dicomweb import Web

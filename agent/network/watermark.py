@@ -11,7 +11,7 @@ from pathlib import Path
 RETURN = 1 / 16  # of the mark: so much more must be free before images come in again, or each image would turn the sign
 
 
-def too_full(free: int, limit_mb: int) -> str | None:
+def disk_full_reason(free: int, limit_mb: int) -> str | None:
     """Why no new association is taken with `free` bytes left, or None; a limit of 0 is none."""
     if free >= limit_mb << 20:
         return None
@@ -36,7 +36,7 @@ class Watermark:
         """Why a new association must be refused, or None. As soon as there is room again it is None again."""
         free = self._free()
         limit = self._limit + round(self._limit * RETURN) if self._full else self._limit
-        why = too_full(free, limit)
+        why = disk_full_reason(free, limit)
         if bool(why) != self._full:
             self._full = bool(why)
             if why:

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from agent.erasure import forget
-from agent.images import images
+from agent.images import listing
 from agent.ledger.database import Ledger
 from agent.service.status import status
 from agent.site import config
@@ -49,7 +49,7 @@ def image_rows(site: Site, count: int) -> Iterator[tuple[Any, ...]]:
     """Image rows in their order: three patients known by name at random places, everybody else with two images."""
     owners = [name for name, many in PATIENTS.items() for _ in range(many)]
     known = dict(zip(random.Random(0).sample(range(1, count + 1), len(owners)), owners, strict=True))
-    keys = {name: forget.keys_of(site, name, ())[0] for name in PATIENTS}
+    keys = {name: forget.pseudonyms_of(site, name, ())[0] for name in PATIENTS}
     for n in range(1, count + 1):
         sha, mine = digest(str(n)), n in known
         key = keys[known[n]] if mine else "p" + digest(f"patient {n // 2}")[:16]
@@ -111,12 +111,12 @@ def measured(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
     """A row a piece of work, and its times."""
     harmless: dict[str, Callable[[], object]] = {
         "status": lambda: status(site, ledger),
-        "studies ls": lambda: images.ls(site, ledger, None, 50),
-        "studies ls --state rejected": lambda: images.ls(site, ledger, "rejected", 50),
-        "studies ls --state quarantined (none)": lambda: images.ls(site, ledger, "quarantined", 50),
+        "studies ls": lambda: listing.newest(site, ledger, None, 50),
+        "studies ls --state rejected": lambda: listing.newest(site, ledger, "rejected", 50),
+        "studies ls --state quarantined (none)": lambda: listing.newest(site, ledger, "quarantined", 50),
     }
     for name, many in PATIENTS.items():
-        keys = forget.keys_of(site, name, ())
+        keys = forget.pseudonyms_of(site, name, ())
         harmless[f"forget --dry-run, {many} images"] = lambda keys=keys: forget.preview(site, ledger, keys)
     rows = []
     for what, work in harmless.items():
@@ -126,7 +126,7 @@ def measured(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
     ledger.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     rows.append({"what": "of each forget: VACUUM", "median_s": median(vacuum), "most_s": max(vacuum)})
     for name, many in PATIENTS.items():
-        keys = forget.keys_of(site, name, ())
+        keys = forget.pseudonyms_of(site, name, ())
         began = time.perf_counter()
         said = forget.forget(site, ledger, keys, "bench", "a bench", False)
         took = time.perf_counter() - began

@@ -49,7 +49,7 @@ def test_no_byte_of_the_patient_is_left_and_the_others_lose_nothing(lived_in):
     with site.ledger() as ledger:
         others = ledger.rows("SELECT * FROM image WHERE patient_key != ? ORDER BY id", the_key(site))
         scores = ledger.value("SELECT count(*) FROM prediction")
-        said = forget.forget(site, ledger, forget.keys_of(site, PATIENT, ()), *WHO, refuse=False)
+        said = forget.forget(site, ledger, forget.pseudonyms_of(site, PATIENT, ()), *WHO, refuse=False)
         assert said["state"] == "done"
         assert found(site, bits) == []
         assert ledger.rows("SELECT * FROM image WHERE patient_key IS NOT NULL ORDER BY id") == others
@@ -69,7 +69,7 @@ def test_no_byte_of_the_patient_is_left_and_the_others_lose_nothing(lived_in):
 def test_what_went_is_said_before_and_after_in_the_same_numbers(lived_in):
     site, _ = lived_in
     with site.ledger() as ledger:
-        keys = forget.keys_of(site, PATIENT, ())
+        keys = forget.pseudonyms_of(site, PATIENT, ())
         before = everything(site.root)
         would = forget.preview(site, ledger, keys)
         assert {name: data for name, data in everything(site.root).items() if "ledger.db" not in name} == {

@@ -12,7 +12,7 @@ from agent.rounds import golden_set
 from agent.service.status import status
 from tests.conftest import make_site
 from tests.support.agent.crash_line import write_labels
-from tests.support.agent.images import Here, put, take_in, xray
+from tests.support.agent.images import InProcessExaminer, put, take_in, xray
 from tests.support.agent.patient import FILE, PATIENT, WHO, a_site, found, the_key, theirs
 
 
@@ -54,13 +54,16 @@ def test_an_id_with_an_issuer_is_another_patient_until_the_issuer_is_named(site)
     with site.ledger() as ledger:
         take_in(site, ledger)
         with pytest.raises(Problem, match="--issuer"):
-            forget.forget(site, ledger, forget.keys_of(site, PATIENT, ()), *WHO, refuse=False)
-        assert forget.forget(site, ledger, forget.keys_of(site, PATIENT, ["WEST"]), *WHO, refuse=False)["images"] == 1
+            forget.forget(site, ledger, forget.pseudonyms_of(site, PATIENT, ()), *WHO, refuse=False)
+        assert (
+            forget.forget(site, ledger, forget.pseudonyms_of(site, PATIENT, ["WEST"]), *WHO, refuse=False)["images"]
+            == 1
+        )
 
 
 def test_an_id_that_stands_for_nobody_is_refused(site):
     with pytest.raises(Problem, match="stands for no patient"):
-        forget.keys_of(site, " unknown ", ())
+        forget.pseudonyms_of(site, " unknown ", ())
     with pytest.raises(Problem, match="16 hex"):
         forget.checked_key("HN-0815")
 
@@ -122,7 +125,7 @@ def test_images_that_the_intake_has_in_hand_are_forgotten_too(site):
         with site.ledger() as mine:
             while not stop.is_set() or site.inbox.waiting():
                 try:
-                    intake.step(site, mine, Here(site))  # type: ignore[arg-type]
+                    intake.step(site, mine, InProcessExaminer(site))  # type: ignore[arg-type]
                 except FileNotFoundError:  # forgotten between two looks; the agent's loop goes on as well
                     continue
                 except BaseException as error:

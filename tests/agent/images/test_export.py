@@ -70,7 +70,7 @@ def test_what_may_not_leave_is_said_and_the_rest_leaves(filled, tmp_path):
     said = run(site, uids[0], uids[3], uids[4], "--out", str(tmp_path / "out"), code=2)
     assert len(said["exported"]) == 1
     why = " ".join(one["reason"] for one in said["refused"])
-    assert "set aside" in why and "Secondary Capture" in why
+    assert "rejected: " in why and "Secondary Capture" in why
 
 
 def test_of_two_images_under_one_uid_the_second_is_refused_and_does_not_replace_the_first(filled, tmp_path):

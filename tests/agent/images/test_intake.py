@@ -7,16 +7,16 @@ import pytest
 from PIL import Image
 
 from agent.errors import Problem
-from agent.images import images, intake
+from agent.images import intake, listing
 from agent.images.importer import import_folder
 from agent.site.splits import fix_shares, range_of
 from tests.conftest import make_site
-from tests.support.agent.images import Here, pixels, put, save, take_in, xray
+from tests.support.agent.images import InProcessExaminer, pixels, put, save, take_in, xray
 
 
 def states(site):
     with site.ledger() as ledger:
-        return [(row["state"], row["reason"]) for row in images.ls(site, ledger, None, 100)]
+        return [(row["state"], row["reason"]) for row in listing.newest(site, ledger, None, 100)]
 
 
 def test_an_image_is_stored_with_its_plate_its_pseudonym_and_its_range(site):
@@ -114,9 +114,9 @@ def test_an_old_version_sent_again_in_another_syntax_does_not_undo_its_correctio
 def test_a_crash_after_the_row_and_before_the_unlink_changes_nothing(site):
     path = put(site, xray(1))
     with site.ledger() as ledger:
-        examined = next(iter(Here(site).examine([path])))[1]
+        examined = next(iter(InProcessExaminer(site).examine([path])))[1]
         fix_shares(ledger, site.config.patients)
-        assert intake.take(site, ledger, path, examined, "2026-01-01T00:00:00Z", receipt=path.name) == "stored"
+        assert intake.take_in(site, ledger, path, examined, "2026-01-01T00:00:00Z", receipt=path.name) == "stored"
         assert take_in(site, ledger) == 1  # the file is still in the inbox: taken again
         assert ledger.counters()["stored"] == 1
         assert ledger.value("SELECT outcome FROM receipt") == "stored"
@@ -185,7 +185,7 @@ def test_import_takes_files_whose_names_are_no_utf_8(site, tmp_path):
     (folder / "labels.csv").write_text("file,view\nb\\xe4r.png,AP\n", "utf-8")
     with site.ledger() as ledger:
         assert import_folder(site, ledger, folder, "PA")["seen"] == 2
-        rows = {row["file"]: row["reason"] or row["view"] for row in images.ls(site, ledger, None, 10)}
+        rows = {row["file"]: row["reason"] or row["view"] for row in listing.newest(site, ledger, None, 10)}
     assert set(rows) == {"caf\\xe9.dcm", "b\\xe4r.png"}
     assert "not a DICOM" not in rows["b\\xe4r.png"]
 

@@ -9,20 +9,20 @@ from sqlite_utils import Database
 
 from agent.errors import Problem
 from agent.images import labels, retention
+from agent.images.records import ImageRecord, original_path
 from agent.ledger import schema
 from agent.ledger.database import Ledger, utc
-from agent.network import held_copies
-from agent.results import explain, scoring
+from agent.network import commitment_check
+from agent.results import explain, reporting
 from agent.rounds import golden_set
 from agent.service.scheduler import housekeeping
-from agent.site import files
 from agent.site.site import Site
 from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION
 from dicom.node.commitment import NO_SUCH_INSTANCE
 from tests.conftest import make_site
 from tests.support.agent.crash_line import DIED, count_steps, in_child, write_labels
 from tests.support.agent.images import put, take_in, xray
-from tests.support.agent.models import Served, add_model
+from tests.support.agent.models import InProcessServer, add_model
 from tests.support.deploy.model_server import FINDINGS
 
 NOW = datetime.now(UTC)
@@ -46,7 +46,7 @@ def scored(site: Site, ledger: Ledger, *seeds: int) -> list[dict]:
     take_in(site, ledger)
     if not ledger.value("SELECT 1 FROM bundle"):
         add_model(site, ledger, 1)
-    while scoring.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+    while reporting.score_waiting(site, ledger, InProcessServer(site, ledger)):  # type: ignore[arg-type]
         pass
     return ledger.rows("SELECT * FROM image ORDER BY id")
 
@@ -217,9 +217,9 @@ def test_commitment_says_failure_once_the_original_is_dropped(site):
     with site.ledger() as ledger:
         (row,) = scored(site, ledger, 1)
         reference = (DIGITAL_XRAY_PRESENTATION, row["sop_uid"])
-        assert held_copies.held(site, [reference]) == [0]
+        assert commitment_check.check(site, [reference]) == [0]
         retention.step(site, ledger, NOW + 31 * DAY)
-        assert held_copies.held(site, [reference]) == [NO_SUCH_INSTANCE]
+        assert commitment_check.check(site, [reference]) == [NO_SUCH_INSTANCE]
 
 
 def test_a_map_is_still_drawn_from_the_plate_and_what_needs_the_original_says_so(site, tmp_path):
@@ -230,7 +230,7 @@ def test_a_map_is_still_drawn_from_the_plate_and_what_needs_the_original_says_so
         said = explain.explain(site, ledger, row["sop_uid"], None, "heatmap", None, tmp_path / "map.png")
         assert 0 <= said["probability"] <= 1
         with pytest.raises(Problem, match="original was dropped on"):
-            files.original(site, after)
+            original_path(site, ImageRecord.from_row(after))
 
 
 def test_images_of_an_older_ledger_are_counted_from_their_score(tmp_path):

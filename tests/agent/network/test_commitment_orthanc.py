@@ -65,7 +65,7 @@ class Pair:
         command = [sys.executable, "-m", "agent.cli.main", "serve", "--only", "listen", "--config", str(self.site.root)]
         with (self.site.root / "listen.log").open("ab") as log:
             self.running.append(subprocess.Popen(command, stderr=log))
-        assert wait_for(lambda: connections.answers(self.site), 30)
+        assert wait_for(lambda: connections.node_answers(self.site), 30)
         return self.running[-1]
 
     def restart_node(self):

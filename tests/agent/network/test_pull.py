@@ -8,7 +8,7 @@ import pytest
 from agent.erasure import forget
 from agent.errors import Problem
 from agent.network import pull as pulling
-from agent.network.holdings import Here, patient_ids
+from agent.network.known_images import Here, patient_ids
 from agent.network.pull import Order, Puller, by_day
 from dicom.client.archive import Busy, Image, Missing, Study, Unreachable, Wanted
 from dicom.node.listener import Listener, Node
@@ -224,7 +224,7 @@ def test_a_pull_after_forget_and_refuse_tells_the_image_as_rejected_and_keeps_no
     archive = Scripted(site, [unwanted], [])
     archive.studies = lambda wanted: ([study], True)  # type: ignore[method-assign]
     with site.ledger() as ledger:
-        forget.forget(site, ledger, forget.keys_of(site, "FORGOTTEN", ()), "a test", "asked for", refuse=True)
+        forget.forget(site, ledger, forget.pseudonyms_of(site, "FORGOTTEN", ()), "a test", "asked for", refuse=True)
         order = Order((Wanted(patient="FORGOTTEN"),))
         said = Puller(site, ledger, archive, order, wait=lambda s: take_in(site, ledger)).run()
         assert (said["pulled"], said["rejected"], said["waiting"]) == (1, 1, 0)

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from agent.errors import Problem
-from agent.images import images
 from agent.ledger import audit
 from agent.ledger.schema import FORGOTTEN
-from agent.results import outbox, scoring
+from agent.results import heatmap, outbox, reporting
+from agent.results.rerun import rerun
 from dicom.dataset.facts import COMPREHENSIVE_SR, HEARTBEAT_ID
 from tests.conftest import make_site
 from tests.support.agent.answering_site import NOW, an_answering_site, answering, score, states
 from tests.support.agent.appliance import Appliance
 from tests.support.agent.images import put, take_in, xray
-from tests.support.agent.models import FINDINGS, Served, add_model
+from tests.support.agent.models import FINDINGS, InProcessServer, add_model
 from tests.support.dicom.pacs import free_port
 from tests.support.dicom.storage_scp import Archive
 
@@ -47,7 +47,7 @@ def test_a_score_and_its_results_are_written_together_or_not_at_all(site):
 def test_heartbeats_images_set_aside_and_corrected_versions_get_no_answer(site, port):
     old = xray(50, patient="WRONG")
     same = {"sop_uid": old.SOPInstanceUID, "study_uid": old.StudyInstanceUID}
-    with answering(site) as (ledger, line):
+    with answering(site) as (ledger, link):
         put(site, xray(51, patient=HEARTBEAT_ID), "heartbeat.dcm")
         put(site, xray(52, view="LL"), "lateral.dcm")
         put(site, old, "old.dcm")
@@ -59,7 +59,7 @@ def test_heartbeats_images_set_aside_and_corrected_versions_get_no_answer(site, 
         score(site, ledger)
         assert outbox.state(ledger)["waiting"] == 4  # the first image's and the right name's
         with Archive(port) as pacs:
-            outbox.step(site, ledger, line, NOW)
+            reporting.send_due(site, ledger, link, NOW)
             assert "WRONG" not in {ds.PatientID for ds in pacs.held.values()}
             assert len(pacs.held) == 4
 
@@ -86,12 +86,12 @@ def test_a_forgotten_image_leaves_nothing_in_the_outbox(site):
 
 
 def test_a_result_that_is_sent_again_waits_since_then(site, port):
-    with answering(site) as (ledger, line), Archive(port):
-        outbox.step(site, ledger, line, NOW)
+    with answering(site) as (ledger, link), Archive(port):
+        reporting.send_due(site, ledger, link, NOW)
         with ledger.transaction():
             ledger.run("UPDATE outbox SET at = '2000-01-01T00:00:00.000Z'")
             ledger.run("UPDATE outbox SET state = 'failed' WHERE kind = 'sr'")
-        images.rerun(ledger, "1", None, False, "test")
+        rerun(ledger, "1", None, False, "test")
         score(site, ledger)
         assert outbox.state(ledger)["waiting"] == 2
         assert outbox.state(ledger)["oldest"] > "2020"
@@ -110,23 +110,23 @@ def test_nothing_is_queued_while_results_are_off_and_rerun_queues_it_later(tmp_p
     with on.ledger() as ledger, Archive(port) as pacs:
         score(on, ledger)
         assert states(ledger) == []  # images from now on, older ones when asked
-        assert images.rerun(ledger, None, "predicted", False, "test") == {"images": 1, "results": 0}
+        assert rerun(ledger, None, "predicted", False, "test") == {"images": 1, "results": 0}
         score(on, ledger)
-        outbox.step(on, ledger, outbox.Line(on), NOW)
+        reporting.send_due(on, ledger, reporting.PacsLink(), NOW)
         assert [ds.SOPClassUID for ds in pacs.held.values()] == [COMPREHENSIVE_SR]
         assert ledger.value("SELECT count(*) FROM prediction") == 1  # one model, one score
 
 
 def test_rerun_after_a_new_model_sends_its_answer_beside_the_old_one(site, port):
-    with answering(site) as (ledger, line), Archive(port) as pacs:
-        outbox.step(site, ledger, line, NOW)
+    with answering(site) as (ledger, link), Archive(port) as pacs:
+        reporting.send_due(site, ledger, link, NOW)
         with ledger.transaction():
             ledger.run("UPDATE bundle SET state = 'retired'")
             ledger.run("UPDATE bundle SET is_baseline = 0")
         add_model(site, ledger, 2)
-        images.rerun(ledger, "1", None, False, "test")
+        rerun(ledger, "1", None, False, "test")
         score(site, ledger)
-        outbox.step(site, ledger, line, NOW)
+        reporting.send_due(site, ledger, link, NOW)
         assert len(pacs.held) == 4
         assert ledger.value("SELECT count(*) FROM prediction") == 2
 
@@ -144,22 +144,22 @@ def test_rerun_refuses_what_it_can_not_do(site):
             ((None, "rejected", False), "scored again in one of"),
         ]:
             with pytest.raises(Problem, match=why):
-                images.rerun(ledger, *arguments, "test")
+                rerun(ledger, *arguments, "test")
 
 
 def test_new_images_are_scored_before_those_to_be_scored_again(site):
     with answering(site) as (ledger, _):
-        images.rerun(ledger, "1", None, False, "test")
+        rerun(ledger, "1", None, False, "test")
         put(site, xray(77))
         take_in(site, ledger)
-        scoring.step(site, ledger, Served(site, ledger))  # type: ignore[arg-type]
+        reporting.score_waiting(site, ledger, InProcessServer(site, ledger))  # type: ignore[arg-type]
         assert ledger.value("SELECT max(image) FROM prediction") == 2
         assert ledger.value("SELECT count(*) FROM score_again") == 1
 
 
 def test_a_packed_heatmap_keeps_what_speaks_for_a_finding_and_drops_what_speaks_against_it():
     heat = np.array([[[-5.0, 0.0], [1.0, 2.0]], [[-1.0, -2.0], [-3.0, -4.0]], [[np.nan, 1.0], [1.0, 1.0]]], np.float32)
-    packed = np.load(io.BytesIO(scoring.pack(heat)))
+    packed = np.load(io.BytesIO(heatmap.pack(heat)))
     assert packed.tolist() == [[[0, 0], [128, 255]], [[0, 0], [0, 0]], [[0, 255], [255, 255]]]
 
 

@@ -5,8 +5,9 @@ from datetime import timedelta
 import httpx
 import pytest
 
-from agent.images import images, labels
-from agent.results import outbox, scoring
+from agent.images import labels, listing
+from agent.results import outbox, reporting
+from agent.results.rerun import rerun
 from agent.service import status
 from dicom.client.sender import send
 from dicom.phantom.phantom import draw
@@ -15,7 +16,7 @@ from tests.conftest import make_site
 from tests.support.agent.answering_site import NOW
 from tests.support.agent.appliance import Appliance, kill
 from tests.support.agent.images import put, take_in, xray
-from tests.support.agent.models import FINDINGS, Served, add_model
+from tests.support.agent.models import FINDINGS, InProcessServer, add_model
 from tests.support.dicom.orthanc import Orthanc
 from tests.support.dicom.pacs import free_port, wait_for
 from tests.support.dicom.storage_scp import Archive
@@ -38,25 +39,25 @@ def scored(tmp_path, port):
             put(site, xray(seed), f"{seed}.dcm")
         take_in(site, ledger)
         add_model(site, ledger, 1)
-        while scoring.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+        while reporting.score_waiting(site, ledger, InProcessServer(site, ledger)):  # type: ignore[arg-type]
             pass
         yield site, ledger
 
 
 def states(site, ledger):
-    return [row["state"] for row in reversed(images.ls(site, ledger, None, 10))]
+    return [row["state"] for row in reversed(listing.newest(site, ledger, None, 10))]
 
 
 def test_an_image_is_returned_when_all_its_results_had_success_and_not_before(scored, port):
     site, ledger = scored
     with Archive(port, verdict=lambda ds: 0xA700 if ds.Modality == "OT" else 0):
-        outbox.step(site, ledger, outbox.Line(site), NOW)
+        reporting.send_due(site, ledger, reporting.PacsLink(), NOW)
     assert states(site, ledger) == ["predicted", "predicted"]
     assert ledger.counters()["returned"] == 0
     with ledger.transaction():
         ledger.run("UPDATE outbox SET due = '2000'")
     with Archive(port):
-        outbox.step(site, ledger, outbox.Line(site), NOW)
+        reporting.send_due(site, ledger, reporting.PacsLink(), NOW)
     assert states(site, ledger) == ["returned", "returned"]
     said = status.status(site, ledger)
     assert (said["ingest"]["returned"], said["ingest"]["predicted"]) == (2, 2)
@@ -69,13 +70,13 @@ def test_a_labelled_image_stays_labelled_and_counts_as_returned_once(scored, por
     (tmp_path / "labels.csv").write_text(f"sop_uid,finding,value\n{sop_uid},{FINDINGS[0]},1\n")
     labels.import_csv(site, ledger, tmp_path / "labels.csv", "test")
     with Archive(port):
-        outbox.step(site, ledger, outbox.Line(site), NOW)
+        reporting.send_due(site, ledger, reporting.PacsLink(), NOW)
         assert states(site, ledger) == ["labelled", "returned"]
         first = ledger.value("SELECT returned_at FROM image WHERE id = 1")
-        images.rerun(ledger, "1", None, False, "test")
-        scoring.step(site, ledger, Served(site, ledger))  # type: ignore[arg-type]
+        rerun(ledger, "1", None, False, "test")
+        reporting.score_waiting(site, ledger, InProcessServer(site, ledger))  # type: ignore[arg-type]
         assert outbox.state(ledger)["waiting"] == 2
-        assert outbox.step(site, ledger, outbox.Line(site), NOW + timedelta(days=1)) == 2
+        assert reporting.send_due(site, ledger, reporting.PacsLink(), NOW + timedelta(days=1)) == 2
     assert ledger.counters()["returned"] == 2
     assert ledger.value("SELECT returned_at FROM image WHERE id = 1") == first
 
@@ -93,20 +94,20 @@ def test_an_image_whose_plate_is_lost_is_said_and_the_next_one_is_scored(tmp_pat
         plate.unlink()
         if left is not None:
             plate.write_bytes(left)
-        assert scoring.step(site, ledger, Served(site, ledger)) == 2  # type: ignore[arg-type]
+        assert reporting.score_waiting(site, ledger, InProcessServer(site, ledger)) == 2  # type: ignore[arg-type]
         assert states(site, ledger) == ["stored", "predicted"]
         (alert,) = [one["detail"] for one in status.status(site, ledger)["alerts"] if one["kind"] == "damaged"]
-        assert "image 1" in alert and "studies rerun 1" in alert
+        assert "image 1" in alert and "images rerun 1" in alert
         plate.write_bytes(whole)
-        images.rerun(ledger, "1", None, False, "a test")
-        scoring.step(site, ledger, Served(site, ledger))  # type: ignore[arg-type]
+        rerun(ledger, "1", None, False, "a test")
+        reporting.score_waiting(site, ledger, InProcessServer(site, ledger))  # type: ignore[arg-type]
         assert states(site, ledger) == ["predicted", "predicted"]
 
 
 def test_an_image_with_a_refused_result_is_not_returned(scored, port):
     site, ledger = scored
     with Archive(port, verdict=lambda ds: 0xA900 if ds.Modality == "SR" else 0):
-        outbox.step(site, ledger, outbox.Line(site), NOW)
+        reporting.send_due(site, ledger, reporting.PacsLink(), NOW)
     assert states(site, ledger) == ["predicted", "predicted"]
     assert outbox.state(ledger) == {"waiting": 0, "failed": 2, "oldest": None}
 
@@ -140,7 +141,7 @@ def test_a_late_orthanc_gets_everything_once_through_kills_and_what_it_sends_bac
             for one in back:  # reports find no context at our node; captures are taken, and refused as ours
                 httpx.post(f"{orthanc.url}/modalities/node/store", content=one, timeout=30)
             assert wait_for(lambda: ledger.counters()["rejected"] == IMAGES, 60)
-            refused = images.ls(site, ledger, "rejected", 10)
+            refused = listing.newest(site, ledger, "rejected", 10)
             assert {row["reason"].split(": ")[1] for row in refused} == {"one of our own results"}
             assert (ledger.counters()["predicted"], outbox.state(ledger)["waiting"]) == (IMAGES, 0)
 

@@ -83,7 +83,7 @@ def test_serve_is_ready_and_status_finds_the_node_up_with_mutual_tls(tmp_path, h
     us = authority(tmp_path, "elsewhere").issue("node", ca=hospital.pem)
     site = settled(tmp_path, us)
     with Appliance(site) as appliance:
-        assert connections.answers(site)
+        assert connections.node_answers(site)
         said = appliance.ask("status")
         assert said["ingest"]["refused"] == 0
         assert not {"node down", "not running", "certificate"} & {alert["kind"] for alert in said["alerts"]}
@@ -100,12 +100,12 @@ def test_a_certificate_that_ends_soon_is_an_alert(tmp_path, hospital):
 def test_a_peer_over_tls_needs_a_certificate_of_ours(tmp_path):
     site = make_site(tmp_path / "site", node={"peers": ["PACS@10.0.0.1:2762/tls"]})
     with pytest.raises(Problem, match="needs our own certificate"):
-        connections.days_left(site)
+        connections.certificate_days_left(site)
 
 
 def test_paths_of_certificates_count_from_the_site_folder(tmp_path):
     settings = make_site(tmp_path / "site").root / "appliance.toml"
     text = settings.read_text().replace('tls_cert = ""', 'tls_cert = "keys/node.crt"')
     settings.write_text(text.replace('tls_key = ""', 'tls_key = "keys/node.key"'))
-    identity = connections.identity(Site(settings.parent, load(settings)))
+    identity = connections.tls_identity(Site(settings.parent, load(settings)))
     assert identity == Identity(settings.parent / "keys/node.crt", settings.parent / "keys/node.key")

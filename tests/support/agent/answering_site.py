@@ -4,10 +4,10 @@ import random
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from agent.results import outbox, scoring
+from agent.results import reporting
 from tests.conftest import make_site
 from tests.support.agent.images import put, take_in, xray
-from tests.support.agent.models import FINDINGS, Served, add_model
+from tests.support.agent.models import FINDINGS, InProcessServer, add_model
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)  # after every real `due` of the rows
 
@@ -34,11 +34,11 @@ def answering(site, images=1, first=100):
             put(site, xray(seed), f"{seed}.dcm")
         take_in(site, ledger)
         score(site, ledger)
-        yield ledger, outbox.Line(site, random.Random(1))
+        yield ledger, reporting.PacsLink(random.Random(1))
 
 
 def score(site, ledger):
-    while scoring.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+    while reporting.score_waiting(site, ledger, InProcessServer(site, ledger)):  # type: ignore[arg-type]
         pass
 
 

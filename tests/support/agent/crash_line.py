@@ -18,13 +18,13 @@ from agent.images import labels
 from agent.ledger import audit, states
 from agent.ledger.database import Ledger
 from agent.release import import_model, release
-from agent.results import scoring
+from agent.results import reporting
 from agent.rounds import golden_set, records
 from agent.service.scheduler import night_step
 from agent.site.site import Site
 from deploy.bundle import pointer
 from tests.support.agent.images import put, take_in, xray
-from tests.support.agent.models import Served
+from tests.support.agent.models import InProcessServer
 
 DIED = 9
 STEPS = ("rename", "replace", "link", "unlink")
@@ -85,7 +85,7 @@ def walk(root: Path) -> None:
 
 
 def score_all(site: Site, ledger: Ledger) -> None:
-    while release.in_service(ledger) and scoring.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+    while release.in_service(ledger) and reporting.score_waiting(site, ledger, InProcessServer(site, ledger)):  # type: ignore[arg-type]
         pass
 
 

@@ -38,7 +38,7 @@ def put(site: Site, dataset: Dataset, name: str = "image.dcm") -> Path:
     return taken
 
 
-class Here:
+class InProcessExaminer:
     """Examines in this process; the bounded pool has its own tests, and costs a second to start."""
 
     def __init__(self, site: Site) -> None:
@@ -51,6 +51,6 @@ class Here:
 def take_in(site: Site, ledger: Ledger) -> int:
     """One intake step over the whole inbox."""
     taken = 0
-    while step := intake.step(site, ledger, Here(site)):  # type: ignore[arg-type]
+    while step := intake.step(site, ledger, InProcessExaminer(site)):  # type: ignore[arg-type]
         taken += step
     return taken

@@ -12,7 +12,7 @@ from agent.site.site import Site
 from deploy.server.session import Session
 from tests.support.deploy.model_server import FINDINGS, write_model
 
-__all__ = ["FINDINGS", "Served", "add_model", "passed"]
+__all__ = ["FINDINGS", "InProcessServer", "add_model", "passed"]
 
 
 def add_model(site: Site, ledger: Ledger, seed: int, with_look: bool = False, **model: object) -> dict:
@@ -29,7 +29,7 @@ def passed(ledger: Ledger, name: str) -> str:
     return records.get(ledger, name)["bundle"]
 
 
-class Served:
+class InProcessServer:
     """Answers as the model server does, from the bundle in service, in this process and without HTTP."""
 
     def __init__(self, site: Site, ledger: Ledger) -> None:

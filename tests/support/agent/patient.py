@@ -5,15 +5,15 @@ from pathlib import Path
 
 from agent.images import labels
 from agent.ledger.database import Ledger
-from agent.results import scoring
+from agent.results import reporting
 from agent.rounds import records
 from agent.site.site import Site
 from dicom.node.commitment import Pending, Request
 from dicom.pseudonyms import patient_key, study_mark
 from tests.conftest import make_site
 from tests.support.agent.crash_line import write_labels
-from tests.support.agent.images import Here, put, save, take_in, xray
-from tests.support.agent.models import Served, add_model
+from tests.support.agent.images import InProcessExaminer, put, save, take_in, xray
+from tests.support.agent.models import InProcessServer, add_model
 from tests.support.deploy.model_server import FINDINGS
 
 PATIENT, NAME, FILE = "HN-0815-4711", "GRUBER^LEOPOLDINE", "gruber_leopoldine.png"
@@ -44,7 +44,7 @@ def found(site: Site, words: list[bytes]) -> list[tuple[str, bytes]]:
 
 
 def score_all(site: Site, ledger: Ledger) -> None:
-    while scoring.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+    while reporting.score_waiting(site, ledger, InProcessServer(site, ledger)):  # type: ignore[arg-type]
         pass
 
 
@@ -99,7 +99,7 @@ def a_life(folder: Path) -> tuple[Site, list[bytes]]:
     put(site, theirs(6))  # waits in the inbox
     save(theirs(7), site.root / "drop" / "late.dcm")
     orphan = save(theirs(8), site.root / "run" / "orphan.dcm")  # kept by an intake that died before its row
-    examined = next(iter(Here(site).examine([orphan])))[1]
+    examined = next(iter(InProcessExaminer(site).examine([orphan])))[1]
     site.store.keep_original(orphan, examined.sha256)
     site.store.keep_plate(examined.plate, examined.sha256)
     orphan.unlink()

@@ -19,7 +19,7 @@ log = logging.getLogger("cxrloop.commitment")
 BUSY_S = 5  # readers of a WAL never wait for its writer; only a recovery takes a moment
 
 
-def held(site: Site, references: list[Reference]) -> list[int]:
+def check(site: Site, references: list[Reference]) -> list[int]:
     """For each (SOP class, SOP instance): SUCCESS when every copy we have is intact, else why not. Raises Unavailable.
 
     The inbox comes first: what the intake takes away meanwhile has its row by then. Set aside is held, too.
