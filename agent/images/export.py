@@ -16,7 +16,8 @@ from agent.ledger import audit
 from agent.ledger.database import Ledger, image_number
 from agent.site.site import Site
 from cxrloop.durable import replace_file
-from dicom.outgoing.deidentify import MayNotLeave, deidentify
+from dicom.errors import NotExportable
+from dicom.outgoing.deidentify import deidentify
 
 LABELS = "labels.csv"
 EXPORTABLE = "superseded_by IS NULL AND reason IS NOT 'forgotten'"
@@ -41,7 +42,7 @@ def export(
     for image in images.values():
         try:
             file = _export_image(site, image, folder)
-        except (MayNotLeave, Problem) as error:
+        except (NotExportable, Problem) as error:
             refused.append({"image": image.id, "reason": str(error)})
         else:
             exported.append({"image": image.id, "file": file})
@@ -65,13 +66,15 @@ def _images_of(ledger: Ledger, uid: str) -> list[ImageRecord]:
 
 
 def _export_image(site: Site, image: ImageRecord, folder: Path) -> str:
-    """Write the de-identified copy of one image and return its file name; raises MayNotLeave, Problem."""
+    """Write the de-identified copy of one image and return its file name; raises NotExportable, Problem."""
     if image.plate is None:
-        raise MayNotLeave(f"{image.state}: {image.reason}")
+        raise NotExportable(f"{image.state}: {image.reason}")
     copy = deidentify(original_path(site, image), site.key("pseudonym.key"))
     name = f"{copy.SOPInstanceUID}.dcm"
     if (folder / name).exists():
-        raise MayNotLeave("this export holds another image under the same SOP Instance UID, and a UID names one image")
+        raise NotExportable(
+            "this export holds another image under the same SOP Instance UID, and a UID names one image"
+        )
     data = io.BytesIO()
     copy.save_as(data, enforce_file_format=True)
     replace_file(folder / name, data.getvalue())

@@ -16,11 +16,12 @@ from agent.site.config import zone
 from agent.site.site import Site
 from cxrloop import __version__, npy
 from deploy.bundle.bundle import Bundle
-from dicom.outgoing.results import CantSay, Score, Scored, read_image
+from dicom.errors import HeaderIncomplete
+from dicom.outgoing.results import Score, Scored, read_image
 from dicom.outgoing.secondary_capture import capture
 from dicom.outgoing.structured_report import report
 
-__all__ = ["CantSay", "make_object"]
+__all__ = ["HeaderIncomplete", "make_object"]
 
 PANELS = 4  # heatmaps of one object
 
@@ -28,7 +29,7 @@ PANELS = 4  # heatmaps of one object
 def make_object(site: Site, result: OutgoingResult, bundles: dict[str, Bundle]) -> Dataset:
     """Return the report ("sr") or the heatmap ("sc") of a result.
 
-    `bundles` keeps opened bundles by id. Raises Problem, BundleRefused, CantSay, OSError, and HOSTILE for an odd header.
+    `bundles` keeps opened bundles by id. Raises Problem, BundleRefused, HeaderIncomplete, OSError, and HOSTILE for an odd header.
     """
     bundle = bundles.get(result.bundle) or files.open_sealed(site, result.bundle)
     bundles[bundle.id] = bundle

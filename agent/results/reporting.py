@@ -162,12 +162,15 @@ def _objects(
     now: datetime,
 ) -> Iterator[Dataset]:  # fmt: skip
     """Yield each result's object, with its result in `in_delivery`; store why an object can't be made."""
-    from agent.results.objects import CantSay, make_object  # highdicom: most of a second, not for every command
+    from agent.results.objects import (  # highdicom: most of a second, not for every command
+        HeaderIncomplete,
+        make_object,
+    )
 
     for result in results:
         try:
             made = make_object(site, result, link.bundles)
-        except (Problem, BundleRefused, CantSay) as error:
+        except (Problem, BundleRefused, HeaderIncomplete) as error:
             _store_answer(ledger, link, result, "failed", str(error), now)
         except FileNotFoundError:
             _store_answer(ledger, link, result, "failed", "the original or its plate is not in the store", now)

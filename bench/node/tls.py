@@ -41,7 +41,7 @@ from dicom.node.listener import Listener, Node
 folder, *paths = sys.argv[1:]
 us = tls.Identity(*map(Path, paths)) if paths else None
 inbox = Inbox(Path(folder), 0)
-listener = Listener(Node(port=0, context=tls.serving(us) if us else None), inbox)
+listener = Listener(Node(port=0, context=tls.server_context(us) if us else None), inbox)
 listener.start()
 print(listener.port, flush=True)
 for line in sys.stdin:
@@ -63,7 +63,7 @@ class Way:
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
         )
         self.port = int(self._said())
-        self.context = tls.to_ourselves(identity) if identity else None
+        self.context = tls.own_node_context(identity) if identity else None
 
     def _said(self) -> str:
         assert self.node.stdout

@@ -19,24 +19,8 @@ MAX_MATCHES = 5000  # answers to one question: a busy hospital's studies of a da
 Say = Callable[[str], str]  # the text of an answer's attribute by keyword, "" when it has none
 
 
-class Unreachable(Exception):
-    """This archive does not give what is asked, now or later; the message says what to do about it."""
-
-
-class Busy(Exception):
-    """The archive, or the way to it, refuses for now; `after` is the least number of seconds to wait."""
-
-    def __init__(self, why: str, after: float = 0):
-        super().__init__(why)
-        self.after = after
-
-
-class Missing(Exception):
-    """This one image is not to be had; the message names no person and no UID."""
-
-
 @dataclass(frozen=True)
-class Wanted:
+class Query:
     """One question: a patient, a study, a span of days, or several of these at once; "" and None mean any."""
 
     modalities: tuple[str, ...] = ("CR", "DX")
@@ -68,7 +52,7 @@ class Image:
     sop_class: str  # "" when the archive does not say
 
 
-def study(say: Say, wanted: Wanted) -> Study | None:
+def study(say: Say, wanted: Query) -> Study | None:
     """The study of one answer, or None when it is not what was asked for."""
     uid = say("StudyInstanceUID")
     if not is_uid(uid) or (wanted.study and uid != wanted.study):
@@ -84,7 +68,7 @@ def study(say: Say, wanted: Wanted) -> Study | None:
     return Study(uid, int(count) if re.fullmatch(r"\d{1,9}", count) else None)
 
 
-def series(say: Say, study_uid: str, wanted: Wanted) -> str | None:
+def series(say: Say, study_uid: str, wanted: Query) -> str | None:
     """The UID of a series that may hold chest images, or None. A modality or body part that is not told passes."""
     uid = say("SeriesInstanceUID")
     if not is_uid(uid) or say("StudyInstanceUID") not in ("", study_uid):

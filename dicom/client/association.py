@@ -15,8 +15,9 @@ from pynetdicom.association import Association
 from pynetdicom.events import Event
 from pynetdicom.presentation import PresentationContext
 
-from dicom.client.archive import MAX_IMAGE, Busy, Unreachable
+from dicom.client.archive import MAX_IMAGE
 from dicom.client.reactor_pause import resting
+from dicom.errors import ArchiveBusy, ArchiveUnusable
 
 LARGEST_PDU = 131072  # bytes
 CONNECT = 10  # seconds to open a connection, and to accept an association
@@ -70,7 +71,7 @@ class Bounds:
 def associated(
     peer: Peer, contexts: list[PresentationContext], roles: list[Any] | None = None, handlers: list[Any] | None = None
 ) -> Iterator[tuple[Association, Bounds]]:
-    """An established association, released at the end, aborted when the block raises. Raises Unreachable, Busy."""
+    """An established association, released at the end, aborted when the block raises. Raises ArchiveUnusable, ArchiveBusy."""
     entity = AE(peer.calling)
     entity.maximum_pdu_size = LARGEST_PDU
     entity.connection_timeout = entity.acse_timeout = CONNECT
@@ -84,7 +85,7 @@ def associated(
             tls_args=cast(Any, tls), evt_handlers=[*watched, *(handlers or [])],
         )  # fmt: skip
     except OSError:  # socket.gaierror
-        raise Unreachable(f"{peer}: no address is known for this host name") from None
+        raise ArchiveUnusable(f"{peer}: no address is known for this host name") from None
     if not association.is_established:
         raise _refusal(peer, association, bounds)
     rest = resting(association)
@@ -102,15 +103,15 @@ def _refusal(peer: Peer, association: Association, bounds: Bounds) -> Exception:
     """What a failed association means for the person who asked (PS3.8 9.3.4)."""
     if not bounds.connected:
         hint = ", or its certificate is not trusted" if peer.tls else ""
-        return Busy(f"{peer} does not answer: nothing listens there, or a firewall is between{hint}")
+        return ArchiveBusy(f"{peer} does not answer: nothing listens there, or a firewall is between{hint}")
     said = association.acceptor.primitive
     if not association.is_rejected or said is None:
         if association.rejected_contexts:
-            return Unreachable(f"{peer} offers {peer.calling} none of what we ask for")
-        return Busy(f"{peer} hung up on the association request")
+            return ArchiveUnusable(f"{peer} offers {peer.calling} none of what we ask for")
+        return ArchiveBusy(f"{peer} hung up on the association request")
     if (said.result_source, said.diagnostic) == (1, 7):
-        return Unreachable(f"{peer} does not go by the AE title {peer.aet}: ask with the title it has")
+        return ArchiveUnusable(f"{peer} does not go by the AE title {peer.aet}: ask with the title it has")
     if (said.result_source, said.diagnostic) == (1, 3):
-        return Unreachable(f"{peer} does not know our AE title {peer.calling}: enter it there")
+        return ArchiveUnusable(f"{peer} does not know our AE title {peer.calling}: enter it there")
     why = f"{peer} refuses the association: {said.reason_str}"
-    return Busy(why) if said.result == 2 else Unreachable(why)
+    return ArchiveBusy(why) if said.result == 2 else ArchiveUnusable(why)

@@ -20,9 +20,10 @@ from dicomweb_client import DICOMwebClient
 from pydicom.datadict import tag_for_keyword
 
 from dicom.client import archive
-from dicom.client.archive import MAX_IMAGE, MAX_MATCHES, Busy, Image, Missing, Study, Unreachable, Wanted
+from dicom.client.archive import MAX_IMAGE, MAX_MATCHES, Image, Query, Study
 from dicom.dataset import header
-from dicom.dataset.part10 import Unreadable, open_envelope, read_header
+from dicom.dataset.part10 import open_envelope, read_header
+from dicom.errors import AnswerTooLong, ArchiveBusy, ArchiveUnusable, ImageMissing, Unreadable
 from dicom.node.reception import SUCCESS, answer
 from dicom.store.inbox import Inbox
 
@@ -50,11 +51,11 @@ class Web:
         try:
             parts = urlsplit(url)
         except ValueError:  # a bracket without its pair
-            raise Unreachable(f"{url}: not the URL of a DICOMweb server") from None
+            raise ArchiveUnusable(f"{url}: not the URL of a DICOMweb server") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-            raise Unreachable(f"{parts.scheme}://{parts.hostname or ''}: not the URL of a DICOMweb server")
+            raise ArchiveUnusable(f"{parts.scheme}://{parts.hostname or ''}: not the URL of a DICOMweb server")
         if token and parts.scheme == "http" and parts.hostname not in LOOPBACK:
-            raise Unreachable(f"{url}: a token is sent over https only")
+            raise ArchiveUnusable(f"{url}: a token is sent over https only")
         self.url, self.inbox = url.rstrip("/"), inbox
         for library in ("dicomweb_client", "urllib3"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -69,13 +70,13 @@ class Web:
     def __str__(self) -> str:
         return self.url
 
-    def greet(self) -> None:
-        """Whether it answers a query. Raises Unreachable, Busy."""
+    def check_connection(self) -> None:
+        """Whether it answers a query. Raises ArchiveUnusable, ArchiveBusy."""
         with self._meaning():
             self._client.search_for_studies(limit=1)
 
-    def studies(self, wanted: Wanted) -> tuple[list[Study], bool]:
-        """The studies that match, and whether that is all of them. Raises Unreachable, Busy."""
+    def studies(self, wanted: Query) -> tuple[list[Study], bool]:
+        """The studies that match, and whether that is all of them. Raises ArchiveUnusable, ArchiveBusy."""
         asked = {"StudyInstanceUID": wanted.study, "PatientID": wanted.patient, "StudyDate": wanted.days}
         modalities = wanted.modalities if not (wanted.study or wanted.patient) else ("",)
         found: dict[str, Study] = {}
@@ -95,8 +96,8 @@ class Web:
         """HTTP keeps no state: the session is the archive itself."""
         yield self
 
-    def images(self, study_uid: str, wanted: Wanted) -> list[Image]:
-        """The images of a study that may be chest images. Raises Unreachable, Busy."""
+    def images(self, study_uid: str, wanted: Query) -> list[Image]:
+        """The images of a study that may be chest images. Raises ArchiveUnusable, ArchiveBusy."""
         found: dict[str, Image] = {}
         fields = ["BodyPartExamined"]
         kept, whole = self._all(
@@ -111,11 +112,11 @@ class Web:
             found |= {image.sop_uid: image for image in images}
             whole = whole and all_of_it
         if not whole:
-            raise Unreachable(f"{self} has more than {MAX_MATCHES} answers for one study")
+            raise ArchiveUnusable(f"{self} has more than {MAX_MATCHES} answers for one study")
         return list(found.values())
 
     def fetch(self, image: Image) -> None:
-        """The image is in the inbox, as it came. Raises Missing, Busy, Unreachable, OSError."""
+        """The image is in the inbox, as it came. Raises ImageMissing, ArchiveBusy, ArchiveUnusable, OSError."""
         url = f"{self.url}/studies/{image.study_uid}/series/{image.series_uid}/instances/{image.sop_uid}"
         with self._meaning(image=True):
             reply = self._http.get(url, headers={"Accept": AS_STORED}, stream=True, timeout=TIMEOUT)
@@ -132,10 +133,10 @@ class Web:
             sop_class = image.sop_class or header.text(read_header(stream, syntax, pixels=False).dataset, "SOPClassUID")
             stream.seek(offset)
         except Unreadable as error:
-            raise Missing(f"what the server sends is no DICOM file: {error}") from None
+            raise ImageMissing(f"what the server sends is no DICOM file: {error}") from None
         status, why = answer(stream, syntax, sop_class, image.sop_uid)
         if status != SUCCESS:
-            raise Missing(f"what the server sends is refused ({status:04X}): {why}")
+            raise ImageMissing(f"what the server sends is refused ({status:04X}): {why}")
         self.inbox.put(whole)
 
     def _all(
@@ -149,7 +150,7 @@ class Web:
             with self._meaning():
                 page = ask(limit=PAGE, **({"offset": offset} if offset else {}))
             if not isinstance(page, list):
-                raise Unreachable(f"{self} answers a query with something that is not a list")
+                raise ArchiveUnusable(f"{self} answers a query with something that is not a list")
             before = len(seen)
             for match in page:
                 say = _reader(match)
@@ -165,40 +166,40 @@ class Web:
 
     @contextmanager
     def _meaning(self, image: bool = False) -> Iterator[None]:
-        """What goes wrong on the way, as Unreachable, Busy or Missing."""
+        """What goes wrong on the way, as ArchiveUnusable, ArchiveBusy or ImageMissing."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield
         except requests.exceptions.SSLError:
-            raise Unreachable(f"{self}: its certificate is not trusted; name the authority by --ca FILE") from None
+            raise ArchiveUnusable(f"{self}: its certificate is not trusted; name the authority by --ca FILE") from None
         except requests.exceptions.HTTPError as error:
             raise self._refusal(error, image) from None
         except AWAY:
-            raise Busy(f"{self} does not answer, or hung up") from None
-        except (requests.exceptions.RequestException, _TooLong, ValueError, TypeError, AttributeError) as error:
+            raise ArchiveBusy(f"{self} does not answer, or hung up") from None
+        except (requests.exceptions.RequestException, AnswerTooLong, ValueError, TypeError, AttributeError) as error:
             if image:
-                raise Missing(f"the server sends {error if isinstance(error, _TooLong) else 'no image'}") from None
-            what = str(error) if isinstance(error, _TooLong) else f"what is no DICOM JSON; {ROOT}"
-            raise Unreachable(f"{self} answers with {what}") from None
+                raise ImageMissing(
+                    f"the server sends {error if isinstance(error, AnswerTooLong) else 'no image'}"
+                ) from None
+            what = str(error) if isinstance(error, AnswerTooLong) else f"what is no DICOM JSON; {ROOT}"
+            raise ArchiveUnusable(f"{self} answers with {what}") from None
 
     def _refusal(self, error: requests.exceptions.HTTPError, image: bool) -> Exception:
         reply = error.response if error.response is not None else requests.Response()
         code, headers = reply.status_code, reply.headers
         if code in (401, 403):
-            return Unreachable(f"{self} refuses us ({code}): set the bearer token, or give it the right to read")
+            return ArchiveUnusable(f"{self} refuses us ({code}): set the bearer token, or give it the right to read")
         if code in (404, 406, 410) and image:
-            return Missing(f"the server lists it, but does not send it ({code})")
+            return ImageMissing(f"the server lists it, but does not send it ({code})")
         if code in AGAIN:
             said = headers.get("Retry-After", "")
-            return Busy(f"{self} refuses for now ({code})", min(float(said), WAIT_AT_MOST) if said.isdecimal() else 0)
+            return ArchiveBusy(
+                f"{self} refuses for now ({code})", min(float(said), WAIT_AT_MOST) if said.isdecimal() else 0
+            )
         if image:
-            return Missing(f"the server does not send it ({code})")
-        return Unreachable(f"{self} can't answer a query ({code}){'; ' + ROOT if code == 404 else ''}")
-
-
-class _TooLong(Exception):
-    """An answer beyond its bound."""
+            return ImageMissing(f"the server does not send it ({code})")
+        return ArchiveUnusable(f"{self} can't answer a query ({code}){'; ' + ROOT if code == 404 else ''}")
 
 
 class _Bounded(requests.Session):
@@ -219,13 +220,13 @@ class _Bounded(requests.Session):
 
 
 def _pieces(reply: requests.Response, limit: int) -> Iterator[bytes]:
-    """The body in pieces, decompressed. Raises _TooLong beyond `limit` bytes, Timeout beyond LONGEST seconds."""
+    """The body in pieces, decompressed. Raises AnswerTooLong beyond `limit` bytes, Timeout beyond LONGEST seconds."""
     size, until = 0, time.monotonic() + LONGEST
     for piece in reply.iter_content(1 << 16):
         size += len(piece)
         if size > limit:
             reply.close()
-            raise _TooLong(f"more than {limit >> 20} MiB")
+            raise AnswerTooLong(f"more than {limit >> 20} MiB")
         if time.monotonic() > until:
             reply.close()
             raise requests.exceptions.Timeout
@@ -233,22 +234,22 @@ def _pieces(reply: requests.Response, limit: int) -> Iterator[bytes]:
 
 
 def the_part(body: bytes, content_type: str) -> bytes:
-    """The one part of a multipart/related answer (RFC 2046 5.1.1), or a bare application/dicom body. Raises Missing."""
+    """The one part of a multipart/related answer (RFC 2046 5.1.1), or a bare application/dicom body. Raises ImageMissing."""
     said = Message()
     said["content-type"] = content_type
     if said.get_content_type() == "application/dicom":
         return body
     boundary = said.get_boundary()
     if said.get_content_type() != "multipart/related" or not boundary:
-        raise Missing(f"the server sends {said.get_content_type()}, not multipart/related with a boundary")
+        raise ImageMissing(f"the server sends {said.get_content_type()}, not multipart/related with a boundary")
     line = b"\r\n--" + boundary.encode("latin-1")
     start = 0 if body.startswith(line[2:]) else body.find(line) + 2
     head = body.find(b"\r\n\r\n", start)
     end = body.find(line, head + 2)
     if start == 1 or head < 0 or end < 0:
-        raise Missing("malformed multipart answer: a boundary is missing, or it is cut short")
+        raise ImageMissing("malformed multipart answer: a boundary is missing, or it is cut short")
     if body[end + len(line) : end + len(line) + 2] != b"--":
-        raise Missing("malformed multipart answer: more than the one part asked for")
+        raise ImageMissing("malformed multipart answer: more than the one part asked for")
     return body[head + 4 : end]
 
 

@@ -16,12 +16,13 @@ from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.events import Event
 
 from dicom.client import archive
-from dicom.client.archive import MAX_IMAGE, MAX_MATCHES, Busy, Image, Missing, Study, Unreachable, Wanted
+from dicom.client.archive import MAX_IMAGE, MAX_MATCHES, Image, Query, Study
 from dicom.client.association import SILENCE, Bounds, Peer, associated
 from dicom.dataset import header
 from dicom.dataset.facts import SOP_CLASSES
 from dicom.dataset.part10 import file_meta
 from dicom.dataset.syntaxes import SYNTAXES
+from dicom.errors import ArchiveBusy, ArchiveUnusable, ImageMissing
 from dicom.node.reception import MISMATCH, OUT_OF_RESOURCES, SUCCESS, answer
 from dicom.store.inbox import Inbox
 
@@ -41,20 +42,22 @@ class Pacs:
     def __init__(self, peer: Peer, inbox: Inbox, how: str):
         self.peer, self.inbox, self.how = peer, inbox, how
 
-    def greet(self) -> None:
-        """C-ECHO, and whether it offers what we will ask. Raises Unreachable, Busy."""
+    def check_connection(self) -> None:
+        """C-ECHO, and whether it offers what we will ask. Raises ArchiveUnusable, ArchiveBusy."""
         contexts = [build_context(uid) for uid in (VERIFICATION, FIND, self._model)]
         with associated(self.peer, contexts) as (association, _):
             offered = {context.abstract_syntax for context in association.accepted_contexts}
             for model, name in ((FIND, "C-FIND"), (self._model, f"C-{self.how.upper()}")):
                 if model not in offered:
                     other = {GET: "; try --how move", MOVE: "; try --how get"}.get(model, "")
-                    raise Unreachable(f"{self.peer} does not offer {name} (Study Root) to {self.peer.calling}{other}")
+                    raise ArchiveUnusable(
+                        f"{self.peer} does not offer {name} (Study Root) to {self.peer.calling}{other}"
+                    )
             if VERIFICATION in offered and association.send_c_echo().get("Status") != SUCCESS:
-                raise Busy(f"{self.peer} does not answer C-ECHO")
+                raise ArchiveBusy(f"{self.peer} does not answer C-ECHO")
 
-    def studies(self, wanted: Wanted) -> tuple[list[Study], bool]:
-        """The studies that match, and whether that is all of them. Raises Unreachable, Busy."""
+    def studies(self, wanted: Query) -> tuple[list[Study], bool]:
+        """The studies that match, and whether that is all of them. Raises ArchiveUnusable, ArchiveBusy."""
         keys = {
             "StudyInstanceUID": wanted.study,
             "PatientID": wanted.patient,
@@ -77,7 +80,7 @@ class Pacs:
 
     @contextmanager
     def session(self) -> Iterator["Session"]:
-        """An association on which one study is looked through and fetched. Raises Unreachable, Busy."""
+        """An association on which one study is looked through and fetched. Raises ArchiveUnusable, ArchiveBusy."""
         contexts, roles = [build_context(FIND), build_context(self._model)], []
         if self.how == "get":
             # one context for each syntax: the archive sends an image as it has it, and chooses nothing for us
@@ -106,8 +109,8 @@ class Session:
         self._refused = ""
         self._disk: OSError | None = None
 
-    def images(self, study_uid: str, wanted: Wanted) -> list[Image]:
-        """The images of a study that may be chest images. Raises Unreachable, Busy."""
+    def images(self, study_uid: str, wanted: Query) -> list[Image]:
+        """The images of a study that may be chest images. Raises ArchiveUnusable, ArchiveBusy."""
         found: dict[str, Image] = {}
         keys = {"StudyInstanceUID": study_uid, "SeriesInstanceUID": "", "Modality": "", "BodyPartExamined": ""}
         for uid in self._all("SERIES", keys, lambda say: archive.series(say, study_uid, wanted)):
@@ -117,9 +120,9 @@ class Session:
         return list(found.values())
 
     def fetch(self, image: Image) -> None:
-        """The image is in the inbox (get), or was sent to our AE title (move). Raises Missing, Busy, Unreachable, OSError."""
+        """The image is in the inbox (get), or was sent to our AE title (move). Raises ImageMissing, ArchiveBusy, ArchiveUnusable, OSError."""
         if self._ended or not self.association.is_established:
-            raise Busy(f"{self._pacs.peer} ended the association")
+            raise ArchiveBusy(f"{self._pacs.peer} ended the association")
         keys = Dataset()
         keys.QueryRetrieveLevel = "IMAGE"
         keys.StudyInstanceUID, keys.SeriesInstanceUID = image.study_uid, image.series_uid
@@ -141,23 +144,23 @@ class Session:
         """Raise what the last answer means for an image that we did not get; return when C-MOVE says that it went out."""
         peer, status = self._pacs.peer, last.get("Status")
         if self.bounds.too_long:
-            raise Missing(f"larger than {MAX_IMAGE >> 20} MiB")
+            raise ImageMissing(f"larger than {MAX_IMAGE >> 20} MiB")
         if self._refused:
-            raise Missing(self._refused)
+            raise ImageMissing(self._refused)
         if status is None:
-            raise Busy(f"{peer} hung up, or said nothing for {SILENCE} s, while it sent an image")
+            raise ArchiveBusy(f"{peer} hung up, or said nothing for {SILENCE} s, while it sent an image")
         if status in OUT_OF:
-            raise Busy(f"{peer} is out of resources (status {status:04X})")
+            raise ArchiveBusy(f"{peer} is out of resources (status {status:04X})")
         if status == UNKNOWN_DESTINATION:
             us = peer.calling
-            raise Unreachable(
+            raise ArchiveUnusable(
                 f"{peer} does not know where {us} is (status A801): enter {us}, our address and port there"
             )
         if status != SUCCESS or last.get("NumberOfFailedSuboperations"):
             where = f" to {peer.calling}: it may not know where that is" if self._pacs.how == "move" else ""
-            raise Missing(f"the archive could not send it{where} (status {status:04X})")
+            raise ImageMissing(f"the archive could not send it{where} (status {status:04X})")
         if self._pacs.how == "get" or last.get("NumberOfCompletedSuboperations") == 0:
-            raise Missing("the archive lists it, but does not send it")
+            raise ImageMissing("the archive lists it, but does not send it")
 
     def store(self, event: Event) -> int:
         """An image on its way by C-GET: judged as what the node receives, and Success only once it is durable."""
@@ -185,16 +188,18 @@ class Session:
     def _all(self, level: str, keys: dict[str, str], make: Callable[[archive.Say], T | None]) -> list[T]:
         found, whole = _find(self.association, level, keys, make)
         if not whole:
-            raise Unreachable(f"{self._pacs.peer} has more than {len(found)} answers at {level} level for one study")
+            raise ArchiveUnusable(
+                f"{self._pacs.peer} has more than {len(found)} answers at {level} level for one study"
+            )
         return found
 
 
 def _find(
     association: Association, level: str, keys: dict[str, str], make: Callable[[archive.Say], T | None]
 ) -> tuple[list[T], bool]:
-    """What `make` makes of each answer, Nones left out, and whether these are all. Raises Unreachable, Busy."""
+    """What `make` makes of each answer, Nones left out, and whether these are all. Raises ArchiveUnusable, ArchiveBusy."""
     if not association.is_established:
-        raise Busy("the archive ended the association")
+        raise ArchiveBusy("the archive ended the association")
     asked = Dataset()
     asked.SpecificCharacterSet = "ISO_IR 192"
     asked.QueryRetrieveLevel = level
@@ -217,9 +222,9 @@ def _find(
             found.append(made)
     code = status.get("Status") if status else None
     if code is None:
-        raise Busy(f"the archive hung up, or said nothing for {SILENCE} s, while it answered C-FIND")
+        raise ArchiveBusy(f"the archive hung up, or said nothing for {SILENCE} s, while it answered C-FIND")
     if code in OUT_OF:
-        raise Busy(f"the archive is out of resources for C-FIND (status {code:04X})")
+        raise ArchiveBusy(f"the archive is out of resources for C-FIND (status {code:04X})")
     if code not in (SUCCESS, CANCELLED):
-        raise Unreachable(f"the archive can't answer C-FIND at {level} level (status {code:04X})")
+        raise ArchiveUnusable(f"the archive can't answer C-FIND at {level} level (status {code:04X})")
     return found, code == SUCCESS

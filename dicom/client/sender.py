@@ -20,7 +20,8 @@ from pynetdicom.dsutils import encode
 
 from dicom.client.reactor_pause import resting
 from dicom.dataset import header
-from dicom.dataset.part10 import EXPLICIT_LE, HOSTILE, IMPLICIT_LE, Unreadable, open_envelope, read_header
+from dicom.dataset.part10 import EXPLICIT_LE, HOSTILE, IMPLICIT_LE, open_envelope, read_header
+from dicom.errors import Unreadable
 
 VERIFICATION = "1.2.840.10008.1.1"
 STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"
@@ -73,7 +74,7 @@ def echo(
         line.close()
 
 
-def answers(
+def is_running(
     host: str, port: int, called_aet: str, calling_aet: str = "CXRSEND", tls: ssl.SSLContext | None = None
 ) -> bool:
     """True when the node at host:port is at work: it answers C-ECHO, or refuses for now since its seats are taken."""

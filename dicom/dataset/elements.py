@@ -13,6 +13,8 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.tag import BaseTag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_16, EXPLICIT_VR_LENGTH_32
 
+from dicom.errors import Unreadable
+
 UNDEFINED = 0xFFFFFFFF
 PIXEL_DATA = 0x7FE00010
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -20,10 +22,6 @@ LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN"
 VRS = frozenset(vr.encode() for vr in (*EXPLICIT_VR_LENGTH_16, *EXPLICIT_VR_LENGTH_32))
 MOST = 1 << 18  # elements and items of one data set: images have hundreds, and each costs microseconds
 LONGEST = 1 << 10  # bytes of a value that is kept: an identifier, a UID
-
-
-class Unreadable(ValueError):
-    """The bytes are not a readable DICOM file; the message says where they stop making sense."""
 
 
 @dataclass

@@ -17,7 +17,8 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.uid import UID
 
-from dicom.dataset.elements import LONG_VRS, UNDEFINED, Unreadable, walk
+from dicom.dataset.elements import LONG_VRS, UNDEFINED, walk
+from dicom.errors import Unreadable
 
 IMPLICIT_LE = "1.2.840.10008.1.2"
 EXPLICIT_LE = "1.2.840.10008.1.2.1"

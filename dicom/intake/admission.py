@@ -12,6 +12,7 @@ from dicom.dataset import header
 from dicom.dataset.facts import RESULT_DEVICE, RESULT_UID_ROOT, SOP_CLASSES
 from dicom.dataset.part10 import DEFLATED_LE, NATIVE, UNDEFINED, Header, is_uid, shown
 from dicom.dataset.syntaxes import SYNTAXES
+from dicom.errors import Quarantined, Rejected
 
 MAX_PIXELS = 100_000_000  # the largest detectors have 30 million; a bound on what any decoder may be asked for
 ADULT = 18  # years
@@ -40,16 +41,8 @@ class Admission:
     quality: bool = False
 
 
-class Refused(Exception):
-    """A readable image that the site does not take in."""
-
-
-class Suspect(Exception):
-    """A file whose header contradicts itself or its pixels; kept aside for a person."""
-
-
 def check_header(found: Header, syntax: str, rules: Admission) -> str:
-    """Return the view ("PA" or "AP"). Raises Refused or Suspect."""
+    """Return the view ("PA" or "AP"). Raises Rejected or Quarantined."""
     ds = found.dataset
     _identity(ds)
     _kind(ds)
@@ -60,8 +53,8 @@ def check_header(found: Header, syntax: str, rules: Admission) -> str:
     return view
 
 
-def _refuse(tag: str, value: object, why: str) -> Refused:
-    return Refused(f"{tag} = {shown(value)}: {why}")
+def _refuse(tag: str, value: object, why: str) -> Rejected:
+    return Rejected(f"{tag} = {shown(value)}: {why}")
 
 
 def _identity(ds: Dataset) -> None:
@@ -74,12 +67,12 @@ def _identity(ds: Dataset) -> None:
     if sop_class and is_uid(sop_class) and sop_class not in SOP_CLASSES:
         raise _refuse("SOPClassUID (0008,0016)", sop_class, "not CR, DX or Secondary Capture")
     if not is_uid(sop_class):
-        raise Suspect(f"SOPClassUID (0008,0016) = {shown(sop_class)}: missing or not a UID")
+        raise Quarantined(f"SOPClassUID (0008,0016) = {shown(sop_class)}: missing or not a UID")
     if not is_uid(sop_uid):
-        raise Suspect(f"SOPInstanceUID (0008,0018) = {shown(sop_uid)}: missing or not a UID")
+        raise Quarantined(f"SOPInstanceUID (0008,0018) = {shown(sop_uid)}: missing or not a UID")
     study_uid = header.text(ds, "StudyInstanceUID")
     if not is_uid(study_uid):
-        raise Suspect(f"StudyInstanceUID (0020,000D) = {shown(study_uid)}: missing or not a UID")
+        raise Quarantined(f"StudyInstanceUID (0020,000D) = {shown(study_uid)}: missing or not a UID")
 
 
 def _kind(ds: Dataset) -> None:
@@ -134,7 +127,7 @@ def _view(ds: Dataset) -> str:
     if rows and rows[0].upper() in ("A", "P"):
         raise _refuse("PatientOrientation (0020,0020)", rows[0], "a lateral")
     said = header.text(ds, "PatientPosition")
-    raise Refused(
+    raise Rejected(
         "view unknown: ViewPosition (0018,5101) is empty"
         + (f" and PatientPosition (0018,5100) = {shown(said)}" if said else "")
     )
@@ -161,23 +154,23 @@ def _pixels(found: Header, syntax: str, rules: Admission) -> None:
     if syntax not in SYNTAXES:
         raise _refuse("TransferSyntaxUID (0002,0010)", syntax, "a syntax we don't decode")
     if found.pixel_length is None:
-        raise Suspect("PixelData (7FE0,0010) is missing")
+        raise Quarantined("PixelData (7FE0,0010) is missing")
     photometric = header.text(ds, "PhotometricInterpretation").upper()
     if photometric.startswith(("RGB", "YBR", "PALETTE", "HSV", "ARGB", "CMYK", "XYB")):
         raise _refuse("PhotometricInterpretation (0028,0004)", photometric, "not grayscale")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise Suspect(f"PhotometricInterpretation (0028,0004) = {shown(photometric)}: no such interpretation")
+        raise Quarantined(f"PhotometricInterpretation (0028,0004) = {shown(photometric)}: no such interpretation")
     samples = header.short(ds, "SamplesPerPixel")
     if samples not in (None, 1):
         raise _refuse("SamplesPerPixel (0028,0002)", samples, "not grayscale")
     rows, columns = header.short(ds, "Rows") or 0, header.short(ds, "Columns") or 0
     if min(rows, columns) == 0:
-        raise Suspect(f"Rows (0028,0010) x Columns (0028,0011) = {rows} x {columns}")
+        raise Quarantined(f"Rows (0028,0010) x Columns (0028,0011) = {rows} x {columns}")
     if min(rows, columns) < rules.min_side:
         size = f"{rows} x {columns}"
         raise _refuse("Rows (0028,0010) x Columns (0028,0011)", size, f"under {rules.min_side} px a side")
     if rows * columns > MAX_PIXELS:
-        raise Suspect(f"Rows (0028,0010) x Columns (0028,0011) = {rows} x {columns}: larger than any detector")
+        raise Quarantined(f"Rows (0028,0010) x Columns (0028,0011) = {rows} x {columns}: larger than any detector")
     _depth(ds)
     _length(found, syntax, rows, columns)
 
@@ -189,22 +182,24 @@ def _depth(ds: Dataset) -> None:
     if allocated not in (8, 16):
         raise _refuse("BitsAllocated (0028,0100)", allocated, "not 8 or 16")
     if not 1 < stored <= allocated:
-        raise Suspect(f"BitsStored (0028,0101) = {stored} of {allocated} bits allocated")
+        raise Quarantined(f"BitsStored (0028,0101) = {stored} of {allocated} bits allocated")
     if high is not None and not stored - 1 <= high < allocated:
-        raise Suspect(f"HighBit (0028,0102) = {high} with {stored} bits stored")
+        raise Quarantined(f"HighBit (0028,0102) = {high} with {stored} bits stored")
     if header.short(ds, "PixelRepresentation") not in (None, 0, 1):
-        raise Suspect("PixelRepresentation (0028,0103) is neither 0 nor 1")
+        raise Quarantined("PixelRepresentation (0028,0103) is neither 0 nor 1")
 
 
 def _length(found: Header, syntax: str, rows: int, columns: int) -> None:
     if syntax not in NATIVE:
         if found.pixel_length != UNDEFINED:
-            raise Suspect("PixelData (7FE0,0010) is not encapsulated, although its transfer syntax is compressed")
+            raise Quarantined("PixelData (7FE0,0010) is not encapsulated, although its transfer syntax is compressed")
         return
     allocated = header.short(found.dataset, "BitsAllocated") or 16
     needed = rows * columns * allocated // 8
     if found.pixel_length == UNDEFINED:
-        raise Suspect("PixelData (7FE0,0010) is encapsulated, although its transfer syntax is not compressed")
+        raise Quarantined("PixelData (7FE0,0010) is encapsulated, although its transfer syntax is not compressed")
     if found.pixel_length not in (needed, needed + needed % 2):
         kind = "inflated " if syntax == DEFLATED_LE else ""
-        raise Suspect(f"PixelData (7FE0,0010) has {found.pixel_length} {kind}bytes, {rows} x {columns} needs {needed}")
+        raise Quarantined(
+            f"PixelData (7FE0,0010) has {found.pixel_length} {kind}bytes, {rows} x {columns} needs {needed}"
+        )

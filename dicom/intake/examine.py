@@ -13,10 +13,11 @@ from pydicom.uid import UID
 from dicom.dataset import header
 from dicom.dataset.elements import PIXEL_DATA
 from dicom.dataset.facts import HEARTBEAT_ID, Examined, Image, Outcome
-from dicom.dataset.part10 import HOSTILE, Header, Unreadable, content_sha256, is_uid, open_envelope, read_header
+from dicom.dataset.part10 import HOSTILE, Header, content_sha256, is_uid, open_envelope, read_header
 from dicom.dataset.part10 import shown as short_and_plain
-from dicom.intake.admission import Admission, Refused, Suspect, check_header
-from dicom.pixels.plate import Blank, decode, pixel_sha256, render
+from dicom.errors import BlankImage, Quarantined, Rejected, Unreadable
+from dicom.intake.admission import Admission, check_header
+from dicom.pixels.plate import decode, pixel_sha256, render
 from dicom.pixels.quality_filter import fault
 from dicom.pseudonyms import patient_key
 
@@ -61,12 +62,12 @@ def _judge(found: Header, syntax: str, sha256: str, key: bytes, rules: Admission
         view = check_header(found, syntax, rules)
         stored, plate = _develop(found, syntax)
         if rules.quality and (why := fault(plate)):
-            raise Refused(why)
-    except Refused as refusal:
+            raise Rejected(why)
+    except Rejected as refusal:
         return _aside(ds, key, sha256, "rejected", str(refusal))
-    except Blank as blank:
+    except BlankImage as blank:
         return _aside(ds, key, sha256, "rejected", str(blank))
-    except Suspect as suspicion:
+    except Quarantined as suspicion:
         return _aside(ds, key, sha256, "quarantined", str(suspicion))
     except HOSTILE as error:
         said = str(error) if type(error) is ValueError else type(error).__name__

@@ -23,6 +23,7 @@ from pynetdicom.events import Event
 from dicom.client.sender import COMMITMENT_INSTANCE, STORAGE_COMMITMENT
 from dicom.dataset import header
 from dicom.dataset.part10 import EXPLICIT_LE, HOSTILE, IMPLICIT_LE, is_uid
+from dicom.errors import LookupFailed
 from dicom.node.listener import Service
 from dicom.store.inbox import sync_folder
 
@@ -44,12 +45,8 @@ KEPT_S = 72 * 3600  # a report nobody takes for three days is dropped: the peer 
 BACKOFF_S = (2, 10, 30, 60, 300, 900)  # between attempts for one request
 
 Reference = tuple[str, str]  # SOP class UID, SOP instance UID
-Held = Callable[[list[Reference]], list[int]]  # SUCCESS or a failure reason for each, in order; raises Unavailable
+Held = Callable[[list[Reference]], list[int]]  # SUCCESS or a failure reason for each, in order; raises LookupFailed
 Report = Callable[[str, Dataset, int], bool]  # (peer's AE title, event information, event type): True when taken
-
-
-class Unavailable(Exception):
-    """What is held can't be known at the moment; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ class Commitment:
         """Look at the images and report; True when the peer has taken it."""
         try:
             reasons = self._held(list(request.references))
-        except Unavailable as why:
+        except LookupFailed as why:
             self._log.warning("storage commitment for %r waits: %s", request.peer, why)
             return False
         failed = sum(reason != SUCCESS for reason in reasons)

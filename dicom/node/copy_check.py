@@ -6,18 +6,19 @@ Reads headers and hashes, changes nothing; which files there should be is the le
 from pathlib import Path
 
 from dicom.dataset import header
-from dicom.dataset.part10 import Unreadable, content_sha256, open_envelope, read_header
-from dicom.node.commitment import CLASS_CONFLICT, NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS, Reference, Unavailable
+from dicom.dataset.part10 import content_sha256, open_envelope, read_header
+from dicom.errors import LookupFailed, Unreadable
+from dicom.node.commitment import CLASS_CONFLICT, NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS, Reference
 from dicom.store.inbox import Inbox
 
 MOST_WAITING = 20_000  # files of an inbox that are looked at for one request: some seconds
 
 
-def waiting(inbox: Inbox, wanted: set[str]) -> dict[str, list[Path]]:
-    """Files of the inbox by SOP instance UID (of their file meta), of the wanted ones. Raises Unavailable."""
+def inbox_copies(inbox: Inbox, wanted: set[str]) -> dict[str, list[Path]]:
+    """Files of the inbox by SOP instance UID (of their file meta), of the wanted ones. Raises LookupFailed."""
     files = inbox.waiting(MOST_WAITING + 1)
     if len(files) > MOST_WAITING:
-        raise Unavailable(f"more than {MOST_WAITING} images wait in the inbox")
+        raise LookupFailed(f"more than {MOST_WAITING} images wait in the inbox")
     found: dict[str, list[Path]] = {}
     for path in files:
         try:
@@ -30,7 +31,7 @@ def waiting(inbox: Inbox, wanted: set[str]) -> dict[str, list[Path]]:
     return found
 
 
-def intact(path: Path, reference: Reference, sha256: str | None = None) -> int:
+def check_copy(path: Path, reference: Reference, sha256: str | None = None) -> int:
     """SUCCESS when the file is whole and is that image, else the reason why not.
 
     With `sha256` (`part10.content_sha256`) the bytes are those that came in. Without, the header must read and the

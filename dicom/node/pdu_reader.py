@@ -16,11 +16,12 @@ from pynetdicom import evt
 from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import A_P_ABORT
 
+from dicom.errors import AssociationEnded, ConnectionEnded, ProtocolError
 from dicom.node import dimse_command as dimse
 from dicom.node.associate_request import plain
 from dicom.node.dimse_command import Command, pdv, store_response, whole
 from dicom.node.reception import Answer
-from dicom.node.socket_reader import INVALID, UNEXPECTED, UNRECOGNISED_PDU, Broken, Gone, Stopped, Wire, log
+from dicom.node.socket_reader import INVALID, UNEXPECTED, UNRECOGNISED_PDU, Wire, log
 
 LARGEST_PDU = 131072  # bytes; the most that dcmtk senders use, 8 times the default, and several times its speed
 LARGEST_OTHER = 1 << 18  # bytes of an A-ASSOCIATE-RQ: 128 contexts of 45 syntaxes take 160 kB
@@ -110,13 +111,13 @@ class Stream:
                 self._wire.begin()
             while not self._pdu() and self._sink:
                 pass
-        except Gone:
+        except ConnectionEnded:
             self._lose("connection closed")
             self._tell("Evt17")
-        except Stopped:
+        except AssociationEnded:
             self._lose("aborted by this node")
             self._handed_at = time.monotonic()
-        except Broken as fault:
+        except ProtocolError as fault:
             self._lose(str(fault), noted=True)
             self._abort(fault.reason)
         except Exception as fault:
@@ -131,20 +132,20 @@ class Stream:
         kind, length = struct.unpack(">BxL", header)
         if not 1 <= kind <= 7:
             log.error("Unknown PDU type received '0x%02X'", kind)
-            raise Broken(UNRECOGNISED_PDU, "unrecognised PDU")
+            raise ProtocolError(UNRECOGNISED_PDU, "unrecognised PDU")
         if kind != dimse.P_DATA_TF or self._dul.state_machine.current_state != READY:
             if length > LARGEST_OTHER:
-                raise Broken(INVALID, f"PDU of {length} bytes")
+                raise ProtocolError(INVALID, f"PDU of {length} bytes")
             body = self._body(length)
             self._lose(f"PDU of type {kind} instead of the rest")
             self._hand_over(kind, body)
             return True
         if length > LARGEST_PDU:
-            raise Broken(INVALID, f"PDU of {length} bytes where {LARGEST_PDU} were negotiated")
+            raise ProtocolError(INVALID, f"PDU of {length} bytes where {LARGEST_PDU} were negotiated")
         while length:
             size, context, control = struct.unpack(">LBB", self._wire.take(6)) if length >= 6 else (0, 0, 0)
             if size < 2 or size + 4 > length:
-                raise Broken(INVALID, f"presentation data value of {size} bytes")
+                raise ProtocolError(INVALID, f"presentation data value of {size} bytes")
             length -= size + 4
             self._value(context, control, size - 2)
         self._cut()
@@ -167,7 +168,7 @@ class Stream:
         """The rest of a PDU for the library, whose words a cut one gets."""
         try:
             return self._wire.take(length)
-        except Gone:
+        except ConnectionEnded:
             got, whole = 6 + self._wire.pending, 6 + length
             log.error("The received PDU is shorter than expected (%d of %d bytes received)", got, whole)
             raise
@@ -176,10 +177,10 @@ class Stream:
         """One presentation data value: a piece of a command, of an object, or of what the library gets."""
         is_command, is_last = bool(control & dimse.IS_COMMAND), bool(control & dimse.IS_LAST)
         if is_command == self._open or (context != self._context and (self._open or self._command)):
-            raise Broken(UNEXPECTED, "presentation data value out of turn")
+            raise ProtocolError(UNEXPECTED, "presentation data value out of turn")
         if is_command:
             if len(self._command) + size > dimse.MOST:
-                raise Broken(INVALID, f"command of more than {dimse.MOST} bytes")
+                raise ProtocolError(INVALID, f"command of more than {dimse.MOST} bytes")
             self._context = context
             self._command += self._wire.take(size)
             if is_last:
@@ -191,7 +192,7 @@ class Stream:
         else:
             self._passed += size
             if self._passed > MOST_PASSED:
-                raise Broken(INVALID, f"message of more than {MOST_PASSED} bytes")
+                raise ProtocolError(INVALID, f"message of more than {MOST_PASSED} bytes")
             self._passing += pdv(context, control, self._wire.take(size))
             self._open = not is_last
             if is_last:
@@ -203,16 +204,16 @@ class Stream:
         try:
             command = dimse.parse(raw)
         except ValueError as error:
-            raise Broken(INVALID, str(error)) from None
+            raise ProtocolError(INVALID, str(error)) from None
         if self._desk is not None and command.missing:
-            raise Broken(INVALID, command.missing)
+            raise ProtocolError(INVALID, command.missing)
         if self._desk is None or command.field != dimse.C_STORE_RQ:
             self._open, self._passed = command.has_data, 0
             self._passing += pdv(self._context, WHOLE_COMMAND, raw)
             return None if self._open else self._cut()
         found = [one for one in self._association.accepted_contexts if one.context_id == self._context]
         if not found:
-            raise Broken(INVALID, "C-STORE in no accepted presentation context")
+            raise ProtocolError(INVALID, "C-STORE in no accepted presentation context")
         self._awake.clear()
         self._open, self._stored = command.has_data, command
         self._sink = self._desk.begin(command, str(found[0].abstract_syntax), str(found[0].transfer_syntax[0]))

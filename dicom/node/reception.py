@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dicom.dataset import header
-from dicom.dataset.part10 import NATIVE, UNDEFINED, Unreadable, file_meta, is_uid, read_header
+from dicom.dataset.part10 import NATIVE, UNDEFINED, file_meta, is_uid, read_header
+from dicom.errors import Unreadable
 from dicom.node.dimse_command import Command
 from dicom.store.inbox import Inbox, Incoming
 

@@ -25,11 +25,11 @@ class Refusals:
         self._file: Path | None = None
         self._written: tuple[float, int] = (0.0, 0)  # (when, how many in all)
 
-    def keep(self, path: Path) -> None:
+    def save_to(self, path: Path) -> None:
         """Go on from the counts in the file at `path`, and keep them there."""
         with self._lock:
             self._file = path
-            self._totals.update(kept(path))
+            self._totals.update(read_counts(path))
             self._written = (0.0, self._totals.total())
 
     @property
@@ -83,8 +83,8 @@ class Refusals:
                 self._log.warning("refusals not counted on disk: %s", error.strerror)
 
 
-def kept(path: Path) -> dict[str, int]:
-    """The counts in a file that `Refusals.keep` wrote, by kind; none where there is no file, or a power cut hit it."""
+def read_counts(path: Path) -> dict[str, int]:
+    """The counts in a file that `Refusals.save_to` wrote, by kind; none where there is no file, or a power cut hit it."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

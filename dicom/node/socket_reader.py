@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 from pynetdicom.association import Association
 
+from dicom.errors import AssociationEnded, ConnectionEnded, ProtocolError
+
 BUFFER = 1 << 20  # bytes an association reads into; full, it is written out in one call
 MOST_PARTS = 512  # fragments that are gathered for one write
 PACE = 32 << 10  # bytes that a message must bring in each `stall` seconds: in 30, an eighth of a modem's speed
@@ -22,22 +24,6 @@ REST = 0.05  # seconds between looks at what the rest of the association wants, 
 NO_REASON, UNRECOGNISED_PDU, UNEXPECTED, INVALID = 0, 1, 5, 6  # A-ABORT by the provider (PS3.8 table 9-26)
 
 log = logging.getLogger("pynetdicom.dul")  # the library's own words at the library's own place; silenced in service
-
-
-class Broken(Exception):
-    """The peer broke the protocol or does not go on: A-ABORT with this reason (PS3.8 9.3.8)."""
-
-    def __init__(self, reason: int, why: str):
-        super().__init__(why)
-        self.reason = reason
-
-
-class Gone(Exception):
-    """The connection ended."""
-
-
-class Stopped(Exception):
-    """We aborted the association, or its time to say who it is (ARTIM) is over."""
 
 
 class Wire:
@@ -61,7 +47,7 @@ class Wire:
         self._mark, self._marked_at = self._received, time.monotonic()
 
     def take(self, size: int) -> bytes:
-        """The next `size` bytes, at most a quarter of BUFFER. Raises Gone, Stopped, Broken."""
+        """The next `size` bytes, at most a quarter of BUFFER. Raises ConnectionEnded, AssociationEnded, ProtocolError."""
         while self.pending < size:
             self._more()
         self._start += size
@@ -91,17 +77,17 @@ class Wire:
         self._parts = []
 
     def discard(self) -> None:
-        """Forget what was read; where that is nothing, read and forget what there is. Raises Gone."""
+        """Forget what was read; where that is nothing, read and forget what there is. Raises ConnectionEnded."""
         if self.pending:
             self._start = self._end = 0
             return
         try:
             if not self._socket().recv_into(self._buffer):
-                raise Gone
+                raise ConnectionEnded
         except TimeoutError:
             return
         except OSError as error:
-            raise Gone from error
+            raise ConnectionEnded from error
 
     def close(self) -> None:
         """Give the buffer back: the library keeps associations that ended until its next collection."""
@@ -110,11 +96,11 @@ class Wire:
         self._buffer = memoryview(bytearray(1))
 
     def send(self, data: bytes) -> None:
-        """Send all of `data`. Raises Gone."""
+        """Send all of `data`. Raises ConnectionEnded."""
         try:
             self._socket().sendall(data)
         except OSError as error:
-            raise Gone from error
+            raise ConnectionEnded from error
         self._dul._idle_timer.restart()
 
     def readable(self) -> bool:
@@ -147,27 +133,27 @@ class Wire:
                 continue
             except OSError as error:
                 log.error("Connection closed before the entire PDU was received")
-                raise Gone from error
+                raise ConnectionEnded from error
         if not size:
-            raise Gone
+            raise ConnectionEnded
         self._end += size
         self._received += size
         self._dul._idle_timer.restart()
 
     def _keep_pace(self) -> None:
         if self._association.is_aborted or self._dul._kill_thread or self._dul.artim_timer.expired:
-            raise Stopped
+            raise AssociationEnded
         now = time.monotonic()
         if now - self._marked_at > self._stall:
             if self._received - self._mark < PACE:
-                raise Broken(NO_REASON, f"less than {PACE >> 10} kB in {self._stall:g} s")
+                raise ProtocolError(NO_REASON, f"less than {PACE >> 10} kB in {self._stall:g} s")
             self._mark, self._marked_at = self._received, now
 
     def _socket(self) -> socket.socket:
-        """The socket, with the timeout that lets this thread look up now and then. Raises Gone."""
+        """The socket, with the timeout that lets this thread look up now and then. Raises ConnectionEnded."""
         wire = self._dul.socket.socket if self._dul.socket else None
         if wire is None:
-            raise Gone
+            raise ConnectionEnded
         if wire.gettimeout() != TICK:
             wire.settimeout(TICK)
         return wire

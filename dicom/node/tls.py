@@ -14,13 +14,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from dicom.errors import BadCertificate
+
 # RFC 9325 4.2: ECDHE with AES-GCM or ChaCha20-Poly1305, and nothing else; TLS 1.3 has only such suites
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 HANDSHAKE = 10  # seconds from the connection to the end of the handshake; then the peer is gone
-
-
-class BadCertificate(ValueError):
-    """A certificate or key that can't be used; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def check(identity: Identity, now: datetime | None = None) -> int:
     return (own.not_valid_after_utc - now).days
 
 
-def serving(identity: Identity) -> ssl.SSLContext:
+def server_context(identity: Identity) -> ssl.SSLContext:
     """The node's side: with `ca` only holders of its certificates get in, and ourselves, to ask how we are."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _profile(context, identity)
@@ -72,7 +70,7 @@ def serving(identity: Identity) -> ssl.SSLContext:
     return context
 
 
-def to_ourselves(identity: Identity) -> ssl.SSLContext:
+def own_node_context(identity: Identity) -> ssl.SSLContext:
     """For C-ECHO to our own node: only the very certificate that we serve with is taken, under any name."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False  # the certificate names the appliance, we ask 127.0.0.1; it is pinned instead
@@ -81,7 +79,7 @@ def to_ourselves(identity: Identity) -> ssl.SSLContext:
     return context
 
 
-def to_peers(identity: Identity) -> ssl.SSLContext:
+def peer_context(identity: Identity) -> ssl.SSLContext:
     """For associations that we open: the peer's certificate must be in `ca` (or the system's) and name its host."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _profile(context, identity)

@@ -22,18 +22,18 @@ from pydicom.valuerep import format_number_as_ds
 from dicom.dataset import header
 from dicom.dataset.elements import PIXEL_DATA
 from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION, DIGITAL_XRAY_PROCESSING, SECONDARY_CAPTURE
-from dicom.dataset.part10 import (  # fmt: skip
+from dicom.dataset.part10 import (
     EXPLICIT_LE,
     HOSTILE,
     IMPLEMENTATION_NAME,
     IMPLEMENTATION_UID,
     Header,
-    Unreadable,
     open_envelope,
     read_header,
 )
 from dicom.dataset.syntaxes import SURELY_LOSSY
-from dicom.intake.admission import Admission, Refused, Suspect, check_header
+from dicom.errors import NotExportable, Quarantined, Rejected, Unreadable
+from dicom.intake.admission import Admission, check_header
 from dicom.pixels.plate import decode
 from dicom.pseudonyms import days_back, outside_key, outside_uid, patient_key
 
@@ -88,15 +88,11 @@ METHOD_CODES = (  # CID 7050
 )
 
 
-class MayNotLeave(Exception):
-    """An image that is not given out: the reason, without a word of the patient's."""
-
-
 def deidentify(path: Path, key: bytes) -> Dataset:
     """The image at `path` as it may leave the site, native pixels, explicit little endian, with file meta.
 
     The same patient, study, series and image get the same new identity each time, under the site's `key`. Raises
-    MayNotLeave for what is no readable chest image, a secondary capture, or says that it shows a name or a face; OSError.
+    NotExportable for what is no readable chest image, a secondary capture, or says that it shows a name or a face; OSError.
     """
     with path.open("rb") as stream:
         try:
@@ -105,21 +101,21 @@ def deidentify(path: Path, key: bytes) -> Dataset:
             view = _may_leave(found, envelope.transfer_syntax)
             out = clean_header(found.dataset, view, key)
             _pixels(out, found, envelope.transfer_syntax)
-        except (Refused, Suspect, Unreadable) as error:
-            raise MayNotLeave(str(error)) from None
+        except (Rejected, Quarantined, Unreadable) as error:
+            raise NotExportable(str(error)) from None
         except HOSTILE as error:
-            raise MayNotLeave(f"not decodable: {type(error).__name__}") from None
+            raise NotExportable(f"not decodable: {type(error).__name__}") from None
     return out
 
 
 def _may_leave(found: Header, syntax: str) -> str:
-    """The view; raises MayNotLeave, and Refused or Suspect as at admission."""
+    """The view; raises NotExportable, and Rejected or Quarantined as at admission."""
     ds = found.dataset
     if header.text(ds, "SOPClassUID") == SECONDARY_CAPTURE:
-        raise MayNotLeave("Secondary Capture: may show anything, names included")
+        raise NotExportable("Secondary Capture: may show anything, names included")
     for keyword in ("BurnedInAnnotation", "RecognizableVisualFeatures"):
         if header.text(ds, keyword).upper() not in ("", "NO"):
-            raise MayNotLeave(f"{keyword} is not NO: the image itself says that it identifies the patient")
+            raise NotExportable(f"{keyword} is not NO: the image itself says that it identifies the patient")
     return check_header(found, syntax, ANY_AGE)
 
 

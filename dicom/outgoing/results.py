@@ -28,6 +28,7 @@ from dicom.dataset.part10 import (
     read_header,
 )
 from dicom.dataset.syntaxes import SURELY_LOSSY
+from dicom.errors import HeaderIncomplete
 
 NOTICE = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
 SYNTAX = IMPLICIT_LE  # the one that every receiver must take (PS3.5 10.1)
@@ -60,10 +61,6 @@ _VALID = {
     "PN": re.compile(rf"{_GROUP}(?:={_GROUP}){{0,2}}"),
 }
 _ANY = re.compile(r".+", re.S)
-
-
-class CantSay(ValueError):
-    """The image's header leaves out something without which no valid result can be made; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +109,12 @@ def read_image(path: Path) -> Dataset:
 
 
 def reference(image: Dataset) -> Dataset:
-    """Only the UIDs of an image and an empty patient: what highdicom may read. Raises CantSay."""
+    """Only the UIDs of an image and an empty patient: what highdicom may read. Raises HeaderIncomplete."""
     ds = Dataset()
     for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
         value = header.text(image, keyword)
         if not is_uid(value):
-            raise CantSay(f"the image has no valid {keyword}")
+            raise HeaderIncomplete(f"the image has no valid {keyword}")
         setattr(ds, keyword, value)
     for keyword in EMPTY_IF_UNKNOWN:
         setattr(ds, keyword, "")

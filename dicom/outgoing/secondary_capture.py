@@ -22,7 +22,7 @@ LARGEST_VALUE = 10240  # characters of LT (PS3.5 6.2)
 
 
 def capture(image: Dataset, said: Scored, panels: Sequence[tuple[Score, np.ndarray]]) -> Dataset:
-    """A Secondary Capture (PS3.3 A.8.1), RGB, of panels uint8 [512, 512, 3] side by side; raises CantSay."""
+    """A Secondary Capture (PS3.3 A.8.1), RGB, of panels uint8 [512, 512, 3] side by side; raises HeaderIncomplete."""
     source = reference(image)
     result = SCImage(
         pixel_array=sheet(panels, said),

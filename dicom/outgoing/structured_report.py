@@ -34,7 +34,7 @@ DEVICE_OBSERVER = CodedConcept("121007", "DCM", "Device")
 
 
 def report(image: Dataset, said: Scored) -> Dataset:
-    """A Comprehensive SR (PS3.3 A.35.3) of one image; raises CantSay where the image's header is too thin to refer to."""
+    """A Comprehensive SR (PS3.3 A.35.3) of one image; raises HeaderIncomplete where the image's header is too thin to refer to."""
     source = reference(image)
     observer = DeviceObserverIdentifyingAttributes(
         uid=result_uid("device", said.device), name="cxrloop", manufacturer_name="cxrloop",

@@ -8,28 +8,25 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from dicom.dataset import header
+from dicom.errors import BlankImage
 
 TAILS = (0.005, 0.995)  # where no window is given; burnt-in markers and collimator edges are under half a per cent
-
-
-class Blank(ValueError):
-    """There is nothing on the image: all pixels, padding aside, hold one value."""
 
 
 def brightness(ds: Dataset, lowest: int, counts: np.ndarray, windowed: bool = True) -> np.ndarray:
     """float64 [len(counts)] in 0..1 for the stored values lowest, lowest + 1, ...; `counts` is their histogram.
 
-    `windowed` False ignores the header's VOI LUT and window. Raises Blank, ValueError.
+    `windowed` False ignores the header's VOI LUT and window. Raises BlankImage, ValueError.
     """
     stored = np.arange(lowest, lowest + len(counts))
     padding = _padding(ds, stored)
     weights = np.where(padding, 0, counts)
     if np.count_nonzero(weights) < 2:
-        raise Blank("PixelData (7FE0,0010): every pixel has the same value")
+        raise BlankImage("PixelData (7FE0,0010): every pixel has the same value")
     values = _modality(ds, stored)
     low, high = _percentiles(values, weights)
     if low == high:
-        raise Blank(f"PixelData (7FE0,0010): {TAILS[1] - TAILS[0]:.0%} of the pixels have the same value")
+        raise BlankImage(f"PixelData (7FE0,0010): {TAILS[1] - TAILS[0]:.0%} of the pixels have the same value")
     shown = _voi(ds, values) if windowed else None
     if shown is None:
         shown = np.clip((values - low) / (high - low), 0, 1)

@@ -12,17 +12,18 @@ from pydicom.pixels.utils import pixel_array
 from dicom.dataset import header
 from dicom.dataset.part10 import EXPLICIT_BE, HOSTILE, NATIVE, items
 from dicom.dataset.syntaxes import DECODERS, LOSSY, RLE, bare, codestream_size, decode_rle, is_whole
-from dicom.pixels.grayscale import Blank, brightness
+from dicom.errors import BlankImage
+from dicom.pixels.grayscale import brightness
 from dicom.pixels.letterbox import letterbox
 
-__all__ = ["PLATE_VERSION", "Blank", "decode", "pixel_sha256", "render", "to_plate"]
+__all__ = ["PLATE_VERSION", "BlankImage", "decode", "pixel_sha256", "render", "to_plate"]
 
 CODEC_BYTES_A_PIXEL = 16  # OpenJPEG works on 32-bit integers, and keeps the result beside them
 PLATE_VERSION = 1  # written on every bundle; a change to any step below is a new version
 
 
 def to_plate(ds: Dataset) -> np.ndarray:
-    """uint8 [512, 512], MONOCHROME2, letterboxed. Raises ValueError (Blank when nothing is on the image)."""
+    """uint8 [512, 512], MONOCHROME2, letterboxed. Raises ValueError (BlankImage when nothing is on the image)."""
     return render(ds, decode(ds))
 
 
@@ -119,7 +120,7 @@ def pixel_sha256(stored: np.ndarray) -> str:
 
 
 def render(ds: Dataset, stored: np.ndarray) -> np.ndarray:
-    """uint8 [512, 512] from stored values, through the header's look-up tables. Raises ValueError, Blank."""
+    """uint8 [512, 512] from stored values, through the header's look-up tables. Raises ValueError, BlankImage."""
     lowest = int(stored.min())
     index = stored if lowest == 0 and stored.dtype == np.uint16 else stored.astype(np.int32) - lowest
     counts = np.bincount(index.ravel())

@@ -20,7 +20,7 @@ ROUGH = 0.4  # correlation of neighbours at 32 x 32: noise has less than .15, th
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """What the net says, each 0..1. `turned` is the chance of 0, 90, 180 and 270 degrees counter-clockwise."""
 
     chest: float
@@ -36,10 +36,10 @@ def fault(plate: np.ndarray) -> str | None:
     small = shrink(plate)
     if small.std() < FLAT or _likeness(small) < ROUGH:
         return "quality: nothing but noise on the image"
-    return verdict(look(plate), _net()["limits"])
+    return verdict(predict(plate), _net()["limits"])
 
 
-def verdict(said: Answer, limits: np.ndarray) -> str | None:
+def verdict(said: Prediction, limits: np.ndarray) -> str | None:
     """The reason that an answer is, by the limits for not a chest, inverted and rotated; None within all three."""
     if 1 - said.chest > limits[0]:
         return f"quality: not a chest image ({1 - said.chest:.2f})"
@@ -51,7 +51,7 @@ def verdict(said: Answer, limits: np.ndarray) -> str | None:
     return None
 
 
-def look(plate: np.ndarray, net: dict[str, np.ndarray] | None = None) -> Answer:
+def predict(plate: np.ndarray, net: dict[str, np.ndarray] | None = None) -> Prediction:
     """What the net (ours, or one under trial) says of a plate, uint8 [512, 512]."""
     net = net or _net()
     values = normal(shrink(plate))[None]  # (channels, rows, columns)
@@ -61,7 +61,7 @@ def look(plate: np.ndarray, net: dict[str, np.ndarray] | None = None) -> Answer:
     chest, inverted = 1 / (1 + np.exp(-logits[:2].astype(np.float64)))
     turned = np.exp(logits[2:] - logits[2:].max())
     one, two, three, four = (turned / turned.sum()).tolist()
-    return Answer(float(chest), float(inverted), (one, two, three, four))
+    return Prediction(float(chest), float(inverted), (one, two, three, four))
 
 
 def clipped(plate: np.ndarray) -> float:

@@ -27,7 +27,7 @@ class _Waker(FileSystemEventHandler):
             self._wake.set()
 
 
-class Drop:
+class DropFolder:
     """Moves complete files from `folder`, and folders in it, into the inbox."""
 
     def __init__(self, folder: Path, inbox: Inbox, log: logging.Logger | None = None):

@@ -50,9 +50,9 @@ def limited(arrays: dict[str, np.ndarray], images: Images, chests: Iterable[str]
     return arrays | {"limits": limits.astype(np.float64)}
 
 
-def answers(arrays: dict[str, np.ndarray], small: np.ndarray) -> list[quality_filter.Answer]:
+def answers(arrays: dict[str, np.ndarray], small: np.ndarray) -> list[quality_filter.Prediction]:
     weights = {name: value.astype(np.float32) for name, value in arrays.items()}
-    return [quality_filter.look(one, weights) for one in small]
+    return [quality_filter.predict(one, weights) for one in small]
 
 
 def interval(hits: int, n: int, units: int) -> list[float]:

@@ -70,7 +70,7 @@ def test_counts_go_on_after_a_restart_and_a_flood_is_written_once_a_second(tmp_p
     counted.keep(path)
     for n in range(1000):
         counted.note("10.0.0.9", "address", "not in node.allow_ip", now=100 + n / 1000)
-    assert refusals.kept(path) == {"address": 1}
+    assert refusals.read_counts(path) == {"address": 1}
     counted.flush(now=102)
     again = Refusals(logging.getLogger("test"))
     again.keep(path)

@@ -13,7 +13,7 @@ from agent.cli.main import app
 from agent.errors import Problem
 from agent.network import pull as pulling
 from agent.network.pull import Order, Puller
-from dicom.client.archive import Wanted
+from dicom.client.archive import Query
 from dicom.client.association import Peer
 from dicom.client.dimse import Pacs
 from dicom.node.listener import Listener, Node
@@ -91,7 +91,7 @@ def test_an_archive_that_dies_and_comes_back_is_waited_for(site, orthanc, monkey
 
     archive = Pacs(Peer("ORTHANC", "127.0.0.1", orthanc.port), site.inbox, "get")
     with site.ledger() as ledger:
-        said = Puller(site, ledger, archive, Order((Wanted(study="1.2.3.4"),)), progress, wait).run()
+        said = Puller(site, ledger, archive, Order((Query(study="1.2.3.4"),)), progress, wait).run()
     assert (said["found"], said["pulled"], said["failed"]) == (6, 6, 0)
     assert uids(site) == sorted(one.SOPInstanceUID for one in images)
 
@@ -123,7 +123,7 @@ def test_a_move_that_goes_elsewhere_is_noticed(tmp_path, monkeypatch):
         elsewhere.start()
         archive = Pacs(Peer("ORTHANC", "127.0.0.1", orthanc.port), site.inbox, "move")
         with site.ledger() as ledger, pytest.raises(Problem, match="did not arrive"):
-            Puller(site, ledger, archive, Order((Wanted(study="1.2.3.4"),)), wait=lambda s: None).run()
+            Puller(site, ledger, archive, Order((Query(study="1.2.3.4"),)), wait=lambda s: None).run()
         elsewhere.stop()
 
 

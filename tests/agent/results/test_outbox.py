@@ -248,9 +248,9 @@ def test_results_go_over_tls_where_the_destination_says_so_and_to_no_stranger(tm
         take_in(site, ledger)
         add_model(site, ledger, 1)
         score(site, ledger)
-        with Archive(port, context=tls.serving(stranger)):
+        with Archive(port, context=tls.server_context(stranger)):
             assert reporting.send_due(site, ledger, reporting.PacsLink(), NOW) == 0
-        with Archive(port, context=tls.serving(theirs)) as pacs:
+        with Archive(port, context=tls.server_context(theirs)) as pacs:
             assert reporting.send_due(site, ledger, reporting.PacsLink(), NOW) == 1
             assert len(pacs.held) == 1
 

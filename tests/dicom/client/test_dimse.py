@@ -11,10 +11,11 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, build_context, evt
 
 from dicom.client import archive
-from dicom.client.archive import Busy, Missing, Unreachable, Wanted
+from dicom.client.archive import Query
 from dicom.client.association import Peer
 from dicom.client.dimse import FIND, GET, MOVE, Pacs
 from dicom.dataset.part10 import EXPLICIT_LE
+from dicom.errors import ArchiveBusy, ArchiveUnusable, ImageMissing
 from dicom.node import tls
 from dicom.store.inbox import Inbox
 from tests.support.dicom.archive_queries import ASKED, receiving
@@ -73,26 +74,26 @@ def answers(*pairs):
 
 def test_a_wrong_title_a_dead_port_and_a_strange_name_each_say_what_is_wrong(pacs):
     port = pacs(require_calling_aet=["SOMEBODY"])
-    with pytest.raises(Unreachable, match="does not know our AE title CXRLOOP"):
-        to(port).greet()
-    with pytest.raises(Unreachable, match="does not go by the AE title WRONG"):
-        to(pacs(), aet="WRONG").greet()
-    with pytest.raises(Busy, match="does not answer: nothing listens there"):
-        to(free_port()).greet()
-    with pytest.raises(Unreachable, match="no address is known"):
-        Pacs(Peer("PACS", "no-such-host.invalid", 104), None, "get").greet()  # type: ignore[arg-type]
+    with pytest.raises(ArchiveUnusable, match="does not know our AE title CXRLOOP"):
+        to(port).check_connection()
+    with pytest.raises(ArchiveUnusable, match="does not go by the AE title WRONG"):
+        to(pacs(), aet="WRONG").check_connection()
+    with pytest.raises(ArchiveBusy, match="does not answer: nothing listens there"):
+        to(free_port()).check_connection()
+    with pytest.raises(ArchiveUnusable, match="no address is known"):
+        Pacs(Peer("PACS", "no-such-host.invalid", 104), None, "get").check_connection()  # type: ignore[arg-type]
 
 
 def test_an_archive_without_c_get_is_named_with_the_way_that_may_work(pacs):
-    with pytest.raises(Unreachable, match=r"does not offer C-GET.*--how move"):
-        to(pacs(models=(FIND, MOVE))).greet()
-    to(pacs(models=(FIND, MOVE)), how="move").greet()
+    with pytest.raises(ArchiveUnusable, match=r"does not offer C-GET.*--how move"):
+        to(pacs(models=(FIND, MOVE))).check_connection()
+    to(pacs(models=(FIND, MOVE)), how="move").check_connection()
 
 
 def test_an_archive_that_is_full_of_associations_is_busy_not_wrong(pacs):
     port = pacs(maximum_associations=1)
-    with to(port).session(), pytest.raises(Busy, match="limit"):
-        to(port).greet()
+    with to(port).session(), pytest.raises(ArchiveBusy, match="limit"):
+        to(port).check_connection()
 
 
 def test_an_archive_that_ignores_every_filter_is_not_believed(pacs):
@@ -105,7 +106,7 @@ def test_an_archive_that_ignores_every_filter_is_not_believed(pacs):
             {"StudyInstanceUID": "1.4", "PatientID": "P1"} | day | {"ModalitiesInStudy": "MR"},
         )
     )
-    wanted = Wanted(patient="P1", since=date(2026, 1, 1), until=date(2026, 12, 31))
+    wanted = Query(patient="P1", since=date(2026, 1, 1), until=date(2026, 12, 31))
     assert to(port).studies(wanted) == ([archive.Study("1.1", None)], True)
 
 
@@ -120,17 +121,19 @@ def test_an_endless_list_of_studies_is_cut_off(pacs, monkeypatch):
             n += 1
             yield 0xFF00, made
 
-    studies, whole = to(pacs(endless)).studies(Wanted(study=""))
+    studies, whole = to(pacs(endless)).studies(Query(study=""))
     assert (len(studies), whole) == (50, False)
 
 
-@pytest.mark.parametrize(("status", "error"), [(0xA700, Busy), (0xA900, Unreachable), (0xC001, Unreachable)])
+@pytest.mark.parametrize(
+    ("status", "error"), [(0xA700, ArchiveBusy), (0xA900, ArchiveUnusable), (0xC001, ArchiveUnusable)]
+)
 def test_a_refused_question_says_whether_to_ask_again(pacs, status, error):
     def find(event):
         yield status, None
 
     with pytest.raises(error, match=f"{status:04X}"):
-        to(pacs(find)).studies(Wanted())
+        to(pacs(find)).studies(Query())
 
 
 def gets(*images, status=0x0000):
@@ -152,7 +155,7 @@ def test_an_image_comes_by_get(pacs, tmp_path):
 
 def test_another_image_than_the_one_asked_for_is_refused(pacs, tmp_path):
     inbox = Inbox(tmp_path, 0)
-    with to(pacs(get=gets(xray(7))), inbox).session() as session, pytest.raises(Missing, match="another image"):
+    with to(pacs(get=gets(xray(7))), inbox).session() as session, pytest.raises(ImageMissing, match="another image"):
         session.fetch(ASKED)
     assert inbox.waiting() == []
 
@@ -160,12 +163,12 @@ def test_another_image_than_the_one_asked_for_is_refused(pacs, tmp_path):
 def test_a_success_without_an_image_is_not_taken_for_one(pacs, tmp_path):
     with (
         to(pacs(get=gets()), Inbox(tmp_path, 0)).session() as session,
-        pytest.raises(Missing, match="does not send it"),
+        pytest.raises(ImageMissing, match="does not send it"),
     ):
         session.fetch(ASKED)
 
 
-STATUSES = [(0xA701, Busy), (0xA702, Busy), (0xC000, Missing), (0xB000, Missing)]
+STATUSES = [(0xA701, ArchiveBusy), (0xA702, ArchiveBusy), (0xC000, ImageMissing), (0xB000, ImageMissing)]
 
 
 @pytest.mark.parametrize(("status", "error"), STATUSES)
@@ -188,7 +191,7 @@ def test_an_archive_that_does_not_know_our_title_is_to_be_told(pacs):
     def move(event):
         yield None, None
 
-    with to(pacs(move=move), how="move").session() as session, pytest.raises(Unreachable, match="enter CXRLOOP"):
+    with to(pacs(move=move), how="move").session() as session, pytest.raises(ArchiveUnusable, match="enter CXRLOOP"):
         session.fetch(ASKED)
 
 
@@ -203,9 +206,9 @@ def test_an_image_without_end_is_cut_off(pacs, tmp_path, monkeypatch):
     monkeypatch.setattr("dicom.client.association.MAX_IMAGE", 1 << 20)
     inbox = Inbox(tmp_path, 0)
     with to(pacs(get=gets(xray(side=1500))), inbox).session() as session:
-        with pytest.raises(Missing, match="larger than"):
+        with pytest.raises(ImageMissing, match="larger than"):
             session.fetch(ASKED)
-        with pytest.raises(Busy):
+        with pytest.raises(ArchiveBusy):
             session.fetch(ASKED)
     assert inbox.waiting() == []
 
@@ -216,7 +219,7 @@ def test_an_archive_that_dies_while_it_sends_is_busy_at_once(pacs, tmp_path):
         yield 1
 
     started = time.monotonic()
-    with to(pacs(get=get), Inbox(tmp_path, 0)).session() as session, pytest.raises(Busy, match="hung up"):
+    with to(pacs(get=get), Inbox(tmp_path, 0)).session() as session, pytest.raises(ArchiveBusy, match="hung up"):
         session.fetch(ASKED)
     assert time.monotonic() - started < 5
 
@@ -232,8 +235,8 @@ def test_a_pdu_of_four_gigabytes_is_not_waited_for():
                 line.recv(1 << 16)
 
         threading.Thread(target=hostile, daemon=True).start()
-        with pytest.raises(Busy, match="hung up"):
-            to(server.getsockname()[1]).greet()
+        with pytest.raises(ArchiveBusy, match="hung up"):
+            to(server.getsockname()[1]).check_connection()
 
 
 def test_nobody_else_takes_an_answer_while_we_ask(pacs, tmp_path):
@@ -252,10 +255,10 @@ def test_over_tls_only_an_archive_whose_certificate_we_trust_is_asked(tmp_path):
     entity = AE("PACS")
     for model in ("1.2.840.10008.1.1", FIND, GET):
         entity.add_supported_context(model)
-    server = entity.start_server(("127.0.0.1", 0), block=False, ssl_context=tls.serving(theirs))
+    server = entity.start_server(("127.0.0.1", 0), block=False, ssl_context=tls.server_context(theirs))
     port = server.socket.getsockname()[1]
-    Pacs(Peer("PACS", "localhost", port, tls=tls.to_peers(ours)), None, "get").greet()  # type: ignore[arg-type]
+    Pacs(Peer("PACS", "localhost", port, tls=tls.peer_context(ours)), None, "get").check_connection()  # type: ignore[arg-type]
     mistrusting = stranger.issue("us", stranger.pem)
-    with pytest.raises(Busy, match="its certificate is not trusted"):
-        Pacs(Peer("PACS", "localhost", port, tls=tls.to_peers(mistrusting)), None, "get").greet()  # type: ignore[arg-type]
+    with pytest.raises(ArchiveBusy, match="its certificate is not trusted"):
+        Pacs(Peer("PACS", "localhost", port, tls=tls.peer_context(mistrusting)), None, "get").check_connection()  # type: ignore[arg-type]
     server.shutdown()

@@ -8,7 +8,7 @@ from pynetdicom import evt
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_STORE_RSP
 
-from dicom.client.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, VERIFICATION, answers, deliver, echo, send
+from dicom.client.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, VERIFICATION, deliver, echo, is_running, send
 from dicom.dataset.part10 import EXPLICIT_LE, IMPLICIT_LE
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.node.listener import Listener, Node
@@ -57,11 +57,11 @@ def test_a_node_whose_seats_are_taken_is_at_work(tmp_path):
     listener = Listener(Node(port=0, max_associations=1), Inbox(tmp_path / "inbox", 0))
     listener.start()
     try:
-        assert answers("127.0.0.1", listener.port, "CXRLOOP")
-        assert not answers("127.0.0.1", listener.port, "OTHER")
+        assert is_running("127.0.0.1", listener.port, "CXRLOOP")
+        assert not is_running("127.0.0.1", listener.port, "OTHER")
         assert wait_for(lambda: associate(listener.port, [(VERIFICATION, EXPLICIT_LE)]).is_established)
         assert not echo("127.0.0.1", listener.port, "CXRLOOP")
-        assert answers("127.0.0.1", listener.port, "CXRLOOP")
+        assert is_running("127.0.0.1", listener.port, "CXRLOOP")
     finally:
         listener.stop()
 

@@ -7,9 +7,10 @@ import tracemalloc
 import pytest
 
 from dicom.dataset import header
-from dicom.dataset.elements import ITEM, ITEM_END, MOST, SEQUENCE_END, UNDEFINED, Unreadable
+from dicom.dataset.elements import ITEM, ITEM_END, MOST, SEQUENCE_END, UNDEFINED
 from dicom.dataset.part10 import DEFLATED_LE, EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE, read_header
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS
+from dicom.errors import Unreadable
 from tests.support.dicom.pacs import data_set, xray
 
 PIXELS = struct.pack("<HH2sHL", 0x7FE0, 0x0010, b"OW", 0, 4) + b"\1\2\3\4"

@@ -14,7 +14,6 @@ from dicom.dataset.part10 import (
     DEFLATED_LE,
     EXPLICIT_LE,
     IMPLICIT_LE,
-    Unreadable,
     content_sha256,
     file_meta,
     inflate,
@@ -24,6 +23,7 @@ from dicom.dataset.part10 import (
     shown,
 )
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
+from dicom.errors import Unreadable
 from dicom.intake.examine import Admission, examine
 from tests.support.dicom.pacs import KEY, data_set, save, xray
 

@@ -11,7 +11,8 @@ from agent.network import connections
 from agent.site.config import load
 from agent.site.site import Site
 from dicom.client.sender import echo
-from dicom.node.tls import BadCertificate, Identity, check
+from dicom.errors import BadCertificate
+from dicom.node.tls import Identity, check
 from tests.conftest import make_site
 from tests.support.agent.appliance import Appliance
 from tests.support.dicom.certificates import DAY, Usage, authority

@@ -148,7 +148,7 @@ def test_a_crash_while_writing_a_request_leaves_nothing_that_counts(tmp_path):
 def test_reports_go_over_tls_to_a_peer_that_speaks_it(node, tmp_path):
     hospital = authority(tmp_path)
     ours, theirs = hospital.issue("node", ca=hospital.pem), hospital.issue("pacs", ca=hospital.pem)
-    pacs = Pacs().open(tls.serving(theirs))
+    pacs = Pacs().open(tls.server_context(theirs))
     site = make_site(
         tmp_path / "site",
         node={

@@ -32,7 +32,7 @@ def node(tmp_path):
 
     def start(identity, **settings):
         inbox = Inbox(tmp_path / "inbox", 0)
-        listener = Listener(Node(port=0, context=tls.serving(identity), **settings), inbox)
+        listener = Listener(Node(port=0, context=tls.server_context(identity), **settings), inbox)
         listener.start()
         running.append(listener)
         return listener, inbox
@@ -59,9 +59,9 @@ def test_images_arrive_over_tls_as_they_were_sent(node, hospital, tmp_path):
     listener, inbox = node(us)
     path = save(xray(side=700, bits=12), tmp_path / "image.dcm")
     items = [path, *(xray(n, side=300) for n in range(4))]
-    assert [status for _, status in send(items, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.to_ourselves(us))] == [
-        0
-    ] * 5
+    assert [
+        status for _, status in send(items, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.own_node_context(us))
+    ] == [0] * 5
     assert path.read_bytes()[-900_000:] in [one.read_bytes()[-900_000:] for one in inbox.waiting()]
 
 
@@ -76,8 +76,8 @@ def test_with_authorities_only_their_holders_get_in(node, hospital, tmp_path):
     stranger = authority(tmp_path, "elsewhere").issue("pacs", ca=hospital.pem)
     listener, _ = node(us)
     nobody = ssl.create_default_context(cafile=hospital.pem)
-    assert asks(listener.port, tls.to_peers(hospital.issue("pacs", ca=hospital.pem)))
-    assert not asks(listener.port, tls.to_peers(stranger))
+    assert asks(listener.port, tls.peer_context(hospital.issue("pacs", ca=hospital.pem)))
+    assert not asks(listener.port, tls.peer_context(stranger))
     assert not asks(listener.port, nobody)
     assert wait_for(lambda: listener.refusals.totals.get("TLS") == 2)
 
@@ -86,29 +86,29 @@ def test_one_devices_own_certificate_can_be_the_whole_list(node, hospital):
     pacs, other = hospital.issue("pacs"), hospital.issue("other")
     us = hospital.issue("node", ca=pacs.cert)
     listener, _ = node(us)
-    assert asks(listener.port, tls.to_peers(Identity(pacs.cert, pacs.key, hospital.pem)))
-    assert not asks(listener.port, tls.to_peers(Identity(other.cert, other.key, hospital.pem)))
+    assert asks(listener.port, tls.peer_context(Identity(pacs.cert, pacs.key, hospital.pem)))
+    assert not asks(listener.port, tls.peer_context(Identity(other.cert, other.key, hospital.pem)))
 
 
 def test_we_ask_our_own_node_whoever_issued_its_certificate(node, hospital, tmp_path):
     us = authority(tmp_path, "elsewhere").issue("node", ca=hospital.pem)
     listener, _ = node(us)
-    assert asks(listener.port, tls.to_ourselves(us))
+    assert asks(listener.port, tls.own_node_context(us))
 
 
 def test_we_take_no_other_certificate_for_our_own_node(node, hospital):
     us, impostor = hospital.issue("node"), hospital.issue("impostor")
     listener, _ = node(impostor)
-    assert not asks(listener.port, tls.to_ourselves(us))
+    assert not asks(listener.port, tls.own_node_context(us))
 
 
 def test_a_peer_must_hold_a_certificate_of_the_authority_for_its_own_host_name(node, hospital, tmp_path):
     us = hospital.issue("us", ca=hospital.pem)
     listener, _ = node(hospital.issue("pacs"))
-    assert asks(listener.port, tls.to_peers(us))
-    assert not echo("127.0.0.2", listener.port, "CXRLOOP", tls=tls.to_peers(us))
+    assert asks(listener.port, tls.peer_context(us))
+    assert not echo("127.0.0.2", listener.port, "CXRLOOP", tls=tls.peer_context(us))
     listener, _ = node(authority(tmp_path, "elsewhere").issue("pacs"))
-    assert not asks(listener.port, tls.to_peers(us))
+    assert not asks(listener.port, tls.peer_context(us))
 
 
 # Versions and ciphers
@@ -162,7 +162,7 @@ def test_a_client_that_connects_and_says_nothing_does_not_delay_the_others(node,
     for one in half:
         one.sendall(b"\x16\x03\x01\x02\x00\x01")  # a ClientHello that goes no further
     began = time.monotonic()
-    assert asks(listener.port, tls.to_ourselves(us))
+    assert asks(listener.port, tls.own_node_context(us))
     assert time.monotonic() - began < 2  # seconds; one that waited for them would take 10
     for one in silent + half:
         one.close()
@@ -180,7 +180,7 @@ def test_a_health_check_that_connects_and_leaves_is_no_refusal(node, hospital):
     us = hospital.issue("node")
     listener, _ = node(us)
     assert health.main(["--tcp", f"127.0.0.1:{listener.port}"]) == 0
-    assert asks(listener.port, tls.to_ourselves(us))
+    assert asks(listener.port, tls.own_node_context(us))
     assert listener.refusals.totals == {}
 
 
@@ -191,7 +191,7 @@ def test_many_senders_at_once_over_tls_lose_nothing(node, hospital):
 
     def modality(first):
         images = [xray(n, side=200) for n in range(first, first + 4)]
-        sent = send(images, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.to_peers(us))
+        sent = send(images, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.peer_context(us))
         statuses.extend(status for _, status in sent)
 
     threads = [threading.Thread(target=modality, args=(100 * n,)) for n in range(4)]

@@ -13,10 +13,11 @@ from pydicom.encaps import encapsulate
 
 from dicom.dataset.facts import RESULT_UID_ROOT
 from dicom.dataset.syntaxes import JPEG_BASELINE
+from dicom.errors import HeaderIncomplete
 from dicom.intake.admission import Admission
 from dicom.intake.examine import examine
 from dicom.outgoing.codes import SCHEME, finding_code, own_code
-from dicom.outgoing.results import NOTICE, CantSay, Score, Scored, character_set, read_image, result_uid
+from dicom.outgoing.results import NOTICE, Score, Scored, character_set, read_image, result_uid
 from dicom.outgoing.secondary_capture import SIDE, STRIP, capture, sheet
 from dicom.outgoing.structured_report import report
 from tests.support.dicom.pacs import KEY, save, xray
@@ -172,7 +173,7 @@ def test_unknown_or_wrong_patient_attributes_are_empty_and_what_identifies_stays
 
 
 def test_an_image_without_a_series_can_not_be_referred_to_and_says_so(tmp_path):
-    with pytest.raises(CantSay, match="SeriesInstanceUID"):
+    with pytest.raises(HeaderIncomplete, match="SeriesInstanceUID"):
         report(header_of(tmp_path, SeriesInstanceUID=None), SAID)
 
 

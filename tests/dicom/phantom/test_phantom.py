@@ -10,20 +10,20 @@ SMALL = 96
 
 def what_changes(finding: str, strength: float = 1.0, seed: int = 11) -> np.ndarray:
     """Absolute difference a finding makes on an otherwise equal image, float [rows, columns]."""
-    plain, sick = phantom.xray(seed, {}, size=SMALL), phantom.xray(seed, {finding: strength}, size=SMALL)
+    plain, sick = phantom.image(seed, {}, size=SMALL), phantom.xray(seed, {finding: strength}, size=SMALL)
     return np.abs(sick.astype(float) - plain.astype(float))
 
 
 def test_an_image_is_twelve_bit_and_the_same_for_the_same_seed():
-    first, again = phantom.xray(3, {"opacity": 0.5}, size=SMALL), phantom.xray(3, {"opacity": 0.5}, size=SMALL)
+    first, again = phantom.image(3, {"opacity": 0.5}, size=SMALL), phantom.xray(3, {"opacity": 0.5}, size=SMALL)
     assert first.dtype == np.uint16 and first.shape == (SMALL, SMALL)
     assert first.max() <= 4095 and first.std() > 300
     assert np.array_equal(first, again)
-    assert not np.array_equal(first, phantom.xray(4, {"opacity": 0.5}, size=SMALL))
+    assert not np.array_equal(first, phantom.image(4, {"opacity": 0.5}, size=SMALL))
 
 
 def test_air_is_dark_and_the_heart_is_bright():
-    images = np.mean([phantom.xray(seed, {}, size=SMALL) for seed in range(12)], axis=0)
+    images = np.mean([phantom.image(seed, {}, size=SMALL) for seed in range(12)], axis=0)
     lungs = (images[45:55, 18:30].mean() + images[45:55, 66:78].mean()) / 2
     heart = images[52:62, 46:56].mean()
     assert heart > lungs + 1000
@@ -88,7 +88,7 @@ def test_a_lateral_and_a_hip_look_like_no_frontal_chest():
         rows = rows - rows.mean(axis=1, keepdims=True)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
-    chest = unit([phantom.xray(s, {}, size=SMALL) for s in range(8)])
+    chest = unit([phantom.image(s, {}, size=SMALL) for s in range(8)])
     usual = (chest[:4] @ chest[4:].T).mean()
     for other in (phantom.lateral, phantom.hip):
         odd = unit([other(s, size=SMALL) for s in range(4)])
@@ -104,4 +104,4 @@ def test_an_unknown_finding_or_view_is_refused_by_name():
     with pytest.raises(ValueError, match="fracture"):
         phantom.draw(3, 0, ("fracture",))
     with pytest.raises(ValueError, match="LL"):
-        phantom.xray(0, {}, view="LL")
+        phantom.image(0, {}, view="LL")

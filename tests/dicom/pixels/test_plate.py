@@ -9,9 +9,10 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
 
+from dicom.errors import BlankImage
 from dicom.phantom.wrap import wrap
 from dicom.pixels.letterbox import letterbox, taps
-from dicom.pixels.plate import Blank, decode, to_plate
+from dicom.pixels.plate import decode, to_plate
 from tests.support.dicom.pacs import chest, save, xray
 
 
@@ -156,7 +157,7 @@ def test_signed_padding():
 
 def test_nothing_but_padding_is_blank():
     ds = plain(np.full((64, 64), 7, np.uint8), PixelPaddingValue=7)
-    with pytest.raises(Blank):
+    with pytest.raises(BlankImage):
         to_plate(ds)
 
 

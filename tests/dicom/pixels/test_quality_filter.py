@@ -41,7 +41,7 @@ def drawn(image):
 
 def test_a_real_chest_image_passes(chest):
     assert quality_filter.fault(chest) is None
-    said = quality_filter.look(chest)
+    said = quality_filter.predict(chest)
     assert said.chest > 0.9 and said.inverted < 0.1 and said.turned[0] > 0.9
 
 
@@ -140,7 +140,7 @@ def test_the_net_is_what_its_formula_says(chest):
             for kernels, bias in zip(weights, net[f"b{layer}"], strict=True)
         ]
     logits = net["w4"] @ np.concatenate([m.ravel() for m in maps]) + net["b4"]
-    said = quality_filter.look(chest)
+    said = quality_filter.predict(chest)
     assert np.allclose((said.chest, said.inverted), 1 / (1 + np.exp(-logits[:2])), atol=1e-4)
     assert np.allclose(said.turned, np.exp(logits[2:]) / np.exp(logits[2:]).sum(), atol=1e-4)
     assert quality_filter.WEIGHTS.stat().st_size < 1 << 20
