@@ -286,7 +286,7 @@ def test_no_library_prints_a_uid_or_a_name_into_the_log_while_a_result_is_made(t
     )
     code = (
         "import logging; from pathlib import Path; logging.basicConfig(level='INFO')\n"
-        "from agent import cli; from dicom.outgoing.structured_report import report; from dicom.client.sender import _Image\n"
+        "from agent.cli import main as cli; from dicom.outgoing.structured_report import report; from dicom.client.sender import _Image\n"
         "from dicom.outgoing.results import Score, Scored, read_image; from datetime import datetime, UTC\n"
         "said = Scored('ab', 'b', (Score('effusion', .5, .5),), datetime.now(UTC), 'd', '0')\n"
         f"cli.app = lambda: _Image(report(read_image(Path({str(tmp_path / 'image.dcm')!r})), said)); cli.main()"
