@@ -55,7 +55,7 @@ def export(
 
 
 def _images_of(ledger: Ledger, uid: str) -> list[ImageRecord]:
-    """Return the images of a SOP Instance UID or a Study Instance UID, or the image with this number; raises Problem."""
+    """Return the images of a SOP or Study Instance UID, or the image with this number; raises Problem."""
     for column in ("sop_uid", "study_uid"):
         if rows := ledger.rows(f"SELECT * FROM image WHERE {column} = ? AND {EXPORTABLE} ORDER BY id", uid):
             return [ImageRecord.from_row(row) for row in rows]

@@ -1,4 +1,4 @@
-"""From a received file to its row in the ledger: examine it in a worker, keep it in the store, write the row, delete it.
+"""From a received file to its row in the ledger: examine the file, keep it in the store, write the row, delete it.
 
 Each step can be repeated, and the row is the last durable step: after a crash anywhere the file is taken in again.
 Must not import `agent.network`, `agent.results` or `agent.rounds`.
@@ -75,8 +75,8 @@ def take_in(
 ) -> str:
     """Keep one examined file and write its row; return "stored", "rejected", "quarantined" or "duplicate".
 
-    `receipt` is the name of the inbox file: a file that is taken in twice has the same outcome twice. `file` is the name
-    under which labels may refer to an imported image.
+    `receipt` is the name of the inbox file: a file that is taken in twice has the same outcome twice. `file` is the
+    name under which labels may refer to an imported image.
     """
     if receipt and (outcome := ledger.value("SELECT outcome FROM receipt WHERE name = ?", receipt)):
         return outcome

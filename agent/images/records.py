@@ -45,8 +45,8 @@ def original_path(site: Site, image: ImageRecord) -> Path:
         raise Problem(f"image {image.id}: removed by `cxrloop forget`; none of its files is left")
     if image.dropped_at:
         raise Problem(
-            f"image {image.id}: its original was dropped on {image.dropped_at[:10]} ([retention]); reports, heatmaps and "
-            "exports need the original: let the PACS send the image again"
+            f"image {image.id}: its original was dropped on {image.dropped_at[:10]} ([retention]); reports, heatmaps "
+            "and exports need the original: let the PACS send the image again"
         )
     return site.store.path(image.original)
 

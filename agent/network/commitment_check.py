@@ -1,6 +1,6 @@
-"""What storage commitment asks: is this image here, byte for byte? Looked up in the inbox, then in the ledger.
+"""Storage commitment: whether this site holds an image, byte for byte, in the inbox or in the store.
 
-Reads only, also where the site folder is mounted read-only (the listener's unit may write the inbox alone).
+Reads only, and works on a read-only mount: the listener's systemd unit may write nothing but the inbox.
 """
 
 import json
@@ -21,61 +21,62 @@ BUSY_S = 5  # readers of a WAL never wait for its writer; only a recovery takes 
 
 
 def check(site: Site, references: list[Reference]) -> list[int]:
-    """For each (SOP class, SOP instance): SUCCESS when every copy we have is intact, else why not. Raises LookupFailed.
+    """Return for each (SOP class, SOP instance) SUCCESS when all its copies are intact, else the failure reason.
 
-    The inbox comes first: what the intake takes away meanwhile has its row by then. Set aside is held, too.
+    Rejected and quarantined images count as held. The inbox is checked first: an image that the intake takes in during
+    the check is then found in the ledger. Raises LookupFailed.
     """
-    found: dict[Reference, list[int]] = defaultdict(list)
+    outcomes: dict[Reference, list[int]] = defaultdict(list)
     in_inbox = inbox_copies(site.inbox, {sop_uid for _, sop_uid in references})
     for reference in references:
         for path in in_inbox.get(reference[1], []):
             try:
-                found[reference].append(check_copy(path, reference))
+                outcomes[reference].append(check_copy(path, reference))
             except FileNotFoundError:
                 continue
-    rows = _rows(site.root / "ledger.db", {sop_uid for _, sop_uid in references})
+    rows = _stored_copies(site.root / "ledger.db", {sop_uid for _, sop_uid in references})
     for reference in references:
         for sha256, original in rows.get(reference[1], []):
-            reason = check_copy(site.root / "store" / original, reference, sha256)
-            if reason == PROCESSING_FAILURE:
-                log.error("store/%s is damaged: its bytes are not those that came in; let it be sent again", original)
-            found[reference].append(reason)
-    return [max(found[reference], default=NO_SUCH_INSTANCE) for reference in references]
+            outcome = check_copy(site.root / "store" / original, reference, sha256)
+            if outcome == PROCESSING_FAILURE:
+                log.error("store/%s is damaged: its bytes differ from those received; send the image again", original)
+            outcomes[reference].append(outcome)
+    return [max(outcomes[reference], default=NO_SUCH_INSTANCE) for reference in references]
 
 
-def _rows(path: Path, sop_uids: set[str]) -> dict[str, list[tuple[str, str]]]:
-    """(sha256, place in the store) of every row by SOP instance UID. Raises LookupFailed."""
+def _stored_copies(path: Path, sop_uids: set[str]) -> dict[str, list[tuple[str, str]]]:
+    """Return (sha256, place in the store) of every row by SOP Instance UID; raises LookupFailed."""
     if not path.exists():  # nothing was ever taken in
         return {}
     sql = "SELECT sop_uid, sha256, original FROM image WHERE sop_uid IN (SELECT value FROM json_each(?))"
     try:
-        connection = _open(path)
+        connection = _open_read_only(path)
         try:
-            found = connection.execute(sql, (json.dumps(sorted(sop_uids)),)).fetchall()
+            rows = connection.execute(sql, (json.dumps(sorted(sop_uids)),)).fetchall()
         finally:
             connection.close()
     except sqlite3.Error as error:
         raise LookupFailed(f"the ledger can't be read: {error}") from None
-    rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for sop_uid, sha256, original in found:
-        rows[sop_uid].append((sha256, original))
-    return rows
+    copies: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for sop_uid, sha256, original in rows:
+        copies[sop_uid].append((sha256, original))
+    return copies
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    """A read-only connection. On a read-only mount SQLite needs the -shm file that a running agent keeps; without
+def _open_read_only(path: Path) -> sqlite3.Connection:
+    """Open the ledger for reading, also on a read-only mount.
 
-    one nobody writes, the file alone is the ledger, and `immutable` reads it (a false answer is no danger: every
-    image is checked against its hash on disk).
+    There SQLite needs the -shm file of a running agent. Without an agent nobody writes, the file alone is the ledger,
+    and `immutable` reads it. An outdated row does no harm: each image is checked against its hash on disk.
     """
     alone = not path.with_name(path.name + "-wal").exists()
-    place = f"file:{quote(str(path))}?mode=ro"
-    connection = sqlite3.connect(place, uri=True, timeout=BUSY_S)
+    uri = f"file:{quote(str(path))}?mode=ro"
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_S)
     try:
         connection.execute("SELECT 1 FROM image LIMIT 1")
     except sqlite3.OperationalError:
         connection.close()
         if not alone:
             raise
-        connection = sqlite3.connect(f"{place}&immutable=1", uri=True, timeout=BUSY_S)
+        connection = sqlite3.connect(f"{uri}&immutable=1", uri=True, timeout=BUSY_S)
     return connection

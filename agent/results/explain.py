@@ -24,9 +24,9 @@ def explain(
 ) -> dict[str, Any]:  # fmt: skip
     """Return `{"bundle", "finding", "probability", "threshold", "method", "image"}`; write the picture to `output`.
 
-    `image` is the path of the picture, None without `output`. `as_of` takes the bundle that was in service at that time;
-    `positive` keeps only evidence for the finding. Integrated gradients add `completeness`. Raises Problem for an unknown
-    image, finding, method or time, and when the map can't be computed.
+    `image` is the path of the picture, None without `output`. `as_of` takes the bundle that was in service at that
+    time; `positive` keeps only evidence for the finding. Integrated gradients add `completeness`. Raises Problem for
+    an unknown image, finding, method or time, and when the map can't be computed.
     """
     if method not in METHODS:
         raise Problem(f"--method {method}: must be one of {', '.join(METHODS)}")

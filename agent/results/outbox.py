@@ -65,7 +65,8 @@ def queue(ledger: Ledger, image: int, bundle: str, kinds: tuple[str, ...], heatm
             "INSERT INTO outbox (image, bundle, kind, state, heatmap, due, at) SELECT id, ?, ?, 'waiting', ?, ?, ? "
             "FROM image WHERE id = ? AND plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL "
             "ON CONFLICT (image, bundle, kind) DO UPDATE SET "
-            "state = 'waiting', heatmap = excluded.heatmap, attempts = 0, due = excluded.due, at = excluded.at, why = NULL",
+            "state = 'waiting', heatmap = excluded.heatmap, attempts = 0, due = excluded.due, at = excluded.at, "
+            "why = NULL",
             bundle, kind, heatmap if kind == "sc" else None, at, at, image,
         )  # fmt: skip
 

@@ -85,8 +85,8 @@ def _with_plates(site: Site, ledger: Ledger, images: list[ImageRecord]) -> list[
             readable.append((image, read_plate(site, image)))
         except (FileNotFoundError, ValueError, EOFError):
             detail = (
-                f"image {image.id}: its plate is lost or damaged, so the image is not scored; restore store/plates from "
-                f"the backup, then run `cxrloop images rerun {image.id}`"
+                f"image {image.id}: its plate is lost or damaged, so the image is not scored; restore store/plates "
+                f"from the backup, then run `cxrloop images rerun {image.id}`"
             )
             with ledger.transaction():
                 ledger.insert("notice", kind="damaged", detail=detail, at=utc())

@@ -41,7 +41,8 @@ def rerun(ledger: Ledger, uid: str | None, state: str | None, failed: bool, by: 
 def _scorable_image(ledger: Ledger, uid: str) -> int:
     """Return the number of the image that a UID or a number names; raises Problem when it can't be scored."""
     row = ledger.row(
-        "SELECT * FROM image WHERE sop_uid = ? OR id = ? ORDER BY plate IS NULL, superseded_by IS NOT NULL, id DESC LIMIT 1",
+        "SELECT * FROM image WHERE sop_uid = ? OR id = ? "
+        "ORDER BY plate IS NULL, superseded_by IS NOT NULL, id DESC LIMIT 1",
         uid, image_number(uid),
     )  # fmt: skip
     if not row:

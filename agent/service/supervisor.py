@@ -96,7 +96,7 @@ def run_part(site: Site, name: str, stop: threading.Event) -> None:
         agent = Agent(site)
         agent.start()
         _ready("learn", str(site.root))
-        while not stop.wait(node.LOOK_UP_S):
+        while not stop.wait(node.POLL_S):
             pass
         agent.stop()
         os._exit(0)  # a round may run in a thread for hours: its learner is told to checkpoint by our death

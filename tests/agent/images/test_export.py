@@ -94,7 +94,7 @@ def test_an_original_that_was_dropped_cannot_leave(filled, tmp_path):
         with ledger.transaction():
             ledger.run("INSERT INTO kept_file VALUES (1, 'original', '2000')")
         now = datetime.now(UTC)
-        retention.intend(ledger, "original", now, timedelta(days=1))
+        retention.mark_due(ledger, "original", now, timedelta(days=1))
         retention.finish(site, ledger)
     said = run(site, uids[0], "--out", str(tmp_path / "out"), code=2)
     assert f"dropped on {utc(now)[:10]}" in said["refused"][0]["reason"]

@@ -206,7 +206,7 @@ def test_an_image_that_comes_again_is_kept_again_and_its_time_begins_anew(site):
 def test_an_image_that_comes_again_between_the_intent_and_the_unlink_stays(site):
     with site.ledger() as ledger:
         (row,) = scored(site, ledger, 1)
-        retention.intend(ledger, "original", NOW + 31 * DAY, 30 * DAY)
+        retention.mark_due(ledger, "original", NOW + 31 * DAY, 30 * DAY)
         put(site, xray(1))
         take_in(site, ledger)
         assert retention.finish(site, ledger) == 0
