@@ -56,8 +56,8 @@ def import_folder(
                 progress(counts["seen"])
     if unreadable:
         raise Problem(
-            f"{len(unreadable)} of {len(unreadable) + counts['seen']} files can't be read, the first is {unreadable[0]}; "
-            "the others were taken in: give this user the right to read the files, then import again"
+            f"{len(unreadable)} of {len(unreadable) + counts['seen']} files can't be read, the first is "
+            f"{unreadable[0]}; the others were taken in: give this user the right to read the files, then import again"
         )
     return counts
 

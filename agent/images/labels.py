@@ -35,7 +35,7 @@ def import_csv(site: Site, ledger: Ledger, path: Path, by: str) -> dict[str, int
     """Add the labels of a CSV; return `{"rows", "added", "unknown_images", "conflicts"}`.
 
     Labels of unknown images are counted, not written. A conflict is an earlier label of the same source with the
-    opposite value: the newer label counts. Raises Problem with file:line at the first bad row, before anything is written.
+    opposite value: the newer label counts. Raises Problem with file:line at the first bad row, before any change.
     """
     key_column, rows = read(path, site.findings, by)
     images_of = _ImageFinder(ledger, key_column)

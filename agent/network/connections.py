@@ -33,7 +33,7 @@ def tls_identity(site: Site) -> tls.Identity | None:
 
 
 def certificate_days_left(site: Site) -> int | None:
-    """Return the days until our certificate ends, None without TLS; raises Problem when TLS can't work as configured."""
+    """Return the days until our certificate ends, None without TLS; raises Problem when TLS can't work."""
     identity, keys = tls_identity(site), site.config.node
     with_tls = next((text for text in (*keys.peers, site.config.results.destination) if text.endswith("/tls")), None)
     if with_tls and not identity:

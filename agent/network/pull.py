@@ -1,7 +1,7 @@
 """`cxrloop pull`: fetch prior studies or a back-catalogue from an archive into the inbox, one study at a time.
 
 An interrupted pull loses nothing: images in the inbox or in the ledger are not fetched again, and a finished study is
-not listed again until the archive holds more of it. `dicom.client.dimse` and `dicom.client.dicomweb` hold the protocols.
+not listed again until the archive holds more of it. Protocols: `dicom.client.dimse`, `dicom.client.dicomweb`.
 """
 
 import shutil

@@ -29,8 +29,8 @@ PANELS = 4  # heatmaps of one object
 def make_object(site: Site, result: OutgoingResult, bundles: dict[str, Bundle]) -> Dataset:
     """Return the report ("sr") or the heatmap ("sc") of a result.
 
-    `bundles` keeps opened bundles by id. Raises Problem, BundleRefused, HeaderIncomplete, OSError, and the exceptions of
-    HOSTILE for an odd header.
+    `bundles` keeps opened bundles by id. Raises Problem, BundleRefused, HeaderIncomplete, OSError, and HOSTILE for
+    an odd header.
     """
     bundle = bundles.get(result.bundle) or files.open_sealed(site, result.bundle)
     bundles[bundle.id] = bundle
