@@ -12,6 +12,7 @@ import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from agent.errors import Refused
 from agent.images import labels
@@ -85,7 +86,9 @@ def walk(root: Path) -> None:
 
 
 def score_all(site: Site, ledger: Ledger) -> None:
-    while release.in_service(ledger) and reporting.score_waiting(site, ledger, InProcessServer(site, ledger)):  # type: ignore[arg-type]
+    """Score until no image waits, if a model is in service."""
+    server: Any = InProcessServer(site, ledger)
+    while release.in_service(ledger) and reporting.score_waiting(site, ledger, server):
         pass
 
 
