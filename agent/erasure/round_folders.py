@@ -45,7 +45,7 @@ def _listed_images(folder: Path) -> set[int]:
 
 
 def _samples_key(manifest: dict[str, Any]) -> str:
-    """Return the manifest's key of the samples: version 1, of cxrloop 0.1.0, has `films` in place of `images`."""
+    """Return the manifest's key of the samples, which version 1 (of cxrloop 0.1.0) calls otherwise."""
     return "images" if "images" in manifest else "films"
 
 

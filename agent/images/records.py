@@ -3,15 +3,19 @@
 An image that travels between functions is an `ImageRecord`; a row that is used right after its query stays a row.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, fields
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from agent.errors import Problem
 from agent.ledger.database import Row
 from agent.ledger.schema import FORGOTTEN
 from agent.site.site import Site
+
+if TYPE_CHECKING:
+    import numpy as np  # most commands read no plate
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class ImageRecord:
     dropped_at: str | None  # when retention removed the original
 
     @classmethod
-    def from_row(cls, row: Row) -> "ImageRecord":
+    def from_row(cls, row: Row) -> ImageRecord:
         """Return the record of a row that has all columns of the table `image`."""
         return cls(**{field.name: row[field.name] for field in fields(cls)})
 

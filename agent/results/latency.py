@@ -1,7 +1,5 @@
 """How long images wait from reception to score."""
 
-import numpy as np
-
 from agent.ledger.database import Ledger
 
 
@@ -14,5 +12,12 @@ def received_to_scored(ledger: Ledger, newest: int = 200) -> tuple[float | None,
     )
     if not rows:
         return None, None
-    seconds = np.array([row["s"] for row in rows])
-    return round(float(np.median(seconds)), 3), round(float(np.percentile(seconds, 95)), 3)
+    seconds = sorted(row["s"] for row in rows)
+    return round(_quantile(seconds, 0.5), 3), round(_quantile(seconds, 0.95), 3)
+
+
+def _quantile(values: list[float], share: float) -> float:
+    """Return the quantile of sorted values, interpolated linearly as numpy does."""
+    place = share * (len(values) - 1)
+    below, above = values[int(place)], values[min(int(place) + 1, len(values) - 1)]
+    return below + (above - below) * (place - int(place))

@@ -4,6 +4,8 @@ Rows stay. A result that the PACS can't take now is retried; a result that the P
 in `status`. `agent.results.reporting` makes the objects and sends them.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -32,7 +34,7 @@ class OutgoingResult:
     why: str | None  # why the last attempt failed
 
     @classmethod
-    def from_row(cls, row: Row) -> "OutgoingResult":
+    def from_row(cls, row: Row) -> OutgoingResult:
         """Return the result of a row of the query in `due`."""
         return cls(
             id=row["result"],

@@ -107,6 +107,7 @@ def keep_without_row(site: Site, dataset) -> None:
     """Keep an image in the store as an intake does that dies before it writes the row."""
     path = save(dataset, site.root / "run" / "orphan.dcm")
     examined = next(iter(InProcessExaminer(site).examine([path])))[1]
+    assert examined.plate is not None
     site.store.keep_original(path, examined.sha256)
     site.store.keep_plate(examined.plate, examined.sha256)
     path.unlink()
