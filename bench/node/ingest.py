@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DISK = """
 import json, os, sys, time
 from pathlib import Path
-from dicom.store.inbox import sync_folder
+from cxrloop.durable import sync_folder
 folder, images = Path(sys.argv[1]), [Path(path).read_bytes() for path in sys.argv[2:]]
 print("ready", flush=True)
 sys.stdin.readline()

@@ -42,7 +42,7 @@ def orthanc(site, tmp_path):
 @pytest.mark.parametrize("way", ["peer", "web"])
 def test_a_patients_priors_are_fetched_once(site, orthanc, way):
     wanted, unwanted = [xray(n, patient="P1", study_date=f"2026010{n + 1}") for n in range(3)], xray(9, patient="P2")
-    orthanc.hold(*wanted, unwanted)
+    orthanc.add(*wanted, unwanted)
     source = getattr(orthanc, way)
     answer = pull(site, "--from", source, "--patient", "P1", "--dry-run")
     assert (answer["found"], answer["already"], answer["pulled"]) == (3, 0, 0)
@@ -65,7 +65,7 @@ def test_a_patients_priors_are_fetched_once(site, orthanc, way):
 @peers
 def test_a_back_catalogue_resumes_after_kill_9(site, orthanc):
     images = [xray(n, study_date=f"202601{n % 28 + 1:02d}") for n in range(12)]
-    orthanc.hold(*images)
+    orthanc.add(*images)
     words = ["--from", orthanc.peer, "--since", "2026-01-01", "--until", "2026-01-14"]
     command = [sys.executable, "-m", "agent.cli.main", "pull", *words, "--config", str(site.root / "appliance.toml")]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -83,7 +83,7 @@ def test_a_back_catalogue_resumes_after_kill_9(site, orthanc):
 def test_a_pull_waits_for_an_archive_that_restarts(site, orthanc, monkeypatch):
     monkeypatch.setattr(pulling, "BACKOFF_S", (1, 1, 1, 1, 1))
     images = [xray(n, study_uid="1.2.3.4") for n in range(6)]
-    orthanc.hold(*images)
+    orthanc.add(*images)
     waits = []
 
     def wait(seconds):
@@ -110,11 +110,11 @@ def test_move_sends_the_images_to_our_running_node(tmp_path, monkeypatch):
         images = [xray(n, patient="P1", study_uid="1.2.3.4", study_date="20260105") for n in range(3)]
         images[2].SOPClassUID = images[2].file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
         images[2].Modality, images[2].SeriesInstanceUID = "CT", "1.2.3.4.9"
-        orthanc.hold(*images)
+        orthanc.add(*images)
         answer = pull(site, "--from", orthanc.peer, "--study", "1.2.3.4", "--how", "move")
         assert (answer["found"], answer["pulled"], answer["stored"], answer["waiting"]) == (2, 2, 2, 0)
         appliance.until("ingest", stored=2)
-        orthanc.hold(xray(7, patient="P1", study_uid="1.2.3.7"))
+        orthanc.add(xray(7, patient="P1", study_uid="1.2.3.7"))
         answer = pull(site, "--from", orthanc.peer, "--priors", "--how", "move")
         assert (answer["found"], answer["already"], answer["pulled"], answer["patients_without_original"]) == (
             3,
@@ -129,7 +129,7 @@ def test_a_move_to_another_node_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(pulling, "ARRIVE_S", 1)
     site, other = (make_site(tmp_path / name, retention={"refuse_free_mb": 1}) for name in ("site", "other"))
     with Orthanc(tmp_path / "orthanc", port=other.config.node.port) as orthanc:
-        orthanc.hold(xray(1, study_uid="1.2.3.4"))
+        orthanc.add(xray(1, study_uid="1.2.3.4"))
         elsewhere = Listener(Node(port=other.config.node.port), other.inbox)
         elsewhere.start()
         archive = Pacs(Peer("ORTHANC", "127.0.0.1", orthanc.port), site.inbox, "move")
@@ -147,7 +147,7 @@ def test_a_missing_study_exits_with_3_and_a_reason(site, orthanc):
 @peers
 def test_an_archive_that_cuts_its_list_short_is_reported(site, tmp_path):
     with Orthanc(tmp_path / "orthanc", LimitFindResults=2) as orthanc:
-        orthanc.hold(*(xray(n, patient="P1", study_date="20260105") for n in range(4)))
+        orthanc.add(*(xray(n, patient="P1", study_date="20260105") for n in range(4)))
         answer = pull(site, "--from", orthanc.peer, "--since", "2026-01-05", "--until", "2026-01-05", code=3)
     assert answer["pulled"] == 2 and "cut its list of studies short" in next(iter(answer["reasons"]))
 
@@ -156,7 +156,7 @@ def test_an_archive_that_cuts_its_list_short_is_reported(site, tmp_path):
 def test_a_pull_accepts_an_ae_title_of_node_peers(tmp_path):
     with Orthanc(tmp_path / "orthanc") as orthanc:
         site = make_site(tmp_path / "site", node={"peers": [orthanc.peer]}, retention={"refuse_free_mb": 1})
-        orthanc.hold(xray(1, patient="P1"))
+        orthanc.add(xray(1, patient="P1"))
         assert pull(site, "--from", "ORTHANC", "--patient", "P1")["pulled"] == 1
 
 
@@ -170,7 +170,7 @@ def test_a_second_pull_at_the_same_time_is_refused(site, orthanc):
 @peers
 def test_log_and_audit_do_not_identify_the_patient(site, orthanc):
     secret = xray(1, patient="SECRET-7", study_date="20260105")
-    orthanc.hold(secret)
+    orthanc.add(secret)
     words = ["pull", "--from", orthanc.web, "--patient", "SECRET-7", "--json"]
     done = CliRunner().invoke(app, [*words, "--config", str(site.root / "appliance.toml")])
     assert json.loads(done.stdout)["pulled"] == 1

@@ -20,8 +20,8 @@ from tests.support.agent.images import put, take_in, xray
 from tests.support.agent.models import FINDINGS, add_model
 from tests.support.agent.reporting_site import NOW, make_reporting_site, outbox_states, score_all, scored_images
 from tests.support.dicom.certificates import authority
-from tests.support.dicom.pacs import free_port
 from tests.support.dicom.storage_scp import Archive, text_of
+from tests.support.ports import free_port
 
 
 @pytest.fixture
