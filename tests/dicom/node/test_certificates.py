@@ -100,7 +100,7 @@ def test_a_certificate_that_expires_soon_raises_an_alert(tmp_path, hospital):
 
 def test_a_peer_over_tls_needs_a_certificate_of_ours(tmp_path):
     site = make_site(tmp_path / "site", node={"peers": ["PACS@10.0.0.1:2762/tls"]})
-    with pytest.raises(Problem, match="needs our own certificate"):
+    with pytest.raises(Problem, match="needs a certificate of our own"):
         connections.certificate_days_left(site)
 
 
