@@ -17,7 +17,8 @@ from agent.ledger.database import Ledger, Row, utc, when
 from agent.network import connections
 from agent.site import peer_address
 from agent.site.site import Site
-from deploy.bundle.bundle import Bundle, BundleRefused
+from deploy.bundle.bundle import Bundle
+from deploy.errors import BundleRefused
 from dicom.client.sender import NO_ANSWER, NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, Sent, deliver
 from dicom.dataset.facts import COMPREHENSIVE_SR, SECONDARY_CAPTURE
 from dicom.dataset.part10 import HOSTILE, IMPLICIT_LE

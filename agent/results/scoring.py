@@ -12,7 +12,8 @@ import numpy as np
 from agent.ledger.database import Ledger, Row, utc
 from agent.results import outbox
 from agent.site.site import Site
-from deploy.client import Client, ServerDown
+from deploy.client import Client
+from deploy.errors import ServerDown
 
 BATCH = 16  # images of one request: 4 MB, under a second on two cores
 

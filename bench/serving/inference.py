@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.serving import inference_parity
 from bench.serving.latency_site import FINDINGS, write_model
-from deploy.server import runtime
+from deploy import runtime
 from learner.data.augment import resize_matrix
 
 RESULT = Path(__file__).resolve().parents[2] / "bench" / "results" / "inference.json"

@@ -20,7 +20,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 
 from bench.learning.evolution_images import Pool, divide, to_plate
-from deploy.server import runtime
+from deploy import runtime
 from learner.data.feed import label_table, read_plates
 from learner.evaluation import pixel_baseline
 from learner.evaluation.auc import auc, interval

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from deploy.bundle.bundle import BundleRefused, open_bundle, seal, sweep
-from deploy.bundle.keys import KeyRefused, new_keys, read_private, read_public
-from deploy.bundle.onnx_import import OnnxRefused, import_onnx
+from deploy.bundle.bundle import open_bundle, seal, sweep
+from deploy.bundle.keys import new_keys, read_private, read_public
+from deploy.bundle.onnx_import import import_onnx
+from deploy.errors import BundleRefused, KeyRefused
 from tests.support.deploy.model_server import FINDINGS, Site, make_parts, write_model
 
 
@@ -101,7 +102,7 @@ def test_a_bundle_of_another_site_is_refused(sealed, tmp_path):
 
 def test_a_bundle_renamed_to_another_id_is_refused(site, sealed):
     (site.models / sealed[1]).rename(site.models / "0123456789ab")
-    with pytest.raises(BundleRefused, match=f"is of another bundle \\({sealed[1]}\\)"):
+    with pytest.raises(BundleRefused, match=f"belongs to another bundle \\({sealed[1]}\\)"):
         open_bundle(site.models, "0123456789ab", public(site))
 
 
@@ -151,17 +152,17 @@ def test_what_a_crashed_sealing_left_is_swept(site, sealed):
 )
 def test_an_onnx_off_the_contract_is_refused_with_got_and_expected(tmp_path, off, says):
     file = write_model(tmp_path / "m.onnx", **off)
-    with pytest.raises(OnnxRefused, match=says):
+    with pytest.raises(BundleRefused, match=says):
         import_onnx(file, tmp_path / "parts", FINDINGS)
     assert not (tmp_path / "parts").exists()
 
 
 def test_an_onnx_for_other_findings_or_of_other_bytes_is_refused(tmp_path):
     file = write_model(tmp_path / "m.onnx")
-    with pytest.raises(OnnxRefused, match=r"logits is tensor\(float\) \['N', 3\], expected tensor\(float\) \[N, 2\]"):
+    with pytest.raises(BundleRefused, match=r"logits is tensor\(float\) \['N', 3\], expected tensor\(float\) \[N, 2\]"):
         import_onnx(file, tmp_path / "parts", FINDINGS[:2])
     file.write_bytes(b"not a graph")
-    with pytest.raises(OnnxRefused, match=r"m.onnx"):
+    with pytest.raises(BundleRefused, match=r"m.onnx"):
         import_onnx(file, tmp_path / "parts", FINDINGS)
 
 
@@ -176,10 +177,10 @@ def test_keys_are_made_once_and_the_private_one_is_private(tmp_path):
     new_keys(tmp_path / "keys")
     assert stat.S_IMODE((tmp_path / "keys/signing.key").stat().st_mode) == 0o600
     assert len(read_private(tmp_path / "keys")) == len(read_public(tmp_path / "keys")) == 32
-    with pytest.raises(KeyRefused, match=r"signing.key exists: a new key would have every bundle refused"):
+    with pytest.raises(KeyRefused, match=r"signing.key exists; a new key would make every bundle invalid"):
         new_keys(tmp_path / "keys")
     (tmp_path / "keys/signing.pub").write_bytes(b"short")
     with pytest.raises(KeyRefused, match="5 bytes, expected 32; restore"):
         read_public(tmp_path / "keys")
-    with pytest.raises(KeyRefused, match="not there; restore"):
+    with pytest.raises(KeyRefused, match="missing; restore"):
         read_private(tmp_path / "nowhere")

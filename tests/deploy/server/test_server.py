@@ -10,7 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.client import Client, ServerDown, ServerRefused
+from deploy.client import Client
+from deploy.errors import ServerDown, ServerRefused
 from tests.support.deploy.model_server import FINDINGS, GRID, ROOT, Site, plates, serving
 
 
@@ -73,8 +74,8 @@ def big_claim():
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        (b"", "got 0 bytes that are no .npy"),
-        (b"\x93NUMPY\x01\x00\x10\x00junk", "no .npy"),
+        (b"", "got 0 bytes that are not .npy"),
+        (b"\x93NUMPY\x01\x00\x10\x00junk", "not .npy"),
         (npy(np.zeros((1, 512, 512), np.float32)), "got float32 [1, 512, 512]"),
         (npy(np.zeros((512, 512), np.uint8)), "got uint8 [512, 512]"),
         (npy(np.zeros((0, 512, 512), np.uint8)), "got uint8 [0, 512, 512]"),
@@ -154,7 +155,7 @@ def test_what_this_machine_lacks_is_503_and_says_nothing_against_the_bundle(tmp_
     site.point(good)
     with serving(site) as (_, client):
         (site.site / "keys/signing.pub").unlink()
-        with pytest.raises(ServerDown, match=r"signing.pub: not there; restore the keys folder"):
+        with pytest.raises(ServerDown, match=r"signing.pub: missing; restore the keys folder"):
             client.prepare(other)
         assert client.predict(plates(1))[0] == good
         assert client.prepare(good)["bundle"] == good

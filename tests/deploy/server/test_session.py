@@ -8,11 +8,12 @@ import onnx
 import onnxruntime
 import pytest
 
-from deploy.bundle.bundle import BundleRefused, open_bundle
+from deploy import runtime
+from deploy.bundle.bundle import open_bundle
 from deploy.bundle.keys import read_public
-from deploy.bundle.onnx_import import OnnxRefused, import_onnx
-from deploy.server import runtime
-from deploy.server.session import NoAnswer, ProbeMismatch, ProviderRefused, Session
+from deploy.bundle.onnx_import import import_onnx
+from deploy.errors import BundleRefused, NoAnswer, ProbeMismatch, ProviderUnavailable
+from deploy.server.session import Session
 from tests.support.deploy.model_server import FINDINGS, ROOT, Site, plates, write_model
 
 
@@ -92,7 +93,7 @@ def test_weights_outside_the_sealed_file_are_never_read(tmp_path, monkeypatch):
     model = onnx.load(write_model(tmp_path / "m.onnx"))
     onnx.save(model, tmp_path / "e.onnx", save_as_external_data=True, location="e.data", size_threshold=100)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OnnxRefused, match="External data path"):
+    with pytest.raises(BundleRefused, match="External data path"):
         import_onnx(tmp_path / "e.onnx", tmp_path / "parts", FINDINGS)
 
 
@@ -100,7 +101,7 @@ def test_asking_for_cuda_is_answered_by_cuda_or_by_what_to_install(site):
     bundle = opened(site, site.add(16))
     try:
         assert Session(bundle, "cuda").provider == "cuda"  # a machine with a GPU
-    except ProviderRefused as refused:
+    except ProviderUnavailable as refused:
         assert "cuda" not in onnxruntime.get_available_providers() or "instead" in str(refused)
         assert "pip install 'cxrloop[gpu]'" in str(refused)
 
@@ -109,13 +110,13 @@ def test_a_session_that_runs_elsewhere_than_asked_is_refused(tmp_path):
     """What onnxruntime does without a GPU: it only warns, and hands back a session on the CPU."""
     model = write_model(tmp_path / "m.onnx").read_bytes()
     if runtime.running(runtime.load(model, "auto")) == "cpu":
-        with pytest.raises(ProviderRefused, match=r"onnxruntime runs on cpu instead; pip install 'cxrloop\[gpu\]'"):
+        with pytest.raises(ProviderUnavailable, match=r"onnxruntime runs on cpu instead; pip install 'cxrloop\[gpu\]'"):
             runtime.load(model, "cuda")
     assert runtime.running(runtime.load(model, "cpu")) == "cpu"
 
 
 def test_an_unknown_provider_is_refused_with_the_known_ones(session):
-    with pytest.raises(ProviderRefused, match='provider = "tpu": not one; use "auto", "cuda" or "cpu"'):
+    with pytest.raises(ProviderUnavailable, match='provider = "tpu": unknown; use "auto", "cuda" or "cpu"'):
         Session(session.bundle, "tpu")
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.client import Client, ServerDown, ServerRefused
+from deploy.client import Client
+from deploy.errors import ServerDown, ServerRefused
 from tests.support.deploy.model_server import ROOT, Site, plates, serving
 
 

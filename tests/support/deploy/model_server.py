@@ -16,12 +16,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from cxrloop.durable import sign
 from deploy.bundle import pointer
 from deploy.bundle.bundle import PURPOSE, bundle_id, seal, sha256_of
 from deploy.bundle.contract import PARTS
 from deploy.bundle.keys import new_keys, read_private
 from deploy.bundle.onnx_import import import_onnx
+from deploy.bundle.signing import sign
 from deploy.client import Client
 
 FINDINGS = ("effusion", "pneumonia", "nodule")
