@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cxrloop.durable import replace_file
+from cxrloop.durable import write_atomic
 from deploy.bundle.bundle import ID
 from deploy.bundle.keys import read_public
 from deploy.bundle.signing import sign, signed_by
@@ -54,7 +54,7 @@ def write(site: Path, bundle: str, previous: str | None, by: str, at: str, signi
     pointer = Pointer(bundle, previous, by, at)
     document = asdict(pointer)
     signed = {**document, "signature": sign(PURPOSE, document, signing_key)}
-    replace_file(site / POINTER, json.dumps(signed, indent=1).encode())
+    write_atomic(site / POINTER, json.dumps(signed, indent=1).encode())
     return pointer
 
 
