@@ -84,10 +84,15 @@ class Session:
     def _try(self, plates: np.ndarray) -> Answer:
         try:
             return self.predict(plates)
-        except NoAnswer as wrong:
-            if isinstance(wrong, RunFailed) and self.provider == "cuda":
+        except RunFailed as wrong:
+            if self.provider == "cuda":
                 raise ProviderUnavailable(f"{wrong}; see nvidia-smi") from None
-            raise ProbeMismatch(f"{wrong}, on its own test plates; train or export it again") from None
+            raise self._mismatch(wrong) from None
+        except NoAnswer as wrong:
+            raise self._mismatch(wrong) from None
+
+    def _mismatch(self, wrong: NoAnswer) -> ProbeMismatch:
+        return ProbeMismatch(f"{wrong}, on its own test plates; train or export it again")
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
