@@ -78,6 +78,16 @@ def python_path() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+def dcmtk(name: str) -> str:
+    """Return the path of a dcmtk program; pynetdicom installs programs of the same names beside Python."""
+    beside_python = str(Path(sys.executable).parent)
+    elsewhere = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if part != beside_python)
+    program = shutil.which(name, path=elsewhere)
+    if not program:
+        raise Failed(f"{name} is not installed: `make peers`")
+    return program
+
+
 def orthanc_command(settings: dict[str, object], folder: Path) -> list[str]:
     """Write orthanc.json to `folder`; return the command that runs Orthanc with it, on loopback, without plugins."""
     settings = {

@@ -23,7 +23,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.common import machine, results
-from bench.common.appliance import ROOT, python_path
+from bench.common.appliance import ROOT, dcmtk, python_path
 from bench.node.echo import echo_table, echoes
 from bench.node.images import compressed, uncompressed
 from bench.node.receivers import KINDS, Receiver
@@ -99,7 +99,7 @@ def raw(receiver: Receiver, images: list[Path], associations: int) -> dict:
 
 def dcmsend(receiver: Receiver, images: list[Path], associations: int) -> dict:
     """Return the figures under dcmtk's dcmsend: times include the association, and there are no latencies."""
-    base = ["dcmsend", "-aec", "BENCH", "-pdu", "131072", "127.0.0.1", str(receiver.port)]
+    base = [dcmtk("dcmsend"), "-aec", "BENCH", "-pdu", "131072", "127.0.0.1", str(receiver.port)]
     environment = {**os.environ, "TCP_BUFFER_LENGTH": "1048576", "TCP_NODELAY": "1"}
     before, began = receiver.cpu(), time.monotonic()
     running = [

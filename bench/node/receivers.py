@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from agent.network import node
 from agent.site import config
 from agent.site.site import init
-from bench.common.appliance import Failed, accepts, free_ports, orthanc_command, python_path, wait_until
+from bench.common.appliance import Failed, accepts, dcmtk, free_ports, orthanc_command, python_path, wait_until
 
 TUNED = {"TCP_BUFFER_LENGTH": "1048576", "TCP_NODELAY": "1"}
 START_S, STOP_S = 30, 10
@@ -70,7 +70,19 @@ def _naive(folder: Path, port: int) -> list[str]:
 
 
 def _storescp(folder: Path, port: int) -> list[str]:
-    return ["storescp", "--fork", "+xa", "+B", "-pdu", "131072", "-aet", "BENCH", "-od", str(folder / "in"), str(port)]
+    return [
+        dcmtk("storescp"),
+        "--fork",
+        "+xa",
+        "+B",
+        "-pdu",
+        "131072",
+        "-aet",
+        "BENCH",
+        "-od",
+        str(folder / "in"),
+        str(port),
+    ]
 
 
 @dataclass(frozen=True)
