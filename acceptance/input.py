@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--cap", type=int, help="most training images a round (learn.max_unlabelled)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="path of the results without .json")
-    options = parser.parse_options()
+    options = parser.parse_args()
     out = options.out or (None if options.quick else results.RESULTS / "real_input")
     for name in ("dcmsend", "echoscu"):
         dcmtk(name)
