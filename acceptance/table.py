@@ -5,8 +5,8 @@ python acceptance/table.py bench/results/real_input.json     (writes the .md fil
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,14 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(lines)
 
 
+def main() -> None:
+    """Write the page of a result file beside it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    source = parser.parse_args().result
+    document = json.loads(source.read_text("utf-8"))
+    source.with_suffix(".md").write_text(markdown(document, document["events"], document["checks"]), "utf-8")
+
+
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    whole = json.loads(source.read_text("utf-8"))
-    source.with_suffix(".md").write_text(markdown(whole, whole["events"], whole["checks"]), "utf-8")
+    main()

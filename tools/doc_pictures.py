@@ -23,6 +23,7 @@ from agent.release import import_model
 from agent.results import outbox
 from agent.site import config
 from agent.site.site import init
+from bench.common import results
 from bench.common.appliance import ROOT, WAIT_S, dcmtk, free_ports, orthanc, serving, wait_until
 from dicom.client.sender import send
 from dicom.phantom.phantom import Phantom, draw
@@ -38,6 +39,7 @@ OUT = ROOT / "docs" / "img"
 
 def main() -> None:
     """Run an appliance and Orthanc, send one phantom, write the pictures."""
+    results.parser(__doc__).parse_args()
     ports = free_ports(4)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -1,4 +1,4 @@
-"""The signed pointer: atomic, verified at every read, refused when touched."""
+"""The signed pointer: atomic, verified at every read, refused after any change."""
 
 import json
 
@@ -41,13 +41,13 @@ def test_a_pointer_changed_by_hand_is_refused(site, field):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"bundle": 1}', '{"signature": 3, "bundle": "x"}', "\x00"])
-def test_a_pointer_that_is_none_is_refused(site, text):
+def test_a_file_that_is_no_pointer_is_refused(site, text):
     (site.site / "current").write_text(text)
     with pytest.raises(PointerRefused, match="unreadable"):
         pointer.read(site.site)
 
 
-def test_a_bundles_signature_does_not_pass_as_a_pointers(site):
+def test_the_signature_of_a_bundle_does_not_pass_for_a_pointer(site):
     document = {"bundle": A, "previous": None, "by": "x", "at": AT}
     forged = sign("cxrloop bundle v1", document, site.key)
     (site.site / "current").write_text(json.dumps({**document, "signature": forged}))
@@ -55,7 +55,7 @@ def test_a_bundles_signature_does_not_pass_as_a_pointers(site):
         pointer.read(site.site)
 
 
-def test_an_id_that_is_none_is_never_pointed_at(site):
+def test_a_malformed_id_is_never_written(site):
     with pytest.raises(ValueError, match="not an id"):
         pointer.write(site.site, "../../etc", None, "x", AT, site.key)
     assert pointer.read(site.site) is None

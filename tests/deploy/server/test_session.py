@@ -49,7 +49,7 @@ def test_an_image_scores_the_same_alone_and_among_forty(session):
     assert np.allclose(together[33], session.predict(images[33:34]).probabilities[0], atol=1e-6)
 
 
-def test_ranks_survive_in_the_tails(site):
+def test_ranks_are_kept_in_the_tails(site):
     bundle = site.add(11, scale=300)
     answer = Session(opened(site, bundle), "cpu", threads=1).predict(plates(8))
     for finding in range(len(FINDINGS)):
@@ -60,17 +60,17 @@ def test_ranks_survive_in_the_tails(site):
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((512, 512), np.uint8), np.zeros((1, 512, 512), np.float32)])
-def test_other_arrays_than_plates_are_refused(session, wrong):
+def test_arrays_other_than_plates_are_refused(session, wrong):
     with pytest.raises(ValueError, match=r"expected uint8 \[N, 512, 512\]"):
         session.predict(wrong)
 
 
-def test_a_bundle_answers_its_probe(session):
+def test_a_bundle_returns_its_sealed_probe_logits(session):
     session.warm()
     assert session.probe() <= 1e-5
 
 
-def test_a_probe_that_is_not_answered_is_a_refusal(site):
+def test_a_bundle_with_other_probe_logits_is_refused(site):
     with pytest.raises(ProbeMismatch, match=r"on cpu its probe differs by 0.5 in logits, allowed 0.004"):
         Session(opened(site, site.spoil_probe(12)), "cpu", threads=1).probe()
 
@@ -97,7 +97,7 @@ def test_weights_outside_the_sealed_file_are_never_read(tmp_path, monkeypatch):
         import_onnx(tmp_path / "e.onnx", tmp_path / "parts", FINDINGS)
 
 
-def test_asking_for_cuda_is_answered_by_cuda_or_by_what_to_install(site):
+def test_cuda_serves_or_the_error_names_what_to_install(site):
     bundle = opened(site, site.add(16))
     try:
         assert Session(bundle, "cuda").provider == "cuda"  # a machine with a GPU
@@ -106,8 +106,8 @@ def test_asking_for_cuda_is_answered_by_cuda_or_by_what_to_install(site):
         assert "pip install 'cxrloop[gpu]'" in str(refused)
 
 
-def test_a_session_that_runs_elsewhere_than_asked_is_refused(tmp_path):
-    """What onnxruntime does without a GPU: it only warns, and hands back a session on the CPU."""
+def test_a_session_on_another_provider_is_refused(tmp_path):
+    """Without a GPU onnxruntime only warns and returns a session on the CPU."""
     model = write_model(tmp_path / "m.onnx").read_bytes()
     if runtime.running(runtime.load(model, "auto")) == "cpu":
         with pytest.raises(ProviderUnavailable, match=r"onnxruntime runs on cpu instead; pip install 'cxrloop\[gpu\]'"):
@@ -135,7 +135,7 @@ def test_importing_deploy_needs_neither_onnxruntime_nor_torch():
 
 def test_serving_without_onnxruntime_names_the_extra(tmp_path):
     done = python(
-        "import sys; sys.modules['onnxruntime'] = None\n"  # what an absent package looks like to `import`
+        "import sys; sys.modules['onnxruntime'] = None\n"  # `import` treats the package as absent
         "from deploy.server.server import main\n"
         f"sys.exit(main(['--site', {str(tmp_path)!r}, '--port', '0']))"
     )
