@@ -12,16 +12,13 @@ import pytest
 
 from deploy.client import Client
 from deploy.errors import ServerDown, ServerRefused
-from tests.support.deploy.model_server import FINDINGS, GRID, ROOT, Site, plates, serving
+from tests.support.deploy.model_server import FINDINGS, GRID, ROOT, Site, TwoBundles, plates, serving
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A site with sealed bundles a and b; each test sets the pointer it needs."""
-    site = Site(tmp_path_factory.mktemp("server") / "s")
-    site.a, site.b = site.add(1), site.add(2)
-    site.point(site.a)
-    return site
+    return TwoBundles(tmp_path_factory.mktemp("server") / "s")
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,15 @@ class Site:
         return body["bundle"]
 
 
+class TwoBundles(Site):
+    """A site with the sealed bundles `a`, in service, and `b`."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.a, self.b = self.add(1), self.add(2)
+        self.point(self.a)
+
+
 @contextlib.contextmanager
 def serving(site: Site, *arguments: str) -> Iterator[tuple[subprocess.Popen, Client]]:
     """Run `python -m deploy.server.server` on a free port; yield (process, client); kill it at the end."""
