@@ -1,1 +1,1 @@
-"""DICOM side of cxrloop: receive, check, decode and keep chest images; knows no database and no model."""
+"""DICOM: receive, check, decode, keep and send chest images. Must not import a database or a model."""

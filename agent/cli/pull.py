@@ -19,11 +19,12 @@ from agent.network.pull import Order, Puller, Tally, by_day
 from agent.site import locks, peer_address
 from agent.site.config import zone
 from agent.site.site import Site
-from dicom.client.archive import Unreachable, Wanted
+from dicom.client.archive import Query
 from dicom.client.association import Peer
 from dicom.client.dicomweb import LOOPBACK, Web
 from dicom.client.dimse import Pacs
 from dicom.dataset.part10 import is_uid
+from dicom.errors import ArchiveUnusable
 
 TOKEN = "CXRLOOP_PULL_TOKEN"  # environment variable: a token in an argument would show in the list of processes
 
@@ -91,7 +92,7 @@ def _modalities(text: str) -> tuple[str, ...]:
 def _questions(
     site: Site, ledger: Ledger, patient: list[str], study: list[str], priors: bool,
     since: str, until: str, modalities: tuple[str, ...],
-) -> tuple[list[Wanted], int]:  # fmt: skip
+) -> tuple[list[Query], int]:  # fmt: skip
     """What the archive is asked, one question after the other; and how many patients of --priors have no original."""
     first, last = _day("--since", since), _day("--until", until)
     if first and last and last < first:
@@ -112,7 +113,7 @@ def _questions(
     else:
         days = by_day(first, last, datetime.now(UTC).astimezone(zone(site.config)).date())
     asked = [
-        Wanted(modalities, patient=one, study=uid, since=a, until=b)
+        Query(modalities, patient=one, study=uid, since=a, until=b)
         for one in ids if one is not None for uid in study or [""] for a, b in days
     ]  # fmt: skip
     return asked, sum(one is None for one in ids)
@@ -133,7 +134,7 @@ def _archive(site: Site, source: str, how: str, ca: Path | None) -> Pacs | Web:
             raise Problem(f"--ca {ca}: no such file")
         try:
             return Web(source, site.inbox, os.environ.get(TOKEN, ""), ca)
-        except Unreachable as error:
+        except ArchiveUnusable as error:
             raise Problem(f"--from {error}") from None
     known = connections.peers(site)
     try:

@@ -15,7 +15,8 @@ from agent.ledger.database import Ledger, Row, image_number
 from agent.site import files
 from agent.site.site import Site
 from cxrloop.durable import write_atomic
-from dicom.outgoing.deidentify import MayNotLeave, deidentify
+from dicom.errors import NotExportable
+from dicom.outgoing.deidentify import deidentify
 
 LABELS = "labels.csv"
 NEWEST = "superseded_by IS NULL AND reason IS NOT 'forgotten'"
@@ -38,14 +39,14 @@ def export(
     for row in rows.values():
         try:
             if row["plate"] is None:
-                raise MayNotLeave(f"set aside: {row['reason']}")
+                raise NotExportable(f"set aside: {row['reason']}")
             image = deidentify(files.original(site, row), site.key("pseudonym.key"))
             name = f"{image.SOPInstanceUID}.dcm"
             if (folder / name).exists():
-                raise MayNotLeave(
+                raise NotExportable(
                     "another image under the same SOP Instance UID leaves already, and one UID is one image"
                 )
-        except (MayNotLeave, Problem) as why:
+        except (NotExportable, Problem) as why:
             refused.append({"image": row["id"], "reason": str(why)})
             continue
         data = io.BytesIO()

@@ -13,11 +13,11 @@ from agent.ledger.database import Ledger, Row, utc
 from agent.site import locks
 from agent.site.site import Site
 from agent.site.splits import fix_shares, range_of
+from cxrloop.plate import PLATE_VERSION
 from dicom.dataset.facts import Examined, Image
 from dicom.dataset.part10 import content_sha256
 from dicom.intake.examine import Admission
 from dicom.intake.examiner import UNREAD, Examiner
-from dicom.pixels.plate import PLATE_VERSION
 from dicom.pseudonyms import refusal
 
 BATCH = 64  # files of one step: small enough to be scored soon, large enough to keep the worker busy

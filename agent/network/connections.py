@@ -58,7 +58,7 @@ def node(site: Site) -> Node:
         allow_ip=(*keys.allow_ip, *_ours(site)) if keys.allow_ip else (),
         max_associations=keys.max_associations,
         max_per_peer=keys.max_per_peer,
-        context=tls.serving(us) if us else None,
+        context=tls.server_context(us) if us else None,
     )
 
 
@@ -79,10 +79,10 @@ def answers(site: Site) -> bool:
     """True when our own node answers C-ECHO, or says that it is busy; in TLS where it speaks TLS."""
     keys, us = site.config.node, identity(site)
     try:
-        context = tls.to_ourselves(us) if us else None
+        context = tls.own_node_context(us) if us else None
     except (tls.BadCertificate, OSError):  # ssl.SSLError is one: the files have gone bad since the start
         return False
-    return sender.answers(address(site), keys.port, keys.aet, calling_aet=keys.aet, tls=context)
+    return sender.is_running(address(site), keys.port, keys.aet, calling_aet=keys.aet, tls=context)
 
 
 def peers(site: Site) -> dict[str, Peer]:
@@ -98,7 +98,7 @@ def wire(site: Site, peer: Peer) -> ssl.SSLContext | None:
     if us is None:
         raise Problem(f"{peer.aet}: TLS needs our own certificate too; set node.tls_cert and node.tls_key")
     try:
-        return tls.to_peers(us)
+        return tls.peer_context(us)
     except (tls.BadCertificate, ssl.SSLError) as wrong:
         raise Problem(f"TLS: {wrong}") from None
 

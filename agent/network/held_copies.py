@@ -11,8 +11,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from agent.site.site import Site
-from dicom.node.commitment import NO_SUCH_INSTANCE, PROCESSING_FAILURE, Reference, Unavailable
-from dicom.node.copy_check import intact, waiting
+from dicom.errors import LookupFailed
+from dicom.node.commitment import NO_SUCH_INSTANCE, PROCESSING_FAILURE, Reference
+from dicom.node.copy_check import check_copy, inbox_copies
 
 log = logging.getLogger("cxrloop.commitment")
 
@@ -20,22 +21,22 @@ BUSY_S = 5  # readers of a WAL never wait for its writer; only a recovery takes 
 
 
 def held(site: Site, references: list[Reference]) -> list[int]:
-    """For each (SOP class, SOP instance): SUCCESS when every copy we have is intact, else why not. Raises Unavailable.
+    """For each (SOP class, SOP instance): SUCCESS when every copy we have is check_copy, else why not. Raises LookupFailed.
 
     The inbox comes first: what the intake takes away meanwhile has its row by then. Set aside is held, too.
     """
     found: dict[Reference, list[int]] = defaultdict(list)
-    in_inbox = waiting(site.inbox, {sop_uid for _, sop_uid in references})
+    in_inbox = inbox_copies(site.inbox, {sop_uid for _, sop_uid in references})
     for reference in references:
         for path in in_inbox.get(reference[1], []):
             try:
-                found[reference].append(intact(path, reference))
+                found[reference].append(check_copy(path, reference))
             except FileNotFoundError:
                 continue
     rows = _rows(site.root / "ledger.db", {sop_uid for _, sop_uid in references})
     for reference in references:
         for sha256, original in rows.get(reference[1], []):
-            reason = intact(site.root / "store" / original, reference, sha256)
+            reason = check_copy(site.root / "store" / original, reference, sha256)
             if reason == PROCESSING_FAILURE:
                 log.error("store/%s is damaged: its bytes are not those that came in; let it be sent again", original)
             found[reference].append(reason)
@@ -43,7 +44,7 @@ def held(site: Site, references: list[Reference]) -> list[int]:
 
 
 def _rows(path: Path, sop_uids: set[str]) -> dict[str, list[tuple[str, str]]]:
-    """(sha256, place in the store) of every row by SOP instance UID. Raises Unavailable."""
+    """(sha256, place in the store) of every row by SOP instance UID. Raises LookupFailed."""
     if not path.exists():  # nothing was ever taken in
         return {}
     sql = "SELECT sop_uid, sha256, original FROM image WHERE sop_uid IN (SELECT value FROM json_each(?))"
@@ -54,7 +55,7 @@ def _rows(path: Path, sop_uids: set[str]) -> dict[str, list[tuple[str, str]]]:
         finally:
             connection.close()
     except sqlite3.Error as error:
-        raise Unavailable(f"the ledger can't be read: {error}") from None
+        raise LookupFailed(f"the ledger can't be read: {error}") from None
     rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for sop_uid, sha256, original in found:
         rows[sop_uid].append((sha256, original))

@@ -43,7 +43,7 @@ def listen(site: Site, stop: threading.Event) -> None:
     places = (site.root / "inbox", site.root / "store")  # one disk, or two
     full = Watermark(lambda: min(map(free_bytes, places)), site.config.retention.refuse_free_mb)
     listener = Listener(node, site.inbox, services=(commitment.service,), full=full)
-    listener.refusals.keep(folder / "refused.json")
+    listener.refusals.save_to(folder / "refused.json")
     try:
         listener.start()
     except OSError as error:

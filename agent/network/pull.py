@@ -17,9 +17,10 @@ from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
 from agent.network.holdings import Here
 from agent.site.site import Site
-from dicom.client.archive import Busy, Image, Missing, Study, Unreachable, Wanted
+from dicom.client.archive import Image, Query, Study
 from dicom.client.dicomweb import Web
 from dicom.client.dimse import Pacs
+from dicom.errors import ArchiveBusy, ArchiveUnusable, ImageMissing
 from dicom.pseudonyms import study_mark
 
 BACKOFF_S = (2, 4, 8, 16, 30)  # seconds between tries while the archive refuses for now
@@ -37,7 +38,7 @@ SETTLE_S = 10  # seconds without an outcome before the rest is reported as waiti
 class Order:
     """What a person asked for. `limit` counts images fetched by this run; 0: no limit."""
 
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[Query, ...]
     limit: int = 0
     per_minute: int = 0
     dry_run: bool = False
@@ -112,11 +113,11 @@ class Puller:
 
     def _greet(self) -> None:
         try:
-            self.archive.greet()
-        except (Busy, Unreachable) as error:
+            self.archive.check_connection()
+        except (ArchiveBusy, ArchiveUnusable) as error:
             raise Problem(str(error)) from None
 
-    def _question(self, wanted: Wanted) -> None:
+    def _question(self, wanted: Query) -> None:
         studies, whole = self._patiently(lambda: self.archive.studies(wanted))
         if wanted.study and not studies:
             self.tally.reasons["no such study there, or none with these modalities"] += 1
@@ -127,7 +128,7 @@ class Puller:
             self._study(study, wanted)
             self._progress(self.tally)
 
-    def _study(self, study: Study, wanted: Wanted) -> None:
+    def _study(self, study: Study, wanted: Query) -> None:
         """Look through one study and fetch what is not here; what a broken line interrupts is begun again."""
         self.tally.studies += 1
         modalities = "\\".join(wanted.modalities)
@@ -153,7 +154,7 @@ class Puller:
                 row = (*key, study.instances, len(outcome), utc())
                 self.ledger.run("INSERT OR REPLACE INTO pulled VALUES (?, ?, ?, ?, ?, ?)", *row)
 
-    def _images(self, study: Study, wanted: Wanted, outcome: dict[str, str]) -> bool:
+    def _images(self, study: Study, wanted: Query, outcome: dict[str, str]) -> bool:
         """False when the next image has to wait: nothing is held open at the archive meanwhile."""
         with self.archive.session() as session:
             for image in session.images(study.uid, wanted):
@@ -170,13 +171,15 @@ class Puller:
                 try:
                     session.fetch(image)
                     self._arrived(image)
-                except Missing as error:
+                except ImageMissing as error:
                     outcome[image.sop_uid] = str(error)
                     self._given_up += 1
                     if self.archive.how == "move" and not self.tally.pulled and self._given_up >= GIVE_UP:
-                        raise Unreachable(f"{self.source}, for each of the first {GIVE_UP} images: {error}") from None
+                        raise ArchiveUnusable(
+                            f"{self.source}, for each of the first {GIVE_UP} images: {error}"
+                        ) from None
                     continue
-                except Busy as error:
+                except ArchiveBusy as error:
                     if self._tries >= len(BACKOFF_S):
                         outcome[image.sop_uid] = str(error)
                         self._given_up += 1
@@ -194,9 +197,9 @@ class Puller:
         while True:
             try:
                 return ask()
-            except Unreachable as error:
+            except ArchiveUnusable as error:
                 raise Problem(f"{error}{self._so_far()}") from None
-            except Busy as error:
+            except ArchiveBusy as error:
                 if self._tries >= len(BACKOFF_S):
                     raise Problem(f"{error}, {len(BACKOFF_S) + 1} times in a row{self._so_far()}") from None
                 self._wait(max(BACKOFF_S[self._tries], error.after))

@@ -16,11 +16,12 @@ from agent.site.config import zone
 from agent.site.site import Site
 from cxrloop import __version__, npy
 from deploy.bundle.bundle import Bundle
-from dicom.outgoing.results import CantSay, Score, Scored, read_image
+from dicom.errors import HeaderIncomplete
+from dicom.outgoing.results import Score, Scored, read_image
 from dicom.outgoing.secondary_capture import capture
 from dicom.outgoing.structured_report import report
 
-__all__ = ["CantSay", "make"]
+__all__ = ["HeaderIncomplete", "make"]
 
 PANELS = 4  # heatmaps of one sheet
 
@@ -28,7 +29,7 @@ PANELS = 4  # heatmaps of one sheet
 def make(site: Site, row: Row, bundles: dict[str, Bundle]) -> Dataset:
     """The report ("sr") or the heatmap ("sc") of an outbox row that was joined with its image and score.
 
-    `bundles` keeps what was opened. Raises Problem, BundleRefused, CantSay, OSError; odd headers raise what they will.
+    `bundles` keeps what was opened. Raises Problem, BundleRefused, HeaderIncomplete, OSError; odd headers raise what they will.
     """
     bundle = bundles.get(row["bundle"]) or files.open_sealed(site, row["bundle"])
     bundles[bundle.id] = bundle

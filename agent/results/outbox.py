@@ -151,14 +151,14 @@ def _away(line: Line, ledger: Ledger, row: Row, why: str, now: datetime) -> int:
 def _objects(line: Line, ledger: Ledger, rows: list[Row], under_way: list[Row], now: datetime) -> Iterator[Dataset]:
     """Each row's object, its row in `under_way`; a row whose object can't be made is marked and passed over."""
     from agent.results.objects import (  # highdicom takes most of a second to import: not for every `status`
-        CantSay,
+        HeaderIncomplete,
         make,
     )
 
     for row in rows:
         try:
             made = make(line.site, row, line.bundles)
-        except (Problem, BundleRefused, CantSay) as error:
+        except (Problem, BundleRefused, HeaderIncomplete) as error:
             _move(ledger, row, "failed", str(error), now, line)
         except FileNotFoundError:
             _move(ledger, row, "failed", "the original or its plate is not in the store", now, line)

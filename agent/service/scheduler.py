@@ -25,7 +25,7 @@ from agent.site.site import Site
 from agent.site.window import window_at
 from deploy.bundle.bundle import sweep
 from deploy.client import Client
-from dicom.store.drop_folder import Drop
+from dicom.store.drop_folder import DropFolder
 
 log = logging.getLogger("cxrloop")
 
@@ -116,7 +116,7 @@ class Agent:
         self.site = site
         self.stopping = threading.Event()
         self.said: dict[Callable[[Site, datetime], str], str] = {}
-        self.drop = Drop(site.root / "drop", site.inbox)
+        self.drop = DropFolder(site.root / "drop", site.inbox)
         self.scheduler = BackgroundScheduler(timezone=UTC)
         self.to_score, self.to_answer = (
             threading.Event(),

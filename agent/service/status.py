@@ -42,7 +42,7 @@ def status(site: Site, ledger: Ledger) -> dict[str, Any]:
             "stored": counters["stored"],
             "rejected": counters["rejected"],
             "quarantined": counters["quarantined"],
-            "refused": sum(refusals.kept(site.root / "node" / "refused.json").values()),
+            "refused": sum(refusals.read_counts(site.root / "node" / "refused.json").values()),
             "predicted": counters["predicted"],
             "returned": counters["returned"],
             "labelled": counters["labelled"],

@@ -37,7 +37,7 @@ from dicom.node.listener import Listener, Node
 folder, *paths = sys.argv[1:]
 identity = tls.Identity(*map(Path, paths)) if paths else None
 inbox = Inbox(Path(folder), 0)
-listener = Listener(Node(port=0, context=tls.serving(identity) if identity else None), inbox)
+listener = Listener(Node(port=0, context=tls.server_context(identity) if identity else None), inbox)
 listener.start()
 print(listener.port, flush=True)
 for line in sys.stdin:
@@ -58,7 +58,7 @@ class Way:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=python_path(), cwd=ROOT
         )
         self.port = int(self._line())
-        self.context = tls.to_ourselves(identity) if identity else None
+        self.context = tls.own_node_context(identity) if identity else None
 
     def _line(self) -> str:
         assert self.node.stdout

@@ -1,1 +1,4 @@
-"""Asking other DICOM systems: query and retrieve over DIMSE and DICOMweb, sending objects."""
+"""Client of other DICOM systems: query and retrieve over DIMSE and DICOMweb, sending of objects.
+
+Must import only dicom.dataset, dicom.store and dicom.errors.
+"""

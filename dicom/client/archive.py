@@ -1,7 +1,6 @@
-"""What an archive is asked for, and its answers as plain values, each checked against what was asked.
+"""Queries to an archive, and its answers as plain values, each checked against the query.
 
-Servers leave out keys, ignore filters and repeat themselves: nothing is believed here that can be checked.
-Knows no network, no disk and no ledger.
+Servers omit keys, ignore filters and repeat answers, so every answer is checked. Must not import network modules.
 """
 
 import re
@@ -9,35 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 
+from dicom.dataset.chest_codes import CHEST_WORDS
 from dicom.dataset.facts import RESULT_UID_ROOT, SOP_CLASSES
+from dicom.dataset.header import parse_day
 from dicom.dataset.part10 import is_uid
-from dicom.intake.admission import CHEST
 
-MAX_IMAGE = 128 << 20  # bytes; twice the largest detector's uncompressed image, and all that one answer may hold
-MAX_MATCHES = 5000  # answers to one question: a busy hospital's studies of a day and a modality are a tenth of it
+MAX_IMAGE = 128 << 20  # bytes of one answer; twice the uncompressed image of the largest detector
+MAX_MATCHES = 5000  # answers to one query: ten times a busy hospital's studies of one day and modality
 
-Say = Callable[[str], str]  # the text of an answer's attribute by keyword, "" when it has none
-
-
-class Unreachable(Exception):
-    """This archive does not give what is asked, now or later; the message says what to do about it."""
-
-
-class Busy(Exception):
-    """The archive, or the way to it, refuses for now; `after` is the least number of seconds to wait."""
-
-    def __init__(self, why: str, after: float = 0):
-        super().__init__(why)
-        self.after = after
-
-
-class Missing(Exception):
-    """This one image is not to be had; the message names no person and no UID."""
+Attributes = Callable[[str], str]  # the text of an answer's attribute by keyword, "" when it has none
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One question: a patient, a study, a span of days, or several of these at once; "" and None mean any."""
+class Query:
+    """A query by patient, study or days, or several of these; "" and None mean any."""
 
     modalities: tuple[str, ...] = ("CR", "DX")
     patient: str = ""
@@ -56,61 +40,61 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Study:
+    """A study of the archive."""
+
     uid: str
-    instances: int | None  # as the archive counts them; None when it does not say
+    instances: int | None  # as the archive counts them; None when the answer has no count
 
 
 @dataclass(frozen=True)
 class Image:
+    """An image of the archive."""
+
     study_uid: str
     series_uid: str
     sop_uid: str
-    sop_class: str  # "" when the archive does not say
+    sop_class: str  # "" when the answer has none
 
 
-def study(say: Say, wanted: Wanted) -> Study | None:
-    """The study of one answer, or None when it is not what was asked for."""
-    uid = say("StudyInstanceUID")
-    if not is_uid(uid) or (wanted.study and uid != wanted.study):
+def study(attributes: Attributes, query: Query) -> Study | None:
+    """Return the study of one answer, or None when it does not match the query."""
+    uid = attributes("StudyInstanceUID")
+    if not is_uid(uid) or (query.study and uid != query.study):
         return None
-    if wanted.patient and say("PatientID") != wanted.patient:
+    if query.patient and attributes("PatientID") != query.patient:
         return None
-    if wanted.days and not _within(say("StudyDate"), wanted.since, wanted.until):
+    if query.days and not _within(attributes("StudyDate"), query.since, query.until):
         return None
-    modalities = set(say("ModalitiesInStudy").upper().split("\\")) - {""}
-    if modalities and not modalities & set(wanted.modalities):
+    modalities = set(attributes("ModalitiesInStudy").upper().split("\\")) - {""}
+    if modalities and not modalities & set(query.modalities):
         return None
-    count = say("NumberOfStudyRelatedInstances")
+    count = attributes("NumberOfStudyRelatedInstances")
     return Study(uid, int(count) if re.fullmatch(r"\d{1,9}", count) else None)
 
 
-def series(say: Say, study_uid: str, wanted: Wanted) -> str | None:
-    """The UID of a series that may hold chest images, or None. A modality or body part that is not told passes."""
-    uid = say("SeriesInstanceUID")
-    if not is_uid(uid) or say("StudyInstanceUID") not in ("", study_uid):
+def series(attributes: Attributes, study_uid: str, query: Query) -> str | None:
+    """Return the UID of a series that may contain chest images, or None. An absent modality or body part passes."""
+    uid = attributes("SeriesInstanceUID")
+    if not is_uid(uid) or attributes("StudyInstanceUID") not in ("", study_uid):
         return None
-    modality = say("Modality").upper()
-    if modality and modality not in wanted.modalities:
+    modality = attributes("Modality").upper()
+    if modality and modality not in query.modalities:
         return None
-    words = set(re.findall(r"[A-Z0-9]+", say("BodyPartExamined").upper()))
-    return None if words and not words & CHEST else uid
+    words = set(re.findall(r"[A-Z0-9]+", attributes("BodyPartExamined").upper()))
+    return None if words and not words & CHEST_WORDS else uid
 
 
-def image(say: Say, study_uid: str, series_uid: str) -> Image | None:
-    """The image of one answer; None for another class of object, and for our own results."""
-    uid, sop_class = say("SOPInstanceUID"), say("SOPClassUID")
+def image(attributes: Attributes, study_uid: str, series_uid: str) -> Image | None:
+    """Return the image of one answer; None for another SOP class, and for our own results."""
+    uid, sop_class = attributes("SOPInstanceUID"), attributes("SOPClassUID")
     if not is_uid(uid) or uid.startswith(RESULT_UID_ROOT):
         return None
-    if say("SeriesInstanceUID") not in ("", series_uid) or (sop_class and sop_class not in SOP_CLASSES):
+    if attributes("SeriesInstanceUID") not in ("", series_uid) or (sop_class and sop_class not in SOP_CLASSES):
         return None
     return Image(study_uid, series_uid, uid, sop_class)
 
 
 def _within(stamp: str, since: date | None, until: date | None) -> bool:
-    """True for a StudyDate in the span; a study without a readable date is in none."""
-    found = re.fullmatch(r"(\d{4})\.?(\d\d)\.?(\d\d)", stamp)
-    try:
-        day = date(*map(int, found.groups())) if found else None
-    except ValueError:
-        return False
+    """Return whether a StudyDate is in the span; False for a study without a valid date."""
+    day = parse_day(stamp)
     return day is not None and (since is None or day >= since) and (until is None or day <= until)

@@ -1,6 +1,6 @@
-"""An association that we open: who the peer is, what a refusal means, and bounds on what the peer may send.
+"""Opens an association to a peer, with limits on what the peer may send, and explains a failure.
 
-Knows no service: which contexts are asked for, and what is said on them, is the caller's.
+Independent of the service: the caller chooses presentation contexts and messages.
 """
 
 import ssl
@@ -15,102 +15,107 @@ from pynetdicom.association import Association
 from pynetdicom.events import Event
 from pynetdicom.presentation import PresentationContext
 
-from dicom.client.archive import MAX_IMAGE, Busy, Unreachable
-from dicom.client.reactor_pause import resting
+from dicom.client.archive import MAX_IMAGE
+from dicom.client.reactor_pause import pause_reactor
+from dicom.errors import ArchiveBusy, ArchiveUnusable
 
 LARGEST_PDU = 131072  # bytes
 CONNECT = 10  # seconds to open a connection, and to accept an association
-SILENCE = 120  # seconds without a message before an answer is given up; an image on tape takes its time
+SILENCE = 120  # seconds without a message before an answer is given up; an image on tape takes long
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Whom we ask, and under which name; with `tls` over TLS only."""
+    """Address and titles of a peer; with `tls`, over TLS only."""
 
     aet: str
     host: str
     port: int
-    calling: str = "CXRLOOP"
+    calling: str = "CXRLOOP"  # our AE title
     tls: ssl.SSLContext | None = None
 
     def __str__(self) -> str:
         return f"{self.aet}@{self.host}:{self.port}"
 
 
-class Bounds:
-    """What the connection has let through. The library reads PDUs and messages of any length into memory; this ends them."""
+class ReceiveLimit:
+    """Limits the bytes of one PDU and one message, because the library reads them into memory at any length."""
 
     def __init__(self) -> None:
         self.connected = self.too_long = False
-        self._taken = 0
+        self._received = 0
 
     def opened(self, event: Event) -> None:
-        """Put a bound before every read of the connection that has just been opened, and no delay before its writes."""
+        """Limit every read of the new connection, and send without delay."""
         self.connected = True
         socket = cast(Any, event.assoc.dul.socket)
-        # a question is two small PDUs: without this the second waits 40 ms for the peer's delayed acknowledgement
+        # a request is two small PDUs: without this the second waits 40 ms for the peer's delayed acknowledgement
         socket.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         receive = socket.recv
 
-        def bounded(count: int) -> bytearray:
-            self._taken += count
-            if count > LARGEST_PDU or self._taken > MAX_IMAGE:
+        def limited(count: int) -> bytearray:
+            self._received += count
+            if count > LARGEST_PDU or self._received > MAX_IMAGE:
                 self.too_long = True
-                raise OSError("more than a peer may send")
+                raise OSError("the peer sends more than the limit")
             return receive(count)
 
-        socket.recv = bounded
+        socket.recv = limited
 
     def message(self, event: Event) -> None:
-        """A whole message has come: the count begins anew."""
-        self._taken = 0
+        """Restart the count after a complete message."""
+        self._received = 0
 
 
 @contextmanager
 def associated(
     peer: Peer, contexts: list[PresentationContext], roles: list[Any] | None = None, handlers: list[Any] | None = None
-) -> Iterator[tuple[Association, Bounds]]:
-    """An established association, released at the end, aborted when the block raises. Raises Unreachable, Busy."""
+) -> Iterator[tuple[Association, ReceiveLimit]]:
+    """Open an association; release it at the end of the block, abort it when the block raises.
+
+    Raises ArchiveUnusable, ArchiveBusy.
+    """
     entity = AE(peer.calling)
     entity.maximum_pdu_size = LARGEST_PDU
     entity.connection_timeout = entity.acse_timeout = CONNECT
     entity.dimse_timeout = entity.network_timeout = SILENCE
-    bounds = Bounds()
+    limit = ReceiveLimit()
     tls = (peer.tls, peer.host) if peer.tls else None
-    watched = [(evt.EVT_CONN_OPEN, bounds.opened), (evt.EVT_DIMSE_RECV, bounds.message)]
+    own_handlers = [(evt.EVT_CONN_OPEN, limit.opened), (evt.EVT_DIMSE_RECV, limit.message)]
     try:
         association = entity.associate(
             peer.host, peer.port, contexts=contexts, ae_title=peer.aet, ext_neg=roles or [],
-            tls_args=cast(Any, tls), evt_handlers=[*watched, *(handlers or [])],
+            tls_args=cast(Any, tls), evt_handlers=[*own_handlers, *(handlers or [])],
         )  # fmt: skip
     except OSError:  # socket.gaierror
-        raise Unreachable(f"{peer}: no address is known for this host name") from None
+        raise ArchiveUnusable(f"{peer}: the host name has no address") from None
     if not association.is_established:
-        raise _refusal(peer, association, bounds)
-    rest = resting(association)
+        raise _failure(peer, association, limit)
+    pause = pause_reactor(association)
+    released = False
     try:
-        yield association, bounds
+        yield association, limit
         association.release()
-    except BaseException:
-        association.abort()
-        raise
+        released = True
     finally:
-        rest.over.set()
+        if not released:
+            association.abort()
+        pause.over.set()
 
 
-def _refusal(peer: Peer, association: Association, bounds: Bounds) -> Exception:
-    """What a failed association means for the person who asked (PS3.8 9.3.4)."""
-    if not bounds.connected:
+def _failure(peer: Peer, association: Association, limit: ReceiveLimit) -> Exception:
+    """Return the exception for a failed association, with advice (PS3.8 9.3.4)."""
+    if not limit.connected:
         hint = ", or its certificate is not trusted" if peer.tls else ""
-        return Busy(f"{peer} does not answer: nothing listens there, or a firewall is between{hint}")
-    said = association.acceptor.primitive
-    if not association.is_rejected or said is None:
+        return ArchiveBusy(f"{peer} does not answer: no program listens there, or a firewall blocks it{hint}")
+    answer = association.acceptor.primitive
+    if not association.is_rejected or answer is None:
         if association.rejected_contexts:
-            return Unreachable(f"{peer} offers {peer.calling} none of what we ask for")
-        return Busy(f"{peer} hung up on the association request")
-    if (said.result_source, said.diagnostic) == (1, 7):
-        return Unreachable(f"{peer} does not go by the AE title {peer.aet}: ask with the title it has")
-    if (said.result_source, said.diagnostic) == (1, 3):
-        return Unreachable(f"{peer} does not know our AE title {peer.calling}: enter it there")
-    why = f"{peer} refuses the association: {said.reason_str}"
-    return Busy(why) if said.result == 2 else Unreachable(why)
+            return ArchiveUnusable(f"{peer} accepts none of the presentation contexts for {peer.calling}")
+        return ArchiveBusy(f"{peer} closed the connection on the association request")
+    if (answer.result_source, answer.diagnostic) == (1, 7):
+        return ArchiveUnusable(f"{peer} does not have the AE title {peer.aet}: use its own AE title")
+    if (answer.result_source, answer.diagnostic) == (1, 3):
+        return ArchiveUnusable(f"{peer} does not know our AE title {peer.calling}: add it there")
+    why = f"{peer} rejects the association: {answer.reason_str}"
+    return ArchiveBusy(why) if answer.result == 2 else ArchiveUnusable(why)

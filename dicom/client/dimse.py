@@ -1,7 +1,7 @@
-"""Asking a PACS over DIMSE: C-FIND for what there is, then C-GET into the inbox or C-MOVE to the node (PS3.4 C).
+"""Query and retrieve over DIMSE: C-FIND, then C-GET into the inbox or C-MOVE to the node (PS3.4 C).
 
-One association at a time, one image a request, Study Root. What comes by C-GET is judged and kept as what the node
-receives. Knows no ledger, and decides nothing about when to try again.
+Study Root, one association at a time, one image per request. An image received by C-GET is checked as the node checks
+a C-STORE. The caller decides about retries.
 """
 
 import io
@@ -16,76 +16,80 @@ from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.events import Event
 
 from dicom.client import archive
-from dicom.client.archive import MAX_IMAGE, MAX_MATCHES, Busy, Image, Missing, Study, Unreachable, Wanted
-from dicom.client.association import SILENCE, Bounds, Peer, associated
+from dicom.client.archive import MAX_IMAGE, MAX_MATCHES, Image, Query, Study
+from dicom.client.association import SILENCE, Peer, ReceiveLimit, associated
 from dicom.dataset import header
-from dicom.dataset.facts import SOP_CLASSES
+from dicom.dataset.facts import SOP_CLASSES, VERIFICATION
 from dicom.dataset.part10 import file_meta
+from dicom.dataset.store_status import MISMATCH, OUT_OF_RESOURCES, SUCCESS, store_status
 from dicom.dataset.syntaxes import SYNTAXES
-from dicom.node.reception import MISMATCH, OUT_OF_RESOURCES, SUCCESS, answer
+from dicom.errors import ArchiveBusy, ArchiveUnusable, ImageMissing
 from dicom.store.inbox import Inbox
 
-VERIFICATION = "1.2.840.10008.1.1"
 FIND, MOVE, GET = (f"1.2.840.10008.5.1.4.1.2.2.{n}" for n in (1, 2, 3))  # Study Root (PS3.4 C.6.2)
 PENDING = (0xFF00, 0xFF01)
-CANCELLED = 0xFE00  # what an archive says that cuts its answers off, since we cancel nothing
-OUT_OF = (0xA700, 0xA701, 0xA702)  # out of resources: later it may have some
+CANCELLED = 0xFE00  # sent by an archive that cuts its answers off, since we never cancel
+OUT_OF = (0xA700, 0xA701, 0xA702)  # out of resources: a later request may succeed
 UNKNOWN_DESTINATION = 0xA801
 
 T = TypeVar("T")
 
 
 class Pacs:
-    """A PACS whose images come by `how`: "get" into `inbox`, or "move" to the AE title `calling` of the peer."""
+    """A PACS; `how` is "get" (images go into `inbox`) or "move" (to the AE title `peer.calling`)."""
 
     def __init__(self, peer: Peer, inbox: Inbox, how: str):
         self.peer, self.inbox, self.how = peer, inbox, how
 
-    def greet(self) -> None:
-        """C-ECHO, and whether it offers what we will ask. Raises Unreachable, Busy."""
+    def check_connection(self) -> None:
+        """Check by C-ECHO that the PACS answers and accepts our services. Raises ArchiveUnusable, ArchiveBusy."""
         contexts = [build_context(uid) for uid in (VERIFICATION, FIND, self._model)]
         with associated(self.peer, contexts) as (association, _):
-            offered = {context.abstract_syntax for context in association.accepted_contexts}
+            accepted = {context.abstract_syntax for context in association.accepted_contexts}
             for model, name in ((FIND, "C-FIND"), (self._model, f"C-{self.how.upper()}")):
-                if model not in offered:
-                    other = {GET: "; try --how move", MOVE: "; try --how get"}.get(model, "")
-                    raise Unreachable(f"{self.peer} does not offer {name} (Study Root) to {self.peer.calling}{other}")
-            if VERIFICATION in offered and association.send_c_echo().get("Status") != SUCCESS:
-                raise Busy(f"{self.peer} does not answer C-ECHO")
+                if model not in accepted:
+                    advice = {GET: "; try --how move", MOVE: "; try --how get"}.get(model, "")
+                    raise ArchiveUnusable(
+                        f"{self.peer} does not offer {name} (Study Root) to {self.peer.calling}{advice}"
+                    )
+            if VERIFICATION in accepted and association.send_c_echo().get("Status") != SUCCESS:
+                raise ArchiveBusy(f"{self.peer} does not answer C-ECHO")
 
-    def studies(self, wanted: Wanted) -> tuple[list[Study], bool]:
-        """The studies that match, and whether that is all of them. Raises Unreachable, Busy."""
+    def studies(self, query: Query) -> tuple[list[Study], bool]:
+        """Return the matching studies, and whether the list is complete. Raises ArchiveUnusable, ArchiveBusy."""
         keys = {
-            "StudyInstanceUID": wanted.study,
-            "PatientID": wanted.patient,
-            "StudyDate": wanted.days,
+            "StudyInstanceUID": query.study,
+            "PatientID": query.patient,
+            "StudyDate": query.days,
             "NumberOfStudyRelatedInstances": "",
         }
-        # only a span of days needs the filter; elsewhere the few answers are checked, and servers differ in it
-        modalities = wanted.modalities if not (wanted.study or wanted.patient) else ("",)
-        found: dict[str, Study] = {}
-        whole = True
+        # only a span of days needs the filter by modality; servers differ in it, and other queries have few answers
+        modalities = query.modalities if not (query.study or query.patient) else ("",)
+        studies: dict[str, Study] = {}
+        complete = True
         with associated(self.peer, [build_context(FIND)]) as (association, _):
             for modality in modalities:
-                asked = keys | {"ModalitiesInStudy": modality}
-                one, all_of_it = _find(association, "STUDY", asked, lambda say: archive.study(say, wanted))
-                found |= {study.uid: study for study in one}
-                whole = whole and all_of_it
-                if not association.is_established:  # an answer without end
+                filters = keys | {"ModalitiesInStudy": modality}
+                matches, is_last = _find(
+                    association, "STUDY", filters, lambda attributes: archive.study(attributes, query)
+                )
+                studies |= {study.uid: study for study in matches}
+                complete = complete and is_last
+                if not association.is_established:  # aborted by _find after too many answers
                     break
-        return list(found.values()), whole
+        return list(studies.values()), complete
 
     @contextmanager
     def session(self) -> Iterator["Session"]:
-        """An association on which one study is looked through and fetched. Raises Unreachable, Busy."""
+        """Open an association to list and fetch the images of one study. Raises ArchiveUnusable, ArchiveBusy."""
         contexts, roles = [build_context(FIND), build_context(self._model)], []
         if self.how == "get":
-            # one context for each syntax: the archive sends an image as it has it, and chooses nothing for us
+            # one context for each syntax, so that the archive sends an image as it is stored
             contexts += [build_context(uid, syntax) for uid in SOP_CLASSES for syntax in SYNTAXES]
             roles = [build_role(uid, scp_role=True) for uid in SOP_CLASSES]
         receiver = Session(self)
         handlers = [(evt.EVT_C_STORE, receiver.store)]
-        with associated(self.peer, contexts, roles, handlers) as (receiver.association, receiver.bounds):
+        with associated(self.peer, contexts, roles, handlers) as (receiver.association, receiver.limit):
             yield receiver
 
     @property
@@ -94,115 +98,128 @@ class Pacs:
 
 
 class Session:
-    """One association, one study: what images it has, and fetching them one by one."""
+    """One association for one study: lists its images and fetches them one by one."""
 
     association: Association
-    bounds: Bounds
+    limit: ReceiveLimit
 
     def __init__(self, pacs: Pacs):
         self._pacs = pacs
-        self._asked: Image | None = None
-        self._kept = self._ended = False
-        self._refused = ""
-        self._disk: OSError | None = None
+        self._requested: Image | None = None
+        self._stored = self._ended = False
+        self._refusal = ""
+        self._disk_error: OSError | None = None
 
-    def images(self, study_uid: str, wanted: Wanted) -> list[Image]:
-        """The images of a study that may be chest images. Raises Unreachable, Busy."""
-        found: dict[str, Image] = {}
+    def images(self, study_uid: str, query: Query) -> list[Image]:
+        """Return the images of a study that may be chest images. Raises ArchiveUnusable, ArchiveBusy."""
+        images: dict[str, Image] = {}
         keys = {"StudyInstanceUID": study_uid, "SeriesInstanceUID": "", "Modality": "", "BodyPartExamined": ""}
-        for uid in self._all("SERIES", keys, lambda say: archive.series(say, study_uid, wanted)):
+        for uid in self._all("SERIES", keys, lambda attributes: archive.series(attributes, study_uid, query)):
             keys = {"StudyInstanceUID": study_uid, "SeriesInstanceUID": uid, "SOPInstanceUID": "", "SOPClassUID": ""}
-            for image in self._all("IMAGE", keys, lambda say, uid=uid: archive.image(say, study_uid, uid)):
-                found[image.sop_uid] = image
-        return list(found.values())
+            for image in self._all(
+                "IMAGE", keys, lambda attributes, uid=uid: archive.image(attributes, study_uid, uid)
+            ):
+                images[image.sop_uid] = image
+        return list(images.values())
 
     def fetch(self, image: Image) -> None:
-        """The image is in the inbox (get), or was sent to our AE title (move). Raises Missing, Busy, Unreachable, OSError."""
+        """Fetch an image into the inbox (get), or have it sent to our AE title (move).
+
+        Raises ImageMissing, ArchiveBusy, ArchiveUnusable, OSError.
+        """
         if self._ended or not self.association.is_established:
-            raise Busy(f"{self._pacs.peer} ended the association")
+            raise ArchiveBusy(f"{self._pacs.peer} ended the association")
         keys = Dataset()
         keys.QueryRetrieveLevel = "IMAGE"
         keys.StudyInstanceUID, keys.SeriesInstanceUID = image.study_uid, image.series_uid
         keys.SOPInstanceUID = image.sop_uid
-        self._asked, self._kept, self._refused, self._disk = image, False, "", None
+        self._requested, self._stored, self._refusal, self._disk_error = image, False, "", None
         if self._pacs.how == "get":
             answers = self.association.send_c_get(keys, GET)
         else:
             answers = self.association.send_c_move(keys, self._pacs.peer.calling, MOVE)
-        last = [status for status, _ in answers][-1]  # those before it are pending
-        self._ended = last.get("Status") is None  # the library notices only later, and would wait for an answer in vain
-        if self._disk:
-            raise self._disk
-        if self._kept:
+        last = [status for status, _ in answers][-1]  # all others are pending
+        self._ended = last.get("Status") is None  # the library detects this only later
+        if self._disk_error:
+            raise self._disk_error
+        if self._stored:
             return
-        self._judge(last)
+        self._raise_failure(last)
 
-    def _judge(self, last: Dataset) -> None:
-        """Raise what the last answer means for an image that we did not get; return when C-MOVE says that it went out."""
+    def _raise_failure(self, last: Dataset) -> None:
+        """Raise the exception for an image that was not received; return when C-MOVE reports that it was sent."""
         peer, status = self._pacs.peer, last.get("Status")
-        if self.bounds.too_long:
-            raise Missing(f"larger than {MAX_IMAGE >> 20} MiB")
-        if self._refused:
-            raise Missing(self._refused)
+        if self.limit.too_long:
+            raise ImageMissing(f"larger than {MAX_IMAGE >> 20} MiB")
+        if self._refusal:
+            raise ImageMissing(self._refusal)
         if status is None:
-            raise Busy(f"{peer} hung up, or said nothing for {SILENCE} s, while it sent an image")
+            raise ArchiveBusy(
+                f"{peer} closed the connection, or sent nothing for {SILENCE} s, during the transfer of an image"
+            )
         if status in OUT_OF:
-            raise Busy(f"{peer} is out of resources (status {status:04X})")
+            raise ArchiveBusy(f"{peer} is out of resources (status {status:04X})")
         if status == UNKNOWN_DESTINATION:
-            us = peer.calling
-            raise Unreachable(
-                f"{peer} does not know where {us} is (status A801): enter {us}, our address and port there"
+            our_aet = peer.calling
+            raise ArchiveUnusable(
+                f"{peer} does not know the move destination {our_aet} (status A801): "
+                f"add {our_aet} there, with our address and port"
             )
         if status != SUCCESS or last.get("NumberOfFailedSuboperations"):
-            where = f" to {peer.calling}: it may not know where that is" if self._pacs.how == "move" else ""
-            raise Missing(f"the archive could not send it{where} (status {status:04X})")
+            where = f" to {peer.calling}: it may not know this move destination" if self._pacs.how == "move" else ""
+            raise ImageMissing(f"the archive could not send it{where} (status {status:04X})")
         if self._pacs.how == "get" or last.get("NumberOfCompletedSuboperations") == 0:
-            raise Missing("the archive lists it, but does not send it")
+            raise ImageMissing("the archive lists it, but does not send it")
 
     def store(self, event: Event) -> int:
-        """An image on its way by C-GET: judged as what the node receives, and Success only once it is durable."""
+        """Store an image received by C-GET; checked as the node checks it, and Success only once it is durable."""
         request = cast(C_STORE, event.request)
         sop_class, sop_uid = (
             str(uid or "").strip("\0 ") for uid in (request.AffectedSOPClassUID, request.AffectedSOPInstanceUID)
         )
-        if self._asked is None or sop_uid != self._asked.sop_uid:
-            self._refused = "the archive sent another image than the one asked for"
+        if self._requested is None or sop_uid != self._requested.sop_uid:
+            self._refusal = "the archive sent another image than the requested one"
             return MISMATCH
         syntax, received = str(event.context.transfer_syntax), request.DataSet or io.BytesIO()
         received.seek(0)
-        status, why = answer(received, syntax, sop_class, sop_uid)
+        status, why = store_status(received, syntax, sop_class, sop_uid)
         if status != SUCCESS:
-            self._refused = f"what the archive sends is refused ({status:04X}): {why}"
+            self._refusal = f"the archive's image is refused ({status:04X}): {why}"
             return status
         try:
             self._pacs.inbox.put_parts([file_meta(sop_class, sop_uid, syntax), cast(io.BytesIO, received).getbuffer()])
         except OSError as error:
-            self._disk = error
+            self._disk_error = error
             return OUT_OF_RESOURCES
-        self._kept = True
+        self._stored = True
         return SUCCESS
 
-    def _all(self, level: str, keys: dict[str, str], make: Callable[[archive.Say], T | None]) -> list[T]:
-        found, whole = _find(self.association, level, keys, make)
-        if not whole:
-            raise Unreachable(f"{self._pacs.peer} has more than {len(found)} answers at {level} level for one study")
-        return found
+    def _all(self, level: str, keys: dict[str, str], make: Callable[[archive.Attributes], T | None]) -> list[T]:
+        matches, complete = _find(self.association, level, keys, make)
+        if not complete:
+            raise ArchiveUnusable(
+                f"{self._pacs.peer} has more than {len(matches)} answers at {level} level for one study"
+            )
+        return matches
 
 
 def _find(
-    association: Association, level: str, keys: dict[str, str], make: Callable[[archive.Say], T | None]
+    association: Association, level: str, keys: dict[str, str], make: Callable[[archive.Attributes], T | None]
 ) -> tuple[list[T], bool]:
-    """What `make` makes of each answer, Nones left out, and whether these are all. Raises Unreachable, Busy."""
+    """Return what `make` makes of each answer, without Nones, and whether the list is complete.
+
+    Raises ArchiveUnusable, ArchiveBusy.
+    """
     if not association.is_established:
-        raise Busy("the archive ended the association")
-    asked = Dataset()
-    asked.SpecificCharacterSet = "ISO_IR 192"
-    asked.QueryRetrieveLevel = level
+        raise ArchiveBusy("the archive ended the association")
+    request = Dataset()
+    request.SpecificCharacterSet = "ISO_IR 192"
+    request.QueryRetrieveLevel = level
     for keyword, value in keys.items():
-        setattr(asked, keyword, value)
-    found: list[T] = []
+        setattr(request, keyword, value)
+    matches: list[T] = []
     count, status = 0, None
-    for status, identifier in association.send_c_find(asked, FIND):
+    for status, identifier in association.send_c_find(request, FIND):
         code = status.get("Status")
         if code not in PENDING:
             break
@@ -211,15 +228,15 @@ def _find(
         count += 1
         if count > MAX_MATCHES:
             association.abort()
-            return found, False
+            return matches, False
         made = make(lambda keyword, answer=identifier: header.text(answer, keyword))
         if made is not None:
-            found.append(made)
+            matches.append(made)
     code = status.get("Status") if status else None
     if code is None:
-        raise Busy(f"the archive hung up, or said nothing for {SILENCE} s, while it answered C-FIND")
+        raise ArchiveBusy(f"the archive closed the connection, or sent nothing for {SILENCE} s, during C-FIND")
     if code in OUT_OF:
-        raise Busy(f"the archive is out of resources for C-FIND (status {code:04X})")
+        raise ArchiveBusy(f"the archive is out of resources for C-FIND (status {code:04X})")
     if code not in (SUCCESS, CANCELLED):
-        raise Unreachable(f"the archive can't answer C-FIND at {level} level (status {code:04X})")
-    return found, code == SUCCESS
+        raise ArchiveUnusable(f"the archive cannot answer C-FIND at {level} level (status {code:04X})")
+    return matches, code == SUCCESS

@@ -1,6 +1,6 @@
-"""Keeps the library's own reading thread away from an association that we opened, while we ask.
+"""Stops pynetdicom's reactor thread of an association that we opened, so that it cannot take our answers.
 
-Paused by the library's own means it may already be past its checkpoint, and then takes an answer for itself.
+The library's own pause does not suffice: its thread may already be past the checkpoint, and then takes one answer.
 """
 
 import threading
@@ -9,27 +9,27 @@ from typing import Any, cast
 from pynetdicom.association import Association
 
 
-class Rest:
-    """In place of the library's reactor checkpoint: its thread stays here until the rest is over."""
+class ReactorPause:
+    """Replaces the reactor checkpoint of the library; the reactor thread waits here until `over` is set."""
 
     def __init__(self) -> None:
         self.arrived, self.over = threading.Event(), threading.Event()
 
     def wait(self) -> None:
-        """Called by the reactor, each time round."""
+        """Wait until the pause is over; the reactor calls this in every loop."""
         self.arrived.set()
         self.over.wait()
 
     def set(self) -> None:
-        """Nothing: only the end of the association ends the rest."""
+        """Do nothing: only the end of the association ends the pause."""
 
     clear = set
 
 
-def resting(association: Association) -> Rest:
-    """The rest of an established association's thread, begun; whoever asks must end it with `over.set()`."""
-    rest = Rest()
-    association._reactor_checkpoint = cast(Any, rest)
-    while association.is_alive() and not rest.arrived.wait(0.1):
+def pause_reactor(association: Association) -> ReactorPause:
+    """Pause the reactor thread of an established association. The caller must end the pause with `over.set()`."""
+    pause = ReactorPause()
+    association._reactor_checkpoint = cast(Any, pause)
+    while association.is_alive() and not pause.arrived.wait(0.1):
         pass
-    return rest
+    return pause

@@ -1,6 +1,6 @@
-"""The facts of one radiograph, and what examining a file came to.
+"""The facts of one radiograph, the result of examining a file, and the UIDs of the SOP classes in use.
 
-Plain values only: no DICOM library, no file, no database.
+Plain values only. Must not import a DICOM library.
 """
 
 from dataclasses import dataclass
@@ -8,16 +8,19 @@ from typing import Literal
 
 import numpy as np
 
-# Every SOP Instance UID that we give to a result (SR, heatmap) begins so; such objects never come in again.
+# The SOP Instance UID of every result (SR, heatmap) begins with this root; admission rejects such objects.
 RESULT_UID_ROOT = "1.2.826.0.1.3680043.8.498.7427."
 RESULT_DEVICE = "cxrloop"  # ManufacturerModelName of our results
-HEARTBEAT_ID = "CXRLOOP-HEARTBEAT"  # PatientID of the test image that walks the whole line and never trains
+HEARTBEAT_ID = "CXRLOOP-HEARTBEAT"  # PatientID of the test image that checks the whole path and is never trained on
 
+VERIFICATION = "1.2.840.10008.1.1"
+STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"
+COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1.1"  # PS3.4 J.3.5: the well-known instance
 COMPUTED_RADIOGRAPHY = "1.2.840.10008.5.1.4.1.1.1"
 DIGITAL_XRAY_PRESENTATION = "1.2.840.10008.5.1.4.1.1.1.1"
 DIGITAL_XRAY_PROCESSING = "1.2.840.10008.5.1.4.1.1.1.1.1"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-COMPREHENSIVE_SR = "1.2.840.10008.5.1.4.1.1.88.33"  # sent, never taken in
+COMPREHENSIVE_SR = "1.2.840.10008.5.1.4.1.1.88.33"  # sent, never received
 SOP_CLASSES = (COMPUTED_RADIOGRAPHY, DIGITAL_XRAY_PRESENTATION, DIGITAL_XRAY_PROCESSING, SECONDARY_CAPTURE)
 
 Outcome = Literal["admitted", "rejected", "quarantined"]
@@ -25,15 +28,15 @@ Outcome = Literal["admitted", "rejected", "quarantined"]
 
 @dataclass(frozen=True)
 class Image:
-    """Frozen facts of one admitted image; `patient_key` is a pseudonym, no other identity is kept."""
+    """Facts of one admitted image; `patient_key` is a pseudonym, no other identity is kept."""
 
     sop_uid: str
     sop_class: str
     study_uid: str
     patient_key: str
-    identified: bool  # False: the pseudonym stands for the study only, so the image is never golden
+    identified: bool  # False: the pseudonym stands for the study only, so the image never enters the golden set
     view: str  # "PA" | "AP"
-    acquired_at: str | None  # ISO 8601, the scanner's wall clock; with an offset only where the header has one
+    acquired_at: str | None  # ISO 8601, local time of the device; with an offset only where the header has one
     modality: str
     transfer_syntax: str
     rows: int
@@ -49,7 +52,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Examined:
-    """What became of one file; `reason` names tag and value, and never a person."""
+    """The result of examining one file; `reason` names tag and value, and never a person."""
 
     outcome: Outcome
     reason: str | None

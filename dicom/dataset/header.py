@@ -1,6 +1,6 @@
-"""Plain values out of a header that may be hostile: text, numbers, ages, dates, codes.
+"""Plain values of a header that may be hostile: text, numbers, ages, dates, codes.
 
-Reads raw bytes itself, so that no value is ever printed in a library's warning; judges nothing.
+Reads raw bytes itself, so that no library prints a value in a warning. Makes no decision about the image.
 """
 
 import math
@@ -15,7 +15,7 @@ from pydicom.tag import Tag
 
 
 def text(ds: Dataset, keyword: str) -> str:
-    """The value as stripped text, "" when absent or empty; several values joined by a backslash."""
+    """Return the value as stripped text, "" when absent or empty; several values are joined by a backslash."""
     element = ds.get_item(Tag(keyword_dict[keyword]))
     if element is None or element.value is None:
         return ""
@@ -34,58 +34,66 @@ def _decoded(ds: Dataset, value: bytes) -> str:
 
 
 def values(ds: Dataset, keyword: str) -> tuple[str, ...]:
-    found = text(ds, keyword)
-    return tuple(found.split("\\")) if found else ()
+    """Return all values as stripped text, () when the element is absent or empty."""
+    joined = text(ds, keyword)
+    return tuple(joined.split("\\")) if joined else ()
 
 
 def number(ds: Dataset, keyword: str) -> float | None:
-    """First value of a decimal or integer string; None when absent. Raises ValueError on text or a non-finite."""
-    found = values(ds, keyword)
-    if not found or not found[0]:
+    """Return the first value of a decimal or integer string, None when absent. Raises ValueError for text, inf, nan."""
+    numbers = values(ds, keyword)
+    if not numbers or not numbers[0]:
         return None
-    value = float(found[0])
+    value = float(numbers[0])
     if not math.isfinite(value):
         raise ValueError(f"{keyword} is not finite")
     return value
 
 
 def shorts(ds: Dataset, keyword: str) -> tuple[int, ...]:
-    """US or SS values as unsigned 16-bit numbers (callers that need the sign know the representation)."""
+    """Return US or SS values as unsigned 16-bit numbers; the caller applies the sign."""
     element = ds.get_item(Tag(keyword_dict[keyword]))
     if element is None or element.value is None or element.value in (b"", ""):
         return ()
     if isinstance(element.value, bytes):
         order = "<" if getattr(element, "is_little_endian", True) else ">"
         return struct.unpack(f"{order}{len(element.value) // 2}H", element.value[: len(element.value) // 2 * 2])
-    found = element.value if isinstance(element.value, (MultiValue, list, tuple)) else [element.value]
-    return tuple(int(value) & 0xFFFF for value in found)
+    decoded = element.value if isinstance(element.value, (MultiValue, list, tuple)) else [element.value]
+    return tuple(int(value) & 0xFFFF for value in decoded)
 
 
 def short(ds: Dataset, keyword: str) -> int | None:
+    """Return the first US or SS value as an unsigned 16-bit number, None when absent."""
     return (shorts(ds, keyword) or (None,))[0]
 
 
 def codes(ds: Dataset, keyword: str) -> tuple[str, ...]:
-    """The code values of a code sequence."""
+    """Return the code values of a code sequence."""
     if Tag(keyword_dict[keyword]) not in ds:
         return ()
     return tuple(code for code in (text(item, "CodeValue") for item in ds[keyword_dict[keyword]].value) if code)
 
 
 def day(ds: Dataset, keyword: str) -> date | None:
-    found = re.fullmatch(r"(\d{4})\.?(\d\d)\.?(\d\d)", text(ds, keyword)[:10])
+    """Return the date of a DA or DT element, None when it is absent or not a date."""
+    return parse_day(text(ds, keyword)[:10])
+
+
+def parse_day(stamp: str) -> date | None:
+    """Return the date of a DA value (YYYYMMDD, or the older YYYY.MM.DD), None when it is not a date."""
+    match = re.fullmatch(r"(\d{4})\.?(\d\d)\.?(\d\d)", stamp)
     try:
-        return date(*map(int, found.groups())) if found else None
+        return date(*map(int, match.groups())) if match else None
     except ValueError:
         return None
 
 
 def age_years(ds: Dataset) -> float | None:
-    """PatientAge (nnnD/W/M/Y, or bare years), else birth date to study date, else None."""
-    found = re.fullmatch(r"(\d{1,3})([DWMY]?)", text(ds, "PatientAge").upper())
-    # 000Y is what consoles write when they don't know; a newborn is given in days or weeks
-    if found and not (int(found[1]) == 0 and found[2] in ("Y", "")):
-        return int(found[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1, "": 1}[found[2]]
+    """Return PatientAge in years (nnnD/W/M/Y, or bare years), else study date minus birth date, else None."""
+    match = re.fullmatch(r"(\d{1,3})([DWMY]?)", text(ds, "PatientAge").upper())
+    # consoles write 000Y for an unknown age; the age of a newborn is in days or weeks
+    if match and not (int(match[1]) == 0 and match[2] in ("Y", "")):
+        return int(match[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1, "": 1}[match[2]]
     born, taken = day(ds, "PatientBirthDate"), day(ds, "StudyDate") or day(ds, "AcquisitionDate")
     if born is None or taken is None or not 0 <= (taken - born).days < 130 * 366:
         return None
@@ -93,7 +101,10 @@ def age_years(ds: Dataset) -> float | None:
 
 
 def acquired_at(ds: Dataset) -> str | None:
-    """ISO 8601 of the first date among acquisition, content and study; a wall clock unless the header has an offset."""
+    """Return, as ISO 8601, the first valid time of acquisition, content or study; None without any.
+
+    The time is local to the device; it has an offset from UTC only where the header has one.
+    """
     pairs = [
         ("AcquisitionDateTime", ""),
         ("AcquisitionDate", "AcquisitionTime"),
@@ -111,10 +122,10 @@ def acquired_at(ds: Dataset) -> str | None:
 
 
 def _iso(stamp: str, offset: str) -> str | None:
-    found = re.match(r"(\d{4})(\d\d)(\d\d)(?:(\d\d)(\d\d)?(\d\d)?)?(?:\.\d*)?([+-]\d{4})?", stamp)
-    if not found:
+    match = re.match(r"(\d{4})(\d\d)(\d\d)(?:(\d\d)(\d\d)?(\d\d)?)?(?:\.\d*)?([+-]\d{4})?", stamp)
+    if not match:
         return None
-    year, month, day_of_month, hour, minute, second, own_offset = found.groups()
+    year, month, day_of_month, hour, minute, second, own_offset = match.groups()
     try:
         date(int(year), int(month), int(day_of_month))
     except ValueError:

@@ -1,6 +1,6 @@
-"""The envelope of a DICOM file: preamble, file meta, where the data set begins, its hash and its elements.
+"""The envelope of a DICOM file (PS3.10): preamble, file meta, start of the data set, its hash and its header.
 
-Reads strictly and cheaply, inflates within a bound, never touches pixel values and knows nothing of admission.
+Inflates up to a limit and decodes no pixels. Must not import admission rules.
 """
 
 import hashlib
@@ -13,11 +13,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from pydicom.dataset import Dataset
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
 from pydicom.uid import UID
 
-from dicom.dataset.elements import LONG_VRS, UNDEFINED, Unreadable, walk
+from dicom.dataset.elements import LONG_VRS, PIXEL_DATA, UNDEFINED, walk
+from dicom.errors import Unreadable
 
 IMPLICIT_LE = "1.2.840.10008.1.2"
 EXPLICIT_LE = "1.2.840.10008.1.2.1"
@@ -27,13 +29,13 @@ NATIVE = (EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED_LE)
 
 IMPLEMENTATION_UID = "1.2.826.0.1.3680043.8.498.7427.1"
 IMPLEMENTATION_NAME = "CXRLOOP_1"
-MAX_INFLATED = 256 << 20  # bytes; the largest detector is 50 MB an image, a bomb has no business above this
-HEAD = 32 << 20  # bytes of an inflated data set that hold its header, overlays and icons included
+MAX_INFLATED = 256 << 20  # bytes; an image of the largest detector has 50 MB, so more than this is an attack
+HEAD = 32 << 20  # bytes of an inflated data set that contain its header, overlays and icons included
 ITEM = b"\xfe\xff\x00\xe0"  # (FFFE,E000), always little endian: no compressed syntax is big
-# who and what: (0008,0005), SOP class and instance, PatientID and its issuer, StudyInstanceUID
+# SpecificCharacterSet, SOP class and instance, PatientID and its issuer, StudyInstanceUID
 IDENTITY = frozenset((0x00080005, 0x00080016, 0x00080018, 0x00100020, 0x00100021, 0x0020000D))
 
-# What a reader of hostile bytes may raise; anything else is a fault of ours and should be seen.
+# What pydicom and numpy may raise for hostile bytes; any other exception is our own bug and must stay visible.
 HOSTILE = (
     ValueError,
     TypeError,
@@ -54,34 +56,44 @@ _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 
 @dataclass(frozen=True)
 class Envelope:
+    """What the file meta contains."""
+
     transfer_syntax: str
     offset: int  # bytes before the data set
-    sop_uid: str = ""  # MediaStorageSOPInstanceUID (0002,0003), as the file claims
+    sop_uid: str = ""  # MediaStorageSOPInstanceUID (0002,0003); not checked against the data set
 
 
 @dataclass(frozen=True)
 class Header:
-    """The elements before the pixels, and the pixels' length as the file declares it (None: no pixels)."""
+    """The elements before the pixels, and the declared length of the pixels (None: no pixels)."""
 
     dataset: Dataset
     pixel_length: int | None  # UNDEFINED: encapsulated
     pixel_vr: str
-    stream: BinaryIO  # where the pixels are: the file itself, or the inflated data set
+    stream: BinaryIO  # contains the pixels: the file itself, or the inflated data set
     pixel_offset: int  # of the first byte of the pixel value in `stream`
 
     def pixel_bytes(self) -> bytes:
-        """The pixel value as it stands; encapsulated: its items, with the delimiter."""
+        """Return the encoded pixel value; for encapsulated pixels its items and the delimiter."""
         self.stream.seek(self.pixel_offset)
         return self.stream.read(-1 if self.pixel_length == UNDEFINED else self.pixel_length or 0)
 
+    def with_pixels(self, syntax: str) -> Dataset:
+        """Add transfer syntax and encoded pixels to `dataset`, and return it; `dicom.pixels` can decode it then."""
+        ds = self.dataset
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = UID(syntax)
+        ds[PIXEL_DATA] = DataElement(PIXEL_DATA, self.pixel_vr, self.pixel_bytes(), already_converted=True)
+        return ds
+
 
 def is_uid(text: str | None) -> bool:
-    """True for 1 to 64 characters of digits and dots. Leading zeros pass: they are common and harmless."""
+    """Return whether `text` is a UID: digits and dots, at most 64. Leading zeros pass: they are common and harmless."""
     return text is not None and len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
 def open_envelope(stream: BinaryIO) -> Envelope:
-    """Read preamble and file meta; leaves the stream at the data set. Raises Unreadable."""
+    """Read preamble and file meta; leave the stream at the data set. Raises Unreadable."""
     head = stream.read(132)
     if not head:
         raise Unreadable("empty file")
@@ -117,7 +129,7 @@ def _exactly(stream: BinaryIO, length: int) -> bytes:
 
 
 def content_sha256(path: Path) -> str:
-    """Hex sha256 of transfer syntax UID + data set bytes; of the whole file where it has no readable envelope."""
+    """Return the hex sha256 of transfer syntax UID + data set; of the whole file if its envelope is unreadable."""
     with path.open("rb") as stream:
         try:
             envelope = open_envelope(stream)
@@ -131,9 +143,9 @@ def content_sha256(path: Path) -> str:
 
 
 def inflate(stream: BinaryIO, limit: int = MAX_INFLATED, keep: int = MAX_INFLATED) -> tuple[bytes, int]:
-    """The first `keep` bytes of an inflated data set (raw deflate, PS3.5 A.5) and its whole length.
+    """Return the first `keep` bytes of an inflated data set (raw deflate, PS3.5 A.5) and its full length in bytes.
 
-    Raises Unreadable beyond `limit` bytes or when cut short. Never holds much more than `keep`.
+    Raises Unreadable beyond `limit` bytes or when cut short. Uses little more memory than `keep`.
     """
     engine, kept, total = zlib.decompressobj(-zlib.MAX_WBITS), [], 0
     try:
@@ -152,12 +164,11 @@ def inflate(stream: BinaryIO, limit: int = MAX_INFLATED, keep: int = MAX_INFLATE
 
 
 def read_header(stream: BinaryIO, syntax: str, pixels: bool = True) -> Header:
-    """Elements up to the pixels of the data set that begins at the stream's position. Raises Unreadable.
+    """Return the header of the data set that begins at the stream's position. Raises Unreadable.
 
-    Checks that the first element looks like its syntax, that no value is cut short, and that the declared
-    pixel length fits what follows. Costs about a millisecond; reads no pixels (a deflated set is inflated, within
-    bounds). With `pixels` False only the elements of IDENTITY are kept, whatever the size of the others, and
-    `pixel_bytes` of the result is of no use.
+    Checks that the first element is encoded as `syntax` requires, that no value is cut short, and that the stream
+    contains the declared pixel length. Takes about a millisecond; reads no pixels, but inflates a deflated data set.
+    With `pixels` False the result contains only the elements of IDENTITY, and its `pixel_bytes` must not be used.
     """
     uid, size = UID(syntax), _size(stream)
     if syntax == DEFLATED_LE:
@@ -174,28 +185,28 @@ def read_header(stream: BinaryIO, syntax: str, pixels: bool = True) -> Header:
     group = struct.unpack("<H" if little else ">H", first[:2])[0]
     looks_explicit = first[4:6].isalpha() and first[4:6].isupper()
     if looks_explicit == implicit or not 0x0004 <= group <= 0x7FE0:
-        raise Unreadable("data set does not begin as its transfer syntax says")
-    found = walk(stream, implicit, little, size, IDENTITY)
+        raise Unreadable("data set is not encoded as its transfer syntax says")
+    layout = walk(stream, implicit, little, size, IDENTITY)
     if not pixels:
-        return Header(Dataset(found.kept), found.pixel_length, found.pixel_vr, stream, found.pixel_offset)
+        return Header(Dataset(layout.kept), layout.pixel_length, layout.pixel_vr, stream, layout.pixel_offset)
     stream.seek(start)
     try:
         ds = read_dataset(stream, implicit, little, stop_when=lambda tag, vr, length: tag >= 0x7FE00000)
     except HOSTILE as error:
         raise Unreadable(f"data set not readable: {type(error).__name__}") from error
-    return Header(ds, found.pixel_length, found.pixel_vr, stream, found.pixel_offset)
+    return Header(ds, layout.pixel_length, layout.pixel_vr, stream, layout.pixel_offset)
 
 
 def items(encapsulated: bytes) -> list[bytes]:
-    """The items of an encapsulated pixel value, the offset table first; a missing delimiter is no error here."""
-    found, at = [], 0
+    """Return the items of an encapsulated pixel value, the offset table first; tolerates a missing delimiter."""
+    values, at = [], 0
     while at + 8 <= len(encapsulated):
         tag, length = struct.unpack_from("<4sL", encapsulated, at)
         if tag != ITEM:
             break
-        found.append(encapsulated[at + 8 : at + 8 + length])
+        values.append(encapsulated[at + 8 : at + 8 + length])
         at += 8 + length
-    return found
+    return values
 
 
 def _size(stream: BinaryIO) -> int:
@@ -206,7 +217,7 @@ def _size(stream: BinaryIO) -> int:
 
 
 def file_meta(sop_class: str, sop_uid: str, syntax: str) -> bytes:
-    """Preamble, prefix and file meta (PS3.10 7.1) for a data set that came without one."""
+    """Return preamble, prefix and file meta (PS3.10 7.1) for a data set that was received without them."""
 
     def ui(element: int, value: str) -> bytes:
         padded = value.encode("ascii") + b"\0" * (len(value) % 2)
@@ -220,6 +231,6 @@ def file_meta(sop_class: str, sop_uid: str, syntax: str) -> bytes:
 
 
 def shown(value: object) -> str:
-    """A header value fit for a log line: printable ASCII, 40 characters at most, "empty" when there is none."""
+    """Return a header value for a log line: printable ASCII, at most 40 characters, "empty" when there is none."""
     text = re.sub(r"[^ -~]", "?", str(value)).strip()
     return (text[:40] + "...") if len(text) > 40 else text or "empty"

@@ -1,1 +1,1 @@
-"""Judging one file: admission rules and examination in a bounded worker process."""
+"""Examine one file: admission rules, decoding and plate, in a worker process with limits."""

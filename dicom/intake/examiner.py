@@ -1,6 +1,6 @@
-"""Examine files in processes of their own, with a limit on time and memory; what breaks a limit is quarantined.
+"""Examine files in separate processes with limits on time and memory; a file that exceeds a limit is quarantined.
 
-Starts and replaces the processes; what is right or wrong with an image is dicom.intake.examine's to say.
+Starts and replaces the processes; dicom.intake.examine decides about the images.
 """
 
 import multiprocessing
@@ -20,17 +20,17 @@ from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 from dicom.dataset.facts import Examined
 from dicom.intake.examine import Admission, examine, unexamined
 
-UNREAD = "0" * 64  # in place of the hash of a file that could not even be read
-# The kernel's memory killer, or a person: perhaps not this image's fault, so it gets a second try
-GRACE_S = 30  # for starting a worker, on top of the images' own limits
+UNREAD = "0" * 64  # in place of the hash of a file that could not be read
+GRACE_S = 30  # seconds to start a worker, added to the time limits of the images
+# Exit codes after a kill by the kernel (out of memory) or a person: perhaps not caused by this image, so retry once
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
-# A worker killed while it fetches an image keeps its pipe locked for ever; the next one finds out after twice this
-# time, and the pool is made anew. Pebble's 60 s would hold up all images for two minutes. Set in the workers too.
+# A worker that is killed while it reads an image from its pipe leaves the pipe locked. The next worker fails after
+# twice this many seconds, and a new pool starts. Pebble's 60 s would delay all images by two minutes.
 CONSTS.channel_lock_timeout = 3
 
 
 class Examiner:
-    """A pool of `workers` processes that examine images; each has `timeout_s` an image and `memory_bytes` of its own."""
+    """A pool of `workers` processes; each may use `timeout_s` seconds for an image and `memory_bytes` of memory."""
 
     def __init__(
         self, key: bytes, rules: Admission, workers: int = 1, timeout_s: float = 60, memory_bytes: int = 3 << 30
@@ -46,16 +46,16 @@ class Examiner:
         self.close()
 
     def close(self) -> None:
-        """End the processes; an image under examination is dropped, and waits in the inbox for the next start."""
+        """Stop the processes. An image in progress stays in the inbox until the next start."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
             self._pool = None
 
     def examine(self, paths: Iterable[Path]) -> Iterator[tuple[Path, Examined]]:
-        """Each path with its result, in order, as soon as it is there; a file that vanished is left out.
+        """Yield each path with its result, in order and without waiting for later ones; skips a file that was removed.
 
-        Reads ahead by two images a worker, no more. Raises BrokenProcessPool when workers can't be started.
+        Takes at most two paths per worker in advance. Raises BrokenProcessPool when workers cannot be started.
         """
         running: deque[tuple[Path, ProcessFuture[Examined]]] = deque()
         paths = iter(paths)
@@ -67,7 +67,7 @@ class Examiner:
             path, future = running.popleft()
             try:
                 result = self._result(path, future)
-            except BrokenProcessPool:  # as in _schedule, but while we waited; a new pool, once
+            except BrokenProcessPool:  # a worker was killed meanwhile: start one new pool
                 self.close()
                 running = deque((late, self._schedule(late)) for late, _ in running)
                 result = self._result(path, self._schedule(path))
@@ -86,22 +86,22 @@ class Examiner:
             )
         return self._pool.schedule(examine, args=(path, self._key, self._rules), timeout=self._timeout_s)
 
-    def _result(self, path: Path, future: "ProcessFuture[Examined]", again: bool = True) -> Examined | None:
-        try:  # this image and the one read ahead of it may each take their time; a future that outlasts both is lost
+    def _result(self, path: Path, future: "ProcessFuture[Examined]", retry: bool = True) -> Examined | None:
+        try:  # this image and the one before it may each use the full time; after that the result is lost
             error = future.exception(2 * self._timeout_s + GRACE_S)
         except TimeoutError:
-            raise BrokenProcessPool("a worker died between taking an image and saying so") from None
+            raise BrokenProcessPool("a worker died after it took an image and before it reported that") from None
         if error is None:
             return future.result()
         if isinstance(error, BrokenProcessPool):
             raise error
         if isinstance(error, FileNotFoundError):
             return None
-        if isinstance(error, ProcessExpired) and error.exitcode in FROM_OUTSIDE and again:
-            return self._result(path, self._schedule(path), again=False)
+        if isinstance(error, ProcessExpired) and error.exitcode in FROM_OUTSIDE and retry:
+            return self._result(path, self._schedule(path), retry=False)
         try:
             return unexamined(path, self._key, self._reason(error))
-        except OSError:  # not readable for us either
+        except OSError:  # this process cannot read it either
             return Examined("quarantined", self._reason(error), UNREAD)
 
     def _reason(self, error: BaseException) -> str:
@@ -115,11 +115,11 @@ class Examiner:
 
 
 def _confine(memory_bytes: int) -> None:
-    """Run first in every worker: memory limit above what is loaded now, no core dumps, silence, die with the parent."""
+    """Set up a worker: memory limit above the present use, no core dumps, no warnings, exit with the parent."""
     loaded = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (loaded + memory_bytes, loaded + memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold a patient's image
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a decoder deep in C would not get to a handler in Python
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would contain a patient's image
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler in Python would not run while a decoder is in C code
     warnings.simplefilter("ignore")  # pydicom's warnings print element values
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

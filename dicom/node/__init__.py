@@ -1,1 +1,4 @@
-"""The DICOM node: associations, C-STORE, C-ECHO, storage commitment, TLS. Must not import dicom.outgoing."""
+"""The DICOM node: associations, C-STORE, C-ECHO, storage commitment, TLS.
+
+Must import only dicom.dataset, dicom.store and dicom.errors.
+"""

@@ -1,16 +1,14 @@
-"""Storage commitment, the providing side (PS3.4 J): a request is a file until its report has been taken.
+"""Storage commitment as provider (PS3.4 J): each request is a file until the peer has accepted its report.
 
-N-ACTION is answered once the request is durable; a thread then looks at the images and reports on a new association.
-Refuses to know how images are kept: what is held is answered by the callable it was given.
+N-ACTION is answered once the request is durable. A thread then checks the images and reports on a new association.
+Must not import the store: a callable checks the images.
 """
 
 import hashlib
 import json
 import logging
-import os
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +18,12 @@ from pydicom import Dataset
 from pynetdicom import evt
 from pynetdicom.events import Event
 
-from dicom.client.sender import COMMITMENT_INSTANCE, STORAGE_COMMITMENT
+from cxrloop.durable import replace_file
 from dicom.dataset import header
+from dicom.dataset.facts import COMMITMENT_INSTANCE, STORAGE_COMMITMENT
 from dicom.dataset.part10 import EXPLICIT_LE, HOSTILE, IMPLICIT_LE, is_uid
+from dicom.errors import LookupFailed
 from dicom.node.listener import Service
-from dicom.store.inbox import sync_folder
 
 # N-ACTION statuses (PS3.7 C); failure reasons of a report (PS3.3 C.14.1.1)
 SUCCESS = 0x0000
@@ -36,25 +35,23 @@ NO_SUCH_ACTION = 0x0123
 NOT_AUTHORISED = 0x0124
 RESOURCE_LIMITATION = 0x0213
 REQUEST_COMMITMENT = 1  # action type (PS3.4 J.3.2)
-ALL_HELD, SOME_FAILED = 1, 2  # event types (PS3.4 J.3.3)
+ALL_COMMITTED, SOME_FAILED = 1, 2  # event types (PS3.4 J.3.3)
 
 MOST_REFERENCES = 10_000  # instances in one request: three years of one patient's images are a few hundred
-MOST_PENDING = 1_000  # requests waiting for their report; a peer that asks more without listening is refused
-KEPT_S = 72 * 3600  # a report nobody takes for three days is dropped: the peer has asked again, or given up
+MOST_PENDING = 1_000  # requests without an accepted report; more are refused, the peer accepts no reports
+KEPT_S = 72 * 3600  # a report not accepted for three days is dropped: the peer has asked again, or given up
 BACKOFF_S = (2, 10, 30, 60, 300, 900)  # between attempts for one request
 
 Reference = tuple[str, str]  # SOP class UID, SOP instance UID
-Held = Callable[[list[Reference]], list[int]]  # SUCCESS or a failure reason for each, in order; raises Unavailable
-Report = Callable[[str, Dataset, int], bool]  # (peer's AE title, event information, event type): True when taken
-
-
-class Unavailable(Exception):
-    """What is held can't be known at the moment; the message says why."""
+# SUCCESS or a failure reason for each reference, in order; raises LookupFailed
+Check = Callable[[list[Reference]], list[int]]
+# (peer's AE title, event information, event type): True when the peer accepted the report
+Report = Callable[[str, Dataset, int], bool]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a peer asked us to answer for. `at` is seconds since the epoch."""
+    """A request for storage commitment. `at` is its time in seconds since the epoch."""
 
     peer: str
     transaction: str
@@ -63,87 +60,82 @@ class Request:
 
     @property
     def name(self) -> str:
-        """The file's name: the same transaction of the same peer is one request, and no UID becomes a path."""
+        """The file name: a transaction repeated by its peer is one request, and no UID becomes a path."""
         return hashlib.sha256(f"{self.peer}\0{self.transaction}".encode()).hexdigest() + ".json"
 
 
 class Pending:
-    """Requests on disk, in `folder`."""
+    """The requests on disk, one file each in `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        for temp in folder.glob("*.tmp"):  # of a crash: its N-ACTION was never answered
+        for temp in folder.glob("*.tmp"):  # left by a crash: its N-ACTION was never answered
             temp.unlink(missing_ok=True)
 
     def keep(self, request: Request) -> None:
         """Write a request durably. Raises OSError."""
-        temp = self.folder / f"{uuid.uuid4().hex}.tmp"
-        try:
-            with os.fdopen(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                json.dump(asdict(request), file)
-                file.flush()
-                os.fsync(file.fileno())
-            temp.rename(self.folder / request.name)
-        finally:
-            temp.unlink(missing_ok=True)
-        sync_folder(self.folder)
+        replace_file(self.folder / request.name, json.dumps(asdict(request)).encode(), 0o600)
 
     def drop(self, request: Request) -> None:
-        """Forget a request: reported, or too old."""
+        """Remove a request that is reported or too old."""
         (self.folder / request.name).unlink(missing_ok=True)
 
     def all(self) -> list[Request]:
-        """Every request, oldest first."""
-        found = []
+        """Return every request, oldest first."""
+        requests = []
         for path in self.folder.glob("*.json"):
             raw = json.loads(path.read_bytes())
             references = tuple((sop_class, sop_uid) for sop_class, sop_uid in raw["references"])
-            found.append(Request(raw["peer"], raw["transaction"], references, raw["at"]))
-        return sorted(found, key=lambda request: request.at)
+            requests.append(Request(raw["peer"], raw["transaction"], references, raw["at"]))
+        return sorted(requests, key=lambda request: request.at)
 
     def count(self) -> int:
+        """Return the number of requests."""
         return sum(1 for _ in self.folder.glob("*.json"))
 
 
 class Commitment:
-    """Takes requests in, and reports on them from a thread of its own between `start()` and `stop()`."""
+    """Accepts requests, and reports on them in its own thread between `start()` and `stop()`."""
 
     def __init__(
-        self, pending: Pending, peers: frozenset[str], held: Held, report: Report, log: logging.Logger | None = None
+        self, pending: Pending, peers: frozenset[str], check: Check, report: Report, log: logging.Logger | None = None
     ):
-        self._pending, self._peers, self._held, self._report = pending, peers, held, report
+        self._pending, self._peers, self._check, self._report = pending, peers, check, report
         self._log = log or logging.getLogger("cxrloop.commitment")
-        self._tries: dict[str, tuple[int, float]] = {}  # request name -> (attempts, not before); starts anew with us
+        # request name -> (attempts, time of the next one); empty after a restart
+        self._tries: dict[str, tuple[int, float]] = {}
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def service(self) -> Service:
-        """What the listener has to answer for this."""
+        """The service for the listener."""
         syntaxes = (EXPLICIT_LE, IMPLICIT_LE)
-        return Service(STORAGE_COMMITMENT, syntaxes, ((evt.EVT_N_ACTION, self._asked),))
+        return Service(STORAGE_COMMITMENT, syntaxes, ((evt.EVT_N_ACTION, self._action),))
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread = threading.Thread(target=self._run, name="commitment", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
+        """Stop the thread; waits at most 5 seconds for a report in progress."""
         self._stopping.set()
         self._wake.set()
         if self._thread:
-            self._thread.join(5)  # seconds; a report under way is repeated at the next start
+            self._thread.join(5)  # seconds; the next start repeats an interrupted report
 
     def step(self, now: float) -> float | None:
-        """Report every request that is due at `now` (seconds since the epoch); when the next one is due, or None."""
-        waiting = self._pending.all()
-        self._tries = {request.name: self._tries.get(request.name, (0, now)) for request in waiting}
+        """Report every request due at `now` (seconds since the epoch); return when the next one is due, or None."""
+        requests = self._pending.all()
+        self._tries = {request.name: self._tries.get(request.name, (0, now)) for request in requests}
         unreachable: set[str] = set()
-        for request in waiting:
+        for request in requests:
             attempts, due = self._tries[request.name]
             if now - request.at > KEPT_S:
-                self._log.error("a storage commitment report for %r was not taken in 72 h: dropped", request.peer)
-            elif due > now or request.peer in unreachable:  # one dead peer costs one time-out a step, not one a request
+                self._log.error("%r did not accept a storage commitment report in 72 h: dropped", request.peer)
+            elif due > now or request.peer in unreachable:  # one timeout per step for a peer, not one per request
                 continue
             elif not self._settle(request):
                 unreachable.add(request.peer)
@@ -160,27 +152,29 @@ class Commitment:
             self._wake.clear()
             try:
                 due = self.step(time.time())
-            except Exception:  # noqa: BLE001 - the thread's one: a fault in one report must not be the end of all
-                self._log.exception("storage commitment failed; trying again")
+            except Exception:  # noqa: BLE001 - an error in one report must not end the thread
+                self._log.exception("storage commitment failed; retrying")
                 due = time.time() + BACKOFF_S[-1]
             self._wake.wait(None if due is None else max(0.05, due - time.time()))
 
     def _settle(self, request: Request) -> bool:
-        """Look at the images and report; True when the peer has taken it."""
+        """Check the images and report; return True when the peer has accepted the report."""
         try:
-            reasons = self._held(list(request.references))
-        except Unavailable as why:
-            self._log.warning("storage commitment for %r waits: %s", request.peer, why)
+            reasons = self._check(list(request.references))
+        except LookupFailed as why:
+            self._log.warning("storage commitment for %r delayed: %s", request.peer, why)
             return False
         failed = sum(reason != SUCCESS for reason in reasons)
-        if not self._report(request.peer, event_information(request, reasons), SOME_FAILED if failed else ALL_HELD):
-            self._log.warning("storage commitment report not taken by %r; trying again", request.peer)
+        if not self._report(
+            request.peer, event_information(request, reasons), SOME_FAILED if failed else ALL_COMMITTED
+        ):
+            self._log.warning("%r did not accept the storage commitment report; retrying", request.peer)
             return False
         self._log.info("committed %d of %d images to %r", len(reasons) - failed, len(reasons), request.peer)
         return True
 
-    def _asked(self, event: Event) -> tuple[int, None]:
-        """Status of one N-ACTION."""
+    def _action(self, event: Event) -> tuple[int, None]:
+        """Return the status of one N-ACTION."""
         peer = event.assoc.requestor.ae_title
         status, why = self._accept(event, peer)
         if status != SUCCESS:
@@ -196,48 +190,50 @@ class Commitment:
         if event.action_type != REQUEST_COMMITMENT:
             return NO_SUCH_ACTION, "action type is not 1"
         if peer not in self._peers:
-            return NOT_AUTHORISED, "not in node.peers, so there is nowhere to report to"
+            return NOT_AUTHORISED, "not in node.peers, so the address for the report is unknown"
         try:
-            asked = parse(event.action_information, peer, time.time())
+            commitment_request = parse(event.action_information, peer, time.time())
         except HOSTILE as error:
             return INVALID_ARGUMENT, str(error) if type(error) is ValueError else type(error).__name__
         try:
             if self._pending.count() >= MOST_PENDING:
                 return RESOURCE_LIMITATION, f"{MOST_PENDING} requests wait for their report"
-            self._pending.keep(asked)
+            self._pending.keep(commitment_request)
         except OSError as error:
             return RESOURCE_LIMITATION, f"disk: {error.strerror}"
         return SUCCESS, ""
 
 
 def parse(information: Dataset, peer: str, now: float) -> Request:
-    """The request in an N-ACTION's action information (PS3.4 table J.3-1). Raises ValueError."""
+    """Return the request in an N-ACTION's action information (PS3.4 table J.3-1). Raises ValueError."""
     transaction = header.text(information, "TransactionUID")
     items = information.get("ReferencedSOPSequence") or []
     if not is_uid(transaction):
         raise ValueError("TransactionUID (0008,1195) is not a UID")
     if not 1 <= len(items) <= MOST_REFERENCES:
-        raise ValueError(f"ReferencedSOPSequence (0008,1199) with {len(items)} items; 1 to {MOST_REFERENCES} are taken")
+        raise ValueError(
+            f"ReferencedSOPSequence (0008,1199) with {len(items)} items; 1 to {MOST_REFERENCES} are allowed"
+        )
     references = tuple(
         (header.text(item, "ReferencedSOPClassUID"), header.text(item, "ReferencedSOPInstanceUID")) for item in items
     )
     if not all(is_uid(sop_class) and is_uid(sop_uid) for sop_class, sop_uid in references):
-        raise ValueError("ReferencedSOPSequence (0008,1199) holds something that is not a UID")
+        raise ValueError("ReferencedSOPSequence (0008,1199) contains a value that is not a UID")
     return Request(peer, transaction, references, now)
 
 
 def event_information(request: Request, reasons: list[int]) -> Dataset:
-    """What an N-EVENT-REPORT carries (PS3.4 table J.3-2)."""
-    information, held, failed = Dataset(), [], []
+    """Return the event information of an N-EVENT-REPORT (PS3.4 table J.3-2)."""
+    information, committed, failed = Dataset(), [], []
     information.TransactionUID = request.transaction
     for (sop_class, sop_uid), reason in zip(request.references, reasons, strict=True):
         item = Dataset()
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, sop_uid
         if reason != SUCCESS:
             item.FailureReason = reason
-        (held if reason == SUCCESS else failed).append(item)
-    if held:
-        information.ReferencedSOPSequence = held
+        (committed if reason == SUCCESS else failed).append(item)
+    if committed:
+        information.ReferencedSOPSequence = committed
     if failed:
         information.FailedSOPSequence = failed
     return information

@@ -1,55 +1,56 @@
-"""Is this image still here, byte for byte? The checks behind storage commitment, on files alone.
+"""Checks for storage commitment: whether a file still is the received image, byte for byte.
 
-Reads headers and hashes, changes nothing; which files there should be is the ledger's business, not this one's.
+Reads headers and hashes, and changes nothing. Must not import a ledger.
 """
 
 from pathlib import Path
 
 from dicom.dataset import header
-from dicom.dataset.part10 import Unreadable, content_sha256, open_envelope, read_header
-from dicom.node.commitment import CLASS_CONFLICT, NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS, Reference, Unavailable
+from dicom.dataset.part10 import content_sha256, open_envelope, read_header
+from dicom.errors import LookupFailed, Unreadable
+from dicom.node.commitment import CLASS_CONFLICT, NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS, Reference
 from dicom.store.inbox import Inbox
 
-MOST_WAITING = 20_000  # files of an inbox that are looked at for one request: some seconds
+MAX_FILES = 20_000  # files of the inbox that are read for one request: some seconds
 
 
-def waiting(inbox: Inbox, wanted: set[str]) -> dict[str, list[Path]]:
-    """Files of the inbox by SOP instance UID (of their file meta), of the wanted ones. Raises Unavailable."""
-    files = inbox.waiting(MOST_WAITING + 1)
-    if len(files) > MOST_WAITING:
-        raise Unavailable(f"more than {MOST_WAITING} images wait in the inbox")
-    found: dict[str, list[Path]] = {}
+def inbox_copies(inbox: Inbox, wanted: set[str]) -> dict[str, list[Path]]:
+    """Return the inbox files of the wanted SOP instance UIDs (by their file meta). Raises LookupFailed."""
+    files = inbox.waiting(MAX_FILES + 1)
+    if len(files) > MAX_FILES:
+        raise LookupFailed(f"more than {MAX_FILES} images wait in the inbox")
+    copies: dict[str, list[Path]] = {}
     for path in files:
         try:
             with path.open("rb") as stream:
                 uid = open_envelope(stream).sop_uid
-        except (FileNotFoundError, Unreadable):  # taken in meanwhile; or not from the network: the ledger will know it
+        except (FileNotFoundError, Unreadable):  # moved by the intake meanwhile, or not received by the node
             continue
         if uid in wanted:
-            found.setdefault(uid, []).append(path)
-    return found
+            copies.setdefault(uid, []).append(path)
+    return copies
 
 
-def intact(path: Path, reference: Reference, sha256: str | None = None) -> int:
-    """SUCCESS when the file is whole and is that image, else the reason why not.
+def check_copy(path: Path, reference: Reference, sha256: str | None = None) -> int:
+    """Return SUCCESS when the file is complete and is that image, else the failure reason.
 
-    With `sha256` (`part10.content_sha256`) the bytes are those that came in. Without, the header must read and the
-    pixels be there in full; a file that the intake took away meanwhile is a FileNotFoundError.
+    With `sha256` (`part10.content_sha256`) the bytes must be those received. Without it, the header must be readable
+    and the pixels complete; raises FileNotFoundError when the intake has moved the file meanwhile.
     """
     sop_class, sop_uid = reference
     try:
         if sha256 and content_sha256(path) != sha256:
             return PROCESSING_FAILURE
         with path.open("rb") as stream:
-            found = read_header(stream, open_envelope(stream).transfer_syntax, pixels=False).dataset
+            ds = read_header(stream, open_envelope(stream).transfer_syntax, pixels=False).dataset
     except FileNotFoundError:
         if sha256 is None:
             raise
         return NO_SUCH_INSTANCE
     except OSError:
         return PROCESSING_FAILURE
-    except Unreadable:  # set aside as it came: with its hash right it is all that was ever sent
+    except Unreadable:  # quarantined as received: with the right hash it is all that was sent
         return SUCCESS if sha256 else PROCESSING_FAILURE
-    if header.text(found, "SOPInstanceUID") != sop_uid:
+    if header.text(ds, "SOPInstanceUID") != sop_uid:
         return NO_SUCH_INSTANCE
-    return SUCCESS if header.text(found, "SOPClassUID") == sop_class else CLASS_CONFLICT
+    return SUCCESS if header.text(ds, "SOPClassUID") == sop_class else CLASS_CONFLICT

@@ -1,6 +1,6 @@
-"""The C-STORE command on the wire: a request's elements read, a response written (PS3.7 6.3.1, 9.3.1; PS3.8 9.3.5).
+"""DIMSE command sets: read a C-STORE request, write its response (PS3.7 6.3.1, 9.3.1; PS3.8 9.3.5).
 
-Bytes in, bytes out, always Implicit VR Little Endian; knows no socket, no data set and no judgement.
+Bytes in, bytes out, always Implicit VR Little Endian. Must not import sockets or data sets.
 """
 
 import re
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 C_STORE_RQ, C_STORE_RSP = 0x0001, 0x8001  # Command Field (0000,0100)
 NO_DATA_SET = 0x0101  # Command Data Set Type (0000,0800)
-MOST = 1 << 16  # bytes of a command; the longest real ones have a few hundred
+MAX_COMMAND = 1 << 16  # bytes of a command set; the longest real ones have a few hundred
 P_DATA_TF = 0x04
 IS_COMMAND, IS_LAST = 1, 2  # bits of a PDV's control header (PS3.8 E.2)
-# What each request can't be served without (PS3.7 9.3, 10.3): message ID, class, instance, action, destination.
-# A C-STORE-RQ without class or instance has a status of its own.
+# Elements that each request needs (PS3.7 9.3, 10.3): message ID, class, instance, action, destination.
+# For a C-STORE-RQ without class or instance, the response has a status instead.
 MESSAGE_ID = 0x0110
 _MESSAGE, _AFFECTED, _REQUESTED = (MESSAGE_ID,), (MESSAGE_ID, 0x0002), (MESSAGE_ID, 0x0003, 0x1001)
 NEEDED = {
@@ -35,19 +35,19 @@ RESPONSE = 0x8000  # bit of a Command Field
 
 @dataclass(frozen=True)
 class Command:
-    """What a C-STORE-RQ asks; of other commands only `field`, `has_data` and `missing` mean anything."""
+    """A C-STORE-RQ; for other commands only `field`, `has_data` and `missing` are valid."""
 
     field: int
     has_data: bool
     message_id: int | None
     sop_class: str
     sop_uid: str
-    missing: str = ""  # why it can't be served
+    missing: str = ""  # why the command cannot be served; "" if it can
 
 
 def parse(command: bytes | bytearray) -> Command:
-    """Read a command set. Raises ValueError when it is cut short, out of order, or has no command field."""
-    found: dict[int, bytes] = {}
+    """Return a command from its encoded command set. Raises ValueError when that is malformed."""
+    values: dict[int, bytes] = {}
     at, last = 0, -1
     while at < len(command):
         if at + 8 > len(command):
@@ -56,33 +56,33 @@ def parse(command: bytes | bytearray) -> Command:
         value = bytes(command[at + 8 : at + 8 + length])
         if group != 0 or element <= last or len(value) < length:
             raise ValueError("command set not readable")
-        found[element], last = value, element
+        values[element], last = value, element
         at += 8 + length
 
     def number(element: int) -> int | None:
-        value = found.get(element, b"")
+        value = values.get(element, b"")
         return struct.unpack("<H", value)[0] if len(value) == 2 else None
 
     def text(element: int) -> str:
-        return found.get(element, b"").decode("latin-1").strip("\0 ")
+        return values.get(element, b"").decode("latin-1").strip("\0 ")
 
     field, kind = number(0x0100), number(0x0800)
     if field is None or kind is None:
         raise ValueError("command set without command field or data set type")
-    missing = _missing(field, found)
+    missing = _missing(field, values)
     return Command(field, kind != NO_DATA_SET, number(MESSAGE_ID), text(0x0002), text(0x1000), missing)
 
 
-def _missing(field: int, found: dict[int, bytes]) -> str:
+def _missing(field: int, values: dict[int, bytes]) -> str:
     if field & ~RESPONSE not in NEEDED:
         return f"no such command: {field:04X}"
-    lengths = {one: len(found.get(one, b"")) for one in NEEDED.get(field, ())}
-    absent = [one for one, length in lengths.items() if length == 0 or (one == MESSAGE_ID and length != 2)]
+    lengths = {element: len(values.get(element, b"")) for element in NEEDED.get(field, ())}
+    absent = [element for element, n in lengths.items() if n == 0 or (element == MESSAGE_ID and n != 2)]
     return f"command {field:04X} without (0000,{absent[0]:04X})" if absent else ""
 
 
 def store_response(command: Command, status: int, comment: str = "") -> bytes:
-    """The C-STORE-RSP to `command` (PS3.7 table 9.3-2); `comment` says why in at most 64 ASCII characters."""
+    """Return the C-STORE-RSP to `command` (PS3.7 table 9.3-2); `comment` is the reason, cut to 64 ASCII characters."""
 
     def element(number: int, value: bytes) -> bytes:
         return struct.pack("<HHL", 0, number, len(value)) + value
@@ -104,13 +104,13 @@ def store_response(command: Command, status: int, comment: str = "") -> bytes:
 
 
 def pdv(context: int, control: int, data: bytes) -> bytes:
-    """One presentation data value item."""
+    """Return one presentation data value item."""
     return struct.pack(">LBB", len(data) + 2, context, control) + data
 
 
-def whole(context: int, command: bytes, most: int) -> bytes:
-    """The P-DATA-TF PDUs of a command for a peer that takes `most` bytes in one; 0: any number (PS3.8 D.1)."""
-    step = max(most - 6, 1) if most else len(command)
+def command_pdus(context: int, command: bytes, max_length: int) -> bytes:
+    """Return the P-DATA-TF PDUs of a command for a peer with this maximum length; 0: unlimited (PS3.8 D.1)."""
+    step = max(max_length - 6, 1) if max_length else len(command)
     cuts = range(0, len(command), step)
     return b"".join(
         p_data(pdv(context, IS_COMMAND | (IS_LAST if at == cuts[-1] else 0), command[at : at + step])) for at in cuts
@@ -118,5 +118,5 @@ def whole(context: int, command: bytes, most: int) -> bytes:
 
 
 def p_data(items: bytes) -> bytes:
-    """The P-DATA-TF PDU around presentation data value items."""
+    """Return the P-DATA-TF PDU around presentation data value items."""
     return struct.pack(">BBL", P_DATA_TF, 0, len(items)) + items

@@ -1,16 +1,13 @@
-"""Codes for findings: the standard's where a site's name for a finding has one, else the site's own scheme, declared.
-
-Knows names of findings only.
-"""
+"""Codes for findings: a standard code where the site's name for the finding has one, else a code of our own scheme."""
 
 import hashlib
 
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from pydicom.sr.coding import Code
 
-SCHEME = "99CXRLOOP"  # PS3.16 8.2: designators that begin with 99 are private
+SCHEME = "99CXRLOOP"  # PS3.16 8.2: designators beginning with 99 are private
 
-# SNOMED CT and DCM, by the words that sites use for chest images; one word that fits two codes stays out
+# SNOMED CT and DCM, by the words that sites use for chest images; words that fit two codes are left out
 STANDARD = {
     "abnormal": Code("263654008", "SCT", "Abnormal"),
     "atelectasis": Code("46621007", "SCT", "Atelectasis"),
@@ -33,20 +30,20 @@ STANDARD = {
 
 
 def finding_code(name: str) -> Code:
-    """The code of a site's finding (1 to 64 letters, digits, blank, - and _)."""
+    """Return the code for a site's finding (1 to 64 letters, digits, blank, - and _)."""
     standard = STANDARD.get(name.lower().replace("_", " ").replace("-", " ").strip())
     return standard or own_code(name, name)
 
 
 def own_code(value: str, meaning: str) -> Code:
-    """A code of our private scheme; a value over 16 characters (SH) keeps its beginning and a hash of the rest."""
+    """Return a code of our private scheme; a value over 16 characters (SH) is cut and gets a hash."""
     if len(value) > 16:
         value = value[:9].strip() + "-" + hashlib.sha256(value.encode()).hexdigest()[:6]
     return Code(value, SCHEME, meaning[:64])
 
 
 def schemes() -> list[CodingSchemeIdentificationItem]:
-    """What CodingSchemeIdentificationSequence (0008,0110) says of the private scheme (PS3.3 C.12.1.1.1.6)."""
+    """Return the CodingSchemeIdentificationSequence (0008,0110) for the private scheme (PS3.3 C.12.1.1.1.6)."""
     return [
         CodingSchemeIdentificationItem(
             SCHEME, name="cxrloop: findings as this site names them", responsible_organization="cxrloop"

@@ -1,9 +1,9 @@
-"""An image fit to leave the site: a new data set made of a short list of attributes; whatever isn't on it stays here.
+"""De-identify an image for export: a new data set with only the attributes of the lists below.
 
-The Basic Application Confidentiality Profile of PS3.15 Annex E, read as an allow-list, with the options Retain Patient
-Characteristics (sex, age) and Retain Longitudinal Temporal Information Modified Dates. Pixels are decoded and written
-plainly, so that no overlay bit and no comment of a code stream comes along, but nobody looks at them: a name that is
-burnt in leaves with the image. Refuses what says so itself. Knows no ledger and writes no file.
+Implements the Basic Application Confidentiality Profile of PS3.15 Annex E as an allow-list, with the options Retain
+Patient Characteristics (sex, age) and Retain Longitudinal Temporal Information Modified Dates. Pixels are decoded and
+written uncompressed, without overlay bits and without comments of a code stream. They are not inspected: a burned-in
+name stays in the image, unless the header declares it (then the image is not exported).
 """
 
 import math
@@ -14,39 +14,38 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.datadict import dictionary_VR
-from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID
 from pydicom.valuerep import format_number_as_ds
 
 from dicom.dataset import header
-from dicom.dataset.elements import PIXEL_DATA
+from dicom.dataset.chest_codes import CHEST, VIEWS, code_item
 from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION, DIGITAL_XRAY_PROCESSING, SECONDARY_CAPTURE
-from dicom.dataset.part10 import (  # fmt: skip
+from dicom.dataset.part10 import (
     EXPLICIT_LE,
     HOSTILE,
     IMPLEMENTATION_NAME,
     IMPLEMENTATION_UID,
     Header,
-    Unreadable,
     open_envelope,
     read_header,
 )
 from dicom.dataset.syntaxes import SURELY_LOSSY
-from dicom.intake.admission import Admission, Refused, Suspect, check_header
+from dicom.errors import NotExportable, Quarantined, Rejected, Unreadable
+from dicom.intake.admission import Admission, check_header
 from dicom.pixels.plate import decode
-from dicom.pseudonyms import days_back, outside_key, outside_uid, patient_key
+from dicom.pseudonyms import days_back, export_key, export_uid, patient_key
 
-ANY_AGE = Admission(children=True, min_side=1)  # whom a site takes in is not the question here
-OLDEST = 90  # years; the few who are older can be found by their age
+ANY_AGE = Admission(children=True, min_side=1)  # the site's own limits do not apply to an export
+OLDEST = 90  # years; higher ages are so rare that they could identify a patient
 
 UIDS = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 DATES = ("StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate")
-EMPTY = (  # Type 2 of the modules of CR and DX: must be there, may be empty
+EMPTY = (  # Type 2 in the modules of CR and DX: required, may be empty
     "PatientBirthDate", "ReferringPhysicianName", "AccessionNumber", "StudyID", "StudyTime", "SeriesNumber",
     "InstanceNumber", "Manufacturer",
 )  # fmt: skip
-NUMBERS = (  # DS and IS: copied when they read as numbers
+NUMBERS = (  # DS and IS: copied when they are valid numbers
     "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio", "KVP", "ExposureTime",
     "XRayTubeCurrent", "Exposure", "ExposureInuAs", "DistanceSourceToDetector", "DistanceSourceToPatient",
     "EstimatedRadiographicMagnificationFactor", "RelativeXRayExposure", "ExposureIndex", "TargetExposureIndex",
@@ -55,7 +54,7 @@ NUMBERS = (  # DS and IS: copied when they read as numbers
 )  # fmt: skip
 SHORTS = ("PixelPaddingValue", "PixelPaddingRangeLimit", "PixelIntensityRelationshipSign")  # US or SS
 SIGNED = ("PixelIntensityRelationshipSign",)
-WORDS = {  # CS, and the LO that are used like one: copied when the value is one of these, for a CS can hold a name
+WORDS = {  # CS, and LO used as CS: copied only if the value is listed here, because a CS can contain a name
     "Modality": ("CR", "DX"),
     "PatientSex": ("M", "F", "O"),
     "PhotometricInterpretation": ("MONOCHROME1", "MONOCHROME2"),
@@ -78,8 +77,6 @@ TYPE_2 = (
     "DetectorType",
     "PositionerType",
 )  # of DX, PatientSex of all: empty if unknown
-VIEW_CODES = {"PA": ("272479007", "postero-anterior"), "AP": ("399348003", "antero-posterior")}  # CID 4010
-CHEST = ("816094009", "Chest")  # CID 4031
 METHOD = ["PS3.15 Basic Profile by allow-list", "dates shifted, pixels not inspected"]  # LO: 64 characters each
 METHOD_CODES = (  # CID 7050
     ("113100", "Basic Application Confidentiality Profile"),
@@ -88,69 +85,66 @@ METHOD_CODES = (  # CID 7050
 )
 
 
-class MayNotLeave(Exception):
-    """An image that is not given out: the reason, without a word of the patient's."""
-
-
 def deidentify(path: Path, key: bytes) -> Dataset:
-    """The image at `path` as it may leave the site, native pixels, explicit little endian, with file meta.
+    """Return the de-identified image: native pixels, explicit little endian, with file meta.
 
-    The same patient, study, series and image get the same new identity each time, under the site's `key`. Raises
-    MayNotLeave for what is no readable chest image, a secondary capture, or says that it shows a name or a face; OSError.
+    With the site's `key`, a patient, study, series or image always gets the same new identity. Raises NotExportable
+    for a file that is not a readable chest image, for a secondary capture, and for an image whose header declares a
+    burned-in name or a recognizable face. Raises OSError.
     """
     with path.open("rb") as stream:
         try:
             envelope = open_envelope(stream)
-            found = read_header(stream, envelope.transfer_syntax)
-            view = _may_leave(found, envelope.transfer_syntax)
-            out = clean_header(found.dataset, view, key)
-            _pixels(out, found, envelope.transfer_syntax)
-        except (Refused, Suspect, Unreadable) as error:
-            raise MayNotLeave(str(error)) from None
+            image = read_header(stream, envelope.transfer_syntax)
+            view = _check_exportable(image, envelope.transfer_syntax)
+            out = clean_header(image.dataset, view, key)
+            _pixels(out, image, envelope.transfer_syntax)
+        except (Rejected, Quarantined, Unreadable) as error:
+            raise NotExportable(str(error)) from None
         except HOSTILE as error:
-            raise MayNotLeave(f"not decodable: {type(error).__name__}") from None
+            raise NotExportable(f"not decodable: {type(error).__name__}") from None
     return out
 
 
-def _may_leave(found: Header, syntax: str) -> str:
-    """The view; raises MayNotLeave, and Refused or Suspect as at admission."""
-    ds = found.dataset
+def _check_exportable(image: Header, syntax: str) -> str:
+    """Return the view. Raises NotExportable, and Rejected or Quarantined as at admission."""
+    ds = image.dataset
     if header.text(ds, "SOPClassUID") == SECONDARY_CAPTURE:
-        raise MayNotLeave("Secondary Capture: may show anything, names included")
+        raise NotExportable("Secondary Capture: may show a name")
     for keyword in ("BurnedInAnnotation", "RecognizableVisualFeatures"):
         if header.text(ds, keyword).upper() not in ("", "NO"):
-            raise MayNotLeave(f"{keyword} is not NO: the image itself says that it identifies the patient")
-    return check_header(found, syntax, ANY_AGE)
+            raise NotExportable(f"{keyword} is not NO: the header declares that the image identifies the patient")
+    return check_header(image, syntax, ANY_AGE)
 
 
 def clean_header(ds: Dataset, view: str, key: bytes) -> Dataset:
-    """A new header of what may leave, in the order of the lists above; no pixels."""
+    """Return a new header with the allowed attributes only; no pixels."""
     sop_class = header.text(ds, "SOPClassUID")
     digital = sop_class in (DIGITAL_XRAY_PRESENTATION, DIGITAL_XRAY_PROCESSING)
     study_uid = header.text(ds, "StudyInstanceUID")
-    who, _ = patient_key(key, header.text(ds, "PatientID"), header.text(ds, "IssuerOfPatientID"), study_uid)
+    patient, _ = patient_key(key, header.text(ds, "PatientID"), header.text(ds, "IssuerOfPatientID"), study_uid)
     out = Dataset()
     out.SOPClassUID = sop_class
     for keyword in UIDS:
-        # a missing series is one of the study's own
-        setattr(out, keyword, outside_uid(key, keyword, header.text(ds, keyword) or study_uid))
-    out.PatientID = out.PatientName = outside_key(key, who)
+        # without a series UID, the study UID determines the series
+        setattr(out, keyword, export_uid(key, keyword, header.text(ds, keyword) or study_uid))
+    out.PatientID = out.PatientName = export_key(key, patient)
     for keyword in EMPTY:
         setattr(out, keyword, "")
-    _dates(ds, out, days_back(key, who))
+    _dates(ds, out, days_back(key, patient))
     _age(ds, out)
     _words(ds, out, digital)
     _numbers(ds, out)
     out.ViewPosition, out.BodyPartExamined = view, "CHEST"
     if digital:
-        out.ViewCodeSequence, out.AnatomicRegionSequence = [_code(*VIEW_CODES[view])], [_code(*CHEST)]
+        out.ViewCodeSequence, out.AnatomicRegionSequence = [code_item(*VIEWS[view])], [code_item(*CHEST)]
         out.AcquisitionContextSequence = []
     for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
         if tables := _tables(ds, keyword):
             setattr(out, keyword, tables)
     out.PatientIdentityRemoved, out.LongitudinalTemporalInformationModified = "YES", "MODIFIED"
     out.DeidentificationMethod = METHOD
-    out.DeidentificationMethodCodeSequence = [_code(value, meaning, "DCM") for value, meaning in METHOD_CODES]
+    out.DeidentificationMethodCodeSequence = [code_item(value, meaning, "DCM") for value, meaning in METHOD_CODES]
     out.file_meta = FileMetaDataset()
     out.file_meta.MediaStorageSOPClassUID = UID(sop_class)
     out.file_meta.MediaStorageSOPInstanceUID = out.SOPInstanceUID
@@ -161,7 +155,7 @@ def clean_header(ds: Dataset, view: str, key: bytes) -> Dataset:
 
 
 def _dates(ds: Dataset, out: Dataset, days: int) -> None:
-    """Dates moved back together; StudyDate is Type 2, times of day are left out."""
+    """Copy the dates, all moved back by `days`. StudyDate is Type 2; times of day are not copied."""
     out.StudyDate = ""
     for keyword in DATES:
         day = header.day(ds, keyword)
@@ -194,7 +188,9 @@ def _numbers(ds: Dataset, out: Dataset) -> None:
         values = [_number(dictionary_VR(keyword), value) for value in header.values(ds, keyword)]
         if not values or None in values:
             continue
-        if "Spacing" not in keyword or all(float(value or 0) > 0 for value in values):  # 0 is unknown, and not valid
+        if "Spacing" not in keyword or all(
+            float(value or 0) > 0 for value in values
+        ):  # 0 means unknown, and is not valid
             setattr(out, keyword, values)
     signed = header.short(ds, "PixelRepresentation") == 1
     for keyword in SHORTS:
@@ -206,7 +202,7 @@ def _numbers(ds: Dataset, out: Dataset) -> None:
 
 
 def _number(vr: str, value: str) -> str | None:
-    """A decimal or integer string that fits its VR (PS3.5 6.2): consoles write fractions into integers, and 20 digits."""
+    """Return the number in a form valid for its VR (PS3.5 6.2), or None. Some consoles write fractions in IS."""
     number = float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value) else math.inf
     if not math.isfinite(number) or (vr == "IS" and abs(number) >= 1 << 31):
         return None
@@ -216,7 +212,7 @@ def _number(vr: str, value: str) -> str | None:
 
 
 def _tables(ds: Dataset, keyword: str) -> list[Dataset]:
-    """Look-up tables (PS3.3 C.11): descriptor and data; an explanation is somebody's text."""
+    """Return the look-up tables (PS3.3 C.11) with descriptor and data only; an explanation is free text."""
     tables = []
     for item in ds[keyword].value if keyword in ds else ():
         descriptor, data = header.shorts(item, "LUTDescriptor"), header.shorts(item, "LUTData")
@@ -232,26 +228,17 @@ def _tables(ds: Dataset, keyword: str) -> list[Dataset]:
     return tables
 
 
-def _pixels(out: Dataset, found: Header, syntax: str) -> None:
-    """Stored values, decoded and written plainly: only the bits that are the image's."""
-    ds = found.dataset
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = UID(syntax)
-    ds[PIXEL_DATA] = DataElement(PIXEL_DATA, found.pixel_vr, found.pixel_bytes(), already_converted=True)
+def _pixels(out: Dataset, image: Header, syntax: str) -> None:
+    """Write the decoded stored values uncompressed, without the bits outside BitsStored."""
+    ds = image.with_pixels(syntax)
     stored = decode(ds)
     bits = header.short(ds, "BitsStored") or 16
     out.SamplesPerPixel = 1
     out.Rows, out.Columns = stored.shape
     out.BitsAllocated, out.BitsStored, out.HighBit = (8 if bits <= 8 else 16), bits, bits - 1
     out.PixelRepresentation = int(stored.dtype.kind == "i")
-    if syntax in SURELY_LOSSY:  # also where the image doesn't say so (PS3.3 C.7.6.1.1.5)
+    if syntax in SURELY_LOSSY:  # even if the header does not declare it (PS3.3 C.7.6.1.1.5)
         out.LossyImageCompression = "01"
     data = stored.astype(np.uint8 if bits <= 8 else stored.dtype.newbyteorder("<")).tobytes()
     out.PixelData = data + b"\0" * (len(data) % 2)
     out["PixelData"].VR = "OB" if bits <= 8 else "OW"
-
-
-def _code(value: str, meaning: str, scheme: str = "SCT") -> Dataset:
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
-    return item

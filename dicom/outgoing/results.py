@@ -1,7 +1,7 @@
-"""What every result says of itself and takes over from its image: identity, patient, study, maker, time.
+"""The attributes that every result has: UIDs, patient, study, equipment, time.
 
-Copies the patient's and the study's attributes byte for byte, in the image's own character set, where they are valid.
-The objects themselves are `report` (SR) and `capture` (Secondary Capture). Knows no model, no ledger and no network.
+Copies valid attributes of patient and study byte for byte, in the image's own character set. The objects are made by
+structured_report.py (SR) and secondary_capture.py (SC). Must not import a model, a ledger or the network.
 """
 
 import hashlib
@@ -28,13 +28,18 @@ from dicom.dataset.part10 import (
     read_header,
 )
 from dicom.dataset.syntaxes import SURELY_LOSSY
+from dicom.errors import HeaderIncomplete
 
 NOTICE = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
-SYNTAX = IMPLICIT_LE  # the one that every receiver must take (PS3.5 10.1)
-SERIES_NUMBERS = {"sr": 7427, "sc": 7428}  # far above what a modality counts to, and ours in every study
+SYNTAX = IMPLICIT_LE  # every receiver must accept it (PS3.5 10.1)
+SERIES_NUMBERS = {"sr": 7427, "sc": 7428}  # far above the series numbers of a modality
 
-# Patient, General Study and Patient Study modules (PS3.3 C.7.1.1, C.7.2.1, C.7.2.2); sequences stay behind
-IDENTIFYING = ("PatientID", "IssuerOfPatientID", "AccessionNumber")  # the PACS matches on these: as they are
+# Patient, General Study and Patient Study modules (PS3.3 C.7.1.1, C.7.2.1, C.7.2.2); sequences are not copied
+IDENTIFYING = (
+    "PatientID",
+    "IssuerOfPatientID",
+    "AccessionNumber",
+)  # the PACS matches by these: copied even if not valid
 EMPTY_IF_UNKNOWN = (  # type 2
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
     "ReferringPhysicianName",
@@ -62,13 +67,9 @@ _VALID = {
 _ANY = re.compile(r".+", re.S)
 
 
-class CantSay(ValueError):
-    """The image's header leaves out something without which no valid result can be made; the message names it."""
-
-
 @dataclass(frozen=True)
 class Score:
-    """What the model says of one finding: a probability, and the threshold that its bundle carries."""
+    """The model's probability for one finding, and the threshold from its bundle."""
 
     finding: str
     probability: float
@@ -76,33 +77,34 @@ class Score:
 
     @property
     def above(self) -> bool:
+        """Whether the probability is at or above the threshold."""
         return self.probability >= self.threshold
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the model says of one image, and who speaks."""
+    """The scores of one image, with model bundle, time and device."""
 
     sha256: str  # of the image
     bundle: str
     scores: tuple[Score, ...]
     at: datetime  # aware, in the site's time zone
-    device: str  # hex that stands for this appliance
+    device: str  # hex id of this appliance
     version: str  # of the software
 
     def uid(self, kind: str, *more: str) -> str:
-        """The UID of a result, the same whenever it is asked for: a retry is the same object again."""
+        """Return the UID of a result; always the same, so that a retry sends the same object."""
         return result_uid(self.device, self.sha256, self.bundle, kind, *more)
 
 
 def result_uid(*parts: str) -> str:
-    """A UID under our own root that depends on `parts` alone; `admission` refuses images that carry one."""
+    """Return a UID under our own root, derived from `parts`. Admission rejects images with such a UID."""
     digest = hashlib.sha256("\n".join(parts).encode()).digest()
     return RESULT_UID_ROOT + str(int.from_bytes(digest[:13]))  # 104 bits: 32 digits at most
 
 
 def read_image(path: Path) -> Dataset:
-    """The header of an original, said to be lossy where its syntax is. Raises Unreadable, OSError."""
+    """Return the header of an original; marks it as lossy if its syntax is. Raises Unreadable, OSError."""
     with path.open("rb") as stream:
         syntax = open_envelope(stream).transfer_syntax
         image = read_header(stream, syntax).dataset
@@ -112,20 +114,20 @@ def read_image(path: Path) -> Dataset:
 
 
 def reference(image: Dataset) -> Dataset:
-    """Only the UIDs of an image and an empty patient: what highdicom may read. Raises CantSay."""
+    """Return a data set with only the UIDs of an image and an empty patient, for highdicom. Raises HeaderIncomplete."""
     ds = Dataset()
     for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
         value = header.text(image, keyword)
         if not is_uid(value):
-            raise CantSay(f"the image has no valid {keyword}")
+            raise HeaderIncomplete(f"the image has no valid {keyword}")
         setattr(ds, keyword, value)
     for keyword in EMPTY_IF_UNKNOWN:
         setattr(ds, keyword, "")
     return ds
 
 
-def finish(result: Dataset, image: Dataset, said: Scored) -> Dataset:
-    """The result with patient and study of the image, our device, its time and file meta; ready to be encoded."""
+def finish(result: Dataset, image: Dataset, scored: Scored) -> Dataset:
+    """Add patient and study of the image, our device, time and file meta to a result, and return it."""
     charset = character_set(image)
     if charset:
         result.SpecificCharacterSet = list(charset)
@@ -137,12 +139,12 @@ def finish(result: Dataset, image: Dataset, said: Scored) -> Dataset:
         if tag in result:
             del result[tag]
         if value or keyword in EMPTY_IF_UNKNOWN:
-            # raw, so that the bytes travel as they are and no library prints or judges them
+            # raw, so that the bytes stay unchanged and no library prints or checks them
             result[tag] = RawDataElement(tag, dictionary_VR(tag), len(value), value, 0, True, True)
     result.StudyInstanceUID = header.text(image, "StudyInstanceUID")
-    _clock(result, image, said.at)
+    _times(result, image, scored.at)
     result.Manufacturer, result.ManufacturerModelName = "cxrloop", RESULT_DEVICE
-    result.DeviceSerialNumber, result.SoftwareVersions = said.device[:16], [said.version, said.bundle]
+    result.DeviceSerialNumber, result.SoftwareVersions = scored.device[:16], [scored.version, scored.bundle]
     meta = result.file_meta
     meta.TransferSyntaxUID = UID(SYNTAX)
     meta.ImplementationClassUID, meta.ImplementationVersionName = UID(IMPLEMENTATION_UID), IMPLEMENTATION_NAME
@@ -151,12 +153,12 @@ def finish(result: Dataset, image: Dataset, said: Scored) -> Dataset:
 
 
 def character_set(image: Dataset) -> tuple[str, ...]:
-    """SpecificCharacterSet for a result: the image's own where it fits its bytes, else what they look like; () is ASCII."""
+    """Return SpecificCharacterSet for a result: the image's, else one that fits the image's bytes; () is ASCII."""
     declared = _declared(image)
     raw = b"\n".join(_value(image, keyword) for keyword in (*EMPTY_IF_UNKNOWN, *OPTIONAL))
     if declared and all(name in python_encoding for name in declared):
         if len(declared) > 1 or b"\x1b" in raw:
-            return declared  # code extensions: escape sequences say what is meant
+            return declared  # code extensions: escape sequences select the characters
         if _decodes(raw, python_encoding[next(iter(declared))]):
             return declared
     if raw.isascii():
@@ -165,15 +167,15 @@ def character_set(image: Dataset) -> tuple[str, ...]:
 
 
 def _declared(image: Dataset) -> tuple[str, ...]:
-    """SpecificCharacterSet as the standard spells it (PS3.3 C.12.1.1.2); GBK is a part of GB18030, which more receivers know."""
+    """Return SpecificCharacterSet as spelt in PS3.3 C.12.1.1.2; GBK becomes GB18030, which contains it."""
     names = (
         re.sub(r"^ISO(.2022)?.IR.?(\d+)$", _iso_name, name) for name in header.values(image, "SpecificCharacterSet")
     )
     return tuple("GB18030" if name == "GBK" else name for name in names)
 
 
-def _iso_name(found: re.Match[str]) -> str:
-    return f"ISO 2022 IR {found[2]}" if found[1] else f"ISO_IR {found[2]}"
+def _iso_name(match: re.Match[str]) -> str:
+    return f"ISO 2022 IR {match[2]}" if match[1] else f"ISO_IR {match[2]}"
 
 
 def _decodes(raw: bytes, encoding: str) -> bool:
@@ -185,7 +187,7 @@ def _decodes(raw: bytes, encoding: str) -> bool:
 
 
 def _value(image: Dataset, keyword: str) -> bytes:
-    """The value's bytes, padded to an even length; b"" when it is absent or not valid."""
+    """Return the value's bytes, padded to an even length; b"" when it is absent or not valid."""
     element = image.get_item(Tag(keyword_dict[keyword]))
     value = element.value if element is not None else None
     if not isinstance(value, bytes):
@@ -201,7 +203,8 @@ def _value(image: Dataset, keyword: str) -> bytes:
     elif keyword == "PatientSex":
         text = text if text in ("M", "F", "O") else ""
     elif vr == "PN" and b"\x1b" not in value and not header.text(image, "SpecificCharacterSet").startswith("GB"):
-        value = value.split(b"\\")[0].strip()  # one name; in code extensions and GB a backslash is half a character
+        # the first name; in code extensions and GB a backslash may be the second byte of a character
+        value = value.split(b"\\")[0].strip()
         text = _characters(image, value)
     elif vr in ("SH", "LO", "PN"):
         text = _characters(image, value)
@@ -213,7 +216,7 @@ def _value(image: Dataset, keyword: str) -> bytes:
 
 
 def _characters(image: Dataset, value: bytes) -> str:
-    """The value's characters, to be counted: in the image's character set, else in the one that they look like."""
+    """Return the value decoded, to count its characters; by the image's character set, else by one that fits."""
     declared = _declared(image)
     if value.isascii() and b"\x1b" not in value:
         return value.decode("ascii")
@@ -222,8 +225,8 @@ def _characters(image: Dataset, value: bytes) -> str:
     return value.decode("utf-8" if _decodes(value, "utf-8") else "latin-1")
 
 
-def _clock(result: Dataset, image: Dataset, at: datetime) -> None:
-    """Dates and times of making; in the image's offset from UTC where its header states one, for it holds for all."""
+def _times(result: Dataset, image: Dataset, at: datetime) -> None:
+    """Set the creation dates and times; in the image's offset from UTC if it has one, which applies to all times."""
     offset = header.text(image, "TimezoneOffsetFromUTC")
     if re.fullmatch(r"[+-](0\d|1[0-4])[0-5]\d", offset):
         sign = -1 if offset[0] == "-" else 1
@@ -232,5 +235,5 @@ def _clock(result: Dataset, image: Dataset, at: datetime) -> None:
     day, clock = at.strftime("%Y%m%d"), at.strftime("%H%M%S")
     result.ContentDate = result.InstanceCreationDate = day
     result.ContentTime = result.InstanceCreationTime = clock
-    for maker in result.get("ContributingEquipmentSequence", ()):  # the library that helped, at the time it really was
-        maker.ContributionDateTime = day + clock
+    for library in result.get("ContributingEquipmentSequence", ()):  # highdicom, which set another time
+        library.ContributionDateTime = day + clock

@@ -1,7 +1,7 @@
-"""The structured report of a scored image: TID 1500, one measurement group a finding, in the image's own study.
+"""The structured report of a scored image: TID 1500, one measurement group for each finding, in the image's own study.
 
-Probability and threshold are numbers, presence is never asserted: the group says on which side of the threshold
-the probability lies. Knows no model and no network.
+Each group has probability, threshold, and whether the probability reaches the threshold. It never states that a
+finding is present. Must not import a model or the network.
 """
 
 from highdicom.sr import (
@@ -33,12 +33,12 @@ AT_OR_ABOVE = own_code("above-threshold", "Probability is at or above the thresh
 DEVICE_OBSERVER = CodedConcept("121007", "DCM", "Device")
 
 
-def report(image: Dataset, said: Scored) -> Dataset:
-    """A Comprehensive SR (PS3.3 A.35.3) of one image; raises CantSay where the image's header is too thin to refer to."""
+def report(image: Dataset, scored: Scored) -> Dataset:
+    """Return a Comprehensive SR (PS3.3 A.35.3) for one image. Raises HeaderIncomplete if its header lacks a UID."""
     source = reference(image)
     observer = DeviceObserverIdentifyingAttributes(
-        uid=result_uid("device", said.device), name="cxrloop", manufacturer_name="cxrloop",
-        model_name=RESULT_DEVICE, serial_number=said.device[:16],
+        uid=result_uid("device", scored.device), name="cxrloop", manufacturer_name="cxrloop",
+        model_name=RESULT_DEVICE, serial_number=scored.device[:16],
     )  # fmt: skip
     content = MeasurementReport(
         observation_context=ObservationContext(
@@ -47,15 +47,15 @@ def report(image: Dataset, said: Scored) -> Dataset:
             )
         ),
         procedure_reported=CHEST_IMAGE,
-        imaging_measurements=[_group(source, said, score) for score in said.scores],
+        imaging_measurements=[_group(source, scored, score) for score in scored.scores],
     )
-    content[0].ContentSequence.append(_comment(said))
+    content[0].ContentSequence.append(_comment(scored))
     result = ComprehensiveSR(
         evidence=[source],
         content=content[0],
-        series_instance_uid=said.uid("sr", "series"),
+        series_instance_uid=scored.uid("sr", "series"),
         series_number=SERIES_NUMBERS["sr"],
-        sop_instance_uid=said.uid("sr"),
+        sop_instance_uid=scored.uid("sr"),
         instance_number=1,
         manufacturer="cxrloop",
         is_complete=True,
@@ -65,18 +65,18 @@ def report(image: Dataset, said: Scored) -> Dataset:
         series_description=f"cxrloop report: {NOTICE.lower()}",
         coding_schemes=schemes(),
     )
-    return finish(result, image, said)
+    return finish(result, image, scored)
 
 
-def _group(source: Dataset, said: Scored, score: Score) -> MeasurementsAndQualitativeEvaluations:
+def _group(source: Dataset, scored: Scored, score: Score) -> MeasurementsAndQualitativeEvaluations:
     side = "at or above" if score.above else "below"
     return MeasurementsAndQualitativeEvaluations(
         tracking_identifier=TrackingIdentifier(
-            uid=said.uid("sr", "finding", score.finding), identifier=f"{score.finding}: {side} threshold"
+            uid=scored.uid("sr", "finding", score.finding), identifier=f"{score.finding}: {side} threshold"
         ),
         finding_type=finding_code(score.finding),
         algorithm_id=AlgorithmIdentification(
-            name="cxrloop", version=f"bundle {said.bundle}", parameters=[f"threshold={score.threshold:.6g}", NOTICE]
+            name="cxrloop", version=f"bundle {scored.bundle}", parameters=[f"threshold={score.threshold:.6g}", NOTICE]
         ),
         measurements=[
             Measurement(name=codes.DCM.Probability, value=_number(score.probability), unit=codes.UCUM.NoUnits),
@@ -90,15 +90,15 @@ def _group(source: Dataset, said: Scored, score: Score) -> MeasurementsAndQualit
 
 
 def _number(value: float) -> float:
-    """Four significant digits: more would claim what the model does not know, and DS holds 16 characters."""
+    """Return four significant digits: the model is not more precise, and DS has at most 16 characters."""
     return float(f"{value:.4g}")
 
 
-def _comment(said: Scored) -> TextContentItem:
-    lines = "; ".join(f"{s.finding} {s.probability:.4f} (threshold {s.threshold:.4f})" for s in said.scores)
+def _comment(scored: Scored) -> TextContentItem:
+    lines = "; ".join(f"{s.finding} {s.probability:.4f} (threshold {s.threshold:.4f})" for s in scored.scores)
     return TextContentItem(
         name=CodedConcept.from_code(codes.DCM.Comment),
-        value=f"{NOTICE}. Probabilities by cxrloop {said.version}, model bundle {said.bundle}: {lines}. "
-        "Not verified by a person; a threshold is the model's operating point and no diagnosis.",
+        value=f"{NOTICE}. Probabilities by cxrloop {scored.version}, model bundle {scored.bundle}: {lines}. "
+        "Not verified by a person. The threshold is the model's operating point, not a diagnosis.",
         relationship_type=RelationshipTypeValues.CONTAINS,
     )

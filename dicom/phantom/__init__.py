@@ -1,1 +1,1 @@
-"""Synthetic chest images for the demo and the tests."""
+"""Synthetic chest images for the demo and the tests. Must import only dicom.dataset."""

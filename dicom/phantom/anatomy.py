@@ -1,8 +1,8 @@
-"""The body inside a phantom: a patient's build, the breath of one day, and the density of a frontal chest.
+"""The anatomy of a phantom: a patient's body, its breathing on one day, and the density of a frontal chest.
 
 Coordinates run from -1 to 1, x to the image's right (the patient's left), y down. Density is 0 in air and about 1
-behind the heart. Everything is float32: at 300 x 300 pixels a float64 that slips in costs a third of the time.
-Knows nothing of files, labels or exposure; `dicom.phantom.phantom` is the way in.
+behind the heart. Everything is float32: one float64 array at 300 x 300 pixels makes the drawing a third slower.
+Call it through `dicom.phantom.phantom`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-AIR = 0.74  # share of the body's path that is air, in the middle of a well filled lung
+AIR = 0.74  # share of air in the path through the body, in the middle of a well filled lung
 
 Array = np.ndarray
 Seed = np.random.Generator
 
 
 def soft(d: Array, edge: float) -> Array:
-    """0..1 like `d`: a smooth step at d = 0 that is done 2 * `edge` to either side."""
+    """Return a smooth step 0..1 at d = 0, complete at a distance of 2 * `edge`."""
     t = d * (0.5 / edge)
     np.clip(t, -1, 1, out=t)
     return 0.5 + t * (0.75 - 0.25 * t * t)
 
 
-# ------------------------------------------------------------------------------------------ the patient and the breath
+# ------------------------------------------------------------------------------------------- the patient and breathing
 
 
 @dataclass(frozen=True)
 class Body:
-    """One patient's shape; lengths in half frames."""
+    """The shape of one patient; lengths in half frames."""
 
     half: float  # width of half the thorax
     apex: float
@@ -49,6 +49,7 @@ class Body:
 
 
 def build(rng: Seed, sex: str, age: float) -> Body:
+    """Draw the shape of a patient; `age` in years."""
     old = (age - 55) / 40
     return Body(
         half=rng.uniform(0.68, 0.82),
@@ -69,7 +70,7 @@ def build(rng: Seed, sex: str, age: float) -> Body:
 
 
 def breathe(body: Body, rng: Seed, ap: bool) -> Body:
-    """The same patient on another day: breath, turn, aeration; a bedside image breathes less and magnifies the heart."""
+    """Return the same patient on another day: breath, rotation, aeration. AP means less breath and a larger heart."""
     down = rng.normal(-0.05 if ap else 0.0, 0.05)
     right, left = (dome + down + rng.normal(0, 0.02) for dome in body.dome)
     wide, narrow = (arch * rng.uniform(0.8, 1.2) for arch in body.arch)
@@ -90,9 +91,9 @@ def breathe(body: Body, rng: Seed, ap: bool) -> Body:
 def chest(
     x: Array, y: Array, b: Body, shown: dict[str, float], lesion: dict[str, Seed], mottle: Array, rng: Seed, ap: bool
 ) -> Array:
-    """float32 density, 0 in air, about 1 behind the heart.
+    """Return the float32 density: 0 in air, about 1 behind the heart.
 
-    A finding draws its place from its own generator in `lesion`, so an image with it and one without differ there only.
+    Each finding draws its place from its own generator in `lesion`, so images with and without it differ only there.
     """
     spine = x - b.curve * np.sin(2.5 * y + 0.5)
     away = np.abs(x)
@@ -180,7 +181,7 @@ def _bones(x: Array, spine: Array, away: Array, y: Array, b: Body, wall: Array, 
 
 
 def _vessels(x: Array, y: Array, b: Body, rng: Seed) -> Array:
-    """float32 like x: branching bright lines out of both hila, splatted as points and blurred."""
+    """Return float32 like x: branching bright lines from both hila, drawn as points and blurred."""
     size, roots, steps, thick = x.shape[0], 36, 56, 5
     sign = np.where(np.arange(roots) % 2, 1.0, -1.0)
     start = rng.uniform(-1.9, 1.9, roots)
@@ -190,7 +191,7 @@ def _vessels(x: Array, y: Array, b: Body, rng: Seed) -> Array:
     py = rng.normal(0, 0.05, roots)[:, None] + np.cumsum(np.sin(bend) * pace, axis=1)
     taper = np.linspace(1, 0.15, steps)[None, :, None]
     blur = rng.normal(0, 1, (2, roots, steps, thick)) * 0.010 * taper
-    # the inverse of _grid's affine, read back from two corners instead of being handed around
+    # the inverse of _grid's affine map, recovered from two corners
     ax, ay = (x[0, -1] - x[0, 0]) / (size - 1), (x[-1, 0] - x[0, 0]) / (size - 1)
     bx, by = px[..., None] + blur[0] - x[0, 0], py[..., None] + blur[1] - y[0, 0]
     det = ax * ax + ay * ay
@@ -225,14 +226,14 @@ def _wires(x: Array, y: Array, rng: Seed) -> Array:
 
 
 def _inside(b: Body, rng: Seed) -> tuple[float, float]:
-    """A place in a lung, clear of the heart more often than not."""
+    """Draw a place in a lung, mostly beside the heart."""
     side = -1 if rng.random() < 0.55 else 1
     y = rng.uniform(-0.45, 0.28)
     return side * rng.uniform(0.26 + 0.12 * (side > 0) * (y > 0), 0.82 * b.half - 0.1 * (y < -0.3)), y
 
 
 def _effusion(x: Array, away: Array, y: Array, floor: Array, b: Body, cage: Array, strength: float, rng: Seed) -> Array:
-    """0..1 fluid: fills one costophrenic angle (both in half of the cases) under a meniscus that climbs the wall."""
+    """Return 0..1 fluid in one costophrenic angle (or in both), under a meniscus that rises at the wall."""
     side = rng.integers(2)
     both = rng.random() < 0.5
     fluid = np.zeros_like(x)
@@ -247,7 +248,7 @@ def _effusion(x: Array, away: Array, y: Array, floor: Array, b: Body, cage: Arra
 
 
 def _opacity(x: Array, y: Array, b: Body, strength: float, mottle: Array, rng: Seed) -> Array:
-    """0..1 share of air lost: a patchy cloud in one lung (two clouds in half of the cases)."""
+    """Return 0..1 loss of air: a patchy cloud in one lung (two clouds in half of the cases)."""
     total = np.zeros_like(x)
     for _ in range(1 + (rng.random() < 0.5)):
         cx, cy = _inside(b, rng)

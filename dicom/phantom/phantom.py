@@ -1,8 +1,8 @@
 """Procedural chest images: lungs, heart, bones and four findings, drawn by numpy from a seed.
 
-For demos, tests and heartbeats. Phantoms are EASY: anatomy is a dozen curves and a finding is one more. An AUC
-measured on them says that the loop turns, and nothing at all about patients; print the raw-pixel floor beside it.
-Knows nothing of DICOM: it returns stored values (12 bit, MONOCHROME2 sense); `dicom.phantom.wrap` makes them an image.
+For demos, tests and heartbeats. Phantoms are EASY: the anatomy is a dozen curves and a finding is one more. An AUC
+measured on them shows that the loop works, and nothing about patients; report the raw-pixel baseline beside it.
+Returns stored values (12 bit, MONOCHROME2); `dicom.phantom.wrap` converts them to DICOM.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ TOP = 4095  # 12 bit
 
 @dataclass(frozen=True)
 class Phantom:
-    """One image still to be drawn: who, how, and what it shows; `pixels()` draws it."""
+    """The parameters of one image; `pixels()` draws it."""
 
     patient: str
     seed: int
-    anatomy: int  # seed of the patient's build, the same on all images of a patient
+    anatomy: int  # seed of the patient's anatomy, the same for all images of a patient
     number: int  # 0 for the patient's first image
     view: str
     sex: str
@@ -35,7 +35,7 @@ class Phantom:
     strengths: Mapping[str, float] = field(default_factory=dict)
 
     def pixels(self, size: int = SIZE) -> Array:
-        """uint16 [size, size], 12 bit, MONOCHROME2."""
+        """Draw the image: uint16 [size, size], 12 bit, MONOCHROME2."""
         return image(self.seed, self.strengths, self.view, size, self.anatomy, self.sex, self.age_years)
 
 
@@ -49,11 +49,11 @@ def draw(
     ap: float = 0.3,
     prefix: str = "PHANTOM",
 ) -> list[Phantom]:
-    """`n` phantoms, the same for the same arguments; `draw(n)` begins with `draw(m)` for m < n.
+    """Return `n` phantoms, the same for the same arguments; the first m are those of `draw(m)`.
 
-    `strength`: a finding's range from barely visible to obvious. `repeat`: chance that an image is one more of
-    the same patient, who then keeps each answer four times in five. View, sex and age are drawn without looking
-    at the labels, so none of them gives a label away.
+    `strength`: range of a finding from barely visible to obvious. `repeat`: probability that an image belongs to the
+    previous patient; each label then stays the same with a probability of 80 %. View, sex and age are independent of
+    the labels, so they do not reveal a label.
     """
     unknown = [name for name in findings if name not in FINDINGS]
     if unknown:
@@ -98,7 +98,7 @@ def image(
     sex: str = "M",
     age_years: float = 60,
 ) -> Array:
-    """uint16 [size, size], 12 bit, MONOCHROME2: a frontal chest; `findings` maps a name to a strength in (0, 1]."""
+    """Draw a frontal chest: uint16 [size, size], 12 bit, MONOCHROME2; `findings` maps names to strengths in (0, 1]."""
     shown = dict(findings or {})
     if not set(shown) <= set(FINDINGS) or view not in ("PA", "AP"):
         raise ValueError(f"image(findings={shown}, view={view!r}): allowed are {FINDINGS} and PA, AP")
@@ -113,7 +113,7 @@ def image(
 
 
 def lateral(seed: int, size: int = SIZE) -> Array:
-    """uint16 [size, size], 12 bit: a lateral chest, which a frontal model must never score."""
+    """Draw a lateral chest, which a frontal model must never score: uint16 [size, size], 12 bit."""
     rng = np.random.default_rng(seed)
     x, y = _grid(size, rng, turn=3.0)
     trunk = np.sqrt(np.clip(1 - (np.abs(x - 0.02) / (0.74 + 0.12 * soft(y + 0.1, 0.4))) ** 2, 0, 1))
@@ -130,7 +130,7 @@ def lateral(seed: int, size: int = SIZE) -> Array:
 
 
 def hip(seed: int, size: int = SIZE) -> Array:
-    """uint16 [size, size], 12 bit: a pelvis and two hips, plainly not a chest."""
+    """Draw a pelvis and two hips, clearly not a chest: uint16 [size, size], 12 bit."""
     rng = np.random.default_rng(seed)
     x, y = _grid(size, rng, turn=3.0)
     away = np.abs(x)
@@ -158,7 +158,7 @@ def hip(seed: int, size: int = SIZE) -> Array:
 
 
 def _grid(size: int, rng: Seed, turn: float) -> tuple[Array, Array]:
-    """x, y float32 [size, size] after the image's own shift, tilt and magnification."""
+    """Return x, y float32 [size, size] with a random shift, tilt and magnification."""
     line = np.linspace(-1, 1, size, dtype=np.float32)
     angle, scale = np.radians(rng.normal(0, turn / 2)), rng.uniform(0.92, 1.08)
     dx, dy = rng.normal(0, 0.03, 2)
@@ -170,13 +170,13 @@ def _grid(size: int, rng: Seed, turn: float) -> tuple[Array, Array]:
 @lru_cache(maxsize=4)
 def _falloff(size: int) -> Array:
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]) * size
-    weight = 1.0 / np.maximum(f, 3.0) ** 1.5  # anatomical noise falls about as f^-3 in power
+    weight = 1.0 / np.maximum(f, 3.0) ** 1.5  # the power of anatomical noise falls about as f^-3
     weight[f < 2] = 0
     return (weight / np.sqrt((weight**2).sum()) * size).astype(np.float32)
 
 
 def _mottle(size: int, rng: Seed) -> Array:
-    """float32 [size, size], mean 0, sd about 1: smooth cloud."""
+    """Return a smooth cloud: float32 [size, size], mean 0, standard deviation about 1."""
     white = rng.standard_normal((2, size, size // 2 + 1), dtype=np.float32)
     return np.fft.irfft2((white[0] + 1j * white[1]) * _falloff(size), s=(size, size)).astype(np.float32) * (size / 2)
 
@@ -185,7 +185,7 @@ def _mottle(size: int, rng: Seed) -> Array:
 
 
 def _expose(density: Array, rng: Seed, marker: str | None, noisy: float = 1.0) -> Array:
-    """uint16 like `density`: tone curve, veil, quantum noise, shutters and a side marker, all jittered."""
+    """Return uint16 like `density`, with random tone curve, veil, quantum noise, shutters and side marker."""
     size = density.shape[0]
     veil = (
         rng.normal(0, 0.05) * np.linspace(-1, 1, size)[:, None]

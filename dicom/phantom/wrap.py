@@ -1,4 +1,4 @@
-"""A picture as a DICOM image: PNG, JPEG or array in, data set out; for imports, the demo's PACS and tests.
+"""Convert a picture (PNG, JPEG or array) to a DICOM data set; for imports, the demo's PACS and tests.
 
 Deterministic: the same picture of the same patient always gets the same SOP Instance UID. Writes no file.
 """
@@ -13,18 +13,13 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID, generate_uid
 
+from dicom.dataset.chest_codes import CHEST, VIEWS, code_item
 from dicom.dataset.facts import COMPUTED_RADIOGRAPHY, DIGITAL_XRAY_PRESENTATION, SECONDARY_CAPTURE
 from dicom.dataset.part10 import EXPLICIT_LE, IMPLEMENTATION_UID, NATIVE
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 
-WRAPPER = "cxrloop wrap"  # ManufacturerModelName; not our results' device, so never refused as one
+WRAPPER = "cxrloop wrap"  # ManufacturerModelName; differs from that of our results, which admission rejects
 IMAGE_MM = 350  # the width of a common chest cassette
-VIEWS = {  # CID 4010
-    "PA": ("272479007", "postero-anterior"),
-    "AP": ("399348003", "antero-posterior"),
-    "LL": ("399173006", "left lateral"),
-    "RL": ("399198007", "right lateral"),
-}
 CLASS_OF = {"DX": DIGITAL_XRAY_PRESENTATION, "CR": COMPUTED_RADIOGRAPHY}  # any other modality: Secondary Capture
 
 
@@ -43,10 +38,10 @@ def wrap(
     sop_uid: str | None = None,
     study_uid: str | None = None,
 ) -> Dataset:
-    """An image of `source`: a picture file, or a uint8 / uint16 [H, W] array (brighter is denser).
+    """Return a data set for `source`: a picture file, or a uint8 or uint16 [H, W] array (brighter is denser).
 
-    `study_date` YYYYMMDD; `bits` stored, by default 8, 12 or 16, by the source; MONOCHROME1 is stored inverted.
-    Syntaxes: native ones, JPEG 2000 lossless, JPEG-LS. Raises ValueError, OSError.
+    `study_date` is YYYYMMDD. `bits` are BitsStored, by default 8, 12 or 16 depending on the source. MONOCHROME1 is
+    stored inverted. Syntaxes: the native ones, JPEG 2000 lossless, JPEG-LS. Raises ValueError, OSError.
     """
     grey = read_grey(source) if isinstance(source, Path) else np.ascontiguousarray(source)
     if grey.ndim != 2 or grey.dtype not in (np.uint8, np.uint16):
@@ -86,8 +81,8 @@ def _series(ds: Dataset, modality: str, body_part: str, view: str) -> None:
     if ds.SOPClassUID == SECONDARY_CAPTURE:
         ds.ConversionType = "WSD"
     if modality == "DX":
-        ds.AnatomicRegionSequence = [_code("816094009", "Chest")] if body_part == "CHEST" else []
-        ds.ViewCodeSequence = [_code(*VIEWS[view])] if view in VIEWS else []
+        ds.AnatomicRegionSequence = [code_item(*CHEST)] if body_part == "CHEST" else []
+        ds.ViewCodeSequence = [code_item(*VIEWS[view])] if view in VIEWS else []
         ds.AcquisitionContextSequence = []
         ds.ImageLaterality, ds.DetectorType, ds.PositionerType = "U", "", ""
         ds.PresentationIntentType = "FOR PRESENTATION"
@@ -96,21 +91,15 @@ def _series(ds: Dataset, modality: str, body_part: str, view: str) -> None:
         ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = "0", "1", "US"
 
 
-def _code(value: str, meaning: str) -> Dataset:
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "SCT", meaning
-    return item
-
-
 def _pixels(ds: Dataset, stored: np.ndarray, bits: int, photometric: str, syntax: str) -> None:
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, photometric
     ds.Rows, ds.Columns = stored.shape
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8 * stored.dtype.itemsize, bits, bits - 1, 0
     if ds.Modality == "DX":
-        # required in a DX object, and not known of a picture: as if the image were IMAGE_MM wide
+        # required in a DX object; a picture has no spacing, so assume that the image is IMAGE_MM wide
         ds.ImagerPixelSpacing = [f"{IMAGE_MM / stored.shape[1]:.5f}"] * 2
         ds.PresentationLUTShape = "INVERSE" if photometric == "MONOCHROME1" else "IDENTITY"
-    # the full range is the window: plates come out as the picture was, whatever percentiles would say
+    # a window over the full range, so that the plate looks like the picture
     ds.WindowCenter, ds.WindowWidth = str(1 << bits - 1), str(1 << bits)
     ds.file_meta = FileMetaDataset()
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
@@ -128,7 +117,7 @@ def _pixels(ds: Dataset, stored: np.ndarray, bits: int, photometric: str, syntax
     elif syntax == JPEG_LS:
         _encapsulate(ds, imagecodecs.jpegls_encode(stored))
     else:
-        raise ValueError(f"transfer syntax {syntax}: wrap writes native ones, JPEG 2000 lossless and JPEG-LS")
+        raise ValueError(f"transfer syntax {syntax}: wrap writes only the native ones, JPEG 2000 lossless and JPEG-LS")
 
 
 def _encapsulate(ds: Dataset, stream: bytes | bytearray) -> None:
@@ -138,14 +127,14 @@ def _encapsulate(ds: Dataset, stream: bytes | bytearray) -> None:
 
 
 def read_grey(path: Path) -> np.ndarray:
-    """uint8 or uint16 [H, W] of a PNG or JPEG; colour and palettes become grey, transparency black.
+    """Return a PNG or JPEG as uint8 or uint16 [H, W]; colours and palettes become grey, transparency becomes black.
 
-    Raises OSError, and ValueError for a damaged picture and one larger than any image.
+    Raises OSError, and ValueError for a damaged or far too large picture.
     """
     try:
         with Picture.open(path) as picture:
             return _grey(picture)
-    except (Picture.DecompressionBombError, SyntaxError) as error:  # SyntaxError: the library's word for a broken PNG
+    except (Picture.DecompressionBombError, SyntaxError) as error:  # Pillow raises SyntaxError for a damaged PNG
         raise ValueError(str(error)) from None
 
 

@@ -1,1 +1,1 @@
-"""The one pixel path: stored values to a uint8 512 x 512 plate, and the quality filter."""
+"""The one pixel path, from stored values to a uint8 512 x 512 plate, and the quality filter."""

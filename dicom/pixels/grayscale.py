@@ -1,40 +1,37 @@
-"""The grayscale pipeline of one header as a table from stored value to brightness, 0 black to 1 white.
+"""The grayscale pipeline of one header: a table from stored value to brightness, 0 black to 1 white.
 
 Modality LUT, then VOI LUT or window or percentiles, then polarity, then padding to black (PS3.3 C.11, PS3.4 N.2).
-Sees a histogram, never an image.
+Works on the histogram of an image, never on its pixels.
 """
 
 import numpy as np
 from pydicom.dataset import Dataset
 
 from dicom.dataset import header
+from dicom.errors import BlankImage
 
-TAILS = (0.005, 0.995)  # where no window is given; burnt-in markers and collimator edges are under half a per cent
-
-
-class Blank(ValueError):
-    """There is nothing on the image: all pixels, padding aside, hold one value."""
+TAILS = (0.005, 0.995)  # without a window; burned-in markers and collimator edges cover less than half a per cent
 
 
 def brightness(ds: Dataset, lowest: int, counts: np.ndarray, windowed: bool = True) -> np.ndarray:
-    """float64 [len(counts)] in 0..1 for the stored values lowest, lowest + 1, ...; `counts` is their histogram.
+    """Return float64 [len(counts)] in 0..1 for the stored values lowest, lowest + 1, ...; `counts` is their histogram.
 
-    `windowed` False ignores the header's VOI LUT and window. Raises Blank, ValueError.
+    `windowed` False ignores the header's VOI LUT and window. Raises BlankImage, ValueError.
     """
     stored = np.arange(lowest, lowest + len(counts))
     padding = _padding(ds, stored)
     weights = np.where(padding, 0, counts)
     if np.count_nonzero(weights) < 2:
-        raise Blank("PixelData (7FE0,0010): every pixel has the same value")
+        raise BlankImage("PixelData (7FE0,0010): every pixel has the same value")
     values = _modality(ds, stored)
     low, high = _percentiles(values, weights)
     if low == high:
-        raise Blank(f"PixelData (7FE0,0010): {TAILS[1] - TAILS[0]:.0%} of the pixels have the same value")
+        raise BlankImage(f"PixelData (7FE0,0010): {TAILS[1] - TAILS[0]:.0%} of the pixels have the same value")
     shown = _voi(ds, values) if windowed else None
     if shown is None:
         shown = np.clip((values - low) / (high - low), 0, 1)
     inverse = header.text(ds, "PhotometricInterpretation").upper() == "MONOCHROME1"
-    # a DX image says MONOCHROME1 and INVERSE together (PS3.3 C.8.11.3): one inversion, not two
+    # a DX image has both MONOCHROME1 and INVERSE (PS3.3 C.8.11.3): invert once, not twice
     if inverse or header.text(ds, "PresentationLUTShape").upper() == "INVERSE":
         shown = 1 - shown
     return np.where(padding, 0.0, shown)
@@ -67,14 +64,14 @@ def _modality(ds: Dataset, stored: np.ndarray) -> np.ndarray:
 
 
 def _lookup(ds: Dataset, item: Dataset, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One LUT item applied, and its table: values below the first entry take it, above the last the last (C.11.1.1)."""
+    """Return the values mapped by one LUT item, and its table. Values outside the table map to its ends (C.11.1.1)."""
     descriptor = header.shorts(item, "LUTDescriptor")
     if len(descriptor) != 3:
         raise ValueError("LUTDescriptor (0028,3002) does not have three values")
     size, first = descriptor[0] or 0x10000, descriptor[1]
-    vr = getattr(item.get_item(0x00283002), "VR", None)  # None or "US or SS" where the file does not say
+    vr = getattr(item.get_item(0x00283002), "VR", None)  # None or "US or SS" for an implicit file
     if first > 0x7FFF and (vr == "SS" or values.min() < 0 or (vr != "US" and _is_signed(ds))):
-        first -= 0x10000  # the sign is that of the values that come in, not of the stored ones (C.11.2.1.1)
+        first -= 0x10000  # signed if the input values are, whatever the stored values are (C.11.2.1.1)
     raw = item.get_item(0x00283006)
     if raw is not None and isinstance(raw.value, bytes) and len(raw.value) < 2 * size:
         packed = np.frombuffer(raw.value, "u1")  # 8-bit entries, two in a word
@@ -89,10 +86,10 @@ def _lookup(ds: Dataset, item: Dataset, values: np.ndarray) -> tuple[np.ndarray,
 
 
 def _voi(ds: Dataset, values: np.ndarray) -> np.ndarray | None:
-    """0..1 by the VOI LUT, else by the first window (C.11.2.1.2); None when the header has neither, or a broken one."""
+    """Return 0..1 by the VOI LUT, else by the first window (C.11.2.1.2); None if the header has no valid one."""
     if "VOILUTSequence" in ds and ds["VOILUTSequence"].value:
         shown, table = _lookup(ds, ds["VOILUTSequence"].value[0], values)
-        # by the table's own top: many say 16 bits and fill 12. Not by this image's brightest pixel, which is no white
+        # divide by the table's largest entry: many declare 16 bits and use 12. Not by the image's brightest pixel
         return shown / table.max() if table.max() > table.min() else None
     try:
         centre, width = header.number(ds, "WindowCenter"), header.number(ds, "WindowWidth")
@@ -110,7 +107,7 @@ def _voi(ds: Dataset, values: np.ndarray) -> np.ndarray | None:
 
 
 def _percentiles(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Values below which TAILS of the pixels lie."""
+    """Return the two values below which the TAILS shares of the pixels lie."""
     order = np.argsort(values, kind="stable")
     share = np.cumsum(weights[order]) / weights.sum()
     low, high = np.searchsorted(share, TAILS)

@@ -1,17 +1,17 @@
 """Letterbox of an image onto the plate: area average when it shrinks, bilinear when it grows.
 
-Plain arithmetic on one array; knows nothing of DICOM.
+Plain arithmetic on one array. Must not import DICOM modules.
 """
 
 from functools import lru_cache
 
 import numpy as np
 
-SIDE = 512  # pixels; the plate's side, part of PLATE_VERSION
+from cxrloop.plate import PLATE_SIDE
 
 
-def letterbox(image: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """uint8 [side, side] from float [H, W] in 0..255: aspect kept, centred, black around."""
+def letterbox(image: np.ndarray, side: int = PLATE_SIDE) -> np.ndarray:
+    """Return uint8 [side, side] from float [H, W] in 0..255: same aspect ratio, centred, black borders."""
     rows, columns = image.shape
     scale = side / max(rows, columns)
     height, width = max(1, round(rows * scale)), max(1, round(columns * scale))
@@ -23,7 +23,7 @@ def letterbox(image: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 def _along_rows(image: np.ndarray, out: int) -> np.ndarray:
-    """float32 [out, W] from [H, W]; each output row is a short weighted sum of neighbouring input rows."""
+    """Return float32 [out, W] from [H, W]; each output row is a weighted sum of a few neighbouring input rows."""
     image = np.ascontiguousarray(image, np.float32)
     if image.shape[0] == out:
         return image
@@ -33,10 +33,10 @@ def _along_rows(image: np.ndarray, out: int) -> np.ndarray:
     return small
 
 
-@lru_cache(maxsize=64)  # a site's detectors have a handful of sizes
+@lru_cache(maxsize=64)  # the detectors of a site have few different sizes
 def taps(size: int, out: int) -> tuple[tuple[int, np.ndarray], ...]:
-    """For each output sample: first input sample and float32 weights, which sum to 1."""
-    found = []
+    """Return, for each output sample, its first input sample and float32 weights that sum to 1."""
+    samples = []
     for index in range(out):
         if out < size:  # the exact share of every input sample in the interval [low, high)
             low, high = index * size / out, (index + 1) * size / out
@@ -48,5 +48,5 @@ def taps(size: int, out: int) -> tuple[tuple[int, np.ndarray], ...]:
             start = min(int(centre), max(size - 2, 0))
             share = centre - start
             weights = np.array([1 - share, share][:size])
-        found.append((start, (weights / weights.sum()).astype(np.float32)))
-    return tuple(found)
+        samples.append((start, (weights / weights.sum()).astype(np.float32)))
+    return tuple(samples)

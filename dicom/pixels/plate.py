@@ -1,6 +1,6 @@
-"""From a data set to its stored values, and from those to the plate: the one pixel path of training and serving.
+"""Decode a data set to stored values, and render those as a plate: the one pixel path of training and serving.
 
-Judges nothing and opens no file. What it can't decode is a ValueError whose text names the tag.
+Opens no file and rejects no image by its content. A decoding error is a ValueError whose text names the tag.
 """
 
 import hashlib
@@ -11,23 +11,23 @@ from pydicom.pixels.utils import pixel_array
 
 from dicom.dataset import header
 from dicom.dataset.part10 import EXPLICIT_BE, HOSTILE, NATIVE, items
-from dicom.dataset.syntaxes import DECODERS, LOSSY, RLE, bare, codestream_size, decode_rle, is_whole
-from dicom.pixels.grayscale import Blank, brightness
+from dicom.dataset.syntaxes import DECODERS, LOSSY, RLE, codestream_size, decode_rle, is_complete, strip_boxes
+from dicom.pixels.grayscale import brightness
 from dicom.pixels.letterbox import letterbox
 
-__all__ = ["PLATE_VERSION", "Blank", "decode", "pixel_sha256", "render", "to_plate"]
-
-CODEC_BYTES_A_PIXEL = 16  # OpenJPEG works on 32-bit integers, and keeps the result beside them
-PLATE_VERSION = 1  # written on every bundle; a change to any step below is a new version
+CODEC_BYTES_PER_PIXEL = 16  # OpenJPEG works on 32-bit integers and keeps a second copy for the result
 
 
 def to_plate(ds: Dataset) -> np.ndarray:
-    """uint8 [512, 512], MONOCHROME2, letterboxed. Raises ValueError (Blank when nothing is on the image)."""
+    """Return uint8 [512, 512], MONOCHROME2, letterboxed. Raises ValueError; BlankImage if all pixels are equal.
+
+    Every change of a step raises `cxrloop.plate.PLATE_VERSION`.
+    """
     return render(ds, decode(ds))
 
 
 def decode(ds: Dataset) -> np.ndarray:
-    """Stored values, uint16 or int16 [rows, columns] by PixelRepresentation, overlay bits cut. Raises ValueError."""
+    """Return stored values without overlay bits, uint16 or int16 [rows, columns]. Raises ValueError."""
     syntax = str(ds.file_meta.TransferSyntaxUID)
     rows, columns = header.short(ds, "Rows") or 0, header.short(ds, "Columns") or 0
     allocated = header.short(ds, "BitsAllocated") or 16
@@ -42,11 +42,11 @@ def decode(ds: Dataset) -> np.ndarray:
     if syntax == RLE:
         return _integers(_rle(ds, frame, rows, columns, allocated), bits, aligned, signed)
     if syntax not in DECODERS:
-        raise ValueError(f"TransferSyntaxUID (0002,0010) = {syntax}: a syntax we don't decode")
-    values, said = _codestream(ds, bare(frame), syntax, rows, columns)
-    # some encoders compress whole pixel cells, others the stored bits alone: the code stream says which
-    shift = aligned if high is not None and said > high else 0
-    if syntax in LOSSY:  # a lossy decoder may overshoot by a little: clip, do not wrap
+        raise ValueError(f"TransferSyntaxUID (0002,0010) = {syntax}: cannot be decoded here")
+    values, declared_bits = _codestream(ds, strip_boxes(frame), syntax, rows, columns)
+    # some encoders compress whole pixel cells, others the stored bits alone: the declared bits tell them apart
+    shift = aligned if high is not None and declared_bits > high else 0
+    if syntax in LOSSY:  # a lossy decoder may exceed the range slightly: clip, do not wrap around
         top = 1 << bits + shift - signed
         if not (signed and values.dtype.kind == "u"):
             values = np.clip(values.astype(np.int32), -top if signed else 0, top - 1)
@@ -67,8 +67,8 @@ def _native(ds: Dataset, syntax: str, rows: int, columns: int, allocated: int) -
 def _rle(ds: Dataset, frame: bytes, rows: int, columns: int, allocated: int) -> np.ndarray:
     try:
         return decode_rle(frame, rows, columns, allocated)
-    except (RuntimeError, ValueError):  # sloppy encoders leave more in a segment than fits, which pydicom cuts off;
-        # pylibjpeg-rle panics there, and a panic is no Exception
+    except (RuntimeError, ValueError):
+        # some encoders write segments that are too long; pydicom cuts them off, pylibjpeg-rle panics (no Exception)
         try:
             return pixel_array(ds, raw=True, decoding_plugin="pydicom").reshape(rows, columns)
         except HOSTILE as error:
@@ -76,19 +76,19 @@ def _rle(ds: Dataset, frame: bytes, rows: int, columns: int, allocated: int) -> 
 
 
 def _codestream(ds: Dataset, frame: bytes, syntax: str, rows: int, columns: int) -> tuple[np.ndarray, int]:
-    """(values, bits a value) of the code stream."""
-    *said, bits = codestream_size(frame)
-    if said != [rows, columns, 1]:
+    """Return (values, declared bits per value) of the code stream."""
+    *size, bits = codestream_size(frame)
+    if size != [rows, columns, 1]:
         raise ValueError(
-            f"PixelData (7FE0,0010): code stream of {said[0]} x {said[1]} x {said[2]}, header says {rows} x {columns}"
+            f"PixelData (7FE0,0010): code stream of {size[0]} x {size[1]} x {size[2]}, header says {rows} x {columns}"
         )
-    if not is_whole(frame):
+    if not is_complete(frame):
         raise ValueError("PixelData (7FE0,0010): code stream is cut short")
     try:
         values = DECODERS[syntax](frame)
-    except (RuntimeError, ValueError):  # imagecodecs' errors; the second decoder has the last word
-        # a codec that failed for want of memory says only that it failed: MemoryError is raised here instead
-        np.empty(CODEC_BYTES_A_PIXEL * rows * columns, np.uint8)
+    except (RuntimeError, ValueError):  # imagecodecs' errors; try the second decoder
+        # the codec does not report a lack of memory: this allocation raises MemoryError in that case
+        np.empty(CODEC_BYTES_PER_PIXEL * rows * columns, np.uint8)
         try:
             values = pixel_array(ds, raw=True, decoding_plugin="pylibjpeg")
         except HOSTILE as error:
@@ -99,7 +99,7 @@ def _codestream(ds: Dataset, frame: bytes, syntax: str, rows: int, columns: int)
 
 
 def _integers(values: np.ndarray, bits: int, shift: int, signed: bool) -> np.ndarray:
-    """uint16 or int16 of `bits` bits that begin at bit `shift`, sign extended."""
+    """Return the `bits` bits from bit `shift` on as uint16, or sign-extended as int16."""
     plain = values.astype(np.uint16)
     if shift:
         plain >>= np.uint16(shift)
@@ -112,19 +112,19 @@ def _integers(values: np.ndarray, bits: int, shift: int, signed: bool) -> np.nda
 
 
 def pixel_sha256(stored: np.ndarray) -> str:
-    """Hex sha256 of dtype, shape and little-endian bytes: one value for one image in any lossless syntax."""
+    """Return the hex sha256 of dtype, shape and little-endian bytes: equal for one image in every lossless syntax."""
     digest = hashlib.sha256(f"{stored.dtype.kind}{stored.dtype.itemsize} {stored.shape}".encode())
     digest.update(np.ascontiguousarray(stored, stored.dtype.newbyteorder("<")).data)
     return digest.hexdigest()
 
 
 def render(ds: Dataset, stored: np.ndarray) -> np.ndarray:
-    """uint8 [512, 512] from stored values, through the header's look-up tables. Raises ValueError, Blank."""
+    """Return uint8 [512, 512] from stored values, by the header's look-up tables. Raises ValueError, BlankImage."""
     lowest = int(stored.min())
     index = stored if lowest == 0 and stored.dtype == np.uint16 else stored.astype(np.int32) - lowest
     counts = np.bincount(index.ravel())
     plate = letterbox(_image(ds, lowest, counts, index))
-    if plate.min() == plate.max():  # a window that shows nothing; the image's own range is better than black
+    if plate.min() == plate.max():  # the window misses all values: use the image's own range instead of a black plate
         plate = letterbox(_image(ds, lowest, counts, index, windowed=False))
     return plate
 

@@ -1,1 +1,4 @@
-"""Durable files: the inbox, the content-addressed store, the drop folder."""
+"""Durable files: the inbox, the content-addressed store, the drop folder.
+
+Must import only dicom.dataset and cxrloop.
+"""

@@ -1,6 +1,7 @@
-"""The site's files: originals and plates under the hash of their content, and what was set aside.
+"""The site's files under the hash of their content: originals, plates, and rejected or quarantined files.
 
-Write once, durable, idempotent. Knows no DICOM and no ledger; the paths it gives out are relative to its folder.
+Every file is written once and durable; writing it again does nothing. Paths are relative to the store's folder.
+Must not import DICOM modules or a ledger.
 """
 
 import errno
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from cxrloop import npy
-from dicom.store.inbox import sync_folder
+from cxrloop.durable import sync_folder
 
-LEFT_BEHIND = 3600  # seconds after which a temp has no living writer
+MAX_WRITE_S = 3600  # seconds; the writer of an older temporary file is dead
 
 
 class Store:
+    """The folder `folder`, created if missing."""
+
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.plates_folder = self.folder / "plates"
@@ -29,15 +32,15 @@ class Store:
         self.sweep()
 
     def keep_original(self, path: Path, sha256: str) -> str:
-        """Keep the file at `path` as an original; returns "originals/ab/<sha256>.dcm". Raises OSError."""
+        """Store the file at `path` as an original and return "originals/ab/<sha256>.dcm". Raises OSError."""
         return self._keep_file("originals", path, sha256)
 
     def keep_aside(self, path: Path, sha256: str) -> str:
-        """Keep the file at `path` as rejected or quarantined; returns "aside/ab/<sha256>.dcm". Raises OSError."""
+        """Store a rejected or quarantined file and return "aside/ab/<sha256>.dcm". Raises OSError."""
         return self._keep_file("aside", path, sha256)
 
     def keep_plate(self, plate: np.ndarray, sha256: str) -> str:
-        """Keep a uint8 [512, 512] plate; returns "plates/ab/<sha256>.npy". Raises OSError."""
+        """Store a uint8 [512, 512] plate and return "plates/ab/<sha256>.npy". Raises OSError."""
 
         def write(temp: Path) -> None:
             with temp.open("xb") as stream:
@@ -47,30 +50,30 @@ class Store:
         return self._keep("plates", sha256, "npy", write)
 
     def plate(self, relative: str) -> np.ndarray:
-        """The plate at a path that `keep_plate` gave. Raises FileNotFoundError, ValueError."""
+        """Return the plate at a path that `keep_plate` returned. Raises FileNotFoundError, ValueError."""
         return npy.load(self.path(relative))
 
     def path(self, relative: str) -> Path:
-        """The file at a path that this store gave. Raises ValueError for any other path."""
+        """Return the full path for a relative path of this store. Raises ValueError for any other path."""
         if not re.fullmatch(r"(originals|aside|plates)/[0-9a-f]{2}/[0-9a-f]{64}\.(dcm|npy)", relative):
             raise ValueError(f"{relative!r} is not a path of the store")
         return self.folder / relative
 
     def sweep(self) -> int:
-        """Remove what a crash left half written over an hour ago (another process may be writing now); how many."""
+        """Remove temporary files older than an hour, left by a crash, and return how many. Newer ones may be in use."""
         removed = 0
         for temp in self.folder.glob("*/.tmp-*"):
             try:
-                if time.time() - temp.stat().st_ctime > LEFT_BEHIND:
+                if time.time() - temp.stat().st_ctime > MAX_WRITE_S:
                     temp.unlink()
                     removed += 1
-            except FileNotFoundError:  # finished, or swept by another process
+            except FileNotFoundError:  # completed, or removed by another process
                 continue
         return removed
 
     def _keep_file(self, part: str, path: Path, sha256: str) -> str:
         def write(temp: Path) -> None:
-            # a second name costs nothing, but only for a file of the site: others may change theirs later
+            # link files of the site; copy all others, because somebody may change them later
             if path.resolve().is_relative_to(self.folder.resolve().parent):
                 try:
                     os.link(path, temp)

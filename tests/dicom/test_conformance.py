@@ -1,4 +1,4 @@
-"""The conformance statement says what the program does: its tables are read and compared with the code."""
+"""The tables of the conformance statement, compared with the code."""
 
 import importlib
 import re
@@ -9,26 +9,26 @@ import pytest
 from pydicom.uid import UID
 
 from agent.site.config import Config
-from dicom.client.sender import STORAGE_COMMITMENT, VERIFICATION
-from dicom.dataset.facts import SOP_CLASSES
+from dicom.dataset import store_status
+from dicom.dataset.facts import SOP_CLASSES, STORAGE_COMMITMENT, VERIFICATION
 from dicom.dataset.part10 import IMPLEMENTATION_NAME, IMPLEMENTATION_UID
 from dicom.dataset.syntaxes import SYNTAXES
-from dicom.node import commitment, reception, tls
+from dicom.node import commitment, tls
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "conformance.md").read_text("utf-8")
 
 
 def table(head: str) -> list[list[str]]:
-    """The rows of the tables that begin with this header, as cells."""
-    found = []
+    """Return the rows of the tables with this header, as cells."""
+    rows = []
     for block in re.findall(rf"^\| {re.escape(head)}.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.M):
-        found += [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
-    assert found, head
-    return found
+        rows += [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
+    assert rows, head
+    return rows
 
 
 def section(title: str, text: str = PAGE) -> str:
-    """The text from this heading or bold word to the next of either kind."""
+    """Return the text from this heading or bold word to the next one."""
     return re.split(r"\n#|\n\*\*", text.split(title, 1)[1])[0]
 
 
@@ -49,30 +49,31 @@ def test_the_transfer_syntaxes_are_those_of_the_node_in_its_order():
 
 
 @pytest.mark.parametrize("row", table("limit | value"), ids=lambda row: row[2].strip("` "))
-def test_each_limit_is_the_one_in_force(row):
+def test_each_limit_has_the_value_of_the_code(row):
     value, where = int(row[1]), row[2].strip("` ")
     if where.startswith("dicom."):
         module = ".".join(
             part for part in where.split(".") if part.islower() and part not in ("artim", "idle", "stall")
         )
-        found = importlib.import_module(module)
+        limit = importlib.import_module(module)
         for name in where.removeprefix(module + ".").split("."):
-            found = getattr(found, name)
+            limit = getattr(limit, name)
     else:
-        found = getattr(getattr(Config(), where.split(".")[0]), where.split(".")[1])
-    assert found == value
+        section_name, key = where.split(".")
+        limit = getattr(getattr(Config(), section_name), key)
+    assert limit == value
 
 
-def test_the_statuses_of_c_store_are_all_there_are():
-    named = {value for name, value in vars(reception).items() if name.isupper() and isinstance(value, int)}
-    assert codes(section("**Storage (C-STORE).**")) == named - {reception.LARGEST, reception.UNDEFINED}
+def test_the_table_of_c_store_has_every_status():
+    statuses = {value for name, value in vars(store_status).items() if name.isupper() and isinstance(value, int)}
+    assert codes(section("**Storage (C-STORE).**")) == statuses - {store_status.UNDEFINED}
 
 
-def test_the_statuses_and_reasons_of_storage_commitment_are_all_there_are():
-    answers = codes(section("**Storage commitment (N-ACTION).**"))
+def test_the_tables_of_storage_commitment_have_every_status_and_reason():
+    statuses = codes(section("**Storage commitment (N-ACTION).**"))
     reasons = codes(section("#### 4.2.2"))
     assert reasons == {commitment.PROCESSING_FAILURE, commitment.NO_SUCH_INSTANCE, commitment.CLASS_CONFLICT}
-    assert answers == {
+    assert statuses == {
         commitment.SUCCESS,
         commitment.NO_SUCH_INSTANCE,
         commitment.INVALID_ARGUMENT,
@@ -82,13 +83,13 @@ def test_the_statuses_and_reasons_of_storage_commitment_are_all_there_are():
     }
 
 
-def test_the_repeats_of_a_report_are_those_of_the_code():
+def test_a_report_is_repeated_at_the_intervals_of_the_code():
     *first, last = commitment.BACKOFF_S
-    said = f"repeated after {', '.join(map(str, first))} and then every {last} seconds"
-    assert said in PAGE and f"dropped after {commitment.KEPT_S // 3600} hours" in PAGE
+    sentence = f"repeated after {', '.join(map(str, first))} and then every {last} seconds"
+    assert sentence in PAGE and f"dropped after {commitment.KEPT_S // 3600} hours" in PAGE
 
 
-def test_the_cipher_suites_are_those_that_the_port_offers():
+def test_the_cipher_suites_are_those_of_the_port():
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(tls.CIPHERS)
@@ -96,7 +97,7 @@ def test_the_cipher_suites_are_those_that_the_port_offers():
     assert re.findall(r"`((?:TLS_|ECDHE-)[A-Z0-9_-]+)`", PAGE) == offered
 
 
-def test_we_name_ourselves_as_the_node_does():
+def test_the_implementation_uid_and_name_are_those_of_the_node():
     assert f"`{IMPLEMENTATION_UID}`, version name `{IMPLEMENTATION_NAME}`" in PAGE
 
 

@@ -1,4 +1,4 @@
-"""Pseudonyms and the ranges that hang on them."""
+"""Pseudonyms and the fractions derived from them."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from dicom.pseudonyms import fraction, patient_key
 
-KEY, OTHER = b"k" * 32, b"o" * 32
+KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 
 
 def test_a_patient_has_one_key_at_one_site():
@@ -14,31 +14,31 @@ def test_a_patient_has_one_key_at_one_site():
     assert identified
     assert re.fullmatch(r"p[0-9a-f]{16}", key)
     assert patient_key(KEY, " 12345 ", "", "9.9.9") == (key, True)
-    assert patient_key(OTHER, "12345", "", "1.2.3")[0] != key
+    assert patient_key(OTHER_KEY, "12345", "", "1.2.3")[0] != key
     assert patient_key(KEY, "12345", "OTHER HOSPITAL", "1.2.3")[0] != key
     assert "12345" not in key
 
 
-@pytest.mark.parametrize("nobody", ["", "   ", "UNKNOWN", "Anonymous", "0"])
-def test_without_a_patient_the_study_stands_in_and_is_not_identified(nobody):
-    key, identified = patient_key(KEY, nobody, "", "1.2.3")
+@pytest.mark.parametrize("patient_id", ["", "   ", "UNKNOWN", "Anonymous", "0"])
+def test_without_a_patient_the_study_gets_the_pseudonym(patient_id):
+    key, identified = patient_key(KEY, patient_id, "", "1.2.3")
     assert not identified
     assert re.fullmatch(r"s[0-9a-f]{16}", key)
-    assert patient_key(KEY, nobody, "", "1.2.4")[0] != key
+    assert patient_key(KEY, patient_id, "", "1.2.4")[0] != key
 
 
-def test_parts_do_not_run_into_each_other():
+def test_different_parts_give_different_pseudonyms():
     assert patient_key(KEY, "1", "23", "")[0] != patient_key(KEY, "12", "3", "")[0]
 
 
-def test_fractions_are_fixed_uniform_and_another_hash_than_the_key():
+def test_fractions_are_fixed_uniform_and_independent_of_the_pseudonym():
     keys = [patient_key(KEY, str(n), "", "")[0] for n in range(4000)]
-    found = [fraction(KEY, key) for key in keys]
-    assert found == [fraction(KEY, key) for key in keys]
-    assert all(0 <= value < 1 for value in found)
-    tenths = [sum(n / 10 <= value < (n + 1) / 10 for value in found) for n in range(10)]
+    fractions = [fraction(KEY, key) for key in keys]
+    assert fractions == [fraction(KEY, key) for key in keys]
+    assert all(0 <= value < 1 for value in fractions)
+    tenths = [sum(n / 10 <= value < (n + 1) / 10 for value in fractions) for n in range(10)]
     assert all(320 < count < 480 for count in tenths)
-    assert fraction(OTHER, keys[0]) != found[0]
+    assert fraction(OTHER_KEY, keys[0]) != fractions[0]
 
 
 def test_a_short_key_is_refused():

@@ -22,7 +22,7 @@ from dicom.node.reception import OUT_OF_RESOURCES
 from dicom.store.inbox import Inbox
 from tests.conftest import make_site
 from tests.support.dicom.pacs import data_set, save, wait_for, xray
-from tests.support.dicom.raw_scu import A_ASSOCIATE_AC, IMPLICIT, VERIFICATION, Scu, echoes
+from tests.support.dicom.raw_scu import A_ASSOCIATE_AC, IMPLICIT, VERIFICATION, Scu, answers_echo
 from tests.support.small_disk import small_disk
 
 pytestmark = pytest.mark.peer("mount")
@@ -54,7 +54,7 @@ def running(disk, tmp_path, parts="listen", begin=lambda: None):
         process = subprocess.Popen(command, stderr=file, env={**os.environ, "PYTHONPATH": str(HERE)})
     try:
         if "listen" in parts:
-            assert wait_for(lambda: echoes(made.config.node.port), PATIENCE_S), log.read_text()
+            assert wait_for(lambda: answers_echo(made.config.node.port), PATIENCE_S), log.read_text()
         yield Running(disk.seen / "site", made.config.node.port, process, log)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -105,7 +105,7 @@ def test_images_come_until_a700_nothing_partial_stays_and_the_next_image_after_s
         assert scu.store(data_set(last), DX, last.SOPInstanceUID) == OUT_OF_RESOURCES
         assert sorted(body(path) for path in everything(inbox)) == sorted(sent[uid] for uid in held)
         assert scu.echo(ECHO) == 0
-        assert echoes(node.port)
+        assert answers_echo(node.port)
         ballast.unlink()
         everything(inbox)[0].unlink()  # as the intake does, or a person
         assert scu.store(data_set(last), DX, last.SOPInstanceUID) == 0

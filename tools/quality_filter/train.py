@@ -57,10 +57,10 @@ def with_limits(arrays: dict[str, np.ndarray], images: Images, chests: Iterable[
     return arrays | {"limits": limits.astype(np.float64)}
 
 
-def answers(arrays: dict[str, np.ndarray], small: np.ndarray) -> list[quality_filter.Answer]:
+def answers(arrays: dict[str, np.ndarray], small: np.ndarray) -> list[quality_filter.Prediction]:
     """Return the net's answer for each small plate."""
     weights = {name: value.astype(np.float32) for name, value in arrays.items()}
-    return [quality_filter.look(image, weights) for image in small]
+    return [quality_filter.predict(image, weights) for image in small]
 
 
 def interval(hits: int, n: int, units: int) -> list[float]:

@@ -67,13 +67,13 @@ def test_an_ipv4_peer_of_an_ipv6_port_is_known_by_its_ipv4_address(node):
 def test_counts_go_on_after_a_restart_and_a_flood_is_written_once_a_second(tmp_path):
     path = tmp_path / "refused.json"
     counted = Refusals(logging.getLogger("test"))
-    counted.keep(path)
+    counted.save_to(path)
     for n in range(1000):
         counted.note("10.0.0.9", "address", "not in node.allow_ip", now=100 + n / 1000)
-    assert refusals.kept(path) == {"address": 1}
+    assert refusals.read_counts(path) == {"address": 1}
     counted.flush(now=102)
     again = Refusals(logging.getLogger("test"))
-    again.keep(path)
+    again.save_to(path)
     again.note("10.0.0.9", "TLS", "no shared cipher")
     assert again.totals == {"address": 1000, "TLS": 1}
 

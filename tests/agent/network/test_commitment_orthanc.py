@@ -13,7 +13,8 @@ from agent.network import connections
 from tests.conftest import make_site
 from tests.support.agent.images import take_in, xray
 from tests.support.dicom.certificates import authority
-from tests.support.dicom.pacs import free_port, save, wait_for
+from tests.support.dicom.pacs import save, wait_for
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.peer("orthanc")
 

@@ -10,7 +10,8 @@ from agent.errors import Problem
 from agent.network import pull as pulling
 from agent.network.holdings import Here, patient_ids
 from agent.network.pull import Order, Puller, by_day
-from dicom.client.archive import Busy, Image, Missing, Study, Unreachable, Wanted
+from dicom.client.archive import Image, Query, Study
+from dicom.errors import ArchiveBusy, ArchiveUnusable, ImageMissing
 from dicom.node.listener import Listener, Node
 from tests.conftest import make_site
 from tests.support.agent.images import take_in, xray
@@ -97,7 +98,7 @@ class Scripted:
     def __str__(self):
         return "https://scripted"
 
-    def greet(self):
+    def check_connection(self):
         pass
 
     def studies(self, wanted):
@@ -129,11 +130,14 @@ class Scripted:
 def run(site, archive, waits=None, **order):
     waits = [] if waits is None else waits
     with site.ledger() as ledger:
-        return Puller(site, ledger, archive, Order((Wanted(patient="P"),), **order), wait=waits.append).run()
+        return Puller(site, ledger, archive, Order((Query(patient="P"),), **order), wait=waits.append).run()
 
 
 def test_an_archive_that_is_busy_is_asked_again_with_growing_waits(site):
-    archive, waits = Scripted(site, [xray(1)], [Busy("b"), Busy("b"), Busy("b", after=50), None]), []
+    archive, waits = (
+        Scripted(site, [xray(1)], [ArchiveBusy("b"), ArchiveBusy("b"), ArchiveBusy("b", after=50), None]),
+        [],
+    )
     said = run(site, archive, waits)
     assert (said["pulled"], said["failed"]) == (1, 0)
     assert waits[:3] == [2, 4, 50]
@@ -141,7 +145,7 @@ def test_an_archive_that_is_busy_is_asked_again_with_growing_waits(site):
 
 def test_one_image_that_stays_refused_is_given_up_and_the_next_one_comes(site):
     images = [xray(1), xray(2)]
-    archive = Scripted(site, images, [Busy("tape is away")] * 6)
+    archive = Scripted(site, images, [ArchiveBusy("tape is away")] * 6)
     said = run(site, archive)
     assert (said["pulled"], said["failed"], said["reasons"]) == (1, 1, {"tape is away": 1})
     assert uids(site) == [images[1].SOPInstanceUID]
@@ -149,11 +153,11 @@ def test_one_image_that_stays_refused_is_given_up_and_the_next_one_comes(site):
 
 def test_an_archive_that_refuses_everything_ends_the_run(site):
     with pytest.raises(Problem, match="busy, 6 times in a row"):
-        run(site, Scripted(site, [xray(n) for n in range(5)], [Busy("busy")] * 99))
+        run(site, Scripted(site, [xray(n) for n in range(5)], [ArchiveBusy("busy")] * 99))
 
 
 def test_what_no_retry_can_mend_ends_the_run_at_once_and_says_what_was_done(site):
-    archive = Scripted(site, [xray(1), xray(2)], [None, Unreachable("the token ended")])
+    archive = Scripted(site, [xray(1), xray(2)], [None, ArchiveUnusable("the token ended")])
     with pytest.raises(Problem, match="the token ended; 1 images were fetched, the same command goes on"):
         run(site, archive)
     assert run(site, Scripted(site, archive.held, []))["already"] == 1
@@ -161,7 +165,7 @@ def test_what_no_retry_can_mend_ends_the_run_at_once_and_says_what_was_done(site
 
 def test_a_missing_image_is_counted_and_asked_for_again_next_time(site):
     images = [xray(1), xray(2)]
-    said = run(site, Scripted(site, images, [Missing("gone"), None]))
+    said = run(site, Scripted(site, images, [ImageMissing("gone"), None]))
     assert (said["pulled"], said["failed"], said["reasons"]) == (1, 1, {"gone": 1})
     again = Scripted(site, images, [])
     said = run(site, again)
@@ -192,7 +196,7 @@ def test_the_rate_is_kept_with_the_association_held_open_or_not(site, monkeypatc
     monkeypatch.setattr(pulling, "HOLD_S", held_open)
     archive = Scripted(site, [xray(n) for n in range(4)], [])
     with site.ledger() as ledger:
-        said = Puller(site, ledger, archive, Order((Wanted(patient="P"),), per_minute=300)).run()
+        said = Puller(site, ledger, archive, Order((Query(patient="P"),), per_minute=300)).run()
     assert said["pulled"] == 4 and said["seconds"] >= 0.6
 
 
@@ -211,7 +215,7 @@ def test_a_full_inbox_is_waited_for_and_a_dead_intake_ends_the_run(site, monkeyp
 def test_what_the_intake_made_of_it_is_told(site):
     with site.ledger() as ledger:
         archive = Scripted(site, [xray(1), xray(2, body_part="KNEE")], [])
-        puller = Puller(site, ledger, archive, Order((Wanted(patient="P"),)), wait=lambda s: take_in(site, ledger))
+        puller = Puller(site, ledger, archive, Order((Query(patient="P"),)), wait=lambda s: take_in(site, ledger))
         said = puller.run()
     assert {key: said[key] for key in ("stored", "rejected", "quarantined", "duplicate", "waiting")} == {
         "stored": 1, "rejected": 1, "quarantined": 0, "duplicate": 0, "waiting": 0
@@ -225,7 +229,7 @@ def test_a_pull_after_forget_and_refuse_tells_the_image_as_rejected_and_keeps_no
     archive.studies = lambda wanted: ([study], True)  # type: ignore[method-assign]
     with site.ledger() as ledger:
         forget.forget(site, ledger, forget.keys_of(site, "FORGOTTEN", ()), "a test", "asked for", refuse=True)
-        order = Order((Wanted(patient="FORGOTTEN"),))
+        order = Order((Query(patient="FORGOTTEN"),))
         said = Puller(site, ledger, archive, order, wait=lambda s: take_in(site, ledger)).run()
         assert (said["pulled"], said["rejected"], said["waiting"]) == (1, 1, 0)
         again = Puller(site, ledger, archive, order).run()

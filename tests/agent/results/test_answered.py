@@ -17,8 +17,8 @@ from tests.support.agent.answering_site import NOW, an_answering_site, answering
 from tests.support.agent.appliance import Appliance
 from tests.support.agent.images import put, take_in, xray
 from tests.support.agent.models import FINDINGS, Served, add_model
-from tests.support.dicom.pacs import free_port
 from tests.support.dicom.storage_scp import Archive
+from tests.support.ports import free_port
 
 
 @pytest.fixture

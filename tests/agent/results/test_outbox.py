@@ -19,8 +19,8 @@ from tests.support.agent.answering_site import NOW, an_answering_site, answering
 from tests.support.agent.images import put, take_in, xray
 from tests.support.agent.models import FINDINGS, add_model
 from tests.support.dicom.certificates import authority
-from tests.support.dicom.pacs import free_port
 from tests.support.dicom.storage_scp import Archive, text_of
+from tests.support.ports import free_port
 
 
 @pytest.fixture
@@ -245,9 +245,9 @@ def test_results_go_over_tls_where_the_destination_says_so_and_to_no_stranger(tm
         take_in(site, ledger)
         add_model(site, ledger, 1)
         score(site, ledger)
-        with Archive(port, context=tls.serving(stranger)):
+        with Archive(port, context=tls.server_context(stranger)):
             assert outbox.step(site, ledger, outbox.Line(site), NOW) == 0
-        with Archive(port, context=tls.serving(theirs)) as pacs:
+        with Archive(port, context=tls.server_context(theirs)) as pacs:
             assert outbox.step(site, ledger, outbox.Line(site), NOW) == 1
             assert len(pacs.held) == 1
 

@@ -17,8 +17,9 @@ from tests.support.agent.appliance import Appliance, kill
 from tests.support.agent.images import put, take_in, xray
 from tests.support.agent.models import FINDINGS, Served, add_model
 from tests.support.dicom.orthanc import Orthanc
-from tests.support.dicom.pacs import free_port, wait_for
+from tests.support.dicom.pacs import wait_for
 from tests.support.dicom.storage_scp import Archive
+from tests.support.ports import free_port
 
 IMAGES = 5
 

@@ -1,4 +1,4 @@
-"""The small sender: bytes as they are, a status for each."""
+"""The sender: unchanged bytes, and a status for each item."""
 
 import threading
 import time
@@ -8,13 +8,15 @@ from pynetdicom import evt
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_STORE_RSP
 
-from dicom.client.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, VERIFICATION, answers, deliver, echo, send
+from dicom.client.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, deliver, echo, is_running, send
+from dicom.dataset.facts import VERIFICATION
 from dicom.dataset.part10 import EXPLICIT_LE, IMPLICIT_LE
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
-from tests.support.dicom.pacs import associate, free_port, save, wait_for, xray
+from tests.support.dicom.pacs import associate, save, wait_for, xray
 from tests.support.dicom.storage_scp import Archive
+from tests.support.ports import free_port
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def test_files_and_data_sets_of_mixed_syntaxes_arrive_byte_for_byte(tmp_path, no
     assert {path.read_bytes()[-3000:] for path in items} <= arrived
 
 
-def test_what_can_not_be_read_or_is_not_accepted_has_no_status_and_stops_nothing(tmp_path, node):
+def test_an_unreadable_or_refused_item_has_no_status_and_the_next_is_sent(tmp_path, node):
     listener, inbox = node
     broken = tmp_path / "broken.dcm"
     broken.write_bytes(b"not DICOM")
@@ -47,21 +49,21 @@ def test_what_can_not_be_read_or_is_not_accepted_has_no_status_and_stops_nothing
     assert len(inbox.waiting()) == 1
 
 
-def test_with_nobody_there_nothing_is_sent():
+def test_without_a_peer_nothing_is_sent():
     port = free_port()
     assert not echo("127.0.0.1", port, "CXRLOOP")
     assert [status for _, status in send([xray()], "127.0.0.1", port, "CXRLOOP")] == [None]
 
 
-def test_a_node_whose_seats_are_taken_is_at_work(tmp_path):
+def test_a_node_at_its_association_limit_is_running(tmp_path):
     listener = Listener(Node(port=0, max_associations=1), Inbox(tmp_path / "inbox", 0))
     listener.start()
     try:
-        assert answers("127.0.0.1", listener.port, "CXRLOOP")
-        assert not answers("127.0.0.1", listener.port, "OTHER")
+        assert is_running("127.0.0.1", listener.port, "CXRLOOP")
+        assert not is_running("127.0.0.1", listener.port, "OTHER")
         assert wait_for(lambda: associate(listener.port, [(VERIFICATION, EXPLICIT_LE)]).is_established)
         assert not echo("127.0.0.1", listener.port, "CXRLOOP")
-        assert answers("127.0.0.1", listener.port, "CXRLOOP")
+        assert is_running("127.0.0.1", listener.port, "CXRLOOP")
     finally:
         listener.stop()
 
@@ -74,32 +76,32 @@ def test_results_come_while_sending(node):
     assert [status for _, status in sending] == [0, 0]
 
 
-def test_each_item_says_why_it_has_no_status(tmp_path, node):
+def test_each_item_without_status_has_a_reason(tmp_path, node):
     listener, _ = node
     ct = xray(1)
     ct.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
     odd = xray(3)
-    odd["Rows"].value = "many"  # can't be encoded
-    said = [
+    odd["Rows"].value = "many"  # cannot be encoded
+    results = [
         sent.why for sent in deliver([tmp_path / "gone.dcm", odd, ct, xray(2)], "127.0.0.1", listener.port, "CXRLOOP")
     ]
-    assert said == [UNREADABLE, UNREADABLE, NO_CONTEXT, ""]
+    assert results == [UNREADABLE, UNREADABLE, NO_CONTEXT, ""]
     assert [sent.why for sent in deliver([xray(1)], "127.0.0.1", listener.port, "WRONG")] == [NO_ASSOCIATION]
     assert [sent.why for sent in deliver([xray(1)], "127.0.0.1", free_port(), "CXRLOOP")] == [NO_ASSOCIATION]
 
 
-def test_kinds_named_beforehand_are_sent_over_one_association():
+def test_kinds_given_in_advance_use_one_association():
     images = [xray(n, transfer_syntax=syntax) for n, syntax in enumerate((EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_LE))]
     kinds = [(images[0].SOPClassUID, EXPLICIT_LE), (images[0].SOPClassUID, IMPLICIT_LE)]
     with Archive(free_port(), classes=(images[0].SOPClassUID,)) as archive:
         sent = list(deliver(images, "127.0.0.1", archive.port, "PACS", kinds=kinds))
-        assert [one.status for one in sent] == [0, 0, 0]
+        assert [result.status for result in sent] == [0, 0, 0]
         assert archive.associations == 1
         list(deliver(images, "127.0.0.1", archive.port, "PACS"))
         assert archive.associations == 3  # one more for the second syntax
 
 
-def test_when_the_peer_hangs_up_after_an_answer_the_next_item_goes_over_a_new_association():
+def test_after_an_abort_by_the_peer_the_next_item_uses_a_new_association():
     with Archive(free_port(), classes=(xray(0).SOPClassUID,)) as archive:
 
         def hang_up(event):
@@ -107,16 +109,16 @@ def test_when_the_peer_hangs_up_after_an_answer_the_next_item_goes_over_a_new_as
                 threading.Timer(0.05, event.assoc.abort).start()
 
         archive.server.bind(evt.EVT_DIMSE_SENT, hang_up)
-        said = []
+        results = []
         for sent in deliver((xray(n) for n in range(6)), "127.0.0.1", archive.port, "PACS"):
-            said.append(sent.status)
+            results.append(sent.status)
             time.sleep(0.3)  # the abort arrives
-        assert said == [0] * 6
+        assert results == [0] * 6
         assert archive.associations == 6
 
 
-def test_no_answer_is_lost_to_the_librarys_own_thread(monkeypatch):
-    """Its thread, made slow between its checkpoint and its look at the queue, would otherwise take them."""
+def test_no_answer_is_lost_to_the_reactor_thread(monkeypatch):
+    """The reactor thread, delayed between its checkpoint and the queue, would otherwise take answers."""
     real = DIMSEServiceProvider.get_msg
 
     def slow(provider, block=False):

@@ -1,4 +1,4 @@
-"""Plain values out of headers that people and machines have filled in."""
+"""Plain values of headers, as people and devices write them."""
 
 import pytest
 from pydicom.dataset import Dataset
@@ -8,7 +8,7 @@ from dicom.dataset import header
 pytestmark = pytest.mark.filterwarnings("ignore:.*VR.*:UserWarning")
 
 
-def of(**values):
+def dataset(**values):
     ds = Dataset()
     for keyword, value in values.items():
         setattr(ds, keyword, value)
@@ -29,14 +29,14 @@ def of(**values):
     ],
 )
 def test_ages(age, years):
-    assert header.age_years(of(PatientAge=age)) == (None if years is None else pytest.approx(years, abs=0.001))
+    assert header.age_years(dataset(PatientAge=age)) == (None if years is None else pytest.approx(years, abs=0.001))
 
 
-def test_without_an_age_the_birthday_tells_it():
-    assert header.age_years(of(PatientBirthDate="20000101", StudyDate="20250101")) == pytest.approx(25, abs=0.01)
-    assert header.age_years(of(PatientBirthDate="20300101", StudyDate="20250101")) is None
-    assert header.age_years(of(PatientBirthDate="18000101", StudyDate="20250101")) is None
-    assert header.age_years(of(PatientBirthDate="20000101")) is None
+def test_without_an_age_it_is_computed_from_the_birth_date():
+    assert header.age_years(dataset(PatientBirthDate="20000101", StudyDate="20250101")) == pytest.approx(25, abs=0.01)
+    assert header.age_years(dataset(PatientBirthDate="20300101", StudyDate="20250101")) is None
+    assert header.age_years(dataset(PatientBirthDate="18000101", StudyDate="20250101")) is None
+    assert header.age_years(dataset(PatientBirthDate="20000101")) is None
 
 
 @pytest.mark.parametrize(
@@ -60,18 +60,18 @@ def test_without_an_age_the_birthday_tells_it():
     ],
 )
 def test_the_time_of_the_image(values, iso):
-    assert header.acquired_at(of(**values)) == iso
+    assert header.acquired_at(dataset(**values)) == iso
 
 
-def test_texts_lose_their_padding_and_keep_their_letters():
-    ds = of(SpecificCharacterSet="ISO_IR 192", Manufacturer=" Ümlaut AG ", ImageType=["A ", " B"])
+def test_texts_lose_their_padding_and_are_decoded():
+    ds = dataset(SpecificCharacterSet="ISO_IR 192", Manufacturer=" Ümlaut AG ", ImageType=["A ", " B"])
     assert header.text(ds, "Manufacturer") == "Ümlaut AG"
     assert header.values(ds, "ImageType") == ("A", "B")
     assert header.text(ds, "PatientID") == ""
 
 
 def test_numbers():
-    ds = of(WindowCenter=["100.5", "3"], RescaleSlope="1")
+    ds = dataset(WindowCenter=["100.5", "3"], RescaleSlope="1")
     assert header.number(ds, "WindowCenter") == 100.5
     assert header.number(ds, "WindowWidth") is None
     ds.add_new(0x00281053, "LO", "nan")

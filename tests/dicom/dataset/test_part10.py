@@ -1,4 +1,4 @@
-"""The envelope and the header: strict, cheap, bounded; and no bytes at all make the examination fail."""
+"""Envelope and header: strict, with limits; no bytes make the examination raise an exception."""
 
 import io
 import random
@@ -14,7 +14,6 @@ from dicom.dataset.part10 import (
     DEFLATED_LE,
     EXPLICIT_LE,
     IMPLICIT_LE,
-    Unreadable,
     content_sha256,
     file_meta,
     inflate,
@@ -24,13 +23,14 @@ from dicom.dataset.part10 import (
     shown,
 )
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
+from dicom.errors import Unreadable
 from dicom.intake.examine import Admission, examine
 from tests.support.dicom.pacs import KEY, data_set, save, xray
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(encoding|Character Set).*:UserWarning")  # of hostile headers
 
 
-def whole(ds):
+def file_bytes(ds):
     buffer = io.BytesIO()
     ds.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
@@ -54,7 +54,7 @@ def test_uids(text):
 @pytest.mark.parametrize(
     "text", ["", None, "1", "1..2", "1.2.", "../x", "1.2 ", "1.2\0", "1." + "2" * 63, "1.2.a", "1.\n2", "1.2\n"]
 )
-def test_what_is_no_uid(text):
+def test_strings_that_are_not_uids(text):
     assert not is_uid(text)
 
 
@@ -69,16 +69,16 @@ def test_what_is_no_uid(text):
         (b"\0" * 128 + b"DICM" + b"\x02\0\x02\0OB\0\0\xff\xff\xff\xff", "file meta element"),
     ],
 )
-def test_what_is_no_envelope_says_why(data, why):
+def test_an_invalid_envelope_is_reported_with_its_reason(data, why):
     with pytest.raises(Unreadable, match=why):
         open_envelope(io.BytesIO(data))
 
 
-def test_the_hash_of_an_unreadable_file_is_of_all_its_bytes(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_bytes(b"some bytes")
-    two.write_bytes(b"other bytes")
-    assert content_sha256(one) != content_sha256(two)
+def test_the_hash_of_an_unreadable_file_covers_all_its_bytes(tmp_path):
+    first, second = tmp_path / "one", tmp_path / "two"
+    first.write_bytes(b"some bytes")
+    second.write_bytes(b"other bytes")
+    assert content_sha256(first) != content_sha256(second)
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, JPEG_LS, JPEG_2000_LOSSLESS, DEFLATED_LE])
@@ -99,7 +99,7 @@ def test_implicit_bytes_under_an_explicit_syntax_are_refused_and_the_other_way_r
         read_header(io.BytesIO(data_set(xray())), IMPLICIT_LE)
 
 
-def test_a_deflate_bomb_stops_at_its_bound_and_costs_little():
+def test_a_deflate_bomb_stops_at_its_limit_and_needs_little_memory():
     engine = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     bomb = b"".join(engine.compress(b"\0" * (1 << 20)) for _ in range(80)) + engine.flush()
     assert len(bomb) < 1 << 20
@@ -119,7 +119,7 @@ def test_inflate_keeps_the_head_and_counts_the_rest():
     assert total == 5_000_004
 
 
-def test_shown_values_are_short_and_plain():
+def test_shown_values_are_short_and_printable():
     assert shown("a\nb\x1b[31m") == "a?b?[31m"
     assert shown("") == "empty"
     assert len(shown("x" * 1000)) == 43
@@ -127,15 +127,19 @@ def test_shown_values_are_short_and_plain():
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=400))
-def test_no_bytes_behind_a_good_file_meta_make_the_examination_fail(tmp_path, data):
+def test_any_bytes_behind_a_valid_file_meta_are_examined_without_an_exception(tmp_path, data):
     path = tmp_path / "image.dcm"
     path.write_bytes(file_meta("1.2.840.10008.5.1.4.1.1.1", "1.2.3", EXPLICIT_LE) + data)
     assert examine(path, KEY, Admission()).outcome != "admitted"
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT_LE, IMPLICIT_LE, DEFLATED_LE, JPEG_LS, JPEG_2000_LOSSLESS])
-def test_an_image_with_bytes_changed_anywhere_is_examined_to_an_answer(tmp_path, syntax):
-    rng, good, path = random.Random(syntax), whole(xray(transfer_syntax=syntax)), save(xray(), tmp_path / "image.dcm")
+def test_an_image_with_changed_bytes_always_gets_an_outcome(tmp_path, syntax):
+    rng, good, path = (
+        random.Random(syntax),
+        file_bytes(xray(transfer_syntax=syntax)),
+        save(xray(), tmp_path / "image.dcm"),
+    )
     outcomes = set()
     for _ in range(120):
         data = bytearray(good)
@@ -144,7 +148,7 @@ def test_an_image_with_bytes_changed_anywhere_is_examined_to_an_answer(tmp_path,
         if rng.random() < 0.2:
             del data[rng.randrange(len(data)) :]
         path.write_bytes(data)
-        found = examine(path, KEY, Admission())
-        outcomes.add(found.outcome)
-        assert (found.reason is None) == (found.outcome == "admitted")
+        result = examine(path, KEY, Admission())
+        outcomes.add(result.outcome)
+        assert (result.reason is None) == (result.outcome == "admitted")
     assert "quarantined" in outcomes

@@ -1,4 +1,4 @@
-"""Admission: every row of the decision table, on real files through the real path."""
+"""Admission: every rule, with real files through `examine`."""
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ from dicom.dataset.syntaxes import JPEG_LS
 from dicom.intake.examine import Admission, examine
 from tests.support.dicom.pacs import KEY, save, xray
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*VR.*:UserWarning")  # the library's, while we write what is wrong
+pytestmark = pytest.mark.filterwarnings("ignore:.*VR.*:UserWarning")  # of pydicom, while the tests write invalid values
 
 GROWN_UPS, EVERYONE = Admission(), Admission(children=True)
 
 
-def look(tmp_path, ds, rules=GROWN_UPS):
+def examined(tmp_path, ds, rules=GROWN_UPS):
     return examine(save(ds, tmp_path / "image.dcm"), KEY, rules)
 
 
@@ -40,20 +40,20 @@ def code(value):
 def test_a_chest_image_is_admitted_with_its_facts(tmp_path):
     ds = xray(patient_id="12345", sex="F", age_years=54, study_date="20260211")
     ds.StudyTime, ds.Manufacturer, ds.PatientName = "101112.5", "ACME", "DOE^JANE"
-    found = look(tmp_path, ds)
-    assert (found.outcome, found.reason) == ("admitted", None)
-    image = found.image
+    result = examined(tmp_path, ds)
+    assert (result.outcome, result.reason) == ("admitted", None)
+    image = result.image
     assert (image.sop_uid, image.study_uid) == (ds.SOPInstanceUID, ds.StudyInstanceUID)
     assert (image.view, image.sex, image.age_years, image.identified) == ("PA", "F", 54, True)
     assert (image.rows, image.columns, image.photometric) == (96, 96, "MONOCHROME2")
     assert image.acquired_at == "2026-02-11T10:11:12"
     assert image.scanner == "ACME cxrloop wrap"
-    assert image.sha256 == found.sha256 == content_sha256(tmp_path / "image.dcm")
+    assert image.sha256 == result.sha256 == content_sha256(tmp_path / "image.dcm")
     assert not image.heartbeat
     assert "12345" not in repr(image)
     assert "DOE" not in repr(image)
-    assert found.plate.shape == (512, 512)
-    assert found.plate.dtype == np.uint8
+    assert result.plate.shape == (512, 512)
+    assert result.plate.dtype == np.uint8
 
 
 ADMITTED = {
@@ -87,9 +87,9 @@ ADMITTED = {
 
 @pytest.mark.parametrize("name", ADMITTED)
 def test_admitted(tmp_path, name):
-    found = look(tmp_path, changed(**ADMITTED[name]))
-    assert (found.outcome, found.reason) == ("admitted", None)
-    assert found.image.view in ("PA", "AP")
+    result = examined(tmp_path, changed(**ADMITTED[name]))
+    assert (result.outcome, result.reason) == ("admitted", None)
+    assert result.image.view in ("PA", "AP")
 
 
 REJECTED = {
@@ -142,13 +142,13 @@ REJECTED = {
 @pytest.mark.parametrize("name", REJECTED)
 def test_rejected_with_tag_and_value(tmp_path, name):
     values, reason = REJECTED[name]
-    found = look(tmp_path, changed(**values))
-    assert found.outcome == "rejected"
-    assert reason in found.reason
-    assert found.image is None
-    assert found.plate is None
-    assert found.patient_key
-    assert found.sop_uid
+    result = examined(tmp_path, changed(**values))
+    assert result.outcome == "rejected"
+    assert reason in result.reason
+    assert result.image is None
+    assert result.plate is None
+    assert result.patient_key
+    assert result.sop_uid
 
 
 QUARANTINED = {
@@ -170,34 +170,34 @@ QUARANTINED = {
 @pytest.mark.parametrize("name", QUARANTINED)
 def test_quarantined_with_tag_and_value(tmp_path, name):
     values, reason = QUARANTINED[name]
-    found = look(tmp_path, changed(**values))
-    assert found.outcome == "quarantined"
-    assert reason in found.reason
+    result = examined(tmp_path, changed(**values))
+    assert result.outcome == "quarantined"
+    assert reason in result.reason
 
 
 def test_native_pixels_under_a_compressed_syntax_are_quarantined(tmp_path):
     path = save(xray(), tmp_path / "image.dcm")
     path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))
-    found = examine(path, KEY, GROWN_UPS)
-    assert found.outcome == "quarantined"
-    assert "not encapsulated" in found.reason
+    result = examine(path, KEY, GROWN_UPS)
+    assert result.outcome == "quarantined"
+    assert "not encapsulated" in result.reason
 
 
 def test_a_syntax_that_we_do_not_decode_is_rejected(tmp_path):
     path = save(xray(transfer_syntax=JPEG_LS), tmp_path / "image.dcm")
     mpeg2 = b"1.2.840.10008.1.2.4.100"
     path.write_bytes(path.read_bytes().replace(b"\x16\0" + JPEG_LS.encode(), b"\x18\0" + mpeg2 + b"\0"))
-    found = examine(path, KEY, GROWN_UPS)
-    assert found.outcome == "rejected"
-    assert "TransferSyntaxUID (0002,0010) = 1.2.840.10008.1.2.4.100" in found.reason
+    result = examine(path, KEY, GROWN_UPS)
+    assert result.outcome == "rejected"
+    assert "TransferSyntaxUID (0002,0010) = 1.2.840.10008.1.2.4.100" in result.reason
 
 
-def test_children_are_admitted_where_the_site_says_so(tmp_path):
-    assert look(tmp_path, changed(PatientAge="006Y"), EVERYONE).outcome == "admitted"
-    assert look(tmp_path, changed(PatientAge="006Y"), EVERYONE).image.age_years == 6
+def test_children_are_admitted_if_the_site_allows_it(tmp_path):
+    assert examined(tmp_path, changed(PatientAge="006Y"), EVERYONE).outcome == "admitted"
+    assert examined(tmp_path, changed(PatientAge="006Y"), EVERYONE).image.age_years == 6
 
 
-def test_a_tiny_image_is_rejected_and_the_limit_is_the_sites(tmp_path):
+def test_a_tiny_image_is_rejected_by_the_limit_of_the_site(tmp_path):
     ds = xray(side=63)
-    assert "63 x 63: under 64 px a side" in look(tmp_path, ds).reason
-    assert look(tmp_path, ds, Admission(min_side=32)).outcome == "admitted"
+    assert "63 x 63: under 64 px a side" in examined(tmp_path, ds).reason
+    assert examined(tmp_path, ds, Admission(min_side=32)).outcome == "admitted"

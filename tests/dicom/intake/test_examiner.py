@@ -20,17 +20,17 @@ from tests.support.dicom.pacs import KEY, save, wait_for, xray
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Small images, one that takes long to decode and one that takes much memory; the latter are honest images."""
+    """Return small images, a slow one to decode, one that needs much memory (both valid), and a broken file."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    noise = rng.integers(0, 65535, (2200, 2200), dtype=np.uint16)  # what no codec can do quickly
+    noise = rng.integers(0, 65535, (2200, 2200), dtype=np.uint16)  # slow for every codec
     wide = np.pad(rng.integers(0, 255, (128, 128), dtype=np.uint8), ((0, 9000 - 128), (0, 9000 - 128)))
-    found = {f"small{n}": save(xray(n), folder / f"small{n}.dcm") for n in range(6)}
-    found["slow"] = save(wrap(noise, "S", transfer_syntax=JPEG_2000_LOSSLESS), folder / "slow.dcm")
-    found["wide"] = save(wrap(wide, "W", transfer_syntax=JPEG_LS), folder / "wide.dcm")
-    found["broken"] = folder / "broken.dcm"
-    found["broken"].write_bytes(b"no image")
-    return found
+    result = {f"small{n}": save(xray(n), folder / f"small{n}.dcm") for n in range(6)}
+    result["slow"] = save(wrap(noise, "S", transfer_syntax=JPEG_2000_LOSSLESS), folder / "slow.dcm")
+    result["wide"] = save(wrap(wide, "W", transfer_syntax=JPEG_LS), folder / "wide.dcm")
+    result["broken"] = folder / "broken.dcm"
+    result["broken"].write_bytes(b"no image")
+    return result
 
 
 def examiner(**limits):
@@ -41,12 +41,12 @@ def workers():
     return [child.pid for child in multiprocessing.active_children() if child.name == "pebble_pool_worker"]
 
 
-def test_results_come_in_order_one_by_one_and_the_source_is_read_as_needed(files):
-    asked = []
+def test_results_are_in_order_and_the_source_is_read_as_needed(files):
+    taken = []
 
     def paths():
         for n in range(6):
-            asked.append(n)
+            taken.append(n)
             yield files[f"small{n}"]
 
     with examiner() as pool:
@@ -54,7 +54,7 @@ def test_results_come_in_order_one_by_one_and_the_source_is_read_as_needed(files
         path, first = next(results)
         assert (path, first.outcome) == (files["small0"], "admitted")
         assert first.plate.shape == (512, 512)
-        assert len(asked) <= 3
+        assert len(taken) <= 3
         assert [path for path, _ in results] == [files[f"small{n}"] for n in range(1, 6)]
 
 
@@ -63,25 +63,25 @@ def test_two_workers_keep_the_order(files):
     with examiner(workers=2) as pool:
         results = list(pool.examine(order))
     assert [path for path, _ in results] == order
-    assert [found.outcome for _, found in results] == ["admitted", "admitted", "quarantined", "admitted"]
+    assert [result.outcome for _, result in results] == ["admitted", "admitted", "quarantined", "admitted"]
 
 
 def test_an_image_that_takes_too_long_is_quarantined_and_the_next_is_examined(files):
     with examiner(timeout_s=0.3) as pool:
         list(pool.examine([files["small0"]]))
         began = time.monotonic()
-        results = [found for _, found in pool.examine([files["slow"], files["small1"]])]
+        results = [result for _, result in pool.examine([files["slow"], files["small1"]])]
     assert results[0].outcome == "quarantined"
     assert results[0].reason == "limit: examining took longer than 0.3 s"
     assert len(results[0].sha256) == 64
-    assert results[0].sop_uid and results[0].patient_key  # storage commitment and `forget` look for it by these
+    assert results[0].sop_uid and results[0].patient_key  # storage commitment and `forget` need these
     assert results[1].outcome == "admitted"
     assert time.monotonic() - began < 5
 
 
 def test_an_image_that_needs_too_much_memory_is_quarantined_and_the_next_is_examined(files):
     with examiner(memory_bytes=300 << 20) as pool:
-        results = [found for _, found in pool.examine([files["wide"], files["small1"]])]
+        results = [result for _, result in pool.examine([files["wide"], files["small1"]])]
     assert (results[0].outcome, results[0].reason) == (
         "quarantined",
         "limit: examining needs more than 300 MiB of memory",
@@ -92,7 +92,7 @@ def test_an_image_that_needs_too_much_memory_is_quarantined_and_the_next_is_exam
 def kill_soon(sent):
     def run():
         wait_for(workers)
-        time.sleep(0.3)  # into the decoder of the slow image
+        time.sleep(0.3)  # now it decodes the slow image
         for pid in workers():
             os.kill(pid, sent)
 
@@ -105,20 +105,20 @@ def test_a_worker_that_crashes_on_an_image_quarantines_it(files):
     with examiner() as pool:
         list(pool.examine([files["small0"]]))
         thread = kill_soon(signal.SIGSEGV)
-        results = [found for _, found in pool.examine([files["slow"], files["small1"]])]
+        results = [result for _, result in pool.examine([files["slow"], files["small1"]])]
         thread.join()
     assert results[0].outcome == "quarantined"
     assert results[0].reason == "limit: the examining process died (exit code -11)"
     assert results[1].outcome == "admitted"
 
 
-def test_a_worker_killed_from_outside_gets_a_second_try(files):
+def test_an_image_whose_worker_was_killed_is_retried_once(files):
     with examiner() as pool:
         list(pool.examine([files["small0"]]))
         thread = kill_soon(signal.SIGKILL)
-        results = [found for _, found in pool.examine([files["slow"], files["small1"]])]
+        results = [result for _, result in pool.examine([files["slow"], files["small1"]])]
         thread.join()
-    assert [found.outcome for found in results] == ["admitted", "admitted"]
+    assert [result.outcome for result in results] == ["admitted", "admitted"]
 
 
 def test_a_worker_killed_while_idle_is_replaced(files):
@@ -127,35 +127,35 @@ def test_a_worker_killed_while_idle_is_replaced(files):
         (pid,) = workers()
         os.kill(pid, signal.SIGKILL)
         time.sleep(0.3)
-        results = [found for _, found in pool.examine([files["small1"], files["small2"]])]
-    assert [found.outcome for found in results] == ["admitted", "admitted"]
+        results = [result for _, result in pool.examine([files["small1"], files["small2"]])]
+    assert [result.outcome for result in results] == ["admitted", "admitted"]
 
 
-def test_a_worker_killed_while_it_fetches_an_image_holds_the_others_up_for_seconds(files):
+def test_a_worker_killed_while_it_fetches_an_image_delays_others_only_for_seconds(files):
     with examiner() as pool:
         list(pool.examine([files["small0"]]))
-        # what a kill leaves behind in those microseconds: the lock of the pipe, held by nobody
+        # state after a kill in those microseconds: the lock of the pipe is never released
         pool._pool._pool_manager.worker_manager.workers_channel.mutex.reader_mutex.acquire()
         started = time.monotonic()
-        results = [found for _, found in pool.examine([files["small1"], files["small2"]])]
+        results = [result for _, result in pool.examine([files["small1"], files["small2"]])]
         seconds = time.monotonic() - started
-    assert [found.outcome for found in results] == ["admitted", "admitted"]
+    assert [result.outcome for result in results] == ["admitted", "admitted"]
     assert seconds < 40
 
 
-def test_a_file_that_vanished_is_left_out(files, tmp_path):
+def test_a_removed_file_is_skipped(files, tmp_path):
     with examiner() as pool:
         results = list(pool.examine([tmp_path / "gone.dcm", files["small0"]]))
     assert [path for path, _ in results] == [files["small0"]]
 
 
-def test_a_file_that_may_not_be_read_is_quarantined(files, tmp_path):
+def test_an_unreadable_file_is_quarantined(files, tmp_path):
     folder = tmp_path / "folder.dcm"
     folder.mkdir()
     with examiner() as pool:
-        (_, found), (_, after) = pool.examine([folder, files["small0"]])
-    assert found.outcome == "quarantined"
-    assert "IsADirectoryError" in found.reason
+        (_, result), (_, after) = pool.examine([folder, files["small0"]])
+    assert result.outcome == "quarantined"
+    assert "IsADirectoryError" in result.reason
     assert after.outcome == "admitted"
 
 

@@ -1,4 +1,4 @@
-"""Storage commitment: answered for what is on disk, byte for byte."""
+"""Storage commitment: an image is committed only if its bytes on disk are those received."""
 
 import json
 import os
@@ -13,38 +13,38 @@ from dicom.dataset.facts import COMPUTED_RADIOGRAPHY
 from dicom.node import commitment
 from dicom.node.commitment import CLASS_CONFLICT, NO_SUCH_INSTANCE, PROCESSING_FAILURE, SUCCESS
 from tests.support.agent.images import put, save, take_in, xray
-from tests.support.dicom.commitment_peer import ABSENT, Pacs, nodes, of, pending
+from tests.support.dicom.commitment_peer import ABSENT, CommitmentScu, pending_requests, references, running_sites
 from tests.support.dicom.pacs import wait_for
 
 
 @pytest.fixture
 def pacs():
-    one = Pacs().open()
-    yield one
-    one.close()
+    scu = CommitmentScu().open()
+    yield scu
+    scu.close()
 
 
 @pytest.fixture
 def node(tmp_path, monkeypatch):
-    """Starts the node of a site whose peer is a Pacs; gives (site, port)."""
+    """Return a function that starts the node of a site whose peer is a CommitmentScu; it returns (site, port)."""
     monkeypatch.setattr(commitment, "BACKOFF_S", (0.1,))
-    with nodes(tmp_path) as start:
+    with running_sites(tmp_path) as start:
         yield start
 
 
-# What is held
+# Committed images
 
 
 def test_an_image_that_has_just_arrived_is_committed_from_the_inbox(node, pacs):
     site, port = node(pacs)
     images = [xray(n) for n in range(3)]
     assert [status for _, status in send(images, "127.0.0.1", port, "CXRLOOP")] == [0] * 3
-    assert pacs.ask(port, of(*images)) == SUCCESS
-    assert pacs.told() == (1, {ds.SOPInstanceUID for ds in images}, {})
-    assert wait_for(lambda: pending(site) == [])
+    assert pacs.request(port, references(*images)) == SUCCESS
+    assert pacs.last_report() == (1, {ds.SOPInstanceUID for ds in images}, {})
+    assert wait_for(lambda: pending_requests(site) == [])
 
 
-def test_an_image_that_was_taken_in_is_committed_and_so_is_one_that_was_set_aside(site):
+def test_admitted_rejected_and_quarantined_images_are_committed(site):
     admitted, knee, bare = xray(1), xray(2, body_part="KNEE"), xray(3)
     del bare.PixelData
     for ds in (admitted, knee, bare):
@@ -53,42 +53,42 @@ def test_an_image_that_was_taken_in_is_committed_and_so_is_one_that_was_set_asid
         take_in(site, ledger)
         states = {row["state"] for row in ledger.rows("SELECT state FROM image")}
     assert states == {"stored", "rejected", "quarantined"}
-    assert held_copies.held(site, of(admitted, knee, bare)) == [SUCCESS] * 3
+    assert held_copies.held(site, references(admitted, knee, bare)) == [SUCCESS] * 3
 
 
-def test_an_image_too_deep_to_be_read_is_set_aside_under_its_own_name_and_committed(site):
-    """The node follows sequences of any depth, and said Success; the reader of the intake recurses, and gives up."""
+def test_an_image_nested_too_deeply_is_quarantined_with_its_uid_and_committed(site):
+    """The node follows sequences of any depth and answers Success; pydicom's reader in the intake fails on them."""
     ds = xray(1)
-    whole = save(ds, site.root / "run" / "image.dcm").read_bytes()
+    file = save(ds, site.root / "run" / "image.dcm").read_bytes()
     opened = bytes.fromhex("400030a7 53510000 ffffffff feff00e0 ffffffff")
     closed = bytes.fromhex("feff0de0 00000000 feffdde0 00000000")
-    at = whole.index(bytes.fromhex("e07f1000"))
-    site.inbox.put(whole[:at] + 1000 * opened + 1000 * closed + whole[at:])
+    at = file.index(bytes.fromhex("e07f1000"))
+    site.inbox.put(file[:at] + 1000 * opened + 1000 * closed + file[at:])
     with site.ledger() as ledger:
         take_in(site, ledger)
         row = ledger.row("SELECT * FROM image")
     assert (row["state"], row["reason"]) == ("quarantined", "data set not readable: RecursionError")
     assert row["patient_key"].startswith("p")
-    assert held_copies.held(site, of(ds)) == [SUCCESS]
+    assert held_copies.held(site, references(ds)) == [SUCCESS]
 
 
-def test_one_that_was_never_sent_fails_and_the_others_are_committed(node, pacs):
+def test_an_image_never_sent_fails_and_the_others_are_committed(node, pacs):
     _, port = node(pacs)
     ds = xray(0)
     list(send([ds], "127.0.0.1", port, "CXRLOOP"))
-    pacs.ask(port, [*of(ds), ABSENT])
-    assert pacs.told() == (2, {ds.SOPInstanceUID}, {ABSENT[1]: NO_SUCH_INSTANCE})
+    pacs.request(port, [*references(ds), ABSENT])
+    assert pacs.last_report() == (2, {ds.SOPInstanceUID}, {ABSENT[1]: NO_SUCH_INSTANCE})
 
 
 @pytest.fixture
 def kept(site):
-    """A site with one image taken in; gives (site, reference, its file)."""
+    """Return (site, reference, file) of a site with one stored image."""
     ds = xray(0)
     put(site, ds)
     with site.ledger() as ledger:
         take_in(site, ledger)
         row = ledger.row("SELECT * FROM image")
-    return site, *of(ds), site.root / "store" / row["original"]
+    return site, *references(ds), site.root / "store" / row["original"]
 
 
 def test_one_byte_changed_on_disk_is_a_processing_failure(kept):
@@ -100,7 +100,7 @@ def test_one_byte_changed_on_disk_is_a_processing_failure(kept):
     assert held_copies.held(site, [reference]) == [PROCESSING_FAILURE]
 
 
-def test_a_file_that_is_gone_or_cut_short_is_not_committed(kept):
+def test_a_missing_or_truncated_file_is_not_committed(kept):
     site, reference, path = kept
     os.truncate(path, path.stat().st_size - 100)
     assert held_copies.held(site, [reference]) == [PROCESSING_FAILURE]
@@ -108,7 +108,7 @@ def test_a_file_that_is_gone_or_cut_short_is_not_committed(kept):
     assert held_copies.held(site, [reference]) == [NO_SUCH_INSTANCE]
 
 
-def test_another_sop_class_than_the_images_is_a_conflict_in_store_and_inbox(kept):
+def test_a_wrong_sop_class_is_a_conflict_in_store_and_inbox(kept):
     site, (_, sop_uid), _ = kept
     assert held_copies.held(site, [(COMPUTED_RADIOGRAPHY, sop_uid)]) == [CLASS_CONFLICT]
     waiting = xray(7)
@@ -116,14 +116,14 @@ def test_another_sop_class_than_the_images_is_a_conflict_in_store_and_inbox(kept
     assert held_copies.held(site, [(COMPUTED_RADIOGRAPHY, waiting.SOPInstanceUID)]) == [CLASS_CONFLICT]
 
 
-def test_an_image_in_the_inbox_that_is_cut_short_is_not_committed(site):
+def test_a_truncated_image_in_the_inbox_is_not_committed(site):
     ds = xray(0)
     path = put(site, ds)
     os.truncate(path, path.stat().st_size - 1)
-    assert held_copies.held(site, of(ds)) == [PROCESSING_FAILURE]
+    assert held_copies.held(site, references(ds)) == [PROCESSING_FAILURE]
 
 
-def test_an_intact_copy_in_the_inbox_does_not_hide_a_damaged_one_in_the_store(kept):
+def test_a_good_copy_in_the_inbox_does_not_hide_a_damaged_one_in_the_store(kept):
     site, reference, path = kept
     site.inbox.put(path.read_bytes())
     assert held_copies.held(site, [reference]) == [SUCCESS]
@@ -131,7 +131,7 @@ def test_an_intact_copy_in_the_inbox_does_not_hide_a_damaged_one_in_the_store(ke
     assert held_copies.held(site, [reference]) != [SUCCESS]
 
 
-def test_a_damaged_image_that_is_sent_again_is_whole_again_and_said(kept, caplog):
+def test_a_damaged_image_is_repaired_when_it_is_sent_again_with_a_notice(kept, caplog):
     site, reference, path = kept
     sent = path.read_bytes()
     path.write_bytes(sent[:-7])
@@ -145,7 +145,7 @@ def test_a_damaged_image_that_is_sent_again_is_whole_again_and_said(kept, caplog
     assert notices == ["damaged"]
 
 
-def test_images_are_found_at_every_moment_of_their_intake(site):
+def test_images_are_committed_at_every_moment_of_their_intake(site):
     images = [xray(n) for n in range(40)]
     for n, ds in enumerate(images):
         put(site, ds, f"{n}.dcm")
@@ -156,14 +156,14 @@ def test_images_are_found_at_every_moment_of_their_intake(site):
 
     taking = threading.Thread(target=intake)
     taking.start()
-    answers = [held_copies.held(site, of(*images))]
+    answers = [held_copies.held(site, references(*images))]
     while taking.is_alive():
-        answers.append(held_copies.held(site, of(*images)))
+        answers.append(held_copies.held(site, references(*images)))
     assert site.inbox.waiting() == []
     assert [answer for answer in answers if answer != [SUCCESS] * 40] == []
 
 
-def test_the_ledger_is_read_without_the_right_to_write_beside_it(kept):
+def test_the_ledger_is_read_without_write_permission_in_its_folder(kept):
     site, reference, _ = kept
     ledger = site.root / "ledger.db"
     for name in ("-wal", "-shm"):
@@ -175,7 +175,7 @@ def test_the_ledger_is_read_without_the_right_to_write_beside_it(kept):
     assert sorted(path.name for path in site.root.iterdir()) == before
 
 
-def test_while_the_ledger_cannot_be_read_a_request_waits_and_nothing_is_denied(node, pacs):
+def test_while_the_ledger_is_unreadable_a_request_waits_and_is_not_denied(node, pacs):
     site, port = node(pacs)
     ds = xray(0)
     put(site, ds)
@@ -184,10 +184,10 @@ def test_while_the_ledger_cannot_be_read_a_request_waits_and_nothing_is_denied(n
     place, hidden = site.root / "ledger.db", site.root / "ledger.hidden"
     place.rename(hidden)
     place.write_bytes(b"not a database")
-    assert pacs.ask(port, of(ds)) == SUCCESS
-    assert wait_for(lambda: pending(site) != []) and pacs.reports == []
+    assert pacs.request(port, references(ds)) == SUCCESS
+    assert wait_for(lambda: pending_requests(site) != []) and pacs.reports == []
     hidden.rename(place)
-    assert pacs.told() == (1, {ds.SOPInstanceUID}, {})
+    assert pacs.last_report() == (1, {ds.SOPInstanceUID}, {})
 
 
 def test_looking_up_a_thousand_uids_uses_the_index(site):
@@ -197,33 +197,33 @@ def test_looking_up_a_thousand_uids_uses_the_index(site):
     assert "SCAN image" not in plan
 
 
-# What is refused
+# Refused requests
 
 
-def test_requests_that_make_no_sense_are_refused_and_leave_nothing(node, pacs):
+def test_invalid_requests_are_refused_and_not_kept(node, pacs):
     site, port = node(pacs)
     good = [ABSENT]
-    assert pacs.ask(port, good, action=2) == commitment.NO_SUCH_ACTION
-    assert pacs.ask(port, good, instance="1.2.840.10008.1.20.1.9") == commitment.NO_SUCH_INSTANCE
-    assert pacs.ask(port, []) == commitment.INVALID_ARGUMENT
-    assert pacs.ask(port, [("1.2", "1.2/../x")]) == commitment.INVALID_ARGUMENT
-    assert pacs.ask(port, good, calling="STRANGER") == commitment.NOT_AUTHORISED
-    assert pending(site) == []
+    assert pacs.request(port, good, action=2) == commitment.NO_SUCH_ACTION
+    assert pacs.request(port, good, instance="1.2.840.10008.1.20.1.9") == commitment.NO_SUCH_INSTANCE
+    assert pacs.request(port, []) == commitment.INVALID_ARGUMENT
+    assert pacs.request(port, [("1.2", "1.2/../x")]) == commitment.INVALID_ARGUMENT
+    assert pacs.request(port, good, calling="STRANGER") == commitment.NOT_AUTHORISED
+    assert pending_requests(site) == []
     assert echo("127.0.0.1", port, "CXRLOOP")
 
 
-def test_a_peer_that_asks_endlessly_and_never_listens_is_refused(node, monkeypatch):
+def test_a_peer_that_never_accepts_reports_is_refused_at_the_limit(node, monkeypatch):
     monkeypatch.setattr(commitment, "MOST_PENDING", 2)
-    deaf = Pacs()
-    site, port = node(deaf)
-    assert [deaf.ask(port, [ABSENT]) for _ in range(3)] == [SUCCESS, SUCCESS, commitment.RESOURCE_LIMITATION]
-    assert len(pending(site)) == 2
+    scu = CommitmentScu()
+    site, port = node(scu)
+    assert [scu.request(port, [ABSENT]) for _ in range(3)] == [SUCCESS, SUCCESS, commitment.RESOURCE_LIMITATION]
+    assert len(pending_requests(site)) == 2
 
 
 def test_a_full_disk_is_a_resource_limitation(node, pacs):
     site, port = node(pacs)
     folder = site.root / "node" / "commitment"
     folder.rmdir()
-    assert pacs.ask(port, [ABSENT]) == commitment.RESOURCE_LIMITATION
+    assert pacs.request(port, [ABSENT]) == commitment.RESOURCE_LIMITATION
     folder.mkdir()
-    assert pacs.ask(port, [ABSENT]) == SUCCESS
+    assert pacs.request(port, [ABSENT]) == SUCCESS

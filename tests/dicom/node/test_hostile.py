@@ -1,7 +1,7 @@
-"""The bad inputs that a node must survive, by number, on bare sockets: 1 to 18, what is sent.
+"""Bad inputs 1 to 18 and 26 of 26, over plain sockets: interrupted transfers, SOP classes, objects.
 
-Each gets its answer and nothing is left. The association lives wherever the standard lets it; after every case the
-node answers C-ECHO. Connections, titles and disks (19 to 24) are in test_dicom_hostile_connections.py.
+Each gets its status and leaves nothing. The association continues where the standard allows it, and after every case
+the node answers C-ECHO. Connections, titles and disks (19 to 24) are in test_hostile_connections.py.
 """
 
 import socket
@@ -19,41 +19,41 @@ from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.intake.examine import Admission, examine
 from dicom.node import reception
 from tests.conftest import make_site
-from tests.support.dicom.hostile_inputs import BIG, CR, CT, DATA, DX, UID, VERIFICATION, everything, nodes
+from tests.support.dicom.hostile_inputs import BIG, CR, CT, DATA, DX, UID, VERIFICATION, file_names, running_listeners
 from tests.support.dicom.pacs import KEY, data_set, wait_for, xray
 from tests.support.dicom.raw_scu import A_ASSOCIATE_AC, Scu
 
 
 @pytest.fixture
 def node(tmp_path):
-    with nodes(tmp_path) as start:
+    with running_listeners(tmp_path) as start:
         yield start
 
 
-# 1, 2: the sender goes away in the middle
+# 1, 2: the sender disconnects during a transfer
 
 
 @pytest.mark.parametrize("how", ["1 FIN", "2 A-ABORT", "1 RST"])
-def test_a_sender_that_goes_in_the_middle_of_an_image_leaves_nothing_and_is_noted(node, how):
+def test_a_sender_that_disconnects_during_an_image_leaves_nothing_and_is_counted(node, how):
     listener, inbox = node()
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
-        scu.begin(DX, BIG.SOPInstanceUID)
-        scu.data(data_set(BIG)[:600_000], last=False)
-        assert wait_for(lambda: everything(inbox))  # the image is on its way
+        scu.start_store(DX, BIG.SOPInstanceUID)
+        scu.send_data(data_set(BIG)[:600_000], last=False)
+        assert wait_for(lambda: file_names(inbox))  # the transfer has begun
         if how == "2 A-ABORT":
             scu.abort()
-            assert scu.ends(5)
+            assert scu.closed_within(5)
         elif how == "1 RST":
             scu.wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert wait_for(lambda: listener.refusals.totals == {"unfinished": 1})
-    assert everything(inbox) == []
+    assert file_names(inbox) == []
 
 
-# 3: SOP classes that are not ours
+# 3: SOP classes that the node does not support
 
 
-def test_3_an_unknown_class_is_refused_in_its_context_and_the_others_go_on(node):
+def test_3_an_unknown_sop_class_is_refused_in_its_context_only(node):
     listener, inbox = node()
     with Scu(listener.port) as scu:
         assert scu.associate([("1.3.46.670589.11.0.0.12.1", EXPLICIT_LE), (DX, EXPLICIT_LE)]) == A_ASSOCIATE_AC
@@ -67,7 +67,7 @@ def test_3_an_unknown_class_is_refused_in_its_context_and_the_others_go_on(node)
 # 4 to 16: objects
 
 ENGINE = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-BOMB = b"".join(ENGINE.compress(b"\0" * (1 << 20)) for _ in range(300)) + ENGINE.flush()  # our bound is 256 MiB
+BOMB = b"".join(ENGINE.compress(b"\0" * (1 << 20)) for _ in range(300)) + ENGINE.flush()  # our limit is 256 MiB
 
 
 def changed(**facts):
@@ -114,7 +114,7 @@ def test_an_object_that_is_refused_gets_its_status_keeps_the_association_and_lea
         offered = CR if "another context" in name else VERIFICATION if "Verification" in name else DX
         scu.associate([(offered, syntax), (DX, EXPLICIT_LE)])
         assert scu.store(data, sop_class, uid) == status
-        assert everything(inbox) == []
+        assert file_names(inbox) == []
         assert scu.store(DATA, DX, UID, context=3) == 0
         assert scu.release()
     assert listener.refusals.totals == {f"{status:04X}": 1}
@@ -158,12 +158,12 @@ threading.Event().wait()
 
 
 def peak(pid: int) -> int:
-    """Bytes: the most memory that the process ever held."""
-    (line,) = [one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmHWM")]
+    """Return the peak memory of a process in bytes."""
+    (line,) = [text for text in Path(f"/proc/{pid}/status").read_text().splitlines() if text.startswith("VmHWM")]
     return int(line.split()[1]) << 10
 
 
-def test_16_hundreds_of_megabytes_in_one_cost_less_than_64_megabytes(tmp_path):
+def test_16_a_deflate_bomb_of_300_megabytes_needs_less_than_64_megabytes(tmp_path):
     serving = subprocess.Popen([sys.executable, "-c", SERVE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert serving.stdout
@@ -181,15 +181,15 @@ def test_16_hundreds_of_megabytes_in_one_cost_less_than_64_megabytes(tmp_path):
 # 17, 18: the same UID again
 
 
-def test_17_and_18_the_same_image_is_kept_once_and_another_under_its_uid_is_kept_beside_it(node, tmp_path):
+def test_17_and_18_a_repeated_image_is_kept_once_and_a_different_one_with_its_uid_too(node, tmp_path):
     site = make_site(tmp_path / "site")
     listener, inbox = node(site.inbox)
-    other = xray(99)
-    other.SOPInstanceUID = other.file_meta.MediaStorageSOPInstanceUID = UID
+    second_image = xray(99)
+    second_image.SOPInstanceUID = second_image.file_meta.MediaStorageSOPInstanceUID = UID
     with Scu(listener.port) as scu, site.ledger() as ledger, intake.examiner(site) as pool:
         scu.associate([(DX, EXPLICIT_LE)])
         images = []
-        for data in (DATA, DATA, data_set(other)):
+        for data in (DATA, DATA, data_set(second_image)):
             assert scu.store(data, DX, UID) == 0
             assert intake.step(site, ledger, pool) == 1
             images.append(ledger.value("SELECT count(*) FROM image WHERE sop_uid = ?", UID))

@@ -1,4 +1,4 @@
-"""Bad inputs 19 to 24 of the 26: connections, titles and disks (1 to 18: test_dicom_hostile.py; 25: test_dicom_kill.py)."""
+"""Bad inputs 19 to 24 of 26: connections, titles and disks (1 to 18, 26: test_hostile.py; 25: test_kill.py)."""
 
 import resource
 import struct
@@ -12,14 +12,14 @@ from dicom.node import reception
 from dicom.node.listener import Listener, Node
 from dicom.node.server import HALF_OPEN_PEER
 from dicom.store.inbox import Inbox
-from tests.support.dicom.hostile_inputs import BIG, DATA, DX, UID, everything, nodes
+from tests.support.dicom.hostile_inputs import BIG, DATA, DX, UID, file_names, running_listeners
 from tests.support.dicom.pacs import data_set, wait_for
-from tests.support.dicom.raw_scu import A_ABORT, A_ASSOCIATE_AC, A_ASSOCIATE_RJ, Scu, associate_rq, echoes
+from tests.support.dicom.raw_scu import A_ABORT, A_ASSOCIATE_AC, A_ASSOCIATE_RJ, Scu, answers_echo, associate_rq
 
 
 @pytest.fixture
 def node(tmp_path):
-    with nodes(tmp_path) as start:
+    with running_listeners(tmp_path) as start:
         yield start
 
 
@@ -33,56 +33,56 @@ def node(tmp_path):
     ],
     ids=["HTTP", "length of 4 GB", "unknown PDU", "half an A-ASSOCIATE-RQ"],
 )
-def test_19_garbage_is_hung_up_on_before_its_time_is_over_and_floods_no_log(node, noise, caplog):
+def test_19_garbage_is_disconnected_in_time_and_does_not_flood_the_log(node, noise, caplog):
     listener, inbox = node(artim=1)
     for _ in range(3):
         with Scu(listener.port) as scu:
-            scu.say(noise)
-            assert scu.ends(4)
-    assert everything(inbox) == []
+            scu.send(noise)
+            assert scu.closed_within(4)
+    assert file_names(inbox) == []
     assert len(caplog.records) <= 2
 
 
 @pytest.mark.parametrize("length", [0xFFFFFFF0, 131073])
-def test_20_a_pdu_longer_than_negotiated_is_an_abort_at_once(node, length):
+def test_20_a_pdu_longer_than_negotiated_is_aborted_at_once(node, length):
     listener, inbox = node()
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
-        scu.begin(DX, UID)
-        scu.say(struct.pack(">BxLLBB", 4, length, length - 4, 1, 0) + b"x" * 100_000)
-        assert scu.hear() == (A_ABORT, bytes([0, 0, 2, 6]))  # by the provider: invalid PDU parameter
-    assert wait_for(lambda: everything(inbox) == [])
+        scu.start_store(DX, UID)
+        scu.send(struct.pack(">BxLLBB", 4, length, length - 4, 1, 0) + b"x" * 100_000)
+        assert scu.receive() == (A_ABORT, bytes([0, 0, 2, 6]))  # by the provider: invalid PDU parameter
+    assert wait_for(lambda: file_names(inbox) == [])
 
 
-def test_21_thirty_idle_connections_delay_nobody_and_are_hung_up_on(node):
+def test_21_thirty_idle_connections_delay_nobody_and_are_closed(node):
     listener, _ = node(artim=2)
     idle = [Scu(listener.port) for _ in range(30)]
     times = []
     for _ in range(5):
         began = time.monotonic()
-        assert echoes(listener.port)
+        assert answers_echo(listener.port)
         times.append(time.monotonic() - began)
-    assert min(times) < 0.5  # seconds; 0.1 on a machine that does nothing else
-    assert all(one.ends(5) for one in idle)
-    for one in idle:
-        one.wire.close()
+    assert min(times) < 0.5  # seconds; 0.1 on an idle machine
+    assert all(connection.closed_within(5) for connection in idle)
+    for connection in idle:
+        connection.wire.close()
     assert listener.refusals.totals == {"silent": 30}
 
 
-@pytest.mark.parametrize("word", [b"", b"\1"], ids=["nothing", "one byte"])
-def test_21_one_address_can_only_keep_so_many_connections_that_do_not_say_who_they_are(node, word):
+@pytest.mark.parametrize("first_bytes", [b"", b"\1"], ids=["nothing", "one byte"])
+def test_21_one_address_has_a_limit_of_half_open_connections(node, first_bytes):
     listener, _ = node(artim=6)
     idle = [Scu(listener.port) for _ in range(HALF_OPEN_PEER)]
-    for one in idle:
-        one.say(word)
+    for connection in idle:
+        connection.send(first_bytes)
     with Scu(listener.port) as one_more:
-        assert one_more.ends(4)
-    for one in idle:
-        one.wire.close()
-    assert wait_for(lambda: echoes(listener.port))
+        assert one_more.closed_within(4)
+    for connection in idle:
+        connection.wire.close()
+    assert wait_for(lambda: answers_echo(listener.port))
 
 
-def test_22_as_many_associations_as_configured_whatever_dead_connections_there_are(node):
+def test_22_dead_connections_do_not_reduce_the_number_of_associations(node):
     listener, _ = node(max_associations=6, max_per_peer=32)
     idle = [Scu(listener.port) for _ in range(20)]
     asking = [Scu(listener.port) for _ in range(12)]
@@ -93,7 +93,7 @@ def test_22_as_many_associations_as_configured_whatever_dead_connections_there_a
         scu.wire.close()
 
 
-def test_22_one_address_gets_its_share_of_associations(node):
+def test_22_one_address_has_a_limit_of_associations(node):
     listener, _ = node(max_associations=6, max_per_peer=2)
     asking = [Scu(listener.port) for _ in range(4)]
     assert [scu.associate([(DX, EXPLICIT_LE)]) for scu in asking] == [2, 2, 3, 3]
@@ -105,14 +105,14 @@ def test_22_one_address_gets_its_share_of_associations(node):
         scu.wire.close()
 
 
-def test_23_another_called_title_is_told_so(node):
+def test_23_another_called_title_is_rejected_with_1_1_7(node):
     listener, _ = node()
     with Scu(listener.port) as scu:
         assert scu.associate([(DX, EXPLICIT_LE)], called="WARD3") == A_ASSOCIATE_RJ
         assert scu.answer[1:] == bytes([1, 1, 7])
 
 
-def test_24_a_disk_that_fills_in_the_middle_is_a700_leaves_nothing_and_comes_back(node):
+def test_24_a_disk_that_fills_during_a_transfer_is_a700_leaves_nothing_and_recovers(node):
     listener, inbox = node()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Scu(listener.port) as scu:
@@ -120,32 +120,32 @@ def test_24_a_disk_that_fills_in_the_middle_is_a700_leaves_nothing_and_comes_bac
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         try:
             assert scu.store(data_set(BIG), DX, BIG.SOPInstanceUID) == reception.OUT_OF_RESOURCES
-            assert everything(inbox) == []
-            assert scu.store(DATA, DX, UID) == 0  # it is small enough
+            assert file_names(inbox) == []
+            assert scu.store(DATA, DX, UID) == 0  # this image is small enough
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert scu.store(data_set(BIG), DX, BIG.SOPInstanceUID) == 0
     assert [dcmread(path).SOPInstanceUID for path in inbox.waiting()] == [UID, BIG.SOPInstanceUID]
 
 
-def test_24_a_short_disk_is_a700_before_a_byte_is_kept_and_comes_back(node):
+def test_24_too_little_disk_is_a700_before_a_byte_is_written_and_recovers(node):
     listener, inbox = node(min_free_bytes=1 << 60)
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
         assert scu.store(DATA, DX, UID) == reception.OUT_OF_RESOURCES
-        assert everything(inbox) == []
+        assert file_names(inbox) == []
         inbox.min_free_bytes = 0
         assert scu.store(DATA, DX, UID) == 0
 
 
-def test_24_a_node_that_is_full_says_so_before_it_takes_an_association_and_still_echoes(tmp_path):
+def test_24_a_full_node_rejects_storage_associations_and_answers_c_echo(tmp_path):
     full: list[str | None] = ["less than 1024 MiB are free"]
     listener = Listener(Node(port=0), Inbox(tmp_path, 0), full=lambda: full[0])
     listener.start()
     with Scu(listener.port) as scu:
         assert scu.associate([(DX, EXPLICIT_LE)]) == A_ASSOCIATE_RJ
         assert scu.answer[1:] == bytes([2, 3, 1])  # transient, presentation, temporary congestion
-    assert echoes(listener.port)
+    assert answers_echo(listener.port)
     full[0] = None
     with Scu(listener.port) as scu:
         assert scu.associate([(DX, EXPLICIT_LE)]) == A_ASSOCIATE_AC

@@ -1,4 +1,4 @@
-"""Case 25: SIGKILL at random moments under load, five times here and a hundred in the bench that this runs."""
+"""Bad input 25: SIGKILL at random moments under load; runs the kill bench five times."""
 
 import json
 import subprocess
@@ -12,10 +12,10 @@ from dicom.store.inbox import Inbox
 from tests.support.dicom.pacs import data_set, xray
 from tests.support.dicom.raw_scu import Scu
 
-BENCH = Path(__file__).resolve().parents[3] / "bench" / "ingest_kill.py"
+BENCH = Path(__file__).resolve().parents[3] / "bench" / "node" / "kill.py"
 
 
-def test_25_whatever_got_success_is_there_byte_for_byte_after_a_kill_at_any_moment(tmp_path):
+def test_25_every_acknowledged_image_survives_a_kill_byte_for_byte(tmp_path):
     out = tmp_path / "out.json"
     run = subprocess.run(
         [sys.executable, BENCH, "--kills", "5", "--senders", "3", "--store", tmp_path, "--out", out],
@@ -29,7 +29,7 @@ def test_25_whatever_got_success_is_there_byte_for_byte_after_a_kill_at_any_mome
     assert (total["lost"], total["broken"], total["left_at_start"]) == (0, 0, 0)
 
 
-def test_25_what_a_killed_node_left_half_written_is_swept_and_the_image_is_taken_again(tmp_path):
+def test_25_unfinished_files_are_removed_after_a_kill_and_the_image_is_accepted_again(tmp_path):
     inbox = Inbox(tmp_path, 0)
     (tmp_path / ".tmp" / "left-over").write_bytes(b"half an image")
     listener = Listener(Node(port=0), inbox)

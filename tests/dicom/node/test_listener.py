@@ -1,4 +1,4 @@
-"""The port: real associations over real sockets, friendly and hostile, and a disk that runs full."""
+"""The listener: real associations over real sockets, allow lists, limits, stopping and log lines."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ DX = DIGITAL_XRAY_PRESENTATION
 
 @pytest.fixture
 def node(tmp_path):
-    """A listener and its inbox; more arguments by `start`."""
+    """Return a function that starts a listener with these settings and returns (listener, inbox)."""
     running = []
 
     def start(**settings):
@@ -37,11 +37,11 @@ def node(tmp_path):
         listener.stop()
 
 
-def everything(inbox):
+def file_names(inbox):
     return sorted(path.name for path in inbox.folder.rglob("*") if path.is_file())
 
 
-# Friendly
+# Echo and storage
 
 
 def test_echo_is_answered(node):
@@ -86,7 +86,7 @@ def test_the_same_image_twice_is_two_successes(node):
     assert len(inbox.waiting()) == 2
 
 
-def test_what_is_no_chest_image_is_stored_too_and_left_to_the_intake(node):
+def test_an_image_that_is_not_a_chest_is_stored_and_the_intake_decides(node):
     listener, inbox = node()
     knee, bare = xray(1, body_part="KNEE"), xray(2)
     del bare.PixelData
@@ -114,7 +114,7 @@ def test_many_senders_at_once_lose_nothing(node):
     assert {dcmread(path).SOPInstanceUID for path in inbox.waiting()} == set(sent)
 
 
-# Who may speak
+# Allow lists and limits
 
 
 def test_another_called_title_is_rejected(node):
@@ -136,12 +136,12 @@ def test_only_addresses_on_the_list_are_accepted(node):
     assert echo("127.0.0.1", listener.port, "CXRLOOP")
 
 
-def test_more_associations_than_allowed_are_rejected_and_later_ones_welcome(node):
+def test_associations_over_the_limit_are_rejected_until_others_end(node):
     listener, _ = node(max_associations=2)
-    held = [associate(listener.port, [(DX, EXPLICIT_LE)]) for _ in range(2)]
-    assert all(association.is_established for association in held)
+    associations = [associate(listener.port, [(DX, EXPLICIT_LE)]) for _ in range(2)]
+    assert all(association.is_established for association in associations)
     assert associate(listener.port, [(DX, EXPLICIT_LE)]).is_rejected
-    for association in held:
+    for association in associations:
         association.release()
     assert wait_for(lambda: echo("127.0.0.1", listener.port, "CXRLOOP"))
 

@@ -1,4 +1,4 @@
-"""The data set's way from socket to file: any cut of the bytes, and pynetdicom's own tests over our reading."""
+"""Reading PDUs: any split of the bytes, commands, messages out of order, and pynetdicom's own tests."""
 
 import os
 import struct
@@ -24,9 +24,9 @@ from dicom.node.dimse_command import Command, p_data, parse, pdv, store_response
 from dicom.node.listener import Listener, Node
 from dicom.node.socket_reader import BUFFER
 from dicom.store.inbox import Inbox
-from tests.support.dicom.hostile_inputs import everything, nodes
+from tests.support.dicom.hostile_inputs import file_names, running_listeners
 from tests.support.dicom.pacs import data_set, wait_for, xray
-from tests.support.dicom.raw_scu import A_ABORT, COMMAND, IMPLICIT, LAST, VERIFICATION, Scu, command, echoes
+from tests.support.dicom.raw_scu import A_ABORT, COMMAND, IMPLICIT, LAST, VERIFICATION, Scu, answers_echo, command
 
 GOOD = xray(3, side=1000, bits=12)  # 2 MB: twice the buffer
 DATA, UID = data_set(GOOD), str(GOOD.SOPInstanceUID)
@@ -34,23 +34,25 @@ DATA, UID = data_set(GOOD), str(GOOD.SOPInstanceUID)
 
 @pytest.fixture
 def node(tmp_path):
-    with nodes(tmp_path) as start:
+    with running_listeners(tmp_path) as start:
         yield start
 
 
-# The library underneath
+# pynetdicom
 
 
-def test_the_library_is_the_one_whose_reading_was_replaced():
-    assert pynetdicom.__version__ == "3.0.4"  # another one: run its test_dul, test_fsm and test_assoc over our stream
+def test_the_version_of_pynetdicom_is_the_one_that_was_patched():
+    assert (
+        pynetdicom.__version__ == "3.0.4"
+    )  # for another version run its test_dul, test_fsm and test_assoc with our reader
 
 
-def test_pynetdicoms_own_tests_pass_over_our_reading(tmp_path):
-    here, plugins = Path(__file__).parent, ["-p", "stream_everywhere", "-p", "no:cacheprovider"]
+def test_pynetdicoms_own_tests_pass_with_our_reader(tmp_path):
+    root, plugins = Path(__file__).parents[3], ["-p", "tests.support.dicom.pdu_reader_plugin", "-p", "no:cacheprovider"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *plugins, "--pyargs", "pynetdicom.tests.test_dul"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"},
+        env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
         timeout=240,
@@ -79,14 +81,18 @@ def test_a_response_is_what_pynetdicom_reads(number, status, why):
     message = C_STORE_RSP()
     message.encoded_command_set.write(store_response(Command(STORE, True, number, DX, "1.2.3"), status, why))
     message.command_set = decode(message.encoded_command_set, True, True)
-    found = message.command_set
-    assert (found.MessageIDBeingRespondedTo, found.Status, found.CommandField) == (number, status, 0x8001)
-    assert (found.AffectedSOPClassUID, found.AffectedSOPInstanceUID) == (DX, "1.2.3")
-    assert len(found.get("ErrorComment", "") or "") <= 64
+    command_set = message.command_set
+    assert (command_set.MessageIDBeingRespondedTo, command_set.Status, command_set.CommandField) == (
+        number,
+        status,
+        0x8001,
+    )
+    assert (command_set.AffectedSOPClassUID, command_set.AffectedSOPInstanceUID) == (DX, "1.2.3")
+    assert len(command_set.get("ErrorComment", "") or "") <= 64
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_make_the_command_reader_fail_otherwise_than_by_a_value_error(noise):
+def test_malformed_commands_raise_only_value_error(noise):
     try:
         parse(noise)
     except ValueError:
@@ -97,8 +103,8 @@ def test_no_bytes_make_the_command_reader_fail_otherwise_than_by_a_value_error(n
 
 
 @pytest.fixture(scope="module")
-def standing(tmp_path_factory):
-    """One listener for many small cases, and its inbox."""
+def shared_listener(tmp_path_factory):
+    """Yield (listener, inbox), shared by many small cases."""
     inbox = Inbox(tmp_path_factory.mktemp("standing"), 0)
     listener = Listener(Node(port=0), inbox)
     listener.start()
@@ -108,12 +114,12 @@ def standing(tmp_path_factory):
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_an_image_arrives_byte_for_byte_however_it_is_cut_into_values_pdus_and_packets(standing, data):
-    listener, inbox = standing
-    whole = command(1, DX, UID)
+def test_an_image_arrives_byte_for_byte_in_any_split_into_values_pdus_and_packets(shared_listener, data):
+    listener, inbox = shared_listener
+    encoded = command(1, DX, UID)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(DATA)), max_size=6)))
-    edge = data.draw(st.integers(0, len(whole)))
-    values = [pdv(1, 1, whole[:edge]), pdv(1, COMMAND, whole[edge:])]
+    edge = data.draw(st.integers(0, len(encoded)))
+    values = [pdv(1, 1, encoded[:edge]), pdv(1, COMMAND, encoded[edge:])]
     bounds = [0, *cuts, len(DATA)]
     for n, (first, last) in enumerate(pairwise(bounds)):
         for at in range(first, max(last, first + 1), 60_000):
@@ -126,7 +132,7 @@ def test_an_image_arrives_byte_for_byte_however_it_is_cut_into_values_pdus_and_p
         scu.associate([(DX, EXPLICIT_LE)])
         packets = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=4)))
         for first, last in zip([0, *packets], [*packets, len(wire)], strict=True):
-            scu.say(wire[first:last])
+            scu.send(wire[first:last])
         assert scu.status() == 0
     (path,) = inbox.waiting()
     assert path.read_bytes().endswith(DATA)
@@ -134,14 +140,17 @@ def test_an_image_arrives_byte_for_byte_however_it_is_cut_into_values_pdus_and_p
 
 
 @pytest.mark.parametrize("before", [4, 5, 6, 7, 11, 12])
-def test_a_header_that_lies_across_the_end_of_the_buffer_is_read_whole(standing, before):
-    listener, inbox = standing
+def test_a_header_across_the_end_of_the_buffer_is_read(shared_listener, before):
+    listener, inbox = shared_listener
     largest = 131072 - 12  # bytes of a value whose PDU is an eighth of the buffer
-    sizes = [largest] * (BUFFER // 131072 - 1) + [largest - before, 1000]  # the last one's headers come at the end
+    sizes = [largest] * (BUFFER // 131072 - 1) + [
+        largest - before,
+        1000,
+    ]  # the headers after the last one lie at the end of the buffer
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
-        scu.begin(DX, UID)
-        assert wait_for(lambda: everything(inbox))  # the command is taken, the buffer empty
+        scu.start_store(DX, UID)
+        assert wait_for(lambda: file_names(inbox))  # the command is read, the buffer empty
         at = 0
         wire = b""
         for size in [*sizes, *[largest] * 100]:
@@ -150,7 +159,7 @@ def test_a_header_that_lies_across_the_end_of_the_buffer_is_read_whole(standing,
             wire += p_data(pdv(1, LAST if at == len(DATA) else 0, piece))
             if at == len(DATA):
                 break
-        scu.say(wire)
+        scu.send(wire)
         assert scu.status() == 0
     (path,) = inbox.waiting()
     assert path.read_bytes().endswith(DATA)
@@ -172,11 +181,11 @@ def test_requests_sent_before_the_answer_are_answered_in_order(node):
     listener, inbox = node()
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE), (VERIFICATION, IMPLICIT)])
-        scu.begin(DX, UID)
-        scu.data(DATA)
-        scu.begin(DX, "1.2.3")
-        scu.data(DATA)
-        scu.say(p_data(pdv(3, COMMAND, command(0x30, VERIFICATION, has_data=False))))
+        scu.start_store(DX, UID)
+        scu.send_data(DATA)
+        scu.start_store(DX, "1.2.3")
+        scu.send_data(DATA)
+        scu.send(p_data(pdv(3, COMMAND, command(0x30, VERIFICATION, has_data=False))))
         assert [scu.status(), scu.status(), scu.status()] == [0, 0xA900, 0]
         assert scu.release()
     assert len(inbox.waiting()) == 1
@@ -187,7 +196,7 @@ def test_every_message_of_one_pdu_is_answered(node):
     echo = pdv(3, COMMAND, command(0x30, VERIFICATION, has_data=False))
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE), (VERIFICATION, IMPLICIT)])
-        scu.say(p_data(echo + echo + pdv(1, COMMAND, command(1, DX, "1.2.3")) + pdv(1, LAST, b"no image") + echo))
+        scu.send(p_data(echo + echo + pdv(1, COMMAND, command(1, DX, "1.2.3")) + pdv(1, LAST, b"no image") + echo))
         assert sorted(scu.status() for _ in range(4)) == [0, 0, 0, 0xC000]
         assert scu.release()
     assert inbox.waiting() == []
@@ -207,38 +216,38 @@ OUT_OF_TURN = {
 
 
 @pytest.mark.parametrize("name", OUT_OF_TURN)
-def test_values_out_of_turn_are_an_abort_by_the_provider(node, name):
+def test_presentation_data_values_out_of_order_are_aborted_by_the_provider(node, name):
     listener, inbox = node()
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE), (DX, EXPLICIT_LE)])
-        scu.say(p_data(OUT_OF_TURN[name]))
-        kind, rest = scu.hear() or (0, b"")
+        scu.send(p_data(OUT_OF_TURN[name]))
+        kind, rest = scu.receive() or (0, b"")
         assert (kind, rest[2]) == (A_ABORT, 2)
-        assert scu.ends(3)
-    assert wait_for(lambda: everything(inbox) == [])
-    assert echoes(listener.port)
+        assert scu.closed_within(3)
+    assert wait_for(lambda: file_names(inbox) == [])
+    assert answers_echo(listener.port)
 
 
-def test_a_message_for_the_library_has_a_bound_too(node):
+def test_a_message_for_the_library_has_a_size_limit_too(node):
     listener, _ = node()
     with Scu(listener.port) as scu:
         scu.associate([(VERIFICATION, IMPLICIT)])
-        scu.say(p_data(pdv(1, COMMAND, command(0x20, VERIFICATION))))  # a C-FIND without end
-        with suppress(OSError):  # as soon as the node has hung up; until then it lets the rest go by
+        scu.send(p_data(pdv(1, COMMAND, command(0x20, VERIFICATION))))  # an endless C-FIND
+        with suppress(OSError):  # once the node has closed the connection; until then it discards the rest
             for _ in range(200):
-                scu.say(p_data(pdv(1, 0, b"x" * 100_000)))
-        assert scu.ends(10)
+                scu.send(p_data(pdv(1, 0, b"x" * 100_000)))
+        assert scu.closed_within(10)
     assert listener.refusals.totals == {"unfinished": 1}
-    assert echoes(listener.port)
+    assert answers_echo(listener.port)
 
 
-def test_a_fault_of_ours_costs_one_association_and_is_in_the_log_without_values(node, caplog, monkeypatch):
+def test_an_internal_error_ends_one_association_and_is_logged_without_values(node, caplog, monkeypatch):
     listener, inbox = node()
-    monkeypatch.setattr("dicom.node.reception.answer", lambda *_: {}["DOE^JANE"])
+    monkeypatch.setattr("dicom.node.reception.store_status", lambda *_: {}["DOE^JANE"])
     with Scu(listener.port) as scu:
         scu.associate([(DX, EXPLICIT_LE)])
         assert scu.store(DATA, DX, UID) is None
-    assert wait_for(lambda: "KeyError in test_dicom_stream.py" in caplog.text)
+    assert wait_for(lambda: "KeyError in test_pdu_reader.py" in caplog.text)
     assert "DOE" not in caplog.text
-    assert everything(inbox) == []
-    assert echoes(listener.port)
+    assert file_names(inbox) == []
+    assert answers_echo(listener.port)

@@ -1,4 +1,4 @@
-"""Programs that others wrote, on the other end of the line: dcmtk, Orthanc, dciodvfy."""
+"""Interoperation with other programs: dcmtk, Orthanc, dciodvfy."""
 
 import json
 import shutil
@@ -15,7 +15,8 @@ from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.intake.examine import Admission, examine
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
-from tests.support.dicom.pacs import KEY, free_port, save, wait_for, xray
+from tests.support.dicom.pacs import KEY, save, wait_for, xray
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.peer
 
@@ -30,12 +31,12 @@ def node(tmp_path):
 
 
 def call(*command, code=0):
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
 
 
-def judged(inbox):
+def examined(inbox):
     return [examine(path, KEY, Admission()) for path in inbox.waiting()]
 
 
@@ -55,7 +56,7 @@ def test_dcmsend_sends_images_of_mixed_syntaxes(node, tmp_path):
         for n, syntax in enumerate(("1.2.840.10008.1.2.1", JPEG_LS, JPEG_2000_LOSSLESS, "1.2.840.10008.1.2"))
     ]
     call("dcmsend", "-dn", "-aec", "CXRLOOP", "127.0.0.1", listener.port, *images)
-    assert [found.outcome for found in judged(inbox)] == ["admitted"] * 4
+    assert [result.outcome for result in examined(inbox)] == ["admitted"] * 4
     syntaxes = {dcmread(path).file_meta.TransferSyntaxUID for path in inbox.waiting()}
     assert {JPEG_LS, JPEG_2000_LOSSLESS} <= syntaxes
 
@@ -65,8 +66,8 @@ def test_storescu_in_every_native_syntax_gives_one_pixel_hash(node, tmp_path, op
     listener, inbox = node
     path = save(xray(3, bits=12), tmp_path / "image.dcm")
     call("storescu", option, "-aec", "CXRLOOP", "127.0.0.1", listener.port, path)
-    (found,) = judged(inbox)
-    assert found.image.pixel_sha256 == examine(path, KEY, Admission()).image.pixel_sha256
+    (result,) = examined(inbox)
+    assert result.image.pixel_sha256 == examine(path, KEY, Admission()).image.pixel_sha256
 
 
 def test_a_real_image_arrives_whole_from_storescu_with_small_pdus(node):
@@ -74,14 +75,14 @@ def test_a_real_image_arrives_whole_from_storescu_with_small_pdus(node):
     path = get_testdata_file("RG1_UNCR.dcm", download=False)
     call("storescu", "-pdu", 4096, "-aec", "CXRLOOP", "127.0.0.1", listener.port, path)
     assert inbox.waiting()[0].stat().st_size > 7_000_000
-    assert judged(inbox)[0].image.rows == 1955
+    assert examined(inbox)[0].image.rows == 1955
 
 
-def test_an_abort_by_storescu_leaves_nothing_half(node, tmp_path):
+def test_an_abort_by_storescu_leaves_no_partial_file(node, tmp_path):
     listener, inbox = node
     path = save(xray(), tmp_path / "image.dcm")
     call("storescu", "--abort", "-aec", "CXRLOOP", "127.0.0.1", listener.port, path)
-    assert [found.outcome for found in judged(inbox)] == ["admitted"]
+    assert [result.outcome for result in examined(inbox)] == ["admitted"]
     assert list((inbox.folder / ".tmp").iterdir()) == []
     assert echo("127.0.0.1", listener.port, "CXRLOOP")
 
@@ -145,7 +146,7 @@ def test_our_sender_is_understood_by_storescp(tmp_path):
 
 @pytest.fixture
 def orthanc(node, tmp_path):
-    """An Orthanc that knows our node as the modality `node`; gives (its HTTP address, its DICOM port)."""
+    """Yield (HTTP address, DICOM port) of an Orthanc with our node as the modality `node`."""
     listener, _ = node
     http, dicom = free_port(), free_port()
     settings = {
@@ -184,16 +185,16 @@ def test_orthanc_echoes_and_stores_to_us(node, orthanc, tmp_path):
     _, inbox = node
     address, _ = orthanc
     assert ask(address + "/modalities/node/echo", b"{}") == {}
-    held = [
+    ids = [
         ask(address + "/instances", save(xray(n, transfer_syntax=syntax), tmp_path / f"{n}.dcm").read_bytes())["ID"]
         for n, syntax in enumerate(("1.2.840.10008.1.2.1", JPEG_LS, JPEG_2000_LOSSLESS))
     ]
-    done = ask(address + "/modalities/node/store", json.dumps(held).encode())
-    assert done["FailedInstancesCount"] == 0
-    assert [found.outcome for found in judged(inbox)] == ["admitted"] * 3
+    result = ask(address + "/modalities/node/store", json.dumps(ids).encode())
+    assert result["FailedInstancesCount"] == 0
+    assert [result.outcome for result in examined(inbox)] == ["admitted"] * 3
 
 
-def test_orthanc_takes_what_we_send(node, orthanc):
+def test_orthanc_accepts_our_images(node, orthanc):
     address, port = orthanc
     images = [xray(n, transfer_syntax=syntax) for n, syntax in enumerate((JPEG_LS, "1.2.840.10008.1.2.1"))]
     assert [status for _, status in send(images, "127.0.0.1", port, "ORTHANC")] == [0, 0]
@@ -208,6 +209,6 @@ def test_orthanc_takes_what_we_send(node, orthanc):
 def test_a_wrapped_image_has_no_errors_by_dciodvfy(tmp_path, photometric, modality):
     facts = {"study_date": "20260102", "sex": "F", "age_years": 50, "modality": modality}
     path = save(xray(1, photometric=photometric, **facts), tmp_path / "image.dcm")
-    done = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, timeout=60)
-    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")]
+    result = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, timeout=60)
+    errors = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("Error")]
     assert errors == []

@@ -1,4 +1,4 @@
-"""TLS on the port: which peers, versions and ciphers get in, and that no silent one holds up others."""
+"""TLS on the port: accepted peers, versions and ciphers; silent clients do not delay others."""
 
 import shlex
 import socket
@@ -27,12 +27,12 @@ def hospital(tmp_path):
 
 @pytest.fixture
 def node(tmp_path):
-    """A listener with an identity, and its inbox."""
+    """Return a function that starts a listener with an identity and returns (listener, inbox)."""
     running = []
 
     def start(identity, **settings):
         inbox = Inbox(tmp_path / "inbox", 0)
-        listener = Listener(Node(port=0, context=tls.serving(identity), **settings), inbox)
+        listener = Listener(Node(port=0, context=tls.server_context(identity), **settings), inbox)
         listener.start()
         running.append(listener)
         return listener, inbox
@@ -42,16 +42,16 @@ def node(tmp_path):
         listener.stop()
 
 
-def asks(port, context):
+def echo_succeeds(port, context):
     return echo("127.0.0.1", port, "CXRLOOP", tls=context)
 
 
-def call(*command):
+def run(*command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout + done.stderr
 
 
-# Who gets in
+# Accepted peers
 
 
 def test_images_arrive_over_tls_as_they_were_sent(node, hospital, tmp_path):
@@ -59,63 +59,63 @@ def test_images_arrive_over_tls_as_they_were_sent(node, hospital, tmp_path):
     listener, inbox = node(us)
     path = save(xray(side=700, bits=12), tmp_path / "image.dcm")
     items = [path, *(xray(n, side=300) for n in range(4))]
-    assert [status for _, status in send(items, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.to_ourselves(us))] == [
-        0
-    ] * 5
-    assert path.read_bytes()[-900_000:] in [one.read_bytes()[-900_000:] for one in inbox.waiting()]
+    assert [
+        status for _, status in send(items, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.own_node_context(us))
+    ] == [0] * 5
+    assert path.read_bytes()[-900_000:] in [connection.read_bytes()[-900_000:] for connection in inbox.waiting()]
 
 
-def test_a_node_that_speaks_tls_speaks_nothing_else(node, hospital):
+def test_a_node_with_tls_refuses_plain_connections(node, hospital):
     listener, _ = node(hospital.issue("node"))
     assert not echo("127.0.0.1", listener.port, "CXRLOOP")
     assert wait_for(lambda: listener.refusals.totals.get("TLS") == 1)
 
 
-def test_with_authorities_only_their_holders_get_in(node, hospital, tmp_path):
+def test_with_tls_ca_only_clients_with_its_certificates_are_accepted(node, hospital, tmp_path):
     us = hospital.issue("node", ca=hospital.pem)
     stranger = authority(tmp_path, "elsewhere").issue("pacs", ca=hospital.pem)
     listener, _ = node(us)
     nobody = ssl.create_default_context(cafile=hospital.pem)
-    assert asks(listener.port, tls.to_peers(hospital.issue("pacs", ca=hospital.pem)))
-    assert not asks(listener.port, tls.to_peers(stranger))
-    assert not asks(listener.port, nobody)
+    assert echo_succeeds(listener.port, tls.peer_context(hospital.issue("pacs", ca=hospital.pem)))
+    assert not echo_succeeds(listener.port, tls.peer_context(stranger))
+    assert not echo_succeeds(listener.port, nobody)
     assert wait_for(lambda: listener.refusals.totals.get("TLS") == 2)
 
 
-def test_one_devices_own_certificate_can_be_the_whole_list(node, hospital):
-    pacs, other = hospital.issue("pacs"), hospital.issue("other")
+def test_tls_ca_may_be_the_certificate_of_a_single_device(node, hospital):
+    pacs, second = hospital.issue("pacs"), hospital.issue("other")
     us = hospital.issue("node", ca=pacs.cert)
     listener, _ = node(us)
-    assert asks(listener.port, tls.to_peers(Identity(pacs.cert, pacs.key, hospital.pem)))
-    assert not asks(listener.port, tls.to_peers(Identity(other.cert, other.key, hospital.pem)))
+    assert echo_succeeds(listener.port, tls.peer_context(Identity(pacs.cert, pacs.key, hospital.pem)))
+    assert not echo_succeeds(listener.port, tls.peer_context(Identity(second.cert, second.key, hospital.pem)))
 
 
-def test_we_ask_our_own_node_whoever_issued_its_certificate(node, hospital, tmp_path):
+def test_our_own_node_is_accepted_whoever_issued_its_certificate(node, hospital, tmp_path):
     us = authority(tmp_path, "elsewhere").issue("node", ca=hospital.pem)
     listener, _ = node(us)
-    assert asks(listener.port, tls.to_ourselves(us))
+    assert echo_succeeds(listener.port, tls.own_node_context(us))
 
 
-def test_we_take_no_other_certificate_for_our_own_node(node, hospital):
+def test_another_certificate_is_not_accepted_as_our_own_node(node, hospital):
     us, impostor = hospital.issue("node"), hospital.issue("impostor")
     listener, _ = node(impostor)
-    assert not asks(listener.port, tls.to_ourselves(us))
+    assert not echo_succeeds(listener.port, tls.own_node_context(us))
 
 
 def test_a_peer_must_hold_a_certificate_of_the_authority_for_its_own_host_name(node, hospital, tmp_path):
     us = hospital.issue("us", ca=hospital.pem)
     listener, _ = node(hospital.issue("pacs"))
-    assert asks(listener.port, tls.to_peers(us))
-    assert not echo("127.0.0.2", listener.port, "CXRLOOP", tls=tls.to_peers(us))
+    assert echo_succeeds(listener.port, tls.peer_context(us))
+    assert not echo("127.0.0.2", listener.port, "CXRLOOP", tls=tls.peer_context(us))
     listener, _ = node(authority(tmp_path, "elsewhere").issue("pacs"))
-    assert not asks(listener.port, tls.to_peers(us))
+    assert not echo_succeeds(listener.port, tls.peer_context(us))
 
 
 # Versions and ciphers
 
 
-def shaken(port, **limits):
-    """The protocol that a client limited so ends up with; None when it is refused."""
+def protocol(port, **limits):
+    """Return the protocol version of a client with these limits; None when it is refused."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_ciphers(limits.pop("ciphers", "ALL") + ":@SECLEVEL=0")
@@ -130,57 +130,57 @@ def shaken(port, **limits):
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
-def test_tls_1_3_is_preferred_1_2_is_spoken_and_1_1_is_refused(node, hospital):
+def test_tls_1_3_is_preferred_1_2_is_accepted_and_1_1_is_refused(node, hospital):
     listener, _ = node(hospital.issue("node"))
-    assert shaken(listener.port) == "TLSv1.3"
-    assert shaken(listener.port, maximum_version=ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
+    assert protocol(listener.port) == "TLSv1.3"
+    assert protocol(listener.port, maximum_version=ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
     old = {"minimum_version": ssl.TLSVersion.TLSv1, "maximum_version": ssl.TLSVersion.TLSv1_1}
-    assert shaken(listener.port, **old) is None
+    assert protocol(listener.port, **old) is None
 
 
 @pytest.mark.parametrize("ciphers", ["ECDHE+AESGCM", "ECDHE+CHACHA20"])
-def test_a_cipher_of_the_profile_is_spoken(node, hospital, ciphers):
+def test_a_cipher_of_the_profile_is_accepted(node, hospital, ciphers):
     listener, _ = node(hospital.issue("node"))
-    assert shaken(listener.port, ciphers=ciphers, maximum_version=ssl.TLSVersion.TLSv1_2)
+    assert protocol(listener.port, ciphers=ciphers, maximum_version=ssl.TLSVersion.TLSv1_2)
 
 
 @pytest.mark.parametrize("ciphers", ["ECDHE+AES+SHA", "ECDHE+AES+SHA256:ECDHE+AES+SHA384:!AESGCM", "aNULL", "kRSA"])
 def test_a_cipher_outside_the_profile_is_refused(node, hospital, ciphers):
     listener, _ = node(hospital.issue("node"))
-    assert shaken(listener.port, ciphers=ciphers, maximum_version=ssl.TLSVersion.TLSv1_2) is None
+    assert protocol(listener.port, ciphers=ciphers, maximum_version=ssl.TLSVersion.TLSv1_2) is None
 
 
-# Nobody waits for a silent one
+# Silent clients
 
 
-def test_a_client_that_connects_and_says_nothing_does_not_delay_the_others(node, hospital):
+def test_clients_that_connect_and_send_nothing_do_not_delay_others(node, hospital):
     us = hospital.issue("node")
     listener, _ = node(us)
     address = ("127.0.0.1", listener.port)
     silent = [socket.create_connection(address) for _ in range(10)]
-    half = [socket.create_connection(address) for _ in range(10)]
-    for one in half:
-        one.sendall(b"\x16\x03\x01\x02\x00\x01")  # a ClientHello that goes no further
+    half_open = [socket.create_connection(address) for _ in range(10)]
+    for connection in half_open:
+        connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a ClientHello
     began = time.monotonic()
-    assert asks(listener.port, tls.to_ourselves(us))
-    assert time.monotonic() - began < 2  # seconds; one that waited for them would take 10
-    for one in silent + half:
-        one.close()
+    assert echo_succeeds(listener.port, tls.own_node_context(us))
+    assert time.monotonic() - began < 2  # seconds; waiting for the silent clients would take 10
+    for connection in silent + half_open:
+        connection.close()
 
 
-def test_a_handshake_that_stops_half_way_is_ended_by_the_deadline(node, hospital):
+def test_an_incomplete_handshake_ends_at_the_deadline(node, hospital):
     listener, _ = node(hospital.issue("node"), artim=0.5)
-    with socket.create_connection(("127.0.0.1", listener.port), 5) as half:
-        half.sendall(b"\x16\x03\x01\x02\x00\x01")
-        assert half.recv(1) == b""
+    with socket.create_connection(("127.0.0.1", listener.port), 5) as half_open:
+        half_open.sendall(b"\x16\x03\x01\x02\x00\x01")
+        assert half_open.recv(1) == b""
     assert wait_for(lambda: listener.refusals.totals == {"TLS": 1})
 
 
-def test_a_health_check_that_connects_and_leaves_is_no_refusal(node, hospital):
+def test_a_health_check_that_connects_and_closes_is_not_a_refusal(node, hospital):
     us = hospital.issue("node")
     listener, _ = node(us)
     assert health.main(["--tcp", f"127.0.0.1:{listener.port}"]) == 0
-    assert asks(listener.port, tls.to_ourselves(us))
+    assert echo_succeeds(listener.port, tls.own_node_context(us))
     assert listener.refusals.totals == {}
 
 
@@ -191,7 +191,7 @@ def test_many_senders_at_once_over_tls_lose_nothing(node, hospital):
 
     def modality(first):
         images = [xray(n, side=200) for n in range(first, first + 4)]
-        sent = send(images, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.to_peers(us))
+        sent = send(images, "127.0.0.1", listener.port, "CXRLOOP", tls=tls.peer_context(us))
         statuses.extend(status for _, status in sent)
 
     threads = [threading.Thread(target=modality, args=(100 * n,)) for n in range(4)]
@@ -203,23 +203,23 @@ def test_many_senders_at_once_over_tls_lose_nothing(node, hospital):
     assert len(inbox.waiting()) == 16
 
 
-# The handbook
+# The commands of docs/connect.md
 
 
 def commands(page):
-    """The words of every `openssl` and `echoscu +tls` line of the operating manual."""
+    """Return the words of each `openssl` and `echoscu +tls` line of the page connect.md."""
     lines = [line for line in page.splitlines() if line.startswith(("openssl ", "echoscu +tls"))]
     assert len(lines) == 2
     return [shlex.split(line) for line in lines]
 
 
 @pytest.mark.peer("dcmtk", "openssl")
-def test_the_commands_of_the_manual_make_a_certificate_that_serves_and_let_a_pacs_in(node, tmp_path):
+def test_the_openssl_and_echoscu_commands_of_the_page_work(node, tmp_path):
     page = Path(__file__).resolve().parents[3] / "docs" / "connect.md"
     openssl, echoscu = commands(page.read_text("utf-8"))
     for name in ("node", "pacs"):
-        mine = [word.replace("node.", f"{name}.") for word in openssl]
-        subprocess.run(mine, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        command = [word.replace("node.", f"{name}.") for word in openssl]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
     us = Identity(tmp_path / "node.crt", tmp_path / "node.key", tmp_path / "pacs.crt")
     assert check(us) > 800
     listener, _ = node(us)
@@ -232,7 +232,7 @@ def test_the_commands_of_the_manual_make_a_certificate_that_serves_and_let_a_pac
 
 @pytest.fixture
 def dcmtk(node, hospital, tmp_path):
-    """A node with mutual TLS, and dcmtk's options for a right, a wrong and no client certificate."""
+    """Return a node with mutual TLS, its inbox, and dcmtk's options for a right, a wrong and no certificate."""
     listener, inbox = node(hospital.issue("node", ca=hospital.pem))
     right, wrong = hospital.issue("pacs"), authority(tmp_path, "elsewhere").issue("pacs")
     options = {
@@ -246,32 +246,32 @@ def dcmtk(node, hospital, tmp_path):
 
 @pytest.mark.peer("dcmtk")
 @pytest.mark.parametrize("profile", ["+py", "+px", "+pz"])  # non-downgrading, plain and extended BCP 195
-def test_echoscu_gets_in_with_the_right_certificate_in_every_bcp_195_profile(dcmtk, profile):
+def test_echoscu_is_accepted_with_the_right_certificate_in_every_bcp_195_profile(dcmtk, profile):
     listener, _, options = dcmtk
-    code, said = call("echoscu", *options["right"], profile, "-aec", "CXRLOOP", "127.0.0.1", listener.port)
-    assert code == 0, said
+    code, output = run("echoscu", *options["right"], profile, "-aec", "CXRLOOP", "127.0.0.1", listener.port)
+    assert code == 0, output
 
 
 @pytest.mark.peer("dcmtk")
 @pytest.mark.parametrize("certificate", ["wrong", "none", "no TLS"])
-def test_echoscu_stays_out_without_the_right_certificate(dcmtk, certificate):
+def test_echoscu_is_refused_without_the_right_certificate(dcmtk, certificate):
     listener, _, options = dcmtk
-    code, said = call("echoscu", *options[certificate], "-aec", "CXRLOOP", "127.0.0.1", listener.port)
-    assert code != 0, said
+    code, output = run("echoscu", *options[certificate], "-aec", "CXRLOOP", "127.0.0.1", listener.port)
+    assert code != 0, output
     assert wait_for(lambda: listener.refusals.totals == {"TLS": 1})
 
 
 @pytest.mark.peer("dcmtk")
 def test_echoscu_with_the_old_aes_profile_is_refused(dcmtk):
     listener, _, options = dcmtk
-    code, said = call("echoscu", *options["right"], "+pa", "-aec", "CXRLOOP", "127.0.0.1", listener.port)
-    assert code != 0, said
+    code, output = run("echoscu", *options["right"], "+pa", "-aec", "CXRLOOP", "127.0.0.1", listener.port)
+    assert code != 0, output
 
 
 @pytest.mark.peer("dcmtk")
 def test_storescu_delivers_over_tls(dcmtk, tmp_path):
     listener, inbox, options = dcmtk
     images = [save(xray(n, side=400, bits=12), tmp_path / f"{n}.dcm") for n in range(3)]
-    code, said = call("storescu", *options["right"], "-aec", "CXRLOOP", "127.0.0.1", listener.port, *images)
-    assert code == 0, said
+    code, output = run("storescu", *options["right"], "-aec", "CXRLOOP", "127.0.0.1", listener.port, *images)
+    assert code == 0, output
     assert len(inbox.waiting()) == 3

@@ -1,4 +1,4 @@
-"""Phantoms: the same seed is the same image, findings are where they belong, and no shortcut gives a label away."""
+"""Phantoms: deterministic by seed, findings in the right place, no shortcut reveals a label."""
 
 import numpy as np
 import pytest
@@ -8,22 +8,22 @@ from dicom.phantom import phantom
 SMALL = 96
 
 
-def what_changes(finding: str, strength: float = 1.0, seed: int = 11) -> np.ndarray:
-    """Absolute difference a finding makes on an otherwise equal image, float [rows, columns]."""
-    plain, sick = phantom.xray(seed, {}, size=SMALL), phantom.xray(seed, {finding: strength}, size=SMALL)
+def change_by(finding: str, strength: float = 1.0, seed: int = 11) -> np.ndarray:
+    """Return the absolute difference that a finding makes, float [rows, columns]."""
+    plain, sick = phantom.image(seed, {}, size=SMALL), phantom.image(seed, {finding: strength}, size=SMALL)
     return np.abs(sick.astype(float) - plain.astype(float))
 
 
 def test_an_image_is_twelve_bit_and_the_same_for_the_same_seed():
-    first, again = phantom.xray(3, {"opacity": 0.5}, size=SMALL), phantom.xray(3, {"opacity": 0.5}, size=SMALL)
+    first, again = phantom.image(3, {"opacity": 0.5}, size=SMALL), phantom.image(3, {"opacity": 0.5}, size=SMALL)
     assert first.dtype == np.uint16 and first.shape == (SMALL, SMALL)
     assert first.max() <= 4095 and first.std() > 300
     assert np.array_equal(first, again)
-    assert not np.array_equal(first, phantom.xray(4, {"opacity": 0.5}, size=SMALL))
+    assert not np.array_equal(first, phantom.image(4, {"opacity": 0.5}, size=SMALL))
 
 
 def test_air_is_dark_and_the_heart_is_bright():
-    images = np.mean([phantom.xray(seed, {}, size=SMALL) for seed in range(12)], axis=0)
+    images = np.mean([phantom.image(seed, {}, size=SMALL) for seed in range(12)], axis=0)
     lungs = (images[45:55, 18:30].mean() + images[45:55, 66:78].mean()) / 2
     heart = images[52:62, 46:56].mean()
     assert heart > lungs + 1000
@@ -31,18 +31,18 @@ def test_air_is_dark_and_the_heart_is_bright():
 
 @pytest.mark.parametrize("finding", phantom.FINDINGS)
 def test_a_stronger_finding_changes_more_of_the_image(finding: str):
-    weak = np.mean([what_changes(finding, 0.2, seed).mean() for seed in range(6)])
-    strong = np.mean([what_changes(finding, 1.0, seed).mean() for seed in range(6)])
+    weak = np.mean([change_by(finding, 0.2, seed).mean() for seed in range(6)])
+    strong = np.mean([change_by(finding, 1.0, seed).mean() for seed in range(6)])
     assert 0 < weak < strong
 
 
 def test_a_wide_heart_is_wider_on_the_patients_left():
-    change = np.mean([what_changes("cardiomegaly", 1.0, seed) for seed in range(8)], axis=0)
+    change = np.mean([change_by("cardiomegaly", 1.0, seed) for seed in range(8)], axis=0)
     assert change[40:75, 52:80].mean() > 3 * change[:30].mean()
 
 
 def test_an_effusion_lies_low_in_the_chest():
-    change = np.mean([what_changes("effusion", 1.0, seed) for seed in range(16)], axis=0)
+    change = np.mean([change_by("effusion", 1.0, seed) for seed in range(16)], axis=0)
     assert change[45:75].mean() > 20 * change[10:30].mean()
 
 
@@ -64,16 +64,16 @@ def test_patients_come_back_with_the_same_build_sex_and_age():
         assert len({f.seed for f in images}) == len(images)
 
 
-def test_prevalence_is_as_asked_and_only_shown_findings_have_a_strength():
+def test_prevalence_matches_and_only_present_findings_have_a_strength():
     images = phantom.draw(2000, 2, ("cardiomegaly", "opacity"), {"cardiomegaly": 0.5, "opacity": 0.1})
     labels = np.array([[f.labels["cardiomegaly"], f.labels["opacity"]] for f in images])
     assert abs(labels[:, 0].mean() - 0.5) < 0.05 and abs(labels[:, 1].mean() - 0.1) < 0.03
     assert all(set(f.strengths) == {name for name, value in f.labels.items() if value} for f in images)
     ap = np.array([f.view == "AP" for f in images])
-    assert abs(labels[ap, 0].mean() - labels[~ap, 0].mean()) < 0.08  # the view does not tell
+    assert abs(labels[ap, 0].mean() - labels[~ap, 0].mean()) < 0.08  # the view does not reveal the label
 
 
-def test_mean_brightness_does_not_give_a_label_away():
+def test_mean_brightness_does_not_reveal_a_label():
     images = phantom.draw(400, 3, prevalence=0.4, repeat=0.0)
     mean = np.array([f.pixels(size=64).mean() for f in images])
     for finding in phantom.FINDINGS[:3]:
@@ -82,21 +82,21 @@ def test_mean_brightness_does_not_give_a_label_away():
         assert 0.35 < auc < 0.65, (finding, auc)
 
 
-def test_a_lateral_and_a_hip_look_like_no_frontal_chest():
+def test_a_lateral_and_a_hip_differ_from_a_frontal_chest():
     def unit(images: list[np.ndarray]) -> np.ndarray:
         rows = np.array([f.reshape(16, 6, 16, 6).mean((1, 3)).ravel() for f in images])
         rows = rows - rows.mean(axis=1, keepdims=True)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
-    chest = unit([phantom.xray(s, {}, size=SMALL) for s in range(8)])
+    chest = unit([phantom.image(s, {}, size=SMALL) for s in range(8)])
     usual = (chest[:4] @ chest[4:].T).mean()
-    for other in (phantom.lateral, phantom.hip):
-        odd = unit([other(s, size=SMALL) for s in range(4)])
+    for draw_odd in (phantom.lateral, phantom.hip):
+        odd = unit([draw_odd(s, size=SMALL) for s in range(4)])
         assert (chest @ odd.T).max() < usual - 0.1
 
 
 def test_a_nodule_changes_its_own_spot_and_nothing_else():
-    change = what_changes("nodule")
+    change = change_by("nodule")
     assert 0 < (change > 0).mean() < 0.02
 
 
@@ -104,4 +104,4 @@ def test_an_unknown_finding_or_view_is_refused_by_name():
     with pytest.raises(ValueError, match="fracture"):
         phantom.draw(3, 0, ("fracture",))
     with pytest.raises(ValueError, match="LL"):
-        phantom.xray(0, {}, view="LL")
+        phantom.image(0, {}, view="LL")

@@ -1,4 +1,4 @@
-"""Pictures as images: deterministic, readable by others, and the same plate whatever the encoding."""
+"""Pictures as DICOM: deterministic, readable by pydicom, and one plate in every encoding."""
 
 import numpy as np
 import pytest
@@ -15,11 +15,11 @@ from tests.support.dicom.pacs import KEY, chest, save
 
 
 def test_wrapping_twice_is_the_same_image_and_another_patient_another():
-    one, two, other = wrap(chest(), "P1"), wrap(chest(), "P1"), wrap(chest(), "P2")
-    assert one.SOPInstanceUID == two.SOPInstanceUID
-    assert one.StudyInstanceUID == two.StudyInstanceUID
-    assert one.SOPInstanceUID != other.SOPInstanceUID
-    assert wrap(chest(seed=1), "P1").SOPInstanceUID != one.SOPInstanceUID
+    first, again, other_patient = wrap(chest(), "P1"), wrap(chest(), "P1"), wrap(chest(), "P2")
+    assert first.SOPInstanceUID == again.SOPInstanceUID
+    assert first.StudyInstanceUID == again.StudyInstanceUID
+    assert first.SOPInstanceUID != other_patient.SOPInstanceUID
+    assert wrap(chest(seed=1), "P1").SOPInstanceUID != first.SOPInstanceUID
 
 
 def test_the_same_image_in_another_syntax_keeps_its_uid():
@@ -38,7 +38,7 @@ def test_pydicom_reads_back_what_was_wrapped(tmp_path, syntax, photometric, bits
     assert (to_plate(read) == to_plate(wrap(pixels, "P1", bits=bits))).all()
 
 
-def test_a_wrapped_image_of_the_plates_size_comes_out_as_it_was():
+def test_a_wrapped_image_of_the_size_of_a_plate_is_unchanged():
     pixels = chest(512, 3)
     assert (to_plate(wrap(pixels, "P1")) == pixels).all()
 
@@ -70,12 +70,12 @@ def test_pictures_of_every_mode_become_grey(tmp_path, mode):
         Picture.fromarray(grey.astype(np.uint16) * 257).save(path)
     else:
         Picture.fromarray(grey).convert(mode).save(path)
-    found = read_grey(path)
-    assert found.shape == (80, 80)
+    grey_read = read_grey(path)
+    assert grey_read.shape == (80, 80)
     if mode == "I;16":
-        assert (found == grey.astype(np.uint16) * 257).all()
+        assert (grey_read == grey.astype(np.uint16) * 257).all()
     elif mode != "1":
-        assert np.abs(found.astype(int) - grey).max() <= 1
+        assert np.abs(grey_read.astype(int) - grey).max() <= 1
     assert examine(save(wrap(path, "P1"), tmp_path / "image.dcm"), KEY, Admission()).outcome == "admitted"
 
 
@@ -86,7 +86,7 @@ def test_a_jpeg_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.float32), np.zeros(4, np.uint8)])
-def test_what_is_no_grey_picture_is_refused(array):
+def test_an_array_that_is_not_a_grey_picture_is_refused(array):
     with pytest.raises(ValueError, match="an image is uint8 or uint16"):
         wrap(array, "P1")
 
@@ -98,7 +98,7 @@ def test_values_beyond_the_bits_are_refused():
     assert wrap(np.full((8, 8), 5000, np.uint16), "P1").BitsStored == 16
 
 
-def test_no_picture_is_an_os_error(tmp_path):
+def test_a_file_that_is_not_a_picture_raises_os_error(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(b"no picture")
     with pytest.raises(OSError):

@@ -1,4 +1,4 @@
-"""Stored values out of every syntax: against other decoders, and against what was encoded."""
+"""Stored values decoded from every syntax, compared with the encoded values and with other decoders."""
 
 import struct
 
@@ -27,7 +27,7 @@ from dicom.dataset.syntaxes import (
 )
 from dicom.phantom.wrap import wrap
 from dicom.pixels.plate import decode, pixel_sha256, render, to_plate
-from tests.support.dicom.encoded_images import LOSSLESS, again, encapsulated, in_syntax
+from tests.support.dicom.encoded_images import LOSSLESS, encapsulated, in_syntax, written_and_read
 from tests.support.dicom.pacs import chest, xray
 
 
@@ -35,11 +35,11 @@ from tests.support.dicom.pacs import chest, xray
 @pytest.mark.parametrize("syntax", LOSSLESS)
 def test_one_image_in_every_lossless_syntax_has_one_pixel_hash_and_plate(tmp_path, syntax, bits):
     plain = xray(1, 96, bits)
-    found = decode(again(in_syntax(syntax, 1, bits), tmp_path))
-    assert found.dtype == np.uint16
-    assert (found == chest(96, 1, bits)).all()
-    assert pixel_sha256(found) == pixel_sha256(decode(plain))
-    assert (render(plain, found) == to_plate(plain)).all()
+    decoded = decode(written_and_read(in_syntax(syntax, 1, bits), tmp_path))
+    assert decoded.dtype == np.uint16
+    assert (decoded == chest(96, 1, bits)).all()
+    assert pixel_sha256(decoded) == pixel_sha256(decode(plain))
+    assert (render(plain, decoded) == to_plate(plain)).all()
 
 
 @pytest.mark.parametrize("name", ["RG1_UNCR.dcm", "RG1_J2KR.dcm", "RG1_J2KI.dcm", "RG3_UNCR.dcm", "RG3_J2KR.dcm"])
@@ -77,9 +77,9 @@ def test_a_real_image_has_one_pixel_hash_raw_and_in_jpeg_2000(image_name):
 )
 def test_signed_and_odd_files_of_pydicom_decode_as_pydicom_decodes_them(name):
     ds = dcmread(get_testdata_file(name, download=False))
-    found = decode(ds)
-    assert (found == ds.pixel_array).all()
-    assert found.dtype == (np.int16 if ds.PixelRepresentation else np.uint16)
+    decoded = decode(ds)
+    assert (decoded == ds.pixel_array).all()
+    assert decoded.dtype == (np.int16 if ds.PixelRepresentation else np.uint16)
 
 
 def test_lossy_jpeg_of_8_and_12_bits(tmp_path):
@@ -91,9 +91,9 @@ def test_lossy_jpeg_of_8_and_12_bits(tmp_path):
     wavelet = encapsulated(
         xray(2, bits=12), JPEG_2000, imagecodecs.jpeg2k_encode(chest(96, 2, 12), codecformat="j2k", level=60)
     )
-    for ds, bits, off in ((eight, 8, 12), (twelve, 12, 120), (near, 12, 2), (wavelet, 12, 400)):
-        found = decode(again(ds, tmp_path)).astype(int)
-        assert abs(found - chest(96, 2, bits)).max() <= off
+    for ds, bits, tolerance in ((eight, 8, 12), (twelve, 12, 120), (near, 12, 2), (wavelet, 12, 400)):
+        decoded = decode(written_and_read(ds, tmp_path)).astype(int)
+        assert abs(decoded - chest(96, 2, bits)).max() <= tolerance
 
 
 def test_a_lossy_decoder_that_overshoots_is_clipped_not_wrapped():
@@ -108,7 +108,7 @@ def test_a_code_stream_in_several_fragments_is_one_frame(tmp_path):
     stream = imagecodecs.jpegls_encode(chest(96))
     ds.PixelData = encapsulate([stream], fragments_per_frame=3)
     ds["PixelData"].is_undefined_length = True
-    assert (decode(again(ds, tmp_path)) == chest(96)).all()
+    assert (decode(written_and_read(ds, tmp_path)) == chest(96)).all()
 
 
 @pytest.mark.parametrize("syntax", [JPEG_LS, JPEG_2000_LOSSLESS, JPEG_LOSSLESS_SV1])
@@ -134,7 +134,7 @@ def test_rle_that_is_too_short_is_refused():
 
 
 def rle_frame(segments, tail=b""):
-    """An RLE frame of these segments (PS3.5 G), its header first."""
+    """Return an RLE frame of these segments (PS3.5 G), with its header."""
     starts = np.cumsum([64, *(len(segment) for segment in segments)])[:-1].tolist()
     return struct.pack("<16L", len(segments), *starts, *[0] * (15 - len(segments))) + b"".join(segments) + tail
 
@@ -142,18 +142,18 @@ def rle_frame(segments, tail=b""):
 @pytest.mark.parametrize(
     ("extra", "tail"), [(b"", b""), (b"\0\0", b""), (b"\x80\x80", b""), (b"\xf0\0", b""), (b"", b"\0" * 10)]
 )
-def test_rle_segments_that_hold_more_than_fits_are_read_as_far_as_they_fit(tmp_path, extra, tail):
+def test_rle_segments_that_are_too_long_are_cut(tmp_path, extra, tail):
     ds = xray(1, 96, 12)
     ds.compress(RLELossless, generate_instance_uid=False)
     frame = items(ds.PixelData)[1]
     first, second = struct.unpack("<LL", frame[4:12])
     sloppy = rle_frame([frame[first:second] + extra, frame[second:] + extra], tail)
-    assert (decode(again(encapsulated(ds, RLE, sloppy), tmp_path)) == chest(96, 1, 12)).all()
+    assert (decode(written_and_read(encapsulated(ds, RLE, sloppy), tmp_path)) == chest(96, 1, 12)).all()
     with pytest.raises(ValueError, match="no decoder could read the RLE frame"):
         decode(encapsulated(ds, RLE, rle_frame([frame[first:second], frame[second:-400]])))
 
 
-def test_bits_outside_the_stored_ones_are_cut_off():
+def test_bits_outside_bits_stored_are_removed():
     pixels = chest(96, 0, 12)
     ds = xray(bits=12)
     ds.PixelData = (pixels | np.uint16(0xA000)).tobytes()
@@ -167,9 +167,9 @@ def test_signed_values_are_extended_from_their_highest_bit():
     ds = wrap(np.zeros((64, 64), np.uint16), "P1", bits=12)
     ds.PixelRepresentation = 1
     ds.PixelData = (values.view(np.uint16) & 0x0FFF).tobytes()
-    found = decode(ds)
-    assert found.dtype == np.int16
-    assert (found == values).all()
+    decoded = decode(ds)
+    assert decoded.dtype == np.int16
+    assert (decoded == values).all()
 
 
 def test_eight_bit_words_in_big_endian_are_swapped(tmp_path):
@@ -178,12 +178,12 @@ def test_eight_bit_words_in_big_endian_are_swapped(tmp_path):
     padded = np.frombuffer(pixels.tobytes() + b"\0", "<u2").byteswap().tobytes()
     ds.PixelData = padded
     ds["PixelData"].VR = "OW"
-    read = again(ds, tmp_path)
+    read = written_and_read(ds, tmp_path)
     assert (decode(read) == pixels).all()
     assert (decode(read) == read.pixel_array).all()
 
 
-def test_the_pixel_hash_tells_images_apart():
+def test_different_images_have_different_pixel_hashes():
     values = np.arange(64, dtype=np.uint16).reshape(8, 8)
     hashes = {
         pixel_sha256(array)
@@ -194,21 +194,21 @@ def test_the_pixel_hash_tells_images_apart():
 
 def test_every_high_throughput_jpeg_2000_is_decoded(tmp_path):
     pixels = chest(96, 3, 12)
-    for syntax, reversible, off in ((HTJ2K_LOSSLESS, True, 0), (HTJ2K_RPCL, True, 0), (HTJ2K, False, 40)):
+    for syntax, reversible, tolerance in ((HTJ2K_LOSSLESS, True, 0), (HTJ2K_RPCL, True, 0), (HTJ2K, False, 40)):
         ds = encapsulated(xray(3, bits=12), syntax, imagecodecs.htj2k_encode(pixels, reversible=reversible))
-        assert np.abs(decode(again(ds, tmp_path)).astype(int) - pixels).max() <= off
+        assert np.abs(decode(written_and_read(ds, tmp_path)).astype(int) - pixels).max() <= tolerance
 
 
-def test_what_the_first_decoder_refuses_the_second_one_reads(tmp_path):
+def test_the_second_decoder_reads_what_the_first_cannot(tmp_path):
     ds, stream = xray(5, bits=12), bytearray(imagecodecs.jpegls_encode(chest(96, 5, 12)))
     ds = encapsulated(ds, JPEG_LS, stream)
     ds.file_meta.TransferSyntaxUID = (
-        JPEG_LOSSLESS_SV1  # says JPEG lossless, holds JPEG-LS: libjpeg-turbo refuses, libjpeg reads
+        JPEG_LOSSLESS_SV1  # declares JPEG lossless, contains JPEG-LS: libjpeg-turbo fails, libjpeg decodes it
     )
-    assert (decode(again(ds, tmp_path)) == chest(96, 5, 12)).all()
+    assert (decode(written_and_read(ds, tmp_path)) == chest(96, 5, 12)).all()
 
 
-def test_a_code_stream_that_neither_decoder_reads_names_its_syntax():
+def test_the_error_of_an_undecodable_code_stream_names_its_syntax():
     ds = in_syntax(JPEG_LS)
     stream = bytearray(items(ds.PixelData)[1])
     start = stream.index(b"\xff\xda") + 2

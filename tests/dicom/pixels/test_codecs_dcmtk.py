@@ -1,4 +1,4 @@
-"""What dcmtk encodes, against what dcmtk, pylibjpeg and pydicom read of it."""
+"""Images encoded by dcmtk: our decoding compared with dcmtk, pylibjpeg and pydicom."""
 
 import subprocess
 
@@ -41,7 +41,7 @@ WRITTEN_BY_DCMTK = {
     "JPEG lossless, SV1": ("dcmcjpeg", "+e1", JPEG_LOSSLESS_SV1, 15, 0, 0),
     "JPEG lossless, SV1, 8 bits": ("dcmcjpeg", "+e1", JPEG_LOSSLESS_SV1, 8, 0, 0),
     **{f"JPEG lossless, predictor {n}": ("dcmcjpeg", f"+el +sv {n}", JPEG_LOSSLESS, 15, 0, 0) for n in range(1, 8)},
-    # before it compresses with loss, dcmcjpeg stretches the image's own range
+    # before lossy compression, dcmcjpeg stretches the range of the image
     "JPEG baseline": ("dcmcjpeg", "+eb +q 95", JPEG_BASELINE, 8, 12, 2),
     "JPEG extended, 12 bits": ("dcmcjpeg", "+ee +bt +q 95", JPEG_EXTENDED, 12, 130, 3),
     "JPEG extended, 8 bits": ("dcmcjpeg", "+ee +q 95", JPEG_EXTENDED, 8, 12, 2),
@@ -53,7 +53,7 @@ READERS = {"dcmcjpeg": "dcmdjpeg", "dcmcjpls": "dcmdjpls", "dcmcrle": "dcmdrle",
 
 
 def real(bits):
-    """Every eighth pixel of a real image, MONOCHROME1, in so many bits."""
+    """Return every eighth pixel of a real image, MONOCHROME1, with `bits` bits, and these pixels."""
     ds = dcmread(get_testdata_file("RG1_UNCR.dcm", download=False))
     pixels = ds.pixel_array[::8, ::8] >> (15 - bits)
     ds.Rows, ds.Columns = pixels.shape
@@ -65,7 +65,7 @@ def real(bits):
 
 @pytest.mark.peer("dcmtk")
 @pytest.mark.parametrize("name", WRITTEN_BY_DCMTK)
-def test_what_dcmtk_encodes_we_decode_as_dcmtk_pylibjpeg_and_pydicom_do(tmp_path, name):
+def test_images_encoded_by_dcmtk_decode_as_in_dcmtk_pylibjpeg_and_pydicom(tmp_path, name):
     command, options, syntax, bits, to_image, to_others = WRITTEN_BY_DCMTK[name]
     ds, pixels = real(bits)
     written, plain = tmp_path / "written.dcm", tmp_path / "plain.dcm"
@@ -73,30 +73,30 @@ def test_what_dcmtk_encodes_we_decode_as_dcmtk_pylibjpeg_and_pydicom_do(tmp_path
     subprocess.run([READERS[command], "+te", written, plain], check=True)
     read = dcmread(written)
     assert read.file_meta.TransferSyntaxUID == syntax
-    found = decode(read).astype(int)
-    assert np.abs(found - pixels).max() <= to_image
-    others = [dcmread(plain).pixel_array]
+    decoded = decode(read).astype(int)
+    assert np.abs(decoded - pixels).max() <= to_image
+    references = [dcmread(plain).pixel_array]
     if command != "dcmconv":
-        others.append(pixel_array(read, raw=True, decoding_plugin="pylibjpeg"))
-    for other in others:
-        assert np.abs(found - other).max() <= to_others
+        references.append(pixel_array(read, raw=True, decoding_plugin="pylibjpeg"))
+    for reference in references:
+        assert np.abs(decoded - reference).max() <= to_others
 
 
 @pytest.mark.peer("dcmtk")
 @pytest.mark.parametrize("command", ["dcmcjpeg", "dcmcjpls", "dcmcrle", "dcmconv +tb", "dcmconv +td"])
-def test_signed_images_come_back_signed_from_every_lossless_encoder_of_dcmtk(tmp_path, command):
+def test_signed_images_stay_signed_through_every_lossless_encoder_of_dcmtk(tmp_path, command):
     ds, pixels = real(12)
     ds.PixelRepresentation = 1
     signed = (pixels.astype(np.int16) << 4) >> 4  # the 12 bits read as a signed number
     ds.PixelData = signed.astype("<i2").tobytes()
     subprocess.run([*command.split(), save(ds, tmp_path / "image.dcm"), tmp_path / "written.dcm"], check=True)
-    found = decode(dcmread(tmp_path / "written.dcm"))
-    assert found.dtype == np.int16
-    assert found.min() < 0
-    assert (found == signed).all()
+    decoded = decode(dcmread(tmp_path / "written.dcm"))
+    assert decoded.dtype == np.int16
+    assert decoded.min() < 0
+    assert (decoded == signed).all()
 
 
-def test_every_syntax_that_the_node_takes_is_in_a_table_above():
+def test_every_syntax_of_the_node_is_tested():
     here = {*LOSSLESS, JPEG_BASELINE, JPEG_EXTENDED, JPEG_LS_NEAR, JPEG_2000, HTJ2K_RPCL, HTJ2K}
     assert set(SYNTAXES) == here | {row[2] for row in WRITTEN_BY_DCMTK.values()}
 
@@ -108,5 +108,5 @@ def test_odd_jpegs_decode_as_dcmtk_decodes_them(tmp_path, name):
     subprocess.run(["dcmdjpeg", path, tmp_path / "plain.dcm"], check=True, capture_output=True)
     ds = dcmread(path)
     lossy = ds.file_meta.TransferSyntaxUID == JPEG_EXTENDED
-    off = np.abs(decode(ds).astype(int) - dcmread(tmp_path / "plain.dcm").pixel_array).max()
-    assert off <= (1 if lossy else 0)  # two roundings of one cosine transform
+    difference = np.abs(decode(ds).astype(int) - dcmread(tmp_path / "plain.dcm").pixel_array).max()
+    assert difference <= (1 if lossy else 0)  # two roundings of one cosine transform

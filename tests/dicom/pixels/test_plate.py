@@ -9,16 +9,12 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
 
+from dicom.errors import BlankImage
 from dicom.phantom.wrap import wrap
 from dicom.pixels.letterbox import letterbox, taps
-from dicom.pixels.plate import Blank, decode, to_plate
-from tests.support.dicom.pacs import chest, save, xray
-
-
-def again(ds, tmp_path):
-    """The image written and read back, as it would come from a PACS."""
-    return dcmread(save(ds, tmp_path / "again.dcm"))
-
+from dicom.pixels.plate import decode, to_plate
+from tests.support.dicom.encoded_images import written_and_read
+from tests.support.dicom.pacs import chest, xray
 
 # From stored values to brightness
 
@@ -32,7 +28,7 @@ def plain(pixels, **values):
 
 
 RAMP = np.arange(512 * 512, dtype=np.uint32).reshape(512, 512)
-RAMP12 = (RAMP // 64).astype(np.uint16)  # every 12-bit value 64 times, at the plate's own size: no resampling
+RAMP12 = (RAMP // 64).astype(np.uint16)  # every 12-bit value 64 times, in the size of a plate: no resampling
 
 
 def close(plate, expected):
@@ -47,7 +43,7 @@ def test_windows_are_those_of_the_standard(function, centre, width):
     if function:
         ds.VOILUTFunction = function
     expected = apply_voi_lut(RAMP12, ds)
-    low, high = (0, 4095)  # pydicom windows into the range of the stored bits
+    low, high = (0, 4095)  # pydicom maps the window to the range of the stored bits
     assert close(to_plate(ds), (expected - low) / (high - low) * 255)
 
 
@@ -70,24 +66,24 @@ def lut(first, data, bits=16):
     return Sequence([item])
 
 
-def test_a_voi_lut_wins_over_a_window(tmp_path):
+def test_a_voi_lut_has_priority_over_a_window(tmp_path):
     table = (np.linspace(0, 1, 2000) ** 2 * 4095).astype(int)
     ds = plain(RAMP12, WindowCenter=10, WindowWidth=20, VOILUTSequence=lut(500, table, 12))
     expected = apply_voi_lut(RAMP12, ds, prefer_lut=True)
-    assert close(to_plate(again(ds, tmp_path)), expected / 4095 * 255)
+    assert close(to_plate(written_and_read(ds, tmp_path)), expected / 4095 * 255)
 
 
 def test_white_is_the_top_of_the_voi_lut_and_not_the_brightest_pixel_of_the_image(tmp_path):
     dim = RAMP12 // 4
     ds = plain(dim, VOILUTSequence=lut(0, np.arange(4096), 12))
-    assert close(to_plate(again(ds, tmp_path)), dim / 4095 * 255)
+    assert close(to_plate(written_and_read(ds, tmp_path)), dim / 4095 * 255)
 
 
 def test_a_modality_lut_comes_first(tmp_path):
     table = np.arange(4096)[::-1]
     ds = plain(RAMP12, ModalityLUTSequence=lut(0, table), WindowCenter=1000, WindowWidth=800)
     values = apply_modality_lut(RAMP12, ds)
-    assert close(to_plate(again(ds, tmp_path)), np.clip((values - 999.5) / 799 + 0.5, 0, 1) * 255)
+    assert close(to_plate(written_and_read(ds, tmp_path)), np.clip((values - 999.5) / 799 + 0.5, 0, 1) * 255)
 
 
 def test_a_lut_that_is_too_short_is_an_error():
@@ -105,7 +101,7 @@ def test_without_a_window_the_percentiles_of_the_image_stretch():
 
 @pytest.mark.parametrize(("centre", "width"), [("", ""), ("2048", "0"), ("2048", "1"), ("9000", "100"), ("x", "y")])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_window_that_shows_nothing_or_is_broken_gives_way_to_percentiles(centre, width):
+def test_an_empty_or_invalid_window_is_replaced_by_percentiles(centre, width):
     ds = plain(RAMP12)
     ds.add_new(0x00281050, "LO", centre)
     ds.add_new(0x00281051, "LO", width)
@@ -113,22 +109,22 @@ def test_a_window_that_shows_nothing_or_is_broken_gives_way_to_percentiles(centr
 
 
 def test_monochrome1_comes_out_as_its_monochrome2():
-    two = wrap(chest(128, 5), "P1")
-    one = wrap(chest(128, 5), "P1", photometric="MONOCHROME1")
-    assert (decode(one) == 255 - decode(two)).all()
-    assert (to_plate(one) == to_plate(two)).all()
+    normal = wrap(chest(128, 5), "P1")
+    inverted = wrap(chest(128, 5), "P1", photometric="MONOCHROME1")
+    assert (decode(inverted) == 255 - decode(normal)).all()
+    assert (to_plate(inverted) == to_plate(normal)).all()
 
 
-def test_inverse_shape_inverts_and_with_monochrome1_not_twice():
-    two, inverse, both = plain(RAMP12), plain(RAMP12), plain(RAMP12)
+def test_inverse_shape_and_monochrome1_together_invert_once():
+    normal, inverse, both = plain(RAMP12), plain(RAMP12), plain(RAMP12)
     inverse.PresentationLUTShape = "INVERSE"
     both.PhotometricInterpretation, both.PresentationLUTShape = "MONOCHROME1", "INVERSE"
     assert (to_plate(inverse) == to_plate(both)).all()
-    assert close(255 - to_plate(two).astype(int), to_plate(inverse).astype(int))
+    assert close(255 - to_plate(normal).astype(int), to_plate(inverse).astype(int))
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_padding_is_black_and_does_not_count(photometric):
+def test_padding_is_black_and_excluded_from_the_percentiles(photometric):
     pixels = RAMP12 // 2 + 1000
     pixels[:, :100] = 4095
     ds = plain(pixels, PixelPaddingValue=4095, PhotometricInterpretation=photometric)
@@ -140,7 +136,7 @@ def test_padding_is_black_and_does_not_count(photometric):
     assert np.abs(plate[:, 100:] - (255 - expected if photometric == "MONOCHROME1" else expected)).max() < 1
 
 
-def test_a_padding_range_is_padding_from_end_to_end():
+def test_a_padding_range_includes_both_ends():
     ds = plain(RAMP12, PixelPaddingValue=0, PixelPaddingRangeLimit=1000)
     assert (to_plate(ds)[RAMP12 <= 1000] == 0).all()
 
@@ -156,7 +152,7 @@ def test_signed_padding():
 
 def test_nothing_but_padding_is_blank():
     ds = plain(np.full((64, 64), 7, np.uint8), PixelPaddingValue=7)
-    with pytest.raises(Blank):
+    with pytest.raises(BlankImage):
         to_plate(ds)
 
 
@@ -169,15 +165,15 @@ def test_overlays_are_not_burnt_into_the_plate(tmp_path):
         drawn.add_new((group, 0x0040), "CS", "G")
         drawn.add_new((group, 0x0100), "US", 1)
         drawn.add_new((group, 0x3000), "OW", ones)
-    old.add_new((0x6000, 0x0100), "US", 16)  # in the bits above the stored ones, as images before 2004 have them
+    old.add_new((0x6000, 0x0100), "US", 16)  # in the bits above the stored ones, as in images before 2004
     old.add_new((0x6000, 0x0102), "US", 12)
     old.PixelData = (RAMP12 | np.uint16(0xF000)).tobytes()
     for ds in (drawn, old):
-        assert (to_plate(again(ds, tmp_path)) == to_plate(bare)).all()
+        assert (to_plate(written_and_read(ds, tmp_path)) == to_plate(bare)).all()
 
 
 @pytest.mark.parametrize(("function", "width"), [("LINEAR_EXACT", 0.5), ("SIGMOID", 0.5), ("LINEAR_EXACT", 1)])
-def test_a_window_narrower_than_one_is_one_where_the_rescale_makes_small_numbers(function, width):
+def test_a_window_narrower_than_1_is_valid_for_small_rescaled_values(function, width):
     ds = plain(RAMP12, RescaleSlope=str(1 / 4096), WindowCenter="0.5", WindowWidth=str(width), VOILUTFunction=function)
     distance = (RAMP12 * float(ds.RescaleSlope) - 0.5) / width
     expected = np.clip(distance + 0.5, 0, 1) if function == "LINEAR_EXACT" else 1 / (1 + np.exp(-4 * distance))
@@ -192,7 +188,7 @@ def test_a_voi_lut_over_rescaled_values_begins_below_zero(tmp_path, name):
     del ds.WindowCenter, ds.WindowWidth
     ds.RescaleSlope, ds.RescaleIntercept, ds.VOILUTSequence = "1", "-1024", lut(0, table)
     ds.VOILUTSequence[0].add_new(0x00283002, "SS", [4096, -1024, 16])
-    assert close(to_plate(again(ds, tmp_path)), table[RAMP12] / 65535 * 255)
+    assert close(to_plate(written_and_read(ds, tmp_path)), table[RAMP12] / 65535 * 255)
 
 
 def test_a_signed_image_has_a_signed_first_entry(tmp_path):
@@ -202,11 +198,11 @@ def test_a_signed_image_has_a_signed_first_entry(tmp_path):
     ds.PixelData = values.tobytes()
     ds.ModalityLUTSequence[0].add_new(0x00283002, "SS", [4096, -2048, 16])
     ds.WindowCenter, ds.WindowWidth = 2048, 4096
-    assert close(to_plate(again(ds, tmp_path)), np.clip((table[RAMP12] - 2047.5) / 4095 + 0.5, 0, 1) * 255)
+    assert close(to_plate(written_and_read(ds, tmp_path)), np.clip((table[RAMP12] - 2047.5) / 4095 + 0.5, 0, 1) * 255)
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"])
-def test_eight_bit_lut_entries_are_two_in_a_word(tmp_path, syntax):
+def test_eight_bit_lut_entries_are_packed_two_in_a_word(tmp_path, syntax):
     table = (np.linspace(0, 1, 4096) ** 2 * 255).astype(np.uint8)
     ds = wrap(RAMP12, "P1", bits=12, transfer_syntax=syntax)
     del ds.WindowCenter, ds.WindowWidth
@@ -215,13 +211,13 @@ def test_eight_bit_lut_entries_are_two_in_a_word(tmp_path, syntax):
     item[0].add_new(0x00283002, "US", [4096, 0, 8])
     item[0].add_new(0x00283006, "OW", packed.tobytes())
     ds.VOILUTSequence = item
-    assert close(to_plate(again(ds, tmp_path)), table[RAMP12].astype(float))
+    assert close(to_plate(written_and_read(ds, tmp_path)), table[RAMP12].astype(float))
 
 
-def test_values_outside_a_lut_take_its_ends(tmp_path):
+def test_values_outside_a_lut_map_to_its_ends(tmp_path):
     ds = plain(RAMP12, VOILUTSequence=lut(1000, np.arange(100, 2100)))
     expected = np.clip(RAMP12.astype(int) - 1000, 0, 1999) + 100
-    assert close(to_plate(again(ds, tmp_path)), expected / 2099 * 255)
+    assert close(to_plate(written_and_read(ds, tmp_path)), expected / 2099 * 255)
 
 
 def test_real_look_up_tables_are_read_as_pydicom_reads_them():
@@ -237,7 +233,7 @@ def test_real_look_up_tables_are_read_as_pydicom_reads_them():
 
 
 def slow_area(values, out):
-    """The area average of one line, by its definition: the integral of a step function over each interval."""
+    """Return the area average of one line by definition: the integral of a step function over each interval."""
     size = len(values)
     fine = np.repeat(np.asarray(values, float), out)  # every interval border is now a sample border
     return fine.reshape(out, size).mean(1)
@@ -246,16 +242,16 @@ def slow_area(values, out):
 @pytest.mark.parametrize(("size", "out"), [(1955, 512), (513, 512), (1024, 512), (700, 482), (1841, 482), (5, 3)])
 def test_shrinking_is_the_exact_area_average(size, out):
     values = np.random.default_rng(size).random(size)
-    found = [float(weights @ values[start : start + len(weights)]) for start, weights in taps(size, out)]
-    assert np.allclose(found, slow_area(values, out), atol=1e-6)
+    values_out = [float(weights @ values[start : start + len(weights)]) for start, weights in taps(size, out)]
+    assert np.allclose(values_out, slow_area(values, out), atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "out"), [(224, 512), (511, 512), (64, 512), (96, 480), (1, 4), (2, 7)])
 def test_growing_is_bilinear_as_pillow_does_it(size, out):
     values = np.random.default_rng(size).random((size, 1)).astype(np.float32)
     expected = np.asarray(Picture.fromarray(values).resize((1, out), Picture.Resampling.BILINEAR))[:, 0]
-    found = [float(weights @ values[start : start + len(weights), 0]) for start, weights in taps(size, out)]
-    assert np.allclose(found, expected, atol=1e-6)
+    values_out = [float(weights @ values[start : start + len(weights), 0]) for start, weights in taps(size, out)]
+    assert np.allclose(values_out, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1955, 1841), (512, 512), (224, 224), (100, 300), (300, 64), (3000, 100)])
@@ -270,7 +266,7 @@ def test_the_aspect_is_kept_and_the_image_centred(shape):
     assert set(np.unique(plate)) <= {0, 200}
 
 
-def test_an_image_of_the_plates_size_is_not_touched():
+def test_an_image_of_the_size_of_a_plate_is_unchanged():
     values = np.random.default_rng(0).integers(0, 256, (512, 512)).astype(np.float32)
     assert (letterbox(values) == values).all()
 

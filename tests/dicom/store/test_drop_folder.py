@@ -1,4 +1,4 @@
-"""The drop folder: complete files move in, incomplete ones wait."""
+"""The drop folder: complete files move into the inbox, incomplete ones wait."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dicom.store.drop_folder import Drop
+from dicom.store.drop_folder import DropFolder
 from dicom.store.inbox import Inbox
 from tests.support.dicom.pacs import save, wait_for, xray
 
@@ -27,7 +27,7 @@ def test_a_complete_file_moves_in(drop):
     folder, inbox = drop
     path = old(save(xray(), folder / "image.dcm"))
     data = path.read_bytes()
-    assert Drop(folder, inbox).rescan() == 1
+    assert DropFolder(folder, inbox).rescan() == 1
     assert not path.exists()
     assert inbox.waiting()[0].read_bytes() == data
 
@@ -36,12 +36,12 @@ def test_files_in_folders_move_in_too(drop):
     folder, inbox = drop
     (folder / "patient" / "study").mkdir(parents=True)
     old(save(xray(), folder / "patient" / "study" / "1"))
-    assert Drop(folder, inbox).rescan() == 1
+    assert DropFolder(folder, inbox).rescan() == 1
 
 
-def test_a_file_that_is_still_written_waits(drop):
+def test_a_file_that_is_still_being_written_waits(drop):
     folder, inbox = drop
-    watched = Drop(folder, inbox)
+    watched = DropFolder(folder, inbox)
     path = folder / "image.dcm"
     path.write_bytes(b"half")
     assert watched.rescan() == 0
@@ -51,9 +51,9 @@ def test_a_file_that_is_still_written_waits(drop):
     assert watched.rescan() == 1
 
 
-def test_a_clock_that_is_ahead_holds_nothing_up(drop):
+def test_a_clock_that_is_ahead_does_not_delay_files(drop):
     folder, inbox = drop
-    watched = Drop(folder, inbox)
+    watched = DropFolder(folder, inbox)
     path = folder / "image.dcm"
     path.write_bytes(b"whole")
     os.utime(path, (time.time() + 86400,) * 2)
@@ -62,11 +62,11 @@ def test_a_clock_that_is_ahead_holds_nothing_up(drop):
 
 
 @pytest.mark.parametrize("name", [".hidden.dcm", "image.dcm.part", "image.tmp", "image.dcm~", ".sync/image.dcm"])
-def test_names_of_transfers_under_way_are_left_alone(drop, name):
+def test_names_of_unfinished_transfers_are_skipped(drop, name):
     folder, inbox = drop
     (folder / name).parent.mkdir(exist_ok=True)
     old(save(xray(), folder / name))
-    assert Drop(folder, inbox).rescan() == 0
+    assert DropFolder(folder, inbox).rescan() == 0
 
 
 def test_links_are_not_followed(drop, tmp_path):
@@ -74,26 +74,26 @@ def test_links_are_not_followed(drop, tmp_path):
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
     (folder / "image.dcm").symlink_to(old(secret))
-    assert Drop(folder, inbox).rescan() == 0
+    assert DropFolder(folder, inbox).rescan() == 0
     assert secret.exists()
 
 
-def test_on_a_short_disk_the_file_stays_and_comes_in_later(drop):
+def test_with_too_little_disk_the_file_stays_until_there_is_room(drop):
     folder, inbox = drop
     path = old(save(xray(), folder / "image.dcm"))
     inbox.min_free_bytes = 1 << 60
-    watched = Drop(folder, inbox)
+    watched = DropFolder(folder, inbox)
     assert watched.rescan() == 0
     assert path.exists()
     inbox.min_free_bytes = 0
     assert watched.rescan() == 1
 
 
-def test_a_running_drop_takes_what_is_copied_and_what_is_renamed_in(drop, tmp_path):
+def test_a_running_drop_folder_moves_copied_and_renamed_files(drop, tmp_path):
     folder, inbox = drop
     source = save(xray(), tmp_path / "image.dcm")
     old(save(xray(7), folder / "before.dcm"))
-    watched = Drop(folder, inbox)
+    watched = DropFolder(folder, inbox)
     watched.start()
     try:
         assert wait_for(lambda: len(inbox.waiting()) == 1)

@@ -1,4 +1,4 @@
-"""The inbox: whole and durable, or absent."""
+"""The inbox: each file is complete and durable, or absent."""
 
 import errno
 import fcntl
@@ -44,7 +44,7 @@ def test_every_byte_is_synced_before_the_rename_and_the_folder_after(tmp_path, m
     assert steps == ["file", "rename", "folder"]
 
 
-def test_put_refuses_when_the_disk_would_run_short(tmp_path):
+def test_put_fails_below_the_free_disk_limit(tmp_path):
     inbox = Inbox(tmp_path, 1 << 60)
     with pytest.raises(OSError) as raised:
         inbox.put(b"image")
@@ -83,7 +83,7 @@ def test_waiting_is_oldest_first_and_limited(tmp_path):
     assert inbox.waiting(2) == [paths[4], paths[3]]
 
 
-def test_temps_are_not_waiting_and_are_swept(tmp_path):
+def test_temporary_files_are_not_listed_and_are_removed(tmp_path):
     inbox = Inbox(tmp_path, 0)
     (tmp_path / ".tmp" / "left").write_bytes(b"half")
     assert inbox.waiting() == []
@@ -91,7 +91,7 @@ def test_temps_are_not_waiting_and_are_swept(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_the_sweep_leaves_a_living_writer_alone(tmp_path):
+def test_the_sweep_skips_the_file_of_a_running_writer(tmp_path):
     inbox = Inbox(tmp_path, 0)
     with inbox.begin() as incoming:
         incoming.write(b"image")
@@ -99,7 +99,7 @@ def test_the_sweep_leaves_a_living_writer_alone(tmp_path):
         assert incoming.commit().read_bytes() == b"image"
 
 
-def test_a_held_temp_of_a_dead_writer_is_swept(tmp_path):
+def test_the_temporary_file_of_a_dead_writer_is_removed(tmp_path):
     inbox, temp = Inbox(tmp_path, 0), tmp_path / ".tmp" / "dead"
     with temp.open("wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -116,8 +116,8 @@ def test_many_writers_at_once_lose_nothing(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    found = {path.read_text() for path in inbox.waiting()}
-    assert found == {f"{n} {m}" for n in range(4) for m in range(20)}
+    contents = {path.read_text() for path in inbox.waiting()}
+    assert contents == {f"{n} {m}" for n in range(4) for m in range(20)}
 
 
 def test_put_file_copies_and_leaves_the_source(tmp_path):

@@ -37,7 +37,7 @@ def test_a_file_of_the_site_is_linked_and_a_foreign_one_copied(tmp_path):
     assert copied.read_bytes() == b"foreign"
 
 
-def test_what_is_set_aside_lies_apart(tmp_path):
+def test_rejected_and_quarantined_files_have_their_own_folder(tmp_path):
     source = tmp_path / "inbox.dcm"
     source.write_bytes(b"not an image")
     store = Store(tmp_path / "store")
@@ -45,7 +45,7 @@ def test_what_is_set_aside_lies_apart(tmp_path):
     assert not list((store.folder / "originals").rglob("*.dcm"))
 
 
-def test_a_plate_comes_back_as_it_was(tmp_path):
+def test_a_plate_is_read_back_unchanged(tmp_path):
     store = Store(tmp_path / "store")
     plate = np.random.default_rng(0).integers(0, 256, (512, 512), dtype=np.uint8)
     relative = store.keep_plate(plate, SHA)
@@ -72,7 +72,7 @@ def test_only_a_path_of_the_store_is_read(tmp_path, relative):
         Store(tmp_path).plate(relative)
 
 
-def test_left_over_temps_are_swept_and_fresh_ones_left_to_their_writers(tmp_path, monkeypatch):
+def test_old_temporary_files_are_removed_and_new_ones_stay(tmp_path, monkeypatch):
     store, temp = Store(tmp_path), tmp_path / "originals" / ".tmp-dead"
     temp.write_bytes(b"half")
     assert store.sweep() == 0

@@ -1,4 +1,4 @@
-"""What an archive is asked for in tests, and the node that its answers come to."""
+"""The image that archive tests request, and a listener that receives it."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +8,12 @@ from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
 from tests.support.dicom.pacs import xray
 
-ASKED = Image("1.2.3", "1.2.3.4", str(xray().SOPInstanceUID), "")
+REQUESTED = Image("1.2.3", "1.2.3.4", str(xray().SOPInstanceUID), "")
 
 
 @contextmanager
-def receiving(folder: Path):
-    """A running listener, and its inbox under `folder`."""
+def running_listener(folder: Path):
+    """Yield (listener, inbox) of a running listener with its inbox under `folder`."""
     inbox = Inbox(folder / "inbox", 0)
     listener = Listener(Node(port=0), inbox)
     listener.start()

@@ -1,4 +1,4 @@
-"""Certificates for tests: an authority, and what it issues; good ones, expired ones, ones for servers only."""
+"""Certificates for tests: an authority, and valid, expired or server-only certificates that it issues."""
 
 import ipaddress
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DAY = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Authority:
-    """Who signs; `pem` is its certificate on disk."""
+    """A certificate authority; `pem` is the file of its certificate."""
 
     folder: Path
     certificate: x509.Certificate
@@ -37,7 +37,7 @@ class Authority:
         uses: tuple[x509.ObjectIdentifier, ...] = (Usage.SERVER_AUTH, Usage.CLIENT_AUTH),
         password: bytes | None = None,
     ) -> Identity:
-        """A certificate for localhost, valid from ten days ago; as the identity of a node with `ca`."""
+        """Return an identity with a certificate for localhost, valid from ten days ago, that trusts `ca`."""
         key = ec.generate_private_key(ec.SECP256R1())
         hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         made = (

@@ -1,4 +1,4 @@
-"""The asking side of storage commitment, and nodes that it asks."""
+"""A storage commitment SCU, and running sites with that SCU as their peer."""
 
 import threading
 from contextlib import contextmanager
@@ -8,18 +8,19 @@ from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 
 from agent.network.node import listen
-from dicom.client.sender import COMMITMENT_INSTANCE, STORAGE_COMMITMENT, echo
-from dicom.dataset.facts import SECONDARY_CAPTURE
+from dicom.client.sender import echo
+from dicom.dataset.facts import COMMITMENT_INSTANCE, SECONDARY_CAPTURE, STORAGE_COMMITMENT
 from dicom.dataset.part10 import EXPLICIT_LE
 from dicom.node.commitment import SUCCESS
 from tests.conftest import make_site
-from tests.support.dicom.pacs import associate, free_port, wait_for
+from tests.support.dicom.pacs import associate, wait_for
+from tests.support.ports import free_port
 
 ABSENT = (SECONDARY_CAPTURE, "1.2.3.4.5.6.7.8.9")
 
 
-class Pacs:
-    """The asking side: sends N-ACTION, and takes N-EVENT-REPORT on a port of its own once it is open."""
+class CommitmentScu:
+    """Sends N-ACTION, and accepts N-EVENT-REPORT on its own port while it is open."""
 
     def __init__(self, port=None, answer=SUCCESS):
         self.port, self.answer = port or free_port(), answer
@@ -42,39 +43,40 @@ class Pacs:
         self.reports.append((event.event_type, event.event_information))
         return self.answer, None
 
-    def ask(self, port, references, transaction=None, action=1, instance=COMMITMENT_INSTANCE, calling="PACS"):
-        """Status of an N-ACTION for these (class, instance) pairs."""
-        wanted = Dataset()
-        wanted.TransactionUID = transaction or generate_uid()
-        wanted.ReferencedSOPSequence = []
+    def request(self, port, references, transaction=None, action=1, instance=COMMITMENT_INSTANCE, calling="PACS"):
+        """Send an N-ACTION for these (class, instance) pairs and return its status."""
+        information = Dataset()
+        information.TransactionUID = transaction or generate_uid()
+        information.ReferencedSOPSequence = []
         for sop_class, sop_uid in references:
             item = Dataset()
             item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, sop_uid
-            wanted.ReferencedSOPSequence.append(item)
+            information.ReferencedSOPSequence.append(item)
         association = associate(port, [(STORAGE_COMMITMENT, EXPLICIT_LE)], calling=calling)
         assert association.is_established
-        status, _ = association.send_n_action(wanted, action, STORAGE_COMMITMENT, instance)
+        status, _ = association.send_n_action(information, action, STORAGE_COMMITMENT, instance)
         association.release()
         return status.Status
 
-    def told(self, count=1):
-        """The newest report as (event type, UIDs held, {UID: reason}) once there are so many."""
+    def last_report(self, count=1):
+        """Return the newest report as (event type, committed UIDs, {UID: reason}) once there are `count`."""
         assert wait_for(lambda: len(self.reports) >= count)
         event_type, information = self.reports[-1]
-        held = {item.ReferencedSOPInstanceUID for item in information.get("ReferencedSOPSequence", [])}
+        committed = {item.ReferencedSOPInstanceUID for item in information.get("ReferencedSOPSequence", [])}
         failed = {
             item.ReferencedSOPInstanceUID: item.FailureReason for item in information.get("FailedSOPSequence", [])
         }
-        return event_type, held, failed
+        return event_type, committed, failed
 
 
-def of(*datasets):
+def references(*datasets):
+    """Return (SOP class, SOP instance) of each data set."""
     return [(ds.SOPClassUID, ds.SOPInstanceUID) for ds in datasets]
 
 
 @contextmanager
-def nodes(folder):
-    """Gives what starts the node of a site whose peer is a Pacs: (site, port)."""
+def running_sites(folder):
+    """Yield a function that starts the node of a site whose peer is a CommitmentScu; it returns (site, port)."""
     stops = []
 
     def start(pacs, site=None, **keys):
@@ -95,5 +97,6 @@ def nodes(folder):
             thread.join()
 
 
-def pending(site):
+def pending_requests(site):
+    """Return the files of requests without an accepted report."""
     return list((site.root / "node" / "commitment").glob("*.json"))

@@ -1,4 +1,4 @@
-"""Images in every transfer syntax, each written by an encoder that is not ours."""
+"""Images in every transfer syntax, written by encoders of other projects."""
 
 import imagecodecs
 from pydicom import dcmread
@@ -19,12 +19,13 @@ from dicom.dataset.syntaxes import (
 from tests.support.dicom.pacs import chest, save, xray
 
 
-def again(ds, tmp_path):
-    """The image written and read back, as it would come from a PACS."""
+def written_and_read(ds, tmp_path):
+    """Return the image after writing it to a file and reading it back."""
     return dcmread(save(ds, tmp_path / "again.dcm"))
 
 
 def encapsulated(ds, syntax, stream):
+    """Return the data set with this code stream as its only fragment."""
     ds.file_meta.TransferSyntaxUID = syntax
     ds.PixelData = encapsulate([bytes(stream)])
     ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
@@ -32,7 +33,7 @@ def encapsulated(ds, syntax, stream):
 
 
 def in_syntax(syntax, seed=0, bits=12, side=96):
-    """One image in any lossless syntax, each written by somebody else's encoder."""
+    """Return an image in any lossless syntax, written by an encoder of another project."""
     pixels = chest(side, seed, bits)
     if syntax in (EXPLICIT_LE, IMPLICIT_LE, EXPLICIT_BE, DEFLATED_LE, JPEG_2000_LOSSLESS, JPEG_LS):
         return xray(seed, side, bits, transfer_syntax=syntax)

@@ -1,4 +1,4 @@
-"""What the bad inputs are made of, and a node that must be well after each of them."""
+"""Data for bad inputs, and listeners that must still answer C-ECHO after each of them."""
 
 from contextlib import contextmanager
 
@@ -6,7 +6,7 @@ from dicom.dataset.facts import COMPUTED_RADIOGRAPHY, DIGITAL_XRAY_PRESENTATION
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
 from tests.support.dicom.pacs import data_set, wait_for, xray
-from tests.support.dicom.raw_scu import echoes
+from tests.support.dicom.raw_scu import answers_echo
 
 VERIFICATION = "1.2.840.10008.1.1"
 DX, CR, CT = DIGITAL_XRAY_PRESENTATION, COMPUTED_RADIOGRAPHY, "1.2.840.10008.5.1.4.1.1.2"
@@ -16,8 +16,8 @@ BIG = xray(7, side=900, bits=12)
 
 
 @contextmanager
-def nodes(folder):
-    """What starts a listener and its inbox. Each must be well at the end of every case."""
+def running_listeners(folder):
+    """Yield a function that starts a listener and returns (listener, inbox); at the end each must answer C-ECHO."""
     running = []
 
     def start(inbox=None, **settings):
@@ -28,11 +28,12 @@ def nodes(folder):
         return listener, inbox
 
     yield start
-    well = [wait_for(lambda one=one: echoes(one.port)) for one in running]
+    answers = [wait_for(lambda listener=listener: answers_echo(listener.port)) for listener in running]
     for listener in running:
         listener.stop()
-    assert all(well)
+    assert all(answers)
 
 
-def everything(inbox):
+def file_names(inbox):
+    """Return the names of all files in the inbox, temporary ones included."""
     return sorted(path.name for path in inbox.folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""An Orthanc with DICOMweb for tests: images put in over HTTP, asked over DIMSE and DICOMweb, stopped in any way."""
+"""A real Orthanc with DICOMweb for tests: add images over HTTP, query it over DIMSE and DICOMweb, stop it."""
 
 import json
 import shutil
@@ -9,13 +9,14 @@ from pathlib import Path
 import httpx
 from pydicom import Dataset
 
-from tests.support.dicom.pacs import free_port, save, wait_for
+from tests.support.dicom.pacs import save, wait_for
+from tests.support.ports import free_port
 
 PLUGIN = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
 
 
 class Orthanc:
-    """Knows the node `aet` at `port`; `more` are further settings. Use as a context manager."""
+    """An Orthanc with the node `aet` at `port` as a modality; `more` are further settings. A context manager."""
 
     def __init__(self, folder: Path, aet: str = "CXRLOOP", port: int = 11112, **more: object) -> None:
         self.http, self.port = free_port(), free_port()
@@ -61,16 +62,16 @@ class Orthanc:
             self._process = None
 
     def __exit__(self, *_: object) -> None:
-        self.stop(signal.SIGKILL)  # its own stop takes seconds, and nothing of it is kept
+        self.stop(signal.SIGKILL)  # a normal stop takes seconds, and its data are not needed
 
-    def hold(self, *images: Dataset) -> None:
-        """Put images in."""
+    def add(self, *images: Dataset) -> None:
+        """Add images."""
         for image in images:
             path = save(image, self._folder / "image.dcm")
             httpx.post(self.url + "/instances", content=path.read_bytes(), timeout=30).raise_for_status()
             path.unlink()
 
-    def drop(self, image: Dataset) -> None:
-        """Lose an image."""
-        (found,) = httpx.post(self.url + "/tools/lookup", content=str(image.SOPInstanceUID), timeout=30).json()
-        httpx.delete(f"{self.url}/instances/{found['ID']}", timeout=30).raise_for_status()
+    def remove(self, image: Dataset) -> None:
+        """Delete an image."""
+        (match,) = httpx.post(self.url + "/tools/lookup", content=str(image.SOPInstanceUID), timeout=30).json()
+        httpx.delete(f"{self.url}/instances/{match['ID']}", timeout=30).raise_for_status()

@@ -1,10 +1,6 @@
-"""What stands on the other side of the node in tests: images to send, and a sender that can misbehave.
-
-Plain helpers, no fixtures and no mocks; every byte goes over a real socket.
-"""
+"""Images for tests, and plain helpers to send them over real sockets."""
 
 import io
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +20,7 @@ KEY = b"a key for tests only, 32 bytes.."
 
 
 def chest(side: int = 96, seed: int = 0, bits: int = 8) -> np.ndarray:
-    """uint8 or uint16 [side, side]: two dark lungs in a grey body, and noise that makes every seed another image."""
+    """Return uint8 or uint16 [side, side]: two dark lungs in a grey body, with noise that depends on the seed."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:side, 0:side] / side
     lungs = sum(np.exp(-(((x - centre) / 0.16) ** 2) - ((y - 0.45) / 0.3) ** 2) for centre in (0.3, 0.7))
@@ -33,17 +29,18 @@ def chest(side: int = 96, seed: int = 0, bits: int = 8) -> np.ndarray:
 
 
 def xray(seed: int = 0, side: int = 96, bits: int = 8, patient_id: str = "P1", **more: object) -> Dataset:
-    """An image that every rule admits."""
+    """Return an image that every rule admits."""
     return wrap(chest(side, seed, bits), patient_id, bits=bits, **more)  # type: ignore[arg-type]
 
 
 def save(ds: Dataset, path: Path) -> Path:
+    """Write a data set as a file and return its path."""
     ds.save_as(path, enforce_file_format=True)
     return path
 
 
 def data_set(ds: Dataset) -> bytes:
-    """The encoded data set without its file meta, as it travels."""
+    """Return the encoded data set without its file meta, as it is sent."""
     buffer = io.BytesIO()
     ds.save_as(buffer, enforce_file_format=True)
     buffer.seek(0)
@@ -51,6 +48,7 @@ def data_set(ds: Dataset) -> bytes:
 
 
 def associate(port: int, kinds: list[tuple[str, str]], called: str = "CXRLOOP", calling: str = "TEST") -> Association:
+    """Return an association that proposes each (SOP class, syntax) in its own context."""
     entity = AE(calling)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
     contexts = [build_context(sop_class, [syntax]) for sop_class, syntax in kinds]
@@ -60,10 +58,10 @@ def associate(port: int, kinds: list[tuple[str, str]], called: str = "CXRLOOP", 
 def store_raw(
     association: Association, data: bytes, sop_uid: str, sop_class: str = COMPUTED_RADIOGRAPHY, context: int = 1
 ) -> int | None:
-    """C-STORE of any bytes under any command; the status, None when the peer hung up."""
+    """Send any bytes under any C-STORE command and return the status; None when the peer closed the connection."""
     request = C_STORE()
     request.MessageID, request.Priority = 1, 2
-    # past the library's own checks: hostile senders do not have them
+    # bypass the library's checks, as hostile senders do
     request._affected_sop_class_uid, request._affected_sop_instance_uid = UID(sop_class), UID(sop_uid)
     request.DataSet = io.BytesIO(data)
     association._reactor_checkpoint.clear()
@@ -77,6 +75,7 @@ def store_raw(
 
 
 def send_once(port: int, data: bytes, sop_uid: str, sop_class: str, syntax: str = EXPLICIT_LE) -> int | None:
+    """Send one object on its own association and return the status."""
     association = associate(port, [(sop_class, syntax)])
     assert association.is_established
     try:
@@ -85,14 +84,8 @@ def send_once(port: int, data: bytes, sop_uid: str, sop_class: str, syntax: str 
         association.release()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def wait_for(condition: Callable[[], object], seconds: float = 10) -> bool:
-    """True as soon as the condition holds, False when it has not within `seconds`."""
+    """Return True as soon as the condition is true, False if it is not within `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():

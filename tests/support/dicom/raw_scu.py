@@ -1,7 +1,4 @@
-"""A sender on a bare socket, for tests that must say what no library would: any PDU, in any order, cut anywhere.
-
-Plain bytes and real connections; knows nothing of the node but its port.
-"""
+"""An SCU on a plain socket, for tests that send what no library sends: any PDU, in any order, cut anywhere."""
 
 import socket
 import struct
@@ -19,7 +16,7 @@ def item(kind: int, body: bytes) -> bytes:
 
 
 def associate_rq(kinds: list[tuple[str, str]], called: str = "CXRLOOP", calling: str = "SCU") -> bytes:
-    """An A-ASSOCIATE-RQ that proposes each (SOP class, syntax) in a context of its own: 1, 3, 5..."""
+    """Return an A-ASSOCIATE-RQ that proposes each (SOP class, syntax) in its own context: 1, 3, 5..."""
     body = struct.pack(">HH16s16s32x", 1, 0, called.ljust(16).encode(), calling.ljust(16).encode())
     body += item(0x10, b"1.2.840.10008.3.1.1.1")
     for n, (sop_class, syntax) in enumerate(kinds):
@@ -43,7 +40,7 @@ def command(field: int, sop_class: str, sop_uid: str | None = None, has_data: bo
 
 
 class Scu:
-    """One connection; `with Scu(port) as scu`."""
+    """One connection to the node; `with Scu(port) as scu`."""
 
     def __init__(self, port: int):
         self.wire = socket.create_connection(("127.0.0.1", port), timeout=15)
@@ -55,11 +52,11 @@ class Scu:
     def __exit__(self, *raised: object) -> None:
         self.wire.close()
 
-    def say(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         self.wire.sendall(data)
 
-    def hear(self) -> tuple[int, bytes] | None:
-        """The next PDU as (type, rest); None when the other side closed."""
+    def receive(self) -> tuple[int, bytes] | None:
+        """Return the next PDU as (type, body); None when the node closed the connection."""
         try:
             kind, length = struct.unpack(">BxL", self._exactly(6))
             return kind, self._exactly(length)
@@ -76,24 +73,24 @@ class Scu:
         return data
 
     def associate(self, kinds: list[tuple[str, str]], called: str = "CXRLOOP", calling: str = "SCU") -> int:
-        """The type of the answer, 0 when the other side hung up instead; `self.answer` keeps the rest of it."""
-        self.say(associate_rq(kinds, called, calling))
-        kind, self.answer = self.hear() or (0, b"")
+        """Return the PDU type of the answer, 0 when the node closed the connection; `self.answer` is its body."""
+        self.send(associate_rq(kinds, called, calling))
+        kind, self.answer = self.receive() or (0, b"")
         return kind
 
-    def begin(self, sop_class: str, sop_uid: str, context: int = 1) -> None:
-        """The command of a C-STORE."""
-        self.say(p_data(pdv(context, COMMAND, command(1, sop_class, sop_uid))))
+    def start_store(self, sop_class: str, sop_uid: str, context: int = 1) -> None:
+        """Send the command of a C-STORE."""
+        self.send(p_data(pdv(context, COMMAND, command(1, sop_class, sop_uid))))
 
-    def data(self, data: bytes, last: bool = True, context: int = 1, step: int = 65536) -> None:
-        """A data set, or its next piece, in PDUs of about `step` bytes."""
+    def send_data(self, data: bytes, last: bool = True, context: int = 1, step: int = 65536) -> None:
+        """Send a data set, or its next piece, in PDUs of about `step` bytes."""
         pieces = [data[at : at + step] for at in range(0, len(data), step)] or [b""]
         for n, piece in enumerate(pieces):
-            self.say(p_data(pdv(context, LAST if last and n == len(pieces) - 1 else 0, piece)))
+            self.send(p_data(pdv(context, LAST if last and n == len(pieces) - 1 else 0, piece)))
 
     def status(self) -> int | None:
-        """The status of the next response; None when the association ended instead."""
-        heard = self.hear()
+        """Return the status of the next response; None when the association ended."""
+        heard = self.receive()
         if heard is None or heard[0] != P_DATA:
             self.answer = heard[1] if heard else b""
             return None
@@ -106,24 +103,24 @@ class Scu:
         return None
 
     def store(self, data: bytes, sop_class: str, sop_uid: str, context: int = 1) -> int | None:
-        self.begin(sop_class, sop_uid, context)
-        self.data(data, context=context)
+        self.start_store(sop_class, sop_uid, context)
+        self.send_data(data, context=context)
         return self.status()
 
     def echo(self, context: int = 1) -> int | None:
-        self.say(p_data(pdv(context, COMMAND, command(0x30, VERIFICATION, has_data=False))))
+        self.send(p_data(pdv(context, COMMAND, command(0x30, VERIFICATION, has_data=False))))
         return self.status()
 
     def release(self) -> bool:
-        self.say(struct.pack(">BxL4x", A_RELEASE_RQ, 4))
-        heard = self.hear()
+        self.send(struct.pack(">BxL4x", A_RELEASE_RQ, 4))
+        heard = self.receive()
         return heard is not None and heard[0] == A_RELEASE_RP
 
     def abort(self) -> None:
-        self.say(struct.pack(">BxL4x", A_ABORT, 4))
+        self.send(struct.pack(">BxL4x", A_ABORT, 4))
 
-    def ends(self, seconds: float) -> bool:
-        """True when the other side closes within `seconds`, whatever it says before."""
+    def closed_within(self, seconds: float) -> bool:
+        """Return whether the node closes the connection within `seconds`; ignores what it sends before."""
         until = time.monotonic() + seconds
         try:
             while (left := until - time.monotonic()) > 0:
@@ -137,8 +134,8 @@ class Scu:
         return False
 
 
-def echoes(port: int) -> bool:
-    """True when a fresh association gets its C-ECHO answered and its release confirmed."""
+def answers_echo(port: int) -> bool:
+    """Return whether the node answers C-ECHO and A-RELEASE on a new association."""
     try:
         with Scu(port) as scu:
             return scu.associate([(VERIFICATION, IMPLICIT)]) == A_ASSOCIATE_AC and scu.echo() == 0 and scu.release()

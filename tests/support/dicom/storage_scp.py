@@ -1,4 +1,4 @@
-"""The PACS that our answers go to, in tests: a real Storage SCP in this process that keeps, counts, and refuses on demand."""
+"""A Storage SCP in this process for tests: keeps and counts objects, and refuses them on demand."""
 
 import ssl
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from pynetdicom.sop_class import (  # pyright: ignore[reportAttributeAccessIssue
 
 
 class Archive:
-    """Start it with `with`; `held` maps SOP Instance UIDs to data sets, `arrivals` counts every C-STORE."""
+    """A context manager; `held` maps SOP Instance UIDs to data sets, `arrivals` lists the UID of every C-STORE."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class Archive:
 
 
 def text_of(item: Dataset) -> list[str]:
-    """Every text, code and number of a content tree."""
-    said = [str(item.get("TextValue", ""))]
-    said += [code.CodeMeaning for code in item.get("ConceptCodeSequence", [])]
-    said += [str(number.NumericValue) for number in item.get("MeasuredValueSequence", [])]
+    """Return every text, code and number of a content tree."""
+    texts = [str(item.get("TextValue", ""))]
+    texts += [code.CodeMeaning for code in item.get("ConceptCodeSequence", [])]
+    texts += [str(number.NumericValue) for number in item.get("MeasuredValueSequence", [])]
     for child in item.get("ContentSequence", []):
-        said += text_of(child)
-    return [one for one in said if one]
+        texts += text_of(child)
+    return [text for text in texts if text]
