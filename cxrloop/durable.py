@@ -33,7 +33,7 @@ def write_synced(path: Path, chunks: bytes | Iterable[bytes], mode: int = MODE) 
         os.fsync(out.fileno())
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = MODE) -> None:
     """Write or replace `path`, whole or not at all; durable when this returns. Raises OSError and removes the temporary.
 
     The temporary is `.NAME.tmp` beside it, so the next write replaces what a killed process left. Only one process at a
@@ -41,7 +41,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temp = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temp, "wb", opener=lambda name, flags: os.open(name, flags, MODE)) as file:
+        with open(temp, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
