@@ -17,10 +17,7 @@ from rich.text import Text
 
 from agent.errors import Problem, Refused
 from agent.ledger.states import IllegalMove
-from deploy.bundle.bundle import BundleRefused
-from deploy.bundle.keys import KeyRefused
-from deploy.bundle.pointer import PointerRefused
-from deploy.client import ServerDown, ServerRefused
+from deploy.errors import BundleRefused, KeyRefused, PointerRefused, ServerDown, ServerRefused
 
 WIDE = 160  # columns when the output is a file or a pipe: nothing is cut there
 # Reasons, names and paths come from outside: "[/tls]" in them is text, neither a style nor an error.

@@ -1,7 +1,4 @@
-"""Ask the inference server: the agent's side of the loopback HTTP.
-
-Refuses to know bundles' content and the pointer; an answer names the bundle that gave it.
-"""
+"""Client of the model server on loopback HTTP; an answer names the bundle that computed it."""
 
 import base64
 import io
@@ -9,37 +6,30 @@ import io
 import httpx
 import numpy as np
 
-CONNECT_S, ANSWER_S, LOAD_S = 2.0, 60.0, 300.0  # loading a large bundle on a busy GPU takes minutes at worst
+from deploy.errors import ServerDown, ServerRefused
 
-
-class ServerDown(Exception):
-    """Nobody to ask now: not started, stopped, too slow, busy, or no model in service. Ask again later."""
-
-
-class ServerRefused(Exception):
-    """The server answered, and said no; `status` is the HTTP status, `bundle` the one in service."""
-
-    def __init__(self, status: int, error: str, bundle: str | None = None):
-        super().__init__(error)
-        self.status, self.error, self.bundle = status, error, bundle
+CONNECT_S, ANSWER_S, LOAD_S = 2.0, 60.0, 300.0  # a large bundle on a busy GPU can load for minutes
 
 
 class Client:
-    """One server by its URL (`http://127.0.0.1:8123`); safe in several threads; close it or use `with`."""
+    """A server by its URL (`http://127.0.0.1:8123`); safe in several threads; close it or use `with`.
+
+    Every request raises ServerDown or ServerRefused, except `state` and `ready`.
+    """
 
     def __init__(self, url: str, timeout: float = ANSWER_S):
-        # trust_env off: a proxy of the hospital's environment must never see a plate
-        # plain HTTP on the loopback: a TLS context, 0.1 s and more to make, would never be used
+        # trust_env off: a proxy of the environment must never receive a plate
+        # plain HTTP on loopback: skip the TLS context, which takes 0.1 s and more to make
         limit = httpx.Timeout(timeout, connect=CONNECT_S)
         self._http = httpx.Client(base_url=url, timeout=limit, trust_env=False, verify=False)
 
     def predict(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray]:
-        """(bundle, findings, probabilities float64 [N, F]) of plates uint8 [N, 512, 512]; ServerRefused, ServerDown."""
+        """Return (bundle, findings, probabilities float64 [N, F]) of plates uint8 [N, 512, 512]."""
         answer = self._ask("POST", "/predict", content=_npy(plates))
         return answer["bundle"], tuple(answer["findings"]), _scores(answer, plates)
 
     def explain(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray, np.ndarray]:
-        """What `predict` says, and the heatmaps float32 [N, F, g, g] of the same run."""
+        """Return the result of `predict`, and heatmaps float32 [N, F, g, g] of the same run."""
         answer = self._ask("POST", "/predict?heatmaps=1", content=_npy(plates))
         maps = np.frombuffer(base64.b64decode(answer["heatmaps"]["float32"]), "<f4")
         return (
@@ -50,19 +40,19 @@ class Client:
         )
 
     def state(self) -> dict | None:
-        """What /readyz says, ready or not; None where nothing answers."""
+        """Return the answer of /readyz, ready or not; None if no server answers."""
         try:
             return self._http.get("/readyz", timeout=CONNECT_S).json()
         except (httpx.TransportError, ValueError):
             return None
 
     def ready(self) -> dict | None:
-        """{"bundle", "provider", "since", ...} once a model is in service, else None."""
+        """Return {"bundle", "provider", "since", ...} if a model is in service, else None."""
         state = self.state()
         return state if state is not None and state.get("ready") else None
 
     def prepare(self, bundle: str) -> dict:
-        """Load, warm and probe a bundle beside the one in service; ServerRefused (409) with the reason."""
+        """Load, warm and probe a bundle beside the one in service; ServerRefused (409) holds the reason."""
         return self._ask("POST", "/prepare", json={"bundle": bundle}, timeout=LOAD_S)
 
     def reload(self) -> dict:
@@ -72,8 +62,8 @@ class Client:
     def _ask(self, method: str, path: str, **arguments) -> dict:
         try:
             response = self._http.request(method, path, **arguments)
-        except httpx.TransportError as away:
-            raise ServerDown(f"no answer from {self._http.base_url}{path}: {away or type(away).__name__}") from None
+        except httpx.TransportError as error:
+            raise ServerDown(f"no answer from {self._http.base_url}{path}: {error or type(error).__name__}") from None
         try:
             answer = response.json()
         except ValueError:

@@ -15,7 +15,8 @@ from agent.ledger.database import Ledger, Row
 from agent.rounds import records
 from agent.site import locks
 from agent.site.site import Site
-from learner.round.manifest import RoundBusy, held, read_json, write_json
+from cxrloop.durable import read_json, write_json
+from learner.round.folder import RoundBusy, lock_round
 
 UNFINISHED = ("planned", "training", "paused")
 LEAVE_S = 60  # a cancelled learner learns of it within a second and ends within 25
@@ -108,7 +109,7 @@ def _clear_when_free(folder: Path, images: Collection[int]) -> bool:
     deadline = time.monotonic() + LEAVE_S
     while True:
         try:
-            with held(folder):
+            with lock_round(folder):
                 _clear(folder, images)
                 return True
         except RoundBusy:

@@ -15,7 +15,7 @@ from agent.images.records import ImageRecord, original_path
 from agent.ledger import audit
 from agent.ledger.database import Ledger, image_number
 from agent.site.site import Site
-from cxrloop.durable import replace_file
+from cxrloop.durable import write_atomic
 from dicom.errors import NotExportable
 from dicom.outgoing.deidentify import deidentify
 
@@ -47,7 +47,7 @@ def export(
         else:
             exported.append({"image": image.id, "file": file})
     if with_labels:
-        replace_file(folder / LABELS, _labels(ledger, exported).encode())
+        write_atomic(folder / LABELS, _labels(ledger, exported).encode())
     with ledger.transaction():
         numbers = [copy["image"] for copy in exported]
         audit.append(ledger, by, "images exported", "de-identified", after={"images": numbers, "labels": with_labels})
@@ -77,7 +77,7 @@ def _export_image(site: Site, image: ImageRecord, folder: Path) -> str:
         )
     data = io.BytesIO()
     copy.save_as(data, enforce_file_format=True)
-    replace_file(folder / name, data.getvalue())
+    write_atomic(folder / name, data.getvalue())
     return name
 
 

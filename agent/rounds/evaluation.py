@@ -17,7 +17,8 @@ from agent.release import release
 from agent.rounds import golden_set, records
 from agent.site.files import open_sealed
 from agent.site.site import Site
-from deploy.server.session import ProbeMismatch, Session
+from deploy.errors import ProbeMismatch
+from deploy.server.session import Session
 from learner.evaluation.gate import Rules, Scores, Verdict, judge
 
 BATCH = 32

@@ -16,6 +16,7 @@ from agent.site.site import Site
 from agent.site.window import next_window
 from deploy.bundle import pointer
 from deploy.client import Client
+from deploy.errors import PointerRefused
 from dicom.node import refusals
 
 RENEW_DAYS = 30  # a hospital's certificate authority takes its time
@@ -139,7 +140,7 @@ def _pointer(site: Site, current: dict | None, server: dict | None) -> list[tupl
     """Whether the ledger, the signed pointer and the server name the same bundle, on the provider asked for."""
     try:
         signed = pointer.read(site.root)
-    except pointer.PointerRefused as error:
+    except PointerRefused as error:
         return [("pointer", str(error), True)]
     named, wanted = signed.bundle if signed else None, current["id"] if current else None
     found: list[tuple[str, str, bool]] = []

@@ -21,7 +21,8 @@ from agent.site.config import config_path
 from agent.site.site import Site
 from cxrloop.process import die_with_parent
 from deploy.client import Client
-from deploy.server.runtime import NoRuntime, ProviderRefused, require
+from deploy.errors import ProviderUnavailable
+from deploy.runtime import require
 from deploy.server.server import main as serve_models
 
 log = logging.getLogger("cxrloop")
@@ -72,7 +73,7 @@ def check_runtime(site: Site) -> None:
     """Raise Problem, naming the missing extra, when this install cannot serve a model as configured."""
     try:
         require(site.config.infer.provider)
-    except (NoRuntime, ProviderRefused) as error:
+    except ProviderUnavailable as error:
         raise Problem(str(error)) from None
 
 

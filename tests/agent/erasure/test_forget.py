@@ -18,8 +18,9 @@ from agent.service.scheduler import housekeeping
 from agent.service.status import status
 from agent.site import locks
 from agent.site.site import Site
+from cxrloop.durable import write_json
 from dicom.pseudonyms import study_mark
-from learner.round.manifest import held, write_json
+from learner.round.folder import lock_round
 from tests.support.agent.crash_line import DIED, count_steps, in_child
 from tests.support.agent.images import xray
 from tests.support.agent.patient import (
@@ -130,7 +131,7 @@ def test_a_running_round_is_cancelled_and_forget_waits_for_its_learner(patient_s
     site, parts = patient_site
     monkeypatch.setattr(round_folders, "LEAVE_S", 0.1)
     with site.ledger() as ledger:
-        with held(site.rounds / "r0001"):  # a learner at work
+        with lock_round(site.rounds / "r0001"):  # a learner at work
             result = forget.forget(site, ledger, [pseudonym(site)], *BY_AND_REASON, refuse=False)
             assert result["state"] == "pending"
             assert "learner has not ended" in result["pending"]
