@@ -221,16 +221,14 @@ def _total(natural: list[int], least: list[int], limit: int) -> int:
 
 def _refusals() -> tuple[type[Exception], ...]:
     """Return what exits with 2. Loaded when something fails: most commands never need these modules."""
-    from deploy.bundle.bundle import BundleRefused
+    from deploy.errors import BundleRefused
 
     return Refused, BundleRefused
 
 
 def _problems() -> tuple[type[Exception], ...]:
     """Return what exits with 1."""
-    from deploy.bundle.keys import KeyRefused
-    from deploy.bundle.pointer import PointerRefused
-    from deploy.client import ServerDown, ServerRefused
+    from deploy.errors import KeyRefused, PointerRefused, ServerDown, ServerRefused
 
     return Problem, KeyRefused, PointerRefused, ServerDown, ServerRefused
 

@@ -1,7 +1,6 @@
-"""Ask the inference server: the agent's side of the loopback HTTP.
+"""Client of the model server on loopback HTTP; an answer names the bundle that computed it.
 
-An answer names the bundle that gave it. Must not import httpx, and numpy only to score: `status` asks one question and
-is done before they would be loaded.
+Must not import httpx, and numpy only to score: `status` sends one request, and loading them would take longer.
 """
 
 from __future__ import annotations
@@ -16,26 +15,16 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     import numpy as np
 
-CONNECT_S, ANSWER_S, LOAD_S = 2.0, 60.0, 300.0  # loading a large bundle on a busy GPU takes minutes at worst
+from deploy.errors import ServerDown, ServerRefused
 
-
-class ServerDown(Exception):
-    """Nobody to ask now: not started, stopped, too slow, busy, or no model in service. Ask again later."""
-
-
-class ServerRefused(Exception):
-    """The server answered, and said no; `status` is the HTTP status, `bundle` the one in service."""
-
-    def __init__(self, status: int, error: str, bundle: str | None = None):
-        super().__init__(error)
-        self.status, self.error, self.bundle = status, error, bundle
+CONNECT_S, ANSWER_S, LOAD_S = 2.0, 60.0, 300.0  # a large bundle on a busy GPU can load for minutes
 
 
 class Client:
-    """One server by its URL (`http://127.0.0.1:8123`); safe in several threads; close it or use `with`.
+    """A server by its URL (`http://127.0.0.1:8123`); safe in several threads; close it or use `with`.
 
-    Plain HTTP over a connection of its own for each request; the proxies of the environment are never used, so that no
-    plate leaves the machine.
+    Every request raises ServerDown or ServerRefused, except `state` and `ready`. Plain HTTP, one connection a request; the
+    proxies of the environment are never used, so that no plate leaves the machine.
     """
 
     def __init__(self, url: str, timeout: float = ANSWER_S):
@@ -44,12 +33,12 @@ class Client:
         self._host, self._port = address.hostname or "", address.port or 80
 
     def predict(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray]:
-        """(bundle, findings, probabilities float64 [N, F]) of plates uint8 [N, 512, 512]; ServerRefused, ServerDown."""
+        """Return (bundle, findings, probabilities float64 [N, F]) of plates uint8 [N, 512, 512]."""
         answer = self._ask("POST", "/predict", _npy(plates))
         return answer["bundle"], tuple(answer["findings"]), _scores(answer, plates)
 
     def explain(self, plates: np.ndarray) -> tuple[str, tuple[str, ...], np.ndarray, np.ndarray]:
-        """What `predict` says, and the heatmaps float32 [N, F, g, g] of the same run."""
+        """Return the result of `predict`, and heatmaps float32 [N, F, g, g] of the same run."""
         import numpy as np
 
         answer = self._ask("POST", "/predict?heatmaps=1", _npy(plates))
@@ -62,19 +51,19 @@ class Client:
         )
 
     def state(self) -> dict | None:
-        """What /readyz says, ready or not; None where nothing answers."""
+        """Return the answer of /readyz, ready or not; None if no server answers."""
         try:
             return json.loads(self._exchange("GET", "/readyz", timeout=CONNECT_S)[1])
         except (OSError, http.client.HTTPException, ValueError):
             return None
 
     def ready(self) -> dict | None:
-        """{"bundle", "provider", "since", ...} once a model is in service, else None."""
+        """Return {"bundle", "provider", "since", ...} if a model is in service, else None."""
         state = self.state()
         return state if state is not None and state.get("ready") else None
 
     def prepare(self, bundle: str) -> dict:
-        """Load, warm and probe a bundle beside the one in service; ServerRefused (409) with the reason."""
+        """Load, warm and probe a bundle beside the one in service; ServerRefused (409) holds the reason."""
         return self._ask("POST", "/prepare", json.dumps({"bundle": bundle}).encode(), LOAD_S)
 
     def reload(self) -> dict:
@@ -84,8 +73,8 @@ class Client:
     def _ask(self, method: str, path: str, body: bytes | None = None, timeout: float | None = None) -> dict:
         try:
             status, content = self._exchange(method, path, body, timeout or self.timeout)
-        except (OSError, http.client.HTTPException) as failure:
-            raise ServerDown(f"no answer from {self.url}{path}: {failure or type(failure).__name__}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerDown(f"no answer from {self.url}{path}: {error or type(error).__name__}") from None
         try:
             answer = json.loads(content)
         except ValueError:

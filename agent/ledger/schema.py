@@ -11,10 +11,9 @@ from sqlite_utils import Database, Migrations
 
 from agent.ledger import schema_0_1
 from agent.ledger.schema_0_1 import append_only, only_forgotten
+from agent.ledger.states import FORGOTTEN
 
 migrations = Migrations("cxrloop")
-
-FORGOTTEN = "forgotten"  # the reason of the row of a forgotten image; the row holds nothing else of the image
 
 
 @migrations()

@@ -31,6 +31,8 @@ BUNDLE: dict[str, tuple[str, ...]] = {
 }
 IN_SERVICE = ("probation", "live")
 
+FORGOTTEN = "forgotten"  # the reason of the row of a forgotten image; the row holds nothing else of the image
+
 
 def check(table: dict[str, tuple[str, ...]], what: str, old: str, new: str) -> None:
     """Raise Refused, naming both states, unless `table` allows the move from `old` to `new`."""

@@ -18,9 +18,9 @@ from agent.release.models import Deployment, Model
 from agent.site import locks
 from agent.site.site import Site
 from deploy.bundle import pointer
-from deploy.bundle.bundle import BundleRefused, open_bundle
-from deploy.client import Client, ServerDown, ServerRefused
-from deploy.server.runtime import NoRuntime, ProviderRefused
+from deploy.bundle.bundle import open_bundle
+from deploy.client import Client
+from deploy.errors import BundleRefused, ProviderUnavailable, ServerDown, ServerRefused
 from deploy.server.session import Session
 
 CONFLICT = 409  # the server's status when the bundle itself may not serve
@@ -147,7 +147,7 @@ def _prepare(site: Site, server: Client, bundle: str) -> bool:
     sealed = open_bundle(site.models, bundle, site.key("signing.pub"))
     try:
         Session(sealed, site.config.infer.provider).probe()
-    except (NoRuntime, ProviderRefused) as error:
+    except ProviderUnavailable as error:
         raise Problem(f"{bundle} cannot be probed here: {error}") from None
     return False
 

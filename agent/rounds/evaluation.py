@@ -22,8 +22,8 @@ from agent.rounds.records import Round
 from agent.site import locks
 from agent.site.files import open_sealed
 from agent.site.site import Site
-from deploy.server.runtime import NoRuntime, ProviderRefused
-from deploy.server.session import ProbeMismatch, Session
+from deploy.errors import ProbeMismatch, ProviderUnavailable
+from deploy.server.session import Session
 from learner.evaluation.gate import Rules, Scores, Verdict, judge
 
 BATCH = 32
@@ -236,5 +236,5 @@ def _session(site: Site, bundle: str) -> Session:
     sealed = open_sealed(site, bundle)
     try:
         return Session(sealed, site.config.infer.provider, site.config.infer.threads or None)
-    except (NoRuntime, ProviderRefused) as error:
+    except ProviderUnavailable as error:
         raise Problem(f"{bundle} cannot be scored here: {error}") from None

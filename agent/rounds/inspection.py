@@ -17,6 +17,7 @@ from agent.rounds.evaluation_budget import budget
 from agent.rounds.records import Round
 from agent.site import locks
 from agent.site.site import Site
+from cxrloop.durable import read_json
 
 POLL_S = 0.5
 
@@ -50,8 +51,6 @@ def verdict(site: Site, ledger: Ledger, current: Round) -> dict[str, Any]:
 
 def progress(folder: Path) -> dict[str, Any]:
     """Return the learner's newest progress; empty before it has written any."""
-    from learner.round.manifest import read_json
-
     return read_json(folder / "progress.json")
 
 
@@ -61,7 +60,6 @@ def learning(folder: Path) -> dict[str, Any]:
     Each phase with its steps, the newest losses and monitors, the candidate that was chosen, notes, the picture's path.
     """
     from learner.round.collapse_limits import LIMITS  # here: `round ls` and `verdict` need no numpy
-    from learner.round.manifest import read_json
     from learner.round.metrics_log import read
 
     curves = read(folder)

@@ -14,9 +14,8 @@ from agent.release.models import Model
 from agent.rounds import records
 from agent.rounds.records import Round
 from agent.site.site import Site
-from cxrloop.plate import PLATE_VERSION
-from learner.round import manifest
-from learner.round.manifest import read_json
+from cxrloop.durable import read_json
+from learner.round.manifest import write_manifest
 from learner.round.recipe import RECIPES, Recipe, RecipeError, resolve
 
 USABLE = "plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL"
@@ -54,8 +53,8 @@ def plan(
         audit.append(ledger, "cxrloop", "round planned", why, after={"round": planned.name, "recipe": resolved.name})
     folder = site.rounds / planned.name
     folder.mkdir(exist_ok=True)
-    manifest.write(
-        folder, plate_version=PLATE_VERSION, findings=site.findings, recipe=resolved,
+    write_manifest(
+        folder, findings=site.findings, recipe=resolved,
         seed=resolved.seed or int(planned.name[1:]), plates="../../store", images=chosen,
         parent=(parent.id, f"../../{parent.training_state}") if parent else None,
     )  # fmt: skip

@@ -26,9 +26,10 @@ from agent.rounds import evaluation, inspection, records
 from agent.rounds.records import Round
 from agent.site import locks
 from agent.site.site import Site
+from cxrloop.durable import read_json
 from deploy.bundle.bundle import seal
-from learner.round import manifest
-from learner.round.manifest import RoundBusy, held, read_json
+from learner.round.folder import RoundBusy, lock_round
+from learner.round.manifest import set_until
 
 POLL_S = 0.5
 MAX_CRASHES = 3  # without a step of progress between them
@@ -57,7 +58,7 @@ def carry_on(
 def _train(site: Site, ledger: Ledger, current: Round, until: datetime | None, tell: Tell) -> Round:
     """Run the learner until it leaves a result, a person cancels the round, or it crashes too often."""
     folder = site.rounds / current.name
-    manifest.set_until(folder, utc(until) if until else None)
+    set_until(folder, utc(until) if until else None)
     if current.state != "training":
         with ledger.transaction():
             current = records.advance(ledger, current, "training")
@@ -150,7 +151,7 @@ def _wait_for_orphan(folder: Path) -> None:
     """Wait until a learner whose agent died has written its checkpoint and exited; raises Problem when it does not."""
     for _ in range(int(2 * STOP_S / POLL_S)):
         try:
-            with held(folder):
+            with lock_round(folder):
                 return
         except RoundBusy:
             time.sleep(POLL_S)
