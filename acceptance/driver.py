@@ -1,6 +1,6 @@
 """One appliance under test, driven from outside: the `cxrloop` command, dcmtk's programs, signals to its processes.
 
-It reads the ledger only to know the moment; it refuses to know images, labels, and what an answer should be.
+It reads the ledger to find the moment of a kill; every answer comes from a command.
 """
 
 from __future__ import annotations
@@ -8,115 +8,85 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-REPO = Path(__file__).resolve().parents[1]
+from bench.common.appliance import ROOT, Failed, dcmtk, free_port_pair, is_ready, wait_until
+
 AET = "CXRLOOP"
 READY_S, SETTLE_S = 120, 900
 
 
-class Failed(Exception):
-    """A command that must work did not."""
-
-
-def cxrloop(*words: str) -> list[str]:
-    """The product's command line, of the environment that runs this script."""
+def cxrloop(*arguments: str) -> list[str]:
+    """Return the product's command line, of the environment that runs this script."""
     installed = Path(sys.executable).parent / "cxrloop"
-    return [*([str(installed)] if installed.exists() else [sys.executable, "-m", "agent.cli.main"]), *words]
-
-
-def dcmtk(name: str) -> str:
-    """The path of a dcmtk program; pynetdicom installs others under the same names beside our Python."""
-    ours = str(Path(sys.executable).parent)
-    elsewhere = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if part != ours)
-    found = shutil.which(name, path=elsewhere)
-    if not found:
-        raise Failed(f"{name} is not installed: `make peers`")
-    return found
-
-
-def free_port() -> int:
-    """A free port on loopback whose neighbour is free too."""
-    for port in range(12000, 60000, 10):
-        with socket.socket() as one, socket.socket() as two:
-            try:
-                one.bind(("127.0.0.1", port))
-                two.bind(("127.0.0.1", port + 1))
-                return port
-            except OSError:
-                continue
-    raise Failed("no two neighbouring free ports on loopback")
+    return [*([str(installed)] if installed.exists() else [sys.executable, "-m", "agent.cli.main"]), *arguments]
 
 
 @dataclass
 class Appliance:
-    """A site folder and its `serve` process; `answers` counts every exit code that was not 0."""
+    """A site folder and its `serve` process."""
 
     root: Path
     port: int
     serving: subprocess.Popen | None = None
-    sendings: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def make(cls, root: Path, profile: str, changed: dict[str, str]) -> Appliance:
-        """`cxrloop init`, then the keys of `changed` set in appliance.toml."""
-        port = free_port()
-        words = ("init", str(root), "--finding", "Pneumonia", "--profile", profile, "--port", str(port), "--json")
-        subprocess.run(cxrloop(*words), check=True, stdout=subprocess.DEVNULL, cwd=REPO)
-        made = cls(root, port)
-        made.set(changed)
-        return made
+        """Run `cxrloop init`, then set the keys of `changed` in appliance.toml."""
+        port = free_port_pair()
+        arguments = ("init", str(root), "--finding", "Pneumonia", "--profile", profile, "--port", str(port), "--json")
+        subprocess.run(cxrloop(*arguments), check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        site = cls(root, port)
+        site.set(changed)
+        return site
 
     def set(self, changed: dict[str, str]) -> None:
-        """Edit keys of appliance.toml, as a person would."""
+        """Change keys in appliance.toml; each must stand there once."""
         path = self.root / "appliance.toml"
         text = path.read_text("utf-8")
         for key, value in changed.items():
-            text, found = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
-            if found != 1:
-                raise Failed(f"appliance.toml has {found} lines of {key}")
+            text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+            if count != 1:
+                raise Failed(f"appliance.toml has {count} lines of {key}")
         path.write_text(text, "utf-8")
 
-    def words(self, *words: str) -> list[str]:
-        return cxrloop(*words, "--config", str(self.root / "appliance.toml"))
+    def command(self, *arguments: str) -> list[str]:
+        """Return a `cxrloop` command line for this site."""
+        return cxrloop(*arguments, "--config", str(self.root / "appliance.toml"))
 
-    def ask(self, *words: str, allow: tuple[int, ...] = (0,)) -> Any:
-        """The JSON document of a command; `{"exit", "said"}` when it printed none with an allowed exit code."""
-        done = subprocess.run(self.words(*words, "--json"), capture_output=True, text=True, check=False, cwd=REPO)
+    def ask(self, *arguments: str, allow: tuple[int, ...] = (0,)) -> Any:
+        """Return the JSON document of a command, or {"exit", "message"} if it printed none; Failed for other exit codes."""
+        done = subprocess.run(self.command(*arguments, "--json"), capture_output=True, text=True, check=False, cwd=ROOT)
         if done.returncode not in allow:
-            raise Failed(f"cxrloop {' '.join(words)}: exit {done.returncode}: {done.stderr.strip()[-600:]}")
+            raise Failed(f"cxrloop {' '.join(arguments)}: exit {done.returncode}: {done.stderr.strip()[-600:]}")
         if not done.stdout.strip():
-            return {"exit": done.returncode, "said": done.stderr.strip()}
+            return {"exit": done.returncode, "message": done.stderr.strip()}
         return json.loads(done.stdout)
 
     def status(self) -> dict[str, Any]:
+        """Return `cxrloop status`."""
         return self.ask("status", allow=(0, 3))
 
     def start(self) -> float:
-        """`cxrloop serve` until it says ready; the seconds this took."""
+        """Start `cxrloop serve`; return the seconds until it was ready."""
         began, log = time.monotonic(), self.root / "serve.log"
         at = log.stat().st_size if log.exists() else 0
         with log.open("ab") as out:
-            self.serving = subprocess.Popen(self.words("serve"), stdout=out, stderr=out, cwd=REPO)
-        while b"\nready\n" not in b"\n" + log.read_bytes()[at:]:
-            if self.serving.poll() is not None or time.monotonic() - began > READY_S:
-                raise Failed(f"serve did not get ready: {log.read_text(errors='replace')[-600:]}")
-            time.sleep(0.1)
+            self.serving = subprocess.Popen(self.command("serve"), stdout=out, stderr=out, cwd=ROOT)
+        wait_until(lambda: is_ready(log, at), self.serving, lambda: log.read_text(errors="replace")[-600:], READY_S)
         return time.monotonic() - began
 
     def stop(self) -> float:
-        """SIGTERM to `serve`; the seconds until it was gone."""
+        """Send SIGTERM to `serve`; return the seconds until it ended."""
         began = time.monotonic()
         if self.serving and self.serving.poll() is None:
             self.serving.terminate()
@@ -124,21 +94,21 @@ class Appliance:
         return time.monotonic() - began
 
     def process(self, name: str) -> int | None:
-        """The process id of a part of this site: serve, listen, infer, learn, examiner or learner."""
+        """Return the process id of a part: serve, listen, infer, learn, examiner or learner; None if it does not run."""
         if name == "serve":
             return self.serving.pid if self.serving and self.serving.poll() is None else None
         if name == "examiner":
             agent = self.process("learn")
-            found = [pid for pid, parent, line in processes() if parent == agent and "spawn_main" in line]
+            pids = [pid for pid, parent, line in processes() if parent == agent and "spawn_main" in line]
         elif name == "learner":
-            found = [pid for pid, _, line in processes() if f"-m learner {self.root}/rounds/" in line]
+            pids = [pid for pid, _, line in processes() if f"-m learner {self.root}/rounds/" in line]
         else:
-            mine = f"serve --only {name} --config {self.root}/appliance.toml"
-            found = [pid for pid, _, line in processes() if mine in line]
-        return found[0] if found else None
+            command_line = f"serve --only {name} --config {self.root}/appliance.toml"
+            pids = [pid for pid, _, line in processes() if command_line in line]
+        return pids[0] if pids else None
 
     def kill(self, name: str) -> bool:
-        """kill -9 to a part; False when it does not run at the moment."""
+        """Send SIGKILL to a part; return False if it does not run."""
         pid = self.process(name)
         if pid is None:
             return False
@@ -147,31 +117,30 @@ class Appliance:
             self.serving.wait()
         return True
 
-    def back(self, name: str) -> float:
-        """Seconds until a part runs again by itself and, for `listen` and `infer`, answers."""
+    def wait_for(self, name: str) -> float:
+        """Return the seconds until a part runs again without help and, for `listen` and `infer`, answers."""
         began = time.monotonic()
-        answers = {"listen": self.echo, "infer": lambda: self.serves() is not None}.get(name, lambda: True)
-        while self.process(name) is None or not answers():
-            if time.monotonic() - began > READY_S:
-                raise Failed(f"{name} did not come back")
-            time.sleep(0.1)
+        answers = {"listen": self.echo, "infer": lambda: self.bundle_of_server() is not None}.get(name, lambda: True)
+        wait_until(
+            lambda: self.process(name) is not None and answers(), None, lambda: f"{name} was not restarted", READY_S
+        )
         return time.monotonic() - began
 
     def echo(self) -> bool:
-        """True when dcmtk's echoscu gets its answer."""
+        """Return whether dcmtk's echoscu gets an answer."""
         command = [dcmtk("echoscu"), "-to", "10", "-aec", AET, "127.0.0.1", str(self.port)]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
-    def serves(self) -> str | None:
-        """The bundle that the model server says it answers with."""
+    def bundle_of_server(self) -> str | None:
+        """Return the bundle in service by the model server; None if it does not answer."""
         try:
-            said = httpx.get(f"http://127.0.0.1:{self.port + 1}/readyz", trust_env=False, timeout=30)
+            answer = httpx.get(f"http://127.0.0.1:{self.port + 1}/readyz", trust_env=False, timeout=30)
         except httpx.TransportError:
             return None
-        return said.json()["bundle"]
+        return answer.json()["bundle"]
 
     def value(self, question: str, *values: Any) -> Any:
-        """One value of the ledger, read beside the appliance without a lock that could hold it up."""
+        """Return one value of the ledger, read without a lock that could block the appliance."""
         reader = sqlite3.connect(f"file:{self.root / 'ledger.db'}?mode=ro", uri=True, timeout=30)
         try:
             row = reader.execute(question, values).fetchone()
@@ -180,12 +149,12 @@ class Appliance:
         return row[0] if row else None
 
     def received(self) -> int:
-        """Inbox files so far: taken in or still waiting."""
+        """Return the number of files received so far: examined or still in the inbox."""
         waiting = sum(path.suffix == ".dcm" for path in (self.root / "inbox").iterdir())
         return waiting + self.value("SELECT count(*) FROM receipt")
 
     def dcmsend(self, files: list[Path], *options: str) -> subprocess.Popen:
-        """Start `dcmsend -nh` with these files; `report` reads what it did."""
+        """Start `dcmsend -nh` with these files; `report` reads the outcome."""
         report = self.root / "dcmsend.txt"
         report.unlink(missing_ok=True)
         command = [dcmtk("dcmsend"), "-q", "-nh", *options, "-aec", AET, "--create-report-file", str(report)]
@@ -196,10 +165,10 @@ class Appliance:
         )
 
     def report(self) -> dict[str, tuple[str, str]]:
-        """File name -> (DIMSE status, network transfer syntax UID) as dcmsend's report has it."""
+        """Return file name -> (DIMSE status, network transfer syntax UID) from dcmsend's report."""
         path = self.root / "dcmsend.txt"
         text = path.read_text(errors="replace") if path.exists() else ""
-        name, syntax, found = "", "", {}
+        name, syntax, statuses = "", "", {}
         for line in text.splitlines():
             key, _, value = (part.strip() for part in line.partition(":"))
             if key == "Filename":
@@ -207,25 +176,25 @@ class Appliance:
             elif key == "Network Xfer":
                 syntax = value.partition(" ")[0]
             elif key == "DIMSE Status":
-                found[name] = (value, syntax)
-        return found
+                statuses[name] = (value, syntax)
+        return statuses
 
     def drained(self) -> dict[str, Any]:
-        """`status` when the inbox is empty and, with a model in service, all stored images are scored."""
+        """Wait until the inbox is empty and, with a model in service, all images are scored; return `status`."""
         deadline = time.monotonic() + SETTLE_S
         while True:
-            said = self.status()
-            images = said["ingest"]
-            if not images["inbox"] and (not said["serving"] or images["predicted"] == images["stored"]):
-                return said
+            status = self.status()
+            images = status["ingest"]
+            if not images["inbox"] and (not status["serving"] or images["predicted"] == images["stored"]):
+                return status
             if time.monotonic() > deadline:
                 raise Failed(f"not settled in {SETTLE_S} s: {images}")
             time.sleep(1)
 
 
 def processes() -> list[tuple[int, int, str]]:
-    """(pid, parent, command line) of what runs now."""
-    found = []
+    """Return (pid, parent, command line) of every running process."""
+    running = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -234,5 +203,5 @@ def processes() -> list[tuple[int, int, str]]:
             except OSError:
                 continue
             if after_name[0] != "Z":
-                found.append((int(folder.name), int(after_name[1]), line))
-    return found
+                running.append((int(folder.name), int(after_name[1]), line))
+    return running

@@ -1,6 +1,6 @@
-"""Part 2 of the real-input run: a folder of real, odd and hostile files, over the network and through `import`.
+"""Part 2 of the acceptance run: a folder of real, odd and hostile files, over the network and through `import`.
 
-Its manifest says what a node should make of each file; this compares, and refuses to know why.
+The folder's manifest states the expected outcome of each file; this part compares.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from acceptance.images import under_new_uid
 from acceptance.record import Record
 from dicom.dataset.part10 import content_sha256
 
-TAKEN = ("stored", "predicted", "returned", "labelled")
+ADMITTED = ("stored", "predicted", "returned", "labelled")
 ALL = ("--limit", "1000000")
-BY_SENDER, AT_NEGOTIATION = "refused by the sender", "refused at negotiation"
+BY_SENDER, AT_NEGOTIATION = "rejected by the sender", "rejected at negotiation"
 
 
 def run(data: Path, root: Path, record: Record) -> None:
-    """Send the files under new UIDs, again, and as they are; then import them on another site."""
+    """Send the files with new UIDs, again, and unchanged; then import them on another site."""
     source = data / "dicom"
     with (source / "manifest.csv").open(newline="") as file:
         manifest = list(csv.DictReader(file))
@@ -33,7 +33,7 @@ def run(data: Path, root: Path, record: Record) -> None:
         uid = under_new_uid(source / row["file"], renamed / row["file"], number)
         table[row["file"]] = {"file": row["file"], "expect": row["expect"], "why": row["reason"], "uid": uid}
     record.event(
-        "files copied under new UIDs", files=len(table), as_they_are=[f for f, r in table.items() if not r["uid"]]
+        "files copied with new UIDs", files=len(table), unchanged=[f for f, r in table.items() if not r["uid"]]
     )
     node = Appliance.make(root / "node", "cpu", {"window": '""'})
     record.event("serve, another site", ready_after_s=round(node.start(), 1))
@@ -49,29 +49,29 @@ def run(data: Path, root: Path, record: Record) -> None:
 
 
 def _send(node: Appliance, files: list[Path], *options: str) -> dict[str, str]:
-    """dcmsend's word on each file: a status, that it was not accepted, or that dcmsend itself refused it."""
+    """Send the files; return the outcome of each by dcmsend: a status, BY_SENDER or AT_NEGOTIATION."""
     sender = node.dcmsend(files, *options)
     sender.wait()
     node.drained()
     report = node.report()
-    words = {}
+    outcomes = {}
     for path in files:
         status, _ = report.get(str(path), ("", ""))
         if not status or status == "<not sent>":
-            words[path.as_posix()] = BY_SENDER
+            outcomes[path.as_posix()] = BY_SENDER
         elif status.startswith("<no acceptable"):
-            words[path.as_posix()] = AT_NEGOTIATION
+            outcomes[path.as_posix()] = AT_NEGOTIATION
         else:
-            words[path.as_posix()] = status
-    return words
+            outcomes[path.as_posix()] = status
+    return outcomes
 
 
 def _network(node: Appliance, record: Record, table: dict[str, dict[str, Any]], renamed: Path) -> None:
-    """Each file in its own transfer syntax (-dn), and the row that came of it, found by its new UID or its content."""
-    words = _send(node, [renamed / name for name in table], "-dn")
-    rows = {row["sop_uid"]: row for row in node.ask("studies", "ls", *ALL) if row["sop_uid"]}
+    """Send each file in its own transfer syntax (-dn); find its row by its new UID or its content."""
+    outcomes = _send(node, [renamed / name for name in table], "-dn")
+    rows = {row["sop_uid"]: row for row in node.ask("images", "ls", *ALL) if row["sop_uid"]}
     for name, line in table.items():
-        line["network"] = words[(renamed / name).as_posix()]
+        line["network"] = outcomes[(renamed / name).as_posix()]
         row = rows.get(line["uid"])
         if row:
             line["state"], line["reason"] = row["state"], row["reason"]
@@ -86,21 +86,21 @@ def _network(node: Appliance, record: Record, table: dict[str, dict[str, Any]], 
 
 
 def _again(node: Appliance, record: Record, table: dict[str, dict[str, Any]], source: Path, renamed: Path) -> None:
-    """The same files again, and the originals as they are, twice: what is known adds no image."""
+    """Send the same files again, and the originals unchanged, twice: a known image adds nothing."""
     stored = node.status()["ingest"]["stored"]
     counts = []
     for what, folder, options in (
         ("the same again (-dn)", renamed, ("-dn",)),
         ("the same again, dcmsend free to transcode", renamed, ()),
-        ("as they are", source, ()),
-        ("as they are, again", source, ()),
+        ("unchanged", source, ()),
+        ("unchanged, again", source, ()),
     ):
-        words = _send(node, [folder / name for name in table], *options)
+        outcomes = _send(node, [folder / name for name in table], *options)
         for name, line in table.items():
-            # with -dn dcmsend reports what was not accepted as "not sent", without it as what it is
-            if line["network"] == BY_SENDER and words[(folder / name).as_posix()] == AT_NEGOTIATION:
+            # with -dn, dcmsend reports a file that was not accepted as "not sent"
+            if line["network"] == BY_SENDER and outcomes[(folder / name).as_posix()] == AT_NEGOTIATION:
                 line["network"] = AT_NEGOTIATION
-        success = sum(word.startswith("0x0000") for word in words.values())
+        success = sum(outcome.startswith("0x0000") for outcome in outcomes.values())
         images = node.status()["ingest"]
         counts.append(
             {"sending": what, "success": success, **{k: images[k] for k in ("stored", "rejected", "quarantined")}}
@@ -110,42 +110,42 @@ def _again(node: Appliance, record: Record, table: dict[str, dict[str, Any]], so
     record.check(
         "an image sent again is no new image", counts[1]["stored"] == stored, f"{stored} before, {counts[1]} after"
     )
+    record.check("unchanged, again: nothing new", counts[3] | {"sending": ""} == counts[2] | {"sending": ""}, counts[3])
+    allowed = _admissible(table, source)
+    admitted = {row["sop_uid"] for row in node.ask("images", "ls", *ALL) if row["state"] in ADMITTED}
+    unexpected = {uid for uid in admitted if uid not in allowed and not uid.startswith("2.25.9")}
     record.check(
-        "as they are, again: nothing new", counts[3] | {"sending": ""} == counts[2] | {"sending": ""}, counts[3]
+        "unchanged: only UIDs of admissible files are admitted", not unexpected, f"{len(unexpected)} unexpected"
     )
-    allowed = _welcome(table, source)
-    taken = {row["sop_uid"] for row in node.ask("studies", "ls", *ALL) if row["state"] in TAKEN}
-    strange = {uid for uid in taken if uid not in allowed and not uid.startswith("2.25.9")}
-    record.check("as they are: no other UID than of admissible files is taken", not strange, f"{len(strange)} strange")
 
 
-def _welcome(table: dict[str, dict[str, Any]], source: Path) -> set[str]:
-    """The UIDs of the original files that may be admitted."""
+def _admissible(table: dict[str, dict[str, Any]], source: Path) -> set[str]:
+    """Return the UIDs of the original files that may be admitted."""
     names = [name for name, line in table.items() if line["expect"] != "not admitted"]
     return {str(dcmread(source / name, stop_before_pixels=True).SOPInstanceUID) for name in names}
 
 
 def _import(root: Path, record: Record, table: dict[str, dict[str, Any]], source: Path, renamed: Path) -> None:
-    """The same files through `import` on a fresh site that does not serve; rows are found by the file's name."""
+    """Import the same files on a new site that does not serve; find their rows by file name."""
     site = Appliance.make(root / "import", "cpu", {"window": '""'})
-    said = site.ask("import", str(renamed))
-    rows = {row["file"]: row for row in site.ask("studies", "ls", *ALL) if row["file"]}
+    counts = site.ask("import", str(renamed))
+    rows = {row["file"]: row for row in site.ask("images", "ls", *ALL) if row["file"]}
     for name, line in table.items():
         row = rows.get(name)
         line["import"], line["import_reason"] = (row["state"], row["reason"]) if row else ("duplicate", None)
-    record.event("import, files under new UIDs", **said)
-    record.check("import saw every file", said["seen"] == len(table), said)
+    record.event("import, files with new UIDs", **counts)
+    record.check("import saw every file", counts["seen"] == len(table), counts)
     again = site.ask("import", str(renamed))
     record.check("imported again: all duplicates", again["duplicate"] == again["seen"], again)
     plain = site.ask("import", str(source))
-    record.event("import, files as they are", **plain)
-    record.result["import"] = {"renamed": said, "again": again, "as_they_are": plain}
+    record.event("import, files unchanged", **plain)
+    record.result["import"] = {"renamed": counts, "again": again, "unchanged": plain}
 
 
 def _agree(record: Record, table: dict[str, dict[str, Any]]) -> None:
     for line in table.values():
-        over_network = line["network"].startswith("0x0000") and line["state"] in TAKEN
-        imported = line["import"] in TAKEN
+        over_network = line["network"].startswith("0x0000") and line["state"] in ADMITTED
+        imported = line["import"] in ADMITTED
         line["agrees"] = line["expect"] == "either" or {over_network, imported} == {line["expect"] == "admitted"}
     wrong = [line["file"] for line in table.values() if not line["agrees"]]
     record.check("every file ends as the manifest expects", not wrong, wrong or f"{len(table)} files")

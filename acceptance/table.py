@@ -1,31 +1,31 @@
-"""The readable table of a real-input run, from its JSON; it computes nothing.
+"""The page of an acceptance run, from its JSON; it computes nothing.
 
-python acceptance/table.py bench/results/real_input.json     (writes the .md beside it again)
+python acceptance/table.py bench/results/real_input.json     (writes the .md file beside it)
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-AGAIN = {
+RESTARTED_BY = {
     "whole `serve`": "a person: `cxrloop serve`",
-    "`round run`": "a person: the same command (the agent would take the round up too)",
-    "the learner,": "the `round run` command, by itself",
-    "examining": "the learn agent, by itself",
+    "`round run`": "a person: the same command (the agent would resume the round as well)",
+    "the learner,": "the `round run` command",
+    "examining": "the learn agent",
 }
 
 
 def markdown(result: dict[str, Any], events: list[dict[str, Any]], checks: list[dict[str, Any]]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     setup = result["setup"]
     parts = [
         "# The appliance on real images",
         f"Made by `{setup['command']}` on {setup['cores']} cores ({setup['load']}); {setup['seconds'] / 60:.0f} minutes. "
-        f"Profile `{setup['profile']}`, {setup['images']} images. All numbers were computed in this run.",
+        f"Profile `{setup['profile']}`, {setup['images']} images. All numbers come from this run.",
         *(_loop(result) if "audit" in result else []),
         *(_kills(events) if "audit" in result else []),
         *(_kinds(result) if "files" in result else []),
@@ -33,7 +33,7 @@ def markdown(result: dict[str, Any], events: list[dict[str, Any]], checks: list[
         _table(
             ("check", "holds", "found"), [(c["check"], "yes" if c["holds"] else "**NO**", c["found"]) for c in checks]
         ),
-        "## What happened when",
+        "## Events",
         _table(("second", "event", "facts"), [(e["at_s"], e["what"], _facts(e)) for e in events]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -43,14 +43,14 @@ def _loop(result: dict[str, Any]) -> list[str]:
     status, golden, setup = result["status"], result["golden"], result["setup"]
     sizes = result["composition"].items()
     return [
-        "## Kermany images, from dcmsend to a promoted model",
-        "The composition is made on purpose: with a site's default shares a tenth of its patients is golden (profile demo: 45 %); "
-        f"here {golden['images']} of {setup['images']} images are chosen from that range (one of every patient first), so that the "
-        "gate can decide. Ranges themselves follow from the site's key, untouched. Labels: one training image in ten, and all "
-        "images of the golden, calibration and validation ranges. "
+        "## Kermany images, from dcmsend to an approved model",
+        "The composition is chosen. With default shares a tenth of a site's patients is golden (profile demo: 45 %). Here "
+        f"{golden['images']} of {setup['images']} images come from that range, one of every patient first, so that the gate can "
+        "decide. The site's key alone assigns the ranges. Labels: one training image in ten, and all images of the golden, "
+        "calibration and validation ranges. "
         f"A round takes the newest {setup['cap']} training images (`learn.max_unlabelled`) and all labelled ones. "
-        "Three looks are planned (`gate.evaluations_per_year = 3`): two rounds and one in reserve; alpha .05 / 3 each, margin .02. "
-        "No label of the public test split is used in any other way than an image's of its range.",
+        "Three evaluations are planned: two rounds and one in reserve; alpha .05 / 3 each, margin .02. "
+        "Images of the public test split are used like all others, by their range.",
         _table(
             ("range", "images", "patients", "with pneumonia", "without", "labelled images"),
             [
@@ -65,7 +65,7 @@ def _loop(result: dict[str, Any]) -> list[str]:
                 for name, s in sizes
             ],
         ),
-        "Sending (`dcmsend -nh`; what a sending left over was sent again):",
+        "Sending (`dcmsend -nh`; images that were not acknowledged were sent again):",
         _table(
             ("sending", "images", "seconds", "images a second", "statuses"),
             [
@@ -80,10 +80,10 @@ def _loop(result: dict[str, Any]) -> list[str]:
             ],
         ),
         f"At the end {status['ingest']['stored']} images stored, {status['ingest']['predicted']} scored; "
-        f"{result['intake']['stored_before_the_answer_was_lost']} images came twice because their Success was lost, and were "
-        f"recognised. Audit: {result['audit']['entries']} entries, {'unbroken' if result['audit']['ok'] else 'BROKEN'}.",
+        f"{result['intake']['stored_before_the_answer_was_lost']} images came twice because their Success was lost; the "
+        f"copies were recognised. Audit: {result['audit']['entries']} entries, {'unbroken' if result['audit']['ok'] else 'BROKEN'}.",
         _table(
-            ("round", "killed on the way", "state", "images (labelled)", "seconds", "what the gate or the round said"),
+            ("round", "killed meanwhile", "state", "images (labelled)", "seconds", "verdict or reason"),
             [
                 (
                     r["round"],
@@ -97,7 +97,7 @@ def _loop(result: dict[str, Any]) -> list[str]:
             ],
         ),
         _table(
-            ("asked", "answer"),
+            ("command", "answer"),
             [
                 *((f"approve {a['asked_for']} ({a['reason']})", _answer(a)) for a in result["approvals"]),
                 ("rollback", _answer(result["rollback"])),
@@ -116,23 +116,23 @@ def _loop(result: dict[str, Any]) -> list[str]:
 
 
 def _kills(events: list[dict[str, Any]]) -> list[str]:
-    """Each kill with what was going on, and who started the process again."""
+    """Return the table of the kills: the state at each kill, and what restarted the process."""
     rows = []
     for event in events:
         name = event["what"].removeprefix("kill -9: ")
         if name != event["what"]:
-            again = next((who for word, who in AGAIN.items() if word in name), "`serve`, by itself")
-            rows.append((name, event["at_s"], _facts(event), again))
+            restarted_by = next((starter for word, starter in RESTARTED_BY.items() if word in name), "`serve`")
+            rows.append((name, event["at_s"], _facts(event), restarted_by))
     return [
         "## Killed with -9, each process once",
-        "After each: nothing acknowledged is missing, the round comes to its end, one bundle is in service (see Invariants).",
-        _table(("process", "at second", "meanwhile", "started again by"), rows),
+        "After each kill: no acknowledged image is missing, the round ends, one bundle is in service (see Invariants).",
+        _table(("process", "at second", "state", "restarted by"), rows),
     ]
 
 
 def _answer(answer: dict[str, Any]) -> str:
     if "swap_seconds" not in answer:
-        return f"exit {answer['exit']}: {answer['said']}"
+        return f"exit {answer['exit']}: {answer.get('message') or answer['said']}"  # "said": results of version 0.1
     return f"{answer['bundle']} {answer['state']}, swapped in {answer['swap_seconds']} s"
 
 
@@ -141,8 +141,8 @@ def _kinds(result: dict[str, Any]) -> list[str]:
     agreed = sum(line["agrees"] for line in lines)
     return [
         "## Real, odd and hostile files",
-        f"{len(lines)} files, {agreed} as the manifest expects. Sent with `dcmsend -nh -dn` under new UIDs of the same length "
-        "(every other byte as it was; unreadable files as they are), each in its own transfer syntax; then imported on a fresh site.",
+        f"{len(lines)} files, {agreed} as the manifest expects. Each was sent with `dcmsend -nh -dn` in its own transfer "
+        "syntax, with a new UID of the same length and no other change (unreadable files unchanged), then imported on a new site.",
         _table(
             ("file", "expected", "over the network", "final state and reason", "through `import`", "agrees"),
             [
@@ -157,7 +157,7 @@ def _kinds(result: dict[str, Any]) -> list[str]:
                 for line in lines
             ],
         ),
-        "The same files sent again, and as they are (several share a UID); counts are the site's, cumulative:",
+        "The same files sent again, and unchanged (several share a UID); counts are those of the site, cumulative:",
         _table(
             ("sending", "Success", "stored", "rejected", "quarantined"),
             [(s["sending"], s["success"], s["stored"], s["rejected"], s["quarantined"]) for s in result["sent_again"]],
@@ -166,7 +166,7 @@ def _kinds(result: dict[str, Any]) -> list[str]:
 
 
 def _state(state: str, reason: str | None) -> str:
-    return (f"{state}: {reason}" if reason else state) or "(never there)"
+    return (f"{state}: {reason}" if reason else state) or "(no row)"
 
 
 def _facts(event: dict[str, Any]) -> str:
@@ -183,7 +183,14 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(lines)
 
 
+def main() -> None:
+    """Write the page of a result file beside it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    source = parser.parse_args().result
+    document = json.loads(source.read_text("utf-8"))
+    source.with_suffix(".md").write_text(markdown(document, document["events"], document["checks"]), "utf-8")
+
+
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    whole = json.loads(source.read_text("utf-8"))
-    source.with_suffix(".md").write_text(markdown(whole, whole["events"], whole["checks"]), "utf-8")
+    main()

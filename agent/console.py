@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 from agent.errors import Problem, Refused
+from agent.ledger.states import IllegalMove
+from deploy.errors import BundleRefused, KeyRefused, PointerRefused, ServerDown, ServerRefused
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -219,23 +221,6 @@ def _total(natural: list[int], least: list[int], limit: int) -> int:
     return sum(min(full, max(needed, limit)) for full, needed in zip(natural, least, strict=True))
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """Return what exits with 2. Loaded when something fails: most commands never need these modules."""
-    from agent.ledger.states import IllegalMove
-    from deploy.bundle.bundle import BundleRefused
-
-    return Refused, BundleRefused, IllegalMove
-
-
-def _problems() -> tuple[type[Exception], ...]:
-    """Return what exits with 1."""
-    from deploy.bundle.keys import KeyRefused
-    from deploy.bundle.pointer import PointerRefused
-    from deploy.client import ServerDown, ServerRefused
-
-    return Problem, KeyRefused, PointerRefused, ServerDown, ServerRefused
-
-
 @contextmanager
 def errors() -> Iterator[None]:
     """Turn what can go wrong into one line on stderr and the right exit code."""
@@ -243,23 +228,18 @@ def errors() -> Iterator[None]:
 
     try:
         yield
-    except typer.Exit:
-        raise
-    except (Problem, OSError) as error:
+    except (Refused, BundleRefused, IllegalMove) as error:
+        logs.print(f"refused: {error}")
+        raise typer.Exit(2) from None
+    except (Problem, KeyRefused, PointerRefused, ServerDown, ServerRefused, OSError) as error:
         logs.print(f"error: {error}")
         raise typer.Exit(1) from None
     except sqlite3.DatabaseError as error:
         if type(error) not in (sqlite3.DatabaseError, sqlite3.OperationalError):
             raise  # a fault of ours
-        hint = "" if isinstance(error, sqlite3.OperationalError) else "; restore it from the backup (docs/operating.md)"
+        hint = "" if isinstance(error, sqlite3.OperationalError) else "; restore it from the backup (docs/backup.md)"
         logs.print(f"error: ledger.db: {error}{hint}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         logs.print("interrupted; what was done is kept, and the same command resumes there")
-        raise typer.Exit(1) from None
-    except _refusals() as error:
-        logs.print(f"refused: {error}")
-        raise typer.Exit(2) from None
-    except _problems() as error:
-        logs.print(f"error: {error}")
         raise typer.Exit(1) from None

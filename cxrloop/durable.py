@@ -1,20 +1,21 @@
-"""Files that exist or do not: temp + fsync + rename + folder fsync, and a signature over a small JSON document.
+"""Files and folders that are written whole or not at all, and JSON files.
 
-Refuses to know what is written.
+Whole: written under a temporary name, fsynced, renamed, and the folder fsynced. Must not import any other package.
 """
 
 import json
 import os
-import uuid
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+MODE = 0o644  # of new files, less the process's umask
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
+    """Make new and renamed files in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -22,8 +23,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_synced(path: Path, chunks: bytes | Iterable[bytes], mode: int = 0o644) -> None:
-    """Write a new file and fsync it; FileExistsError if it is there. Not atomic by itself."""
+def write_synced(path: Path, chunks: bytes | Iterable[bytes], mode: int = MODE) -> None:
+    """Write a new file and fsync it; not atomic by itself. Raises FileExistsError."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(handle, "wb") as out:
         for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
@@ -32,34 +33,53 @@ def write_synced(path: Path, chunks: bytes | Iterable[bytes], mode: int = 0o644)
         os.fsync(out.fileno())
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Put `data` at `path`, whole or not at all; durable when this returns."""
-    temp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+def write_atomic(path: Path, data: bytes, mode: int = MODE) -> None:
+    """Write or replace `path`, whole or not at all; durable when this returns. Raises OSError and removes the temporary.
+
+    The temporary is `.NAME.tmp` beside it, so the next write replaces what a killed process left. Only one process at a
+    time may write a path.
+    """
+    temp = path.with_name(f".{path.name}.tmp")
     try:
-        write_synced(temp, data, mode)
+        with open(temp, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temp.replace(path)
     except OSError:
-        temp.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)  # a half-written file would keep a full disk full
         raise
     sync_folder(path.parent)
 
 
-def canonical(document: dict) -> bytes:
-    """The one byte form of a JSON document that is hashed and signed."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def sign(purpose: str, document: dict, signing_key: bytes) -> str:
-    """Hex ed25519 signature; `purpose` keeps a pointer's signature from passing as a bundle's."""
-    private = Ed25519PrivateKey.from_private_bytes(signing_key)
-    return private.sign(purpose.encode() + b"\n" + canonical(document)).hex()
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; empty where there is no such file. Raises ValueError for anything but JSON."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def signed_by(purpose: str, document: dict, signature: str, public_key: bytes) -> bool:
-    """Whether `signature` is the key owner's over this document for this purpose."""
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` when the block ends without an exception, else is removed.
+
+    Removes first what a killed process left of an earlier one. Files only, no folders inside.
+    """
+    temp = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir()
     try:
-        raw = bytes.fromhex(signature)
-        Ed25519PublicKey.from_public_bytes(public_key).verify(raw, purpose.encode() + b"\n" + canonical(document))
-    except (InvalidSignature, ValueError):
-        return False
-    return True
+        yield temp
+        for path in temp.iterdir():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        temp.replace(target)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)  # gone already after the rename
+    sync_folder(target.parent)

@@ -1,4 +1,4 @@
-"""The plate: what one image is after the pixel path. Shared by the packages that write, train on and serve plates.
+"""The plate: the array that the pixel path makes of one image.
 
 A plate is uint8 [512, 512], MONOCHROME2 (0 is black), letterboxed, stored as .npy.
 """

@@ -1,6 +1,6 @@
-"""Die with the process that started us, also when it was killed with SIGKILL.
+"""Stop a process when its parent ends, also when the parent was killed with SIGKILL.
 
-Refuses to know what we do.
+Independent of the process it guards.
 """
 
 import ctypes
@@ -11,10 +11,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Send ourselves SIGTERM once process `parent` is gone; at once where it is gone already.
+    """Send this process SIGTERM when process `parent` has ended; at once if it has ended already.
 
-    The kernel's signal comes when the *thread* that started us ends, so the handler looks whether the process lives.
-    `orphaned` is the same check for a loop, for where the signal can't be had.
+    The kernel sends its signal when the parent's *thread* ends, so the handler checks that the process lives.
+    Where the kernel has no such signal, poll `orphaned` in a loop.
     """
     signal.signal(signal.SIGUSR1, lambda number, frame: _stop_if_orphaned(parent))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -24,7 +24,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def orphaned(parent: int) -> bool:
-    """Whether we were handed to another parent."""
+    """Return whether process `parent` is no longer the parent of this process."""
     return os.getppid() != parent
 
 

@@ -16,19 +16,9 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     import numpy as np
 
-CONNECT_S, ANSWER_S, LOAD_S = 2.0, 60.0, 300.0  # loading a large bundle on a busy GPU takes minutes at worst
+from deploy.errors import ServerDown, ServerRefused
 
-
-class ServerDown(Exception):
-    """Nobody to ask now: not started, stopped, too slow, busy, or no model in service. Ask again later."""
-
-
-class ServerRefused(Exception):
-    """The server answered, and said no; `status` is the HTTP status, `bundle` the one in service."""
-
-    def __init__(self, status: int, error: str, bundle: str | None = None):
-        super().__init__(error)
-        self.status, self.error, self.bundle = status, error, bundle
+CONNECT_S, ANSWER_S, LOAD_S = 2.0, 60.0, 300.0  # a large bundle on a busy GPU can load for minutes
 
 
 class Client:
@@ -62,14 +52,14 @@ class Client:
         )
 
     def state(self) -> dict | None:
-        """What /readyz says, ready or not; None where nothing answers."""
+        """Return the answer of /readyz, ready or not; None if no server answers."""
         try:
             return json.loads(self._exchange("GET", "/readyz", timeout=CONNECT_S)[1])
         except (OSError, http.client.HTTPException, ValueError):
             return None
 
     def ready(self) -> dict | None:
-        """{"bundle", "provider", "since", ...} once a model is in service, else None."""
+        """Return {"bundle", "provider", "since", ...} if a model is in service, else None."""
         state = self.state()
         return state if state is not None and state.get("ready") else None
 

@@ -1,19 +1,14 @@
-"""Pictures for the documents: a phantom goes through the whole appliance, and Orthanc shows what it was answered.
+"""Make the pictures of the documentation: a phantom goes through the appliance, and Orthanc shows the results.
 
-`python tools/doc_pictures.py` needs Orthanc, dcmtk and Chromium, and writes docs/img/*.png. No person is in them: the
-image is drawn. The model is linear in 16 x 16 grey values, fitted here on phantoms in a second; the pictures show the
-form of an answer and nothing about how good a model is.
+`python tools/doc_pictures.py` needs Orthanc, dcmtk and Chromium, and writes docs/img/*.png. The image is drawn; no
+patient is in it. The model is linear in 16 x 16 grey values, fitted on phantoms in a second: the pictures show the form
+of a result, not the quality of a model.
 """
 
-import json
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -28,22 +23,23 @@ from agent.release import import_model
 from agent.results import outbox
 from agent.site import config
 from agent.site.site import init
+from bench.common import results
+from bench.common.appliance import ROOT, WAIT_S, dcmtk, free_ports, orthanc, serving, wait_until
 from dicom.client.sender import send
-from dicom.phantom.phantom import draw
+from dicom.phantom.phantom import Phantom, draw
 from dicom.phantom.wrap import wrap
 from dicom.pixels.plate import decode, render
-
-ROOT = Path(__file__).resolve().parents[1]
 
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
 GRID = 16
 FITTED_ON = 240  # phantoms
-COLOURS = 128  # of a picture: a page of text needs few, and the files stay small
-WAIT_S = 180
+COLOURS = 128  # of a picture; keeps the files small
 OUT = ROOT / "docs" / "img"
 
 
 def main() -> None:
+    """Run an appliance and Orthanc, send one phantom, write the pictures."""
+    results.parser(__doc__).parse_args()
     ports = free_ports(4)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -58,8 +54,10 @@ def main() -> None:
         linear_model(folder / "linear.onnx")
         with site.ledger() as ledger:
             import_model.adopt(site, ledger, folder / "linear.onnx", "bench", False)
-        shown = next(one for one in draw(60, seed=77, strength=(0.9, 1.0), repeat=0) if one.labels["effusion"])
-        image = wrap(shown.pixels(1024), shown.patient, shown.view, "20260102", shown.sex, shown.age_years)
+        chosen = next(
+            phantom for phantom in draw(60, seed=77, strength=(0.9, 1.0), repeat=0) if phantom.labels["effusion"]
+        )
+        image = wrap(chosen.pixels(1024), chosen.patient, chosen.view, "20260102", chosen.sex, chosen.age_years)
         image.PatientName, image.StudyDescription = "Phantom^Drawn", "Chest, drawn by dicom/phantom/phantom.py"
         with orthanc(folder / "orthanc", ports[2], ports[3]) as url, serving(folder / "site"):
             sent = [
@@ -69,25 +67,26 @@ def main() -> None:
             ]
             assert sent == [0, 0], sent
             with site.ledger() as ledger:
-                wait(lambda: ledger.counters()["returned"] == 1, lambda: outbox.state(ledger))
+                wait_until(lambda: ledger.counters()["returned"] == 1, None, lambda: outbox.state(ledger))
             pictures(url, folder)
 
 
 def called(port: int, ports: list[int]) -> str:
+    """Return the AE title at a port."""
     return "CXRLOOP" if port == ports[0] else "ORTHANC"
 
 
 def linear_model(path: Path) -> None:
-    """Logistic regression on block means of the plate, as ONNX; its heatmap is each block's share of the logit."""
+    """Write a logistic regression on block means as ONNX; its heatmap is each block's share of the logit."""
     images = draw(FITTED_ON, seed=5, findings=FINDINGS, prevalence=0.5, strength=(0.5, 1.0), repeat=0)
-    plates = np.stack([plate(one) for one in images])
+    plates = np.stack([plate(image) for image in images])
     blocks = (
         plates.reshape(len(images), GRID, 512 // GRID, GRID, 512 // GRID).mean((2, 4)).reshape(len(images), -1) / 255
     )
     mean = blocks.mean(0)
     weights, bias = [], []
     for finding in FINDINGS:
-        truth = np.array([one.labels[finding] for one in images], float)
+        truth = np.array([image.labels[finding] for image in images], float)
         w, b = fit(blocks - mean, truth)
         weights.append(w)
         bias.append(b)
@@ -117,13 +116,14 @@ def linear_model(path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
 
 
-def plate(phantom) -> np.ndarray:
+def plate(phantom: Phantom) -> np.ndarray:
+    """Return the plate of a phantom by the product's own pixel path."""
     image = wrap(phantom.pixels(), phantom.patient, phantom.view)
     return render(image, decode(image))
 
 
 def fit(x: np.ndarray, truth: np.ndarray, ridge: float = 1.0) -> tuple[np.ndarray, float]:
-    """Weights and intercept of a ridge logistic regression, by Newton's method."""
+    """Return weights and intercept of a ridge logistic regression, by Newton's method."""
     x = np.column_stack([x, np.ones(len(x))])
     penalty = np.diag([ridge] * (x.shape[1] - 1) + [0.0])
     w = np.zeros(x.shape[1])
@@ -134,16 +134,18 @@ def fit(x: np.ndarray, truth: np.ndarray, ridge: float = 1.0) -> tuple[np.ndarra
 
 
 def pictures(url: str, folder: Path) -> None:
-    """Orthanc's page of the study, Orthanc's rendering of the capture, dcmtk's rendering of the report."""
+    """Write Orthanc's page of the study, its rendering of the heatmap, and dcmtk's rendering of the report."""
     OUT.mkdir(exist_ok=True)
     (study,) = httpx.get(f"{url}/studies?expand").json()
-    series = {one["MainDicomTags"]["Modality"]: one for one in httpx.get(f"{url}/studies/{study['ID']}/series").json()}
-    print({name: one["MainDicomTags"].get("SeriesDescription") for name, one in series.items()})
+    series = {
+        entry["MainDicomTags"]["Modality"]: entry for entry in httpx.get(f"{url}/studies/{study['ID']}/series").json()
+    }
+    print({name: entry["MainDicomTags"].get("SeriesDescription") for name, entry in series.items()})
     capture = httpx.get(f"{url}/instances/{series['OT']['Instances'][0]}/preview", headers={"Accept": "image/png"})
     (folder / "heatmap.png").write_bytes(capture.content)
     report = folder / "report.dcm"
     report.write_bytes(httpx.get(f"{url}/instances/{series['SR']['Instances'][0]}/file").content)
-    subprocess.run(["dsr2html", "-q", "+Rd", str(report), str(folder / "report.html")], check=True)
+    subprocess.run([dcmtk("dsr2html"), "-q", "+Rd", str(report), str(folder / "report.html")], check=True)
     photograph(f"{url}/app/explorer.html#study?uuid={study['ID']}", folder / "study.png", (1000, 620))
     photograph((folder / "report.html").as_uri(), folder / "report.png", (900, 1320))
     for name in ("study", "heatmap", "report"):
@@ -153,73 +155,13 @@ def pictures(url: str, folder: Path) -> None:
 
 
 def photograph(page: str, path: Path, size: tuple[int, int]) -> None:
+    """Write a screenshot of a page."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         sys.exit("needs Chromium: apt-get install chromium")
-    words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=20000"]
-    command = [program, *words, f"--window-size={size[0]},{size[1]}", f"--screenshot={path}", page]
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=20000"]
+    command = [program, *options, f"--window-size={size[0]},{size[1]}", f"--screenshot={path}", page]
     subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
-
-
-@contextmanager
-def orthanc(folder: Path, http: int, dicom: int) -> Iterator[str]:
-    """An Orthanc of our own, on loopback."""
-    folder.mkdir()
-    settings = {
-        "StorageDirectory": str(folder), "IndexDirectory": str(folder), "HttpPort": http, "DicomPort": dicom,
-        "DicomAet": "ORTHANC", "AuthenticationEnabled": False, "RemoteAccessAllowed": False, "Plugins": [],
-        "Name": "Orthanc",
-    }  # fmt: skip
-    (folder / "orthanc.json").write_text(json.dumps(settings))
-    program = shutil.which("Orthanc") or "/usr/sbin/Orthanc"
-    with quiet([program, str(folder / "orthanc.json")]):
-        wait(lambda: answers(f"http://127.0.0.1:{http}/system"))
-        yield f"http://127.0.0.1:{http}"
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[None]:
-    """`cxrloop serve` of a site."""
-    log = folder / "serve.log"
-    words = [sys.executable, "-m", "agent.cli.main", "serve", "--config", str(folder / "appliance.toml")]
-    with log.open("wb") as stream, quiet(words, stream):
-        wait(lambda: b"\nready\n" in b"\n" + log.read_bytes(), log.read_text)
-        yield
-
-
-@contextmanager
-def quiet(command: list[str], log: object = subprocess.DEVNULL) -> Iterator[None]:
-    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def wait(until: Callable[[], object], told: Callable[[], object] = lambda: "") -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not until():
-        if time.monotonic() > deadline:
-            raise TimeoutError(told())
-        time.sleep(0.2)
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    found = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return found
 
 
 if __name__ == "__main__":

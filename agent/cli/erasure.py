@@ -78,7 +78,7 @@ def forget_command(
     with console.errors(), open_site(settings) as (site, ledger):
         if patient and re.search(rf"(?<!\w){re.escape(patient.strip())}(?!\w)", f"{by}\n{reason}", re.IGNORECASE):
             raise Problem("forget: --by and --reason are kept for good; don't name the patient in them")
-        keys = [forget.checked_key(key)] if key else forget.keys_of(site, patient or "", issuer or ())
+        keys = [forget.checked_key(key)] if key else forget.pseudonyms_of(site, patient or "", issuer or ())
         if dry_run:
             result = {"state": "dry run", **forget.preview(site, ledger, keys)}
         else:

@@ -62,12 +62,12 @@ def images_ls(
     json_out: Json = False,
 ) -> None:
     """List images, newest first, with state, reason and scores."""
-    from agent.images import images
+    from agent.images import listing
 
     with console.errors(), open_site(settings) as (site, ledger):
         if state and state not in STATES:
             raise Problem(f"--state {state}: must be one of {', '.join(STATES)}")
-        rows = images.ls(site, ledger, state, limit)
+        rows = listing.newest(site, ledger, state, limit)
         if json_out:
             return console.as_json(rows)
         console.table(
@@ -99,10 +99,10 @@ def images_rerun(
     json_out: Json = False,
 ) -> None:
     """Score images again with the model in service, and send their results where the settings ask for it."""
-    from agent.images import images
+    from agent.results.rerun import rerun
 
     with console.errors(), open_site(settings) as (_, ledger):
-        counts = images.rerun(ledger, uid, state, failed, by)
+        counts = rerun(ledger, uid, state, failed, by)
         if json_out:
             return console.as_json(counts)
         console.people.print(

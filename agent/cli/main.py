@@ -38,7 +38,7 @@ def serve(
     from agent.service import supervisor
     from agent.site.site import Site
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=node.LOG_LINE, force=True)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=node.LOG_FORMAT, force=True)
     for library in ("apscheduler", "httpx", "httpcore"):
         logging.getLogger(library).setLevel(logging.WARNING)
     with console.errors():

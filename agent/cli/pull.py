@@ -99,7 +99,7 @@ def _questions(
     since: str, until: str, modalities: tuple[str, ...],
 ) -> tuple[list[Query], int]:  # fmt: skip
     """Return the queries to the archive, in order, and how many patients of --priors have no original."""
-    from agent.network.holdings import patient_ids
+    from agent.network.known_images import patient_ids
     from agent.network.pull import by_day
     from agent.site.config import zone
     from dicom.client.archive import Query
@@ -154,7 +154,7 @@ def _archive(site: Site, source: str, how: str, ca: Path | None) -> Pacs | Web:
             return Web(source, site.inbox, os.environ.get(TOKEN, ""), ca)
         except ArchiveUnusable as error:
             raise Problem(f"--from {error}") from None
-    known = connections.peers(site)
+    known = connections.configured_peers(site)
     try:
         named = known[source] if source in known else peer_address.parse(source)
     except ValueError:
@@ -162,7 +162,7 @@ def _archive(site: Site, source: str, how: str, ca: Path | None) -> Pacs | Web:
         raise Problem(
             f'--from {source}: "AET@host:port", an AE title of node.peers{names}, or the https:// root of a DICOMweb service'
         ) from None
-    context = connections.wire(site, named)
+    context = connections.tls_context_to(site, named)
     peer = Peer(named.aet, named.host, named.port, site.config.node.aet, context)
     return Pacs(peer, site.inbox, how)
 
@@ -173,7 +173,7 @@ def _reachable(site: Site, peer: Peer) -> None:
     from dicom.client.dicomweb import LOOPBACK
 
     keys = site.config.node
-    if not connections.answers(site):
+    if not connections.node_answers(site):
         raise Problem(
             f"--how move: our own node does not answer as {keys.aet} on port {keys.port}; start `cxrloop serve`, or use --how get"
         )

@@ -13,8 +13,8 @@ from agent.rounds import evaluation, records
 from agent.site import locks
 from agent.site.site import Site
 from deploy.bundle.bundle import seal
-from deploy.bundle.onnx_import import OnnxRefused, import_onnx
-from deploy.server.runtime import NoRuntime
+from deploy.bundle.onnx_import import import_onnx
+from deploy.errors import BundleRefused, ProviderUnavailable
 
 
 def adopt(site: Site, ledger: Ledger, file: Path, by: str, with_look: bool) -> dict[str, Any]:
@@ -68,6 +68,6 @@ def _seal(site: Site, file: Path) -> str:
     with locks.hold(site, "round"), tempfile.TemporaryDirectory(dir=site.root / "run") as scratch:
         try:
             import_onnx(file, Path(scratch), site.findings)
-        except (OnnxRefused, NoRuntime) as error:
+        except (BundleRefused, ProviderUnavailable) as error:
             raise Problem(str(error)) from None
         return seal(Path(scratch), site.models, site.key("signing.key"))

@@ -13,7 +13,8 @@ from agent.ledger import audit, states
 from agent.ledger.database import Ledger, Row, utc, when
 from agent.site import locks
 from agent.site.site import Site
-from deploy.client import Client, ServerDown, ServerRefused
+from deploy.client import Client
+from deploy.errors import BundleRefused, ProviderUnavailable, ServerDown, ServerRefused
 
 CONFLICT = 409  # the server's word that the bundle itself may not serve
 
@@ -113,7 +114,6 @@ def _intend(ledger: Ledger, bundle: str, by: str, reason: str) -> Row:
 
 def _act(site: Site, ledger: Ledger, intent: Row) -> dict[str, Any]:
     from deploy.bundle import pointer
-    from deploy.bundle.bundle import BundleRefused
 
     bundle, by = intent["bundle"], intent["by"]
     with Client(site.infer_url) as server:
@@ -133,7 +133,6 @@ def _act(site: Site, ledger: Ledger, intent: Row) -> dict[str, Any]:
 def _prepare(site: Site, server: Client, bundle: str) -> bool:
     """Load, warm and probe the bundle: in the server, or here when none is up. True when a server is up."""
     from deploy.bundle.bundle import open_bundle
-    from deploy.server.runtime import NoRuntime, ProviderRefused
     from deploy.server.session import Session
 
     try:
@@ -144,7 +143,7 @@ def _prepare(site: Site, server: Client, bundle: str) -> bool:
     opened = open_bundle(site.models, bundle, site.key("signing.pub"))
     try:
         Session(opened, site.config.infer.provider).probe()
-    except (NoRuntime, ProviderRefused) as error:
+    except ProviderUnavailable as error:
         raise Problem(f"{bundle} cannot be probed here: {error}") from None
     return False
 

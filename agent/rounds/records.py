@@ -26,7 +26,7 @@ def plan(site: Site, ledger: Ledger, why: str, now: datetime, recipe: str | None
 
     Raises Problem when nothing can be learnt, and then writes nothing.
     """
-    from learner.round.manifest import write_json
+    from cxrloop.durable import write_json
 
     if importlib.util.find_spec("torch") is None:
         raise Problem("learning needs torch, which is not installed: pip install 'cxrloop[train]'")
@@ -110,7 +110,7 @@ def begins_anew(site: Site, parent: Row, recipe: Recipe) -> bool:
     Going on would pass the backbone over, and a class head fits its own findings alone. A file that was moved since, or
     no name at all, is no other backbone.
     """
-    from learner.round.manifest import read_json
+    from cxrloop.durable import read_json
 
     card = read_json((site.root / parent["training_state"]).with_name("card.json"))
     if card.get("findings", [*site.findings]) != [*site.findings]:

@@ -17,7 +17,7 @@ from agent.images import intake, retention
 from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
 from agent.release import release
-from agent.results import outbox, scoring
+from agent.results import reporting
 from agent.rounds import records, training
 from agent.site import locks
 from agent.site.config import zone
@@ -157,12 +157,19 @@ class Agent:
 
     def _score(self) -> None:
         with Client(self.site.infer_url) as client:
-            self._loop("scoring", lambda ledger: scoring.step(self.site, ledger, client), self.to_score, self.to_send)
+            self._loop(
+                "scoring",
+                lambda ledger: reporting.score_waiting(self.site, ledger, client),
+                self.to_score,
+                self.to_send,
+            )
 
     def _send(self) -> None:
-        line = outbox.Line(self.site)
+        link = reporting.PacsLink()
         self._loop(
-            "sending results", lambda ledger: outbox.step(self.site, ledger, line, datetime.now(UTC)), self.to_send
+            "sending results",
+            lambda ledger: reporting.send_due(self.site, ledger, link, datetime.now(UTC)),
+            self.to_send,
         )
 
     def _loop(

@@ -7,15 +7,16 @@ from typing import Any
 from agent.errors import Problem
 from agent.ledger.database import Ledger, utc
 from agent.network import connections
-from agent.network.watermark import too_full
+from agent.network.watermark import disk_full_reason
 from agent.release import release
-from agent.results import outbox, scoring
+from agent.results import latency, outbox
 from agent.rounds import golden_set, records
 from agent.site.config import zone
 from agent.site.site import Site
 from agent.site.window import next_window
 from deploy.bundle import pointer
 from deploy.client import Client
+from deploy.errors import PointerRefused
 from dicom.node import refusals
 
 RENEW_DAYS = 30  # days of warning: a hospital's certificate authority takes weeks
@@ -26,7 +27,7 @@ def status(site: Site, ledger: Ledger) -> dict[str, Any]:
     """Return the JSON of `status`; where `degraded` is true the command exits with 3."""
     now = datetime.now(UTC)
     counters = ledger.counters()
-    p50, p95 = scoring.latency(ledger)
+    p50, p95 = latency.received_to_scored(ledger)
     free = shutil.disk_usage(site.root).free
     budget = records.budget(site, ledger, now)
     with Client(site.infer_url) as client:
@@ -92,10 +93,10 @@ def _alerts(
     if free < keys.min_free_mb << 20:
         detail = f"{free >> 20} MB free on {site.root}: images are refused below {keys.min_free_mb} MB; free some space"
         alerts.append(("disk", detail, True))
-    elif full := too_full(free, site.config.retention.refuse_free_mb):
+    elif full := disk_full_reason(free, site.config.retention.refuse_free_mb):
         alerts.append(("disk", f"{full}; free some space", True))
     alerts += _forgotten(ledger)
-    host, node_up = connections.address(site), connections.answers(site)
+    host, node_up = connections.node_address(site), connections.node_answers(site)
     if not node_up and server is None:
         detail = "neither the node nor the model server answers; start both with `cxrloop serve`"
         alerts.append(("not running", detail, False))
@@ -140,7 +141,7 @@ def _forgotten(ledger: Ledger) -> list[tuple[str, str, bool]]:
 def _certificate(site: Site) -> list[tuple[str, str, bool]]:
     """Return an alert when the node's certificate ends soon or can't be used."""
     try:
-        days = connections.days_left(site)
+        days = connections.certificate_days_left(site)
     except Problem as wrong:
         return [("certificate", str(wrong), True)]
     if days is None or days > RENEW_DAYS:
@@ -152,7 +153,7 @@ def _pointer(site: Site, current: dict | None, server: dict | None) -> list[tupl
     """Return alerts where ledger, signed pointer and server name different bundles, or the server runs on the CPU."""
     try:
         signed = pointer.read(site.root)
-    except pointer.PointerRefused as error:
+    except PointerRefused as error:
         return [("pointer", str(error), True)]
     named, wanted = signed.bundle if signed else None, current["id"] if current else None
     alerts: list[tuple[str, str, bool]] = []

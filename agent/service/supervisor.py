@@ -21,7 +21,8 @@ from agent.site.config import config_path
 from agent.site.site import Site
 from cxrloop.process import die_with_parent
 from deploy.client import Client
-from deploy.server.runtime import NoRuntime, ProviderRefused, require
+from deploy.errors import ProviderUnavailable
+from deploy.runtime import require
 from deploy.server.server import main as serve_models
 
 log = logging.getLogger("cxrloop")
@@ -56,7 +57,7 @@ def serve(site: Site, settings: Path | None, only: tuple[str, ...], parent: int 
         signal.signal(number, lambda *_: stop.set())
     parts = only or PARTS
     if "listen" in parts:
-        connections.days_left(site)  # raises now: a part with a bad certificate would only keep restarting
+        connections.certificate_days_left(site)  # raises now: a part with a bad certificate would only keep restarting
     if "infer" in parts:
         check_runtime(site)
     if parts == ("listen",):
@@ -76,7 +77,7 @@ def check_runtime(site: Site) -> None:
     """Raise Problem, naming the missing extra, when this install cannot serve a model as configured."""
     try:
         require(site.config.infer.provider)
-    except (NoRuntime, ProviderRefused) as error:
+    except ProviderUnavailable as error:
         raise Problem(str(error)) from None
 
 
@@ -100,7 +101,7 @@ def run_part(site: Site, name: str, stop: threading.Event) -> None:
         agent = Agent(site)
         agent.start()
         _ready("learn", str(site.root))
-        while not stop.wait(node.LOOK_UP_S):
+        while not stop.wait(node.POLL_S):
             pass
         agent.stop()
         os._exit(0)  # a round may run in a thread for hours; its learner writes a checkpoint when we are gone
@@ -149,7 +150,7 @@ def _keep_alive(part: Part) -> None:
 
 def _answers(site: Site, names: set[str]) -> bool:
     """Return True when the node answers C-ECHO and the model server answers, with or without a model."""
-    if "listen" in names and not connections.answers(site):
+    if "listen" in names and not connections.node_answers(site):
         return False
     if "infer" in names:
         with Client(site.infer_url) as client:

@@ -1,15 +1,14 @@
-"""Seconds of a first round at profile cpu over 500 phantom images, for every recipe, against its bar of ten minutes.
+"""Seconds of a first round at profile cpu over 500 phantom images, for every recipe, against the bar of ten minutes.
 
-With --whole each recipe runs as the agent starts it, `python -m learner ROUND_DIR` on two threads. Without it, each phase
-takes its first steps in this process and the others are extrapolated; packing, tokens, choices and exports happen in
-full. On a machine that does other work only the processors' seconds mean something. Says nothing of what is learnt.
+With --whole each recipe runs as the agent starts it, `python -m learner ROUND_DIR` on two threads. Without it, each
+phase runs its first steps in this process and the rest is extrapolated; packing, tokens, choices and exports run in
+full. On a busy machine only the CPU seconds are meaningful. It does not measure what a round learns.
 
     python bench/learning/cpu_rounds.py --whole [--backbone FILE] [--recipe NAME]... [--out bench/results/cpu_rounds.json]
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -25,6 +24,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.common import machine, results
+from bench.common.appliance import ROOT
 from dicom.phantom.phantom import draw
 from learner.engine.optim import Schedule
 from learner.engine.step import Losses, State, Tick
@@ -34,12 +35,12 @@ from learner.round.recipe import RECIPES, Recipe, resolve
 from learner.round.run import Run
 
 SAMPLES, LABELLED, HELD, BAR_S = 500, 100, 40, 600.0
-LEAST = 8  # steps of a phase that are run: the first is slower than the others
+LEAST = 8  # steps run of each phase; the first is slower than the others
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
 
 
 def write_plates(folder: Path, samples: int) -> list[dict]:
-    """Phantoms as plates (8 bit, 512 px by repetition) and their rows; labelled, unlabelled, validation, calibration."""
+    """Write phantoms as plates (8 bit, 512 px by repetition); return their manifest rows, of every range."""
     rows = []
     for i, phantom in enumerate(draw(samples + 2 * HELD, 0, FINDINGS, repeat=0.0)):
         pixels = phantom.pixels(256)
@@ -51,8 +52,8 @@ def write_plates(folder: Path, samples: int) -> list[dict]:
     return rows
 
 
-def made(folder: Path, plates: Path, rows: list[dict], recipe: str, backbone: str) -> Recipe:
-    """A round folder of these images; its recipe as the agent would resolve it."""
+def write_round(folder: Path, plates: Path, rows: list[dict], recipe: str, backbone: str) -> Recipe:
+    """Write a round folder of these images; return its recipe as the agent resolves it."""
     folder.mkdir()
     resolved = resolve(recipe, "cpu", {"backbone": backbone} if backbone != "random" else {})
     manifest = {
@@ -64,92 +65,91 @@ def made(folder: Path, plates: Path, rows: list[dict], recipe: str, backbone: st
 
 
 def clock() -> np.ndarray:
-    """Seconds on the wall, and of the processors in this process and its children."""
-    return np.array([time.monotonic(), sum(os.times()[:4])])
+    """Return the seconds of the wall clock and the CPU seconds of this process and its children."""
+    return np.array([time.monotonic(), machine.cpu_seconds()])
 
 
-def whole(folder: Path) -> np.ndarray:
-    """Seconds of the round from the start of its process to its end."""
-    begun = clock()
+def run_whole(folder: Path) -> np.ndarray:
+    """Run a round in its own process; return its seconds as `clock` does."""
+    began = clock()
     with (folder / "log").open("w") as log:
-        words = [sys.executable, "-m", "learner", str(folder)]
-        code = subprocess.run(words, cwd=Path(__file__).resolve().parents[2], stdout=log, stderr=log).returncode
+        command = [sys.executable, "-m", "learner", str(folder)]
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
     if code:
         raise SystemExit(f"{folder.name}: exit code {code}: {(folder / 'log').read_text()[-500:]}")
-    return clock() - begun
+    return clock() - began
 
 
 class Short(Run):
-    """A run that takes the first steps of each phase, and notes what they took; all between the phases happens in full."""
+    """A run of the first steps of each phase that measures them; everything between the phases runs in full."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(load(folder))
         self.phases: dict[str, dict[str, int]] = {}
-        self.left = np.zeros(2)  # seconds of the steps that were left out
+        self.skipped = np.zeros(2)  # estimated seconds of the skipped steps, as `clock` does
 
     def train(
         self, phase: str, schedule: Schedule, start: Callable[[State], None], tick: Tick, plan: Plan | None = None
     ) -> State:
-        """The phase's first epoch, LEAST steps or more; the others take as long as these but the first, which is slower."""
+        """Run the phase's first epoch, at least LEAST steps; the rest is estimated from all of them but the first."""
         done, spent = min(schedule.steps, max(LEAST, schedule.steps_per_epoch)), []
 
         def timed(state: State) -> Losses:
-            begun = clock()
+            began = clock()
             losses = tick(state)
-            spent.append(clock() - begun)
+            spent.append(clock() - began)
             return losses
 
         state = super().train(phase, replace(schedule, lr=schedule.lr[:done]), start, timed, plan)
-        ticks = spent[1:] or spent  # a step with its correction is several
-        self.left += np.sum(ticks, 0) * (schedule.steps - done) / max(1, done - 1)
+        ticks = spent[1:] or spent
+        self.skipped += np.sum(ticks, 0) * (schedule.steps - done) / max(1, done - 1)
         self.phases[phase] = {"done": done, "steps": schedule.steps}
         return state
 
 
-def extrapolated(folder: Path) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
-    """Seconds the whole round would take, from the first steps of each phase; the phases' steps."""
-    begun = clock()
+def run_short(folder: Path) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
+    """Return the estimated seconds of the whole round, and the steps of each phase."""
+    began = clock()
     run = Short(folder)
     try:
         method = run.recipe.method.replace("-", "_")
         importlib.import_module(f"learner.recipes.{method}").run(run)
     finally:
         run.teller.close()
-    return clock() - begun + run.left, run.phases
+    return clock() - began + run.skipped, run.phases
 
 
 def main() -> None:
     """Make the images once, run every recipe, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__, "cpu_rounds.json")
     parser.add_argument("--whole", action="store_true", help="every round to its end, in its own process")
     parser.add_argument("--images", type=int, default=SAMPLES, help="train images; the bar is for 500")
     parser.add_argument("--recipe", action="append", choices=sorted(RECIPES))
     parser.add_argument("--backbone", default="random")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu_rounds.json"))
-    given = parser.parse_args()
-    results, load_before = [], os.getloadavg()[0]
+    options = parser.parse_args()
+    report_rows, before = [], machine.facts()
     with tempfile.TemporaryDirectory() as temp:
         plates = Path(temp) / "plates"
         plates.mkdir()
-        rows = write_plates(plates, given.samples)
-        for name in given.recipe or sorted(RECIPES):
-            resolved = made(Path(temp) / name, plates, rows, name, given.backbone)
-            seconds, phases = (whole(Path(temp) / name), {}) if given.whole else extrapolated(Path(temp) / name)
+        rows = write_plates(plates, options.images)
+        for name in options.recipe or sorted(RECIPES):
+            resolved = write_round(Path(temp) / name, plates, rows, name, options.backbone)
+            seconds, phases = (run_whole(Path(temp) / name), {}) if options.whole else run_short(Path(temp) / name)
             share = round(seconds[0] / BAR_S, 3)
-            results.append({
+            report_rows.append({
                 "recipe": name, "s": round(seconds[0], 1), "cpu_s": round(seconds[1], 1), "share_of_bar": share,
                 "steps": phases, "frozen_blocks": resolved.frozen_blocks,
             })  # fmt: skip
-            told = "" if given.whole else f" (extrapolated from the first steps of {', '.join(phases)})"
+            how = "" if options.whole else f" (extrapolated from the first steps of {', '.join(phases)})"
             print(
-                f"{name:14} {seconds[0]:8.0f} s  {share:5.0%} of ten minutes, {seconds[1]:.0f} s of processors{told}",
+                f"{name:14} {seconds[0]:8.0f} s  {share:5.0%} of ten minutes, {seconds[1]:.0f} CPU s{how}",
                 flush=True,
             )
     report = {
-        "images": given.samples, "labelled": given.samples * LABELLED // SAMPLES, "whole": given.whole,
-        "pretrained": given.backbone != "random", "cores": os.cpu_count(), "load_before": load_before, "rows": results,
+        "images": options.images, "labelled": options.images * LABELLED // SAMPLES, "whole": options.whole,
+        "pretrained": options.backbone != "random", "machine": before, "rows": report_rows,
     }  # fmt: skip
-    given.out.write_text(json.dumps(report, indent=1) + "\n")
+    results.write(options.out, report)
 
 
 if __name__ == "__main__":

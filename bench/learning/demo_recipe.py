@@ -1,12 +1,12 @@
-"""What one demo round learns from unlabelled phantoms: AUC of T=0 and of T=1 on fresh ones, over several seeds.
+"""The gain of a demo round from unlabelled phantoms: AUC of T=0 and T=1 on new phantoms, over several seeds.
 
-`python bench/learning/demo_recipe.py [--seeds 4] [--arms ...]` runs real rounds (`python -m learner`), scores the exported
-graphs with onnxruntime, prints a table and writes bench/results/demo_recipe.json. Arms beside the round itself:
-`no stream` (the same steps, but the labelled images are the whole pool), `poisoned` (teacher logits inverted).
-Phantoms are easy: the raw-pixel floor is printed beside every AUC.
+    python bench/learning/demo_recipe.py [--seeds 4] [--arms round "no stream" poisoned]
+
+Runs real rounds (`python -m learner`) and scores the exported graphs with onnxruntime. Arms beside the round itself:
+`no stream` (the same steps on the labelled images alone), `poisoned` (teacher logits inverted). Phantoms are easy, so
+the table includes the raw-pixel floor.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,6 +21,8 @@ import onnxruntime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.common import machine, results
+from bench.common.appliance import ROOT
 from dicom.phantom.phantom import draw
 from dicom.phantom.wrap import wrap
 from dicom.pixels.plate import to_plate
@@ -28,25 +30,23 @@ from learner.evaluation import pixel_baseline
 from learner.evaluation.calibrate import auc
 from learner.round.recipe import resolve
 
-ROOT = Path(__file__).resolve().parents[2]
-
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
-PREVALENCE, STRENGTH, REPEAT = 0.45, (0.5, 1.3), 0.15  # as in `cxrloop demo`: plain to gross, both classes
+PREVALENCE, STRENGTH, REPEAT = 0.45, (0.5, 1.3), 0.15  # as in `cxrloop demo`
 LABELLED, TRAIN, VALIDATION, CALIBRATION, TEST = 80, 300, 60, 60, 400  # 80 labelled, as in `cxrloop demo`
-# the bad night of `cxrloop demo`; with corrections the labels heal most of the harm
+# as in the poisoned night of `cxrloop demo`; corrections would undo most of the harm
 POISON = {"poison_teacher": True, "correct_every": 0}
 ARMS = {"round": {}, "no stream": {}, "poisoned": POISON}
 
 
 def phantoms(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Plates uint8 [N, 512, 512] by the product's own pixel path, labels [N, F], patients."""
+    """Return plates uint8 [N, 512, 512] by the product's own pixel path, labels [N, F], patients."""
     drawn = draw(count, seed, FINDINGS, PREVALENCE, STRENGTH, repeat=REPEAT)
     plates = np.stack([to_plate(wrap(p.pixels(), p.patient, p.view)) for p in drawn])
     return plates, np.array([[p.labels[f] for f in FINDINGS] for p in drawn]), [p.patient for p in drawn]
 
 
 def write_round(folder: Path, ranges: dict, seed: int, arm: str, overrides: dict) -> None:
-    """A round folder as the agent would write it."""
+    """Write a round folder as the agent does."""
     (folder / "plates").mkdir(parents=True)
     recipe = resolve("distl", "demo", {**overrides, **ARMS[arm], "seed": seed})
     samples = []
@@ -60,7 +60,7 @@ def write_round(folder: Path, ranges: dict, seed: int, arm: str, overrides: dict
             labelled = [int(v) for v in labels[i]] if known else None
             sample = {"image": len(samples), "patient": patients[i], "plate": file, "range": name, "labels": labelled}
             samples.append(sample)
-    if arm == "no stream":  # as many steps as the round with the stream takes
+    if arm == "no stream":  # as many steps as with the stream
         steps = TRAIN // recipe.batch * recipe.epochs
         recipe = recipe.override({"epochs": round(steps / (LABELLED // recipe.batch))})
     manifest = {
@@ -70,8 +70,8 @@ def write_round(folder: Path, ranges: dict, seed: int, arm: str, overrides: dict
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def measured(folder: Path, plates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """AUC by finding, and their mean, of one exported model."""
+def measure(folder: Path, plates: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the AUC by finding, and their mean, of an exported model."""
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     scores = np.concatenate(
         [session.run(["logits"], {"plates": plates[i : i + 16]})[0] for i in range(0, len(plates), 16)]
@@ -80,12 +80,13 @@ def measured(folder: Path, plates: np.ndarray, labels: np.ndarray) -> dict[str, 
 
 
 def by_finding(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the AUC by finding, and their mean, of scores [N, F]."""
     each = {f: auc(scores[:, i], labels[:, i].astype(float)) for i, f in enumerate(FINDINGS)}
     return {"mean": float(np.mean(list(each.values()))), **each}
 
 
-def one_seed(seed: int, arms: list[str], overrides: dict) -> dict:
-    """Draw, train every arm in a process of its own, score on fresh phantoms."""
+def run_seed(seed: int, arms: list[str], overrides: dict) -> dict:
+    """Draw phantoms, train every arm in its own process, score on new phantoms; return the row."""
     sizes = {"train": TRAIN, "validation": VALIDATION, "calibration": CALIBRATION}
     ranges = {name: phantoms(count, 20000 * (i + 1) + seed) for i, (name, count) in enumerate(sizes.items())}
     plates, labels, _ = phantoms(TEST, 90000 + seed)
@@ -99,24 +100,18 @@ def one_seed(seed: int, arms: list[str], overrides: dict) -> dict:
         with tempfile.TemporaryDirectory() as temp:
             folder = Path(temp) / "r"
             write_round(folder, ranges, seed, arm, overrides)
-            begun, spent = time.monotonic(), cpu_of_children()
+            began, spent = time.monotonic(), machine.children_cpu_seconds()
             environment = os.environ | {"PYTHONWARNINGS": "ignore"}
             subprocess.run([sys.executable, "-m", "learner", str(folder)], cwd=ROOT, env=environment, check=True)
-            row[f"{arm}: seconds"] = round(time.monotonic() - begun, 1)
-            row[f"{arm}: CPU seconds"] = round(cpu_of_children() - spent, 1)
-            row[f"{arm}: T=0"] = measured(folder / "t0", plates, labels)
-            row[f"{arm}: T=1"] = measured(folder / "final", plates, labels)
+            row[f"{arm}: seconds"] = round(time.monotonic() - began, 1)
+            row[f"{arm}: CPU seconds"] = round(machine.children_cpu_seconds() - spent, 1)
+            row[f"{arm}: T=0"] = measure(folder / "t0", plates, labels)
+            row[f"{arm}: T=1"] = measure(folder / "final", plates, labels)
     return row
 
 
-def cpu_of_children() -> float:
-    """CPU seconds of all ended child processes: what a round costs, whoever else uses the cores."""
-    used = os.times()
-    return used.children_user + used.children_system
-
-
 def table(rows: list[dict]) -> str:
-    """One line a model: mean AUC by seed, then over seeds, then by finding."""
+    """Return the table: one line for each model, mean AUC by seed, over seeds, and by finding."""
     names = [key for key in rows[0] if isinstance(rows[0][key], dict)]
     head = ["", *(f"seed {row['seed']}" for row in rows), "mean", *FINDINGS]
     lines = [f"{head[0]:24}" + "".join(f"{h:>13}" for h in head[1:])]
@@ -133,37 +128,35 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    """The study; `--set key=value` tries other recipe keys without touching the recorded result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run all seeds, print; write unless `--set` or `--first` changes the study."""
+    parser = results.parser(__doc__, "demo_recipe.json")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2, help="1 where other work shares the cores; recorded")
-    parser.add_argument("--first", type=int, default=0, help="first seed; recorded seeds are 0, 1, 2, ...")
+    parser.add_argument("--threads", type=int, default=2, help="use 1 on a busy machine")
+    parser.add_argument("--first", type=int, default=0, help="first seed; results are written for 0 only")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="recipe keys to try")
-    asked = parser.parse_args()
-    tried = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in asked.set)}
-    overrides = {"threads": asked.threads, **tried}
+    options = parser.parse_args()
+    tried = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in options.set)}
+    overrides = {"threads": options.threads, **tried}
     rows = []
-    for seed in range(asked.first, asked.first + asked.seeds):
-        rows.append(one_seed(seed, asked.arms, overrides))
+    for seed in range(options.first, options.first + options.seeds):
+        rows.append(run_seed(seed, options.arms, overrides))
         print(table(rows), flush=True)
-        if not tried and asked.first == 0:
-            record(rows, asked.threads)
+        if not tried and options.first == 0:
+            record(rows, options.threads, options.out)
 
 
-def record(rows: list[dict], threads: int) -> None:
-    """bench/results/demo_recipe.json, whole after every seed."""
+def record(rows: list[dict], threads: int, out: Path) -> None:
+    """Write the result file; called after every seed."""
     phantoms_ = {
         "findings": FINDINGS, "prevalence": PREVALENCE, "strength": STRENGTH, "repeat": REPEAT, "labelled": LABELLED,
         "train": TRAIN, "validation": VALIDATION, "calibration": CALIBRATION, "test": TEST,
     }  # fmt: skip
     result = {
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "cores": os.cpu_count(), "threads": threads,
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine.facts(), "threads": threads,
         "phantoms": phantoms_, "recipe": resolve("distl", "demo").to_dict(), "rows": rows,
     }  # fmt: skip
-    path = ROOT / "bench" / "results" / "demo_recipe.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    results.write(out, result)
 
 
 if __name__ == "__main__":

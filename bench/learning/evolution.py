@@ -1,12 +1,11 @@
-"""Does the loop pay? Real images: few labels, a stream without labels, rounds T=0..3, paired draws.
+"""The gain of the loop on real images: few labels, an unlabelled stream, rounds T=0..3, paired draws.
 
-    python bench/learning/evolution.py --data DIR --backbone FILE --work DIR [--experiment A B C] [--shares 0.01 0.02] [--draws ...]
+    python bench/learning/evolution.py --data DIR --backbone FILE --work DIR [--experiment A B C] [--shares 0.01 0.02]
 
 A: children's images, 1 and 2 % labelled. B: 80 labelled images of adults at 64 px, another hospital's stream. C: as A,
-and B's stream joins from T=2 on (drift). DIR/kermany224, nih1000_64 and mednist_cxr64 hold a manifest.csv and pictures
-(see bench/learning/evolution_images.py); FILE is a ViT in timm's key names. Resumable: each finished cell is a line of
-bench/results/evolution.jsonl and isn't run again. The scores of each cell stay in the work folder, for the intervals;
-they and the images are never committed.
+and B's stream joins from T=2 on (drift). DIR holds kermany224, nih1000_64 and mednist_cxr64; FILE is a ViT in timm's key
+names. A killed run resumes: each finished cell is a line of evolution.jsonl in the folder --results and is not run
+again. The work folder keeps the scores of each cell, for the intervals. Scores and images are never committed.
 """
 
 import argparse
@@ -22,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's learner, whichever is installed
 
+from bench.common import results
 from bench.learning.evolution_arms import (
     Banks,
     Frozen,
@@ -39,13 +39,12 @@ from bench.learning.evolution_table import report
 from bench.learning.floor_of_images import pixel_floor, view_floor
 from learner.data.token_bank import Bank
 from learner.evaluation.auc import auc
-from learner.round.manifest import Round, Sample
+from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
 from learner.round.run import Run
 
-RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 DRAWS = list(range(8))
-# Sizes that two cores can train: ViT-S/14 at 140 px, eleven of its twelve blocks frozen, two noised versions of an image.
+# Sizes that two cores can train: ViT-S/14 at 140 px, eleven of its twelve blocks frozen, two augmented views of an image.
 SIZES = {
     "image_size": 140, "local_size": 70, "local_views": 2, "cached_views": 2, "frozen_blocks": 11, "mean": 0.45,
     "std": 0.226, "pos_embed": "timm", "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "class_hidden": 0,
@@ -57,11 +56,10 @@ EVOLVE = {
     "t0_lr": 1e-6, "lr": 1e-4, "lam": 0.0, "ema_base": 0.99, "targets": "teacher", "label_weight": 0.0,
     "refit": "graph", "average": "trained",
 }  # fmt: skip
-# Faithful in all but sizes and lengths: so few steps need a faster teacher and more corrections than every 500 steps.
+# As published except for sizes and lengths: few steps need a faster teacher and more frequent corrections.
 DISTL = {"pool": "cls", "t0_lr": 1e-3, "t0_steps": 100, "lr": 3e-4, "lam": 0.5, "ema_base": 0.99, "correct_every": 10}
 _PLAIN = {"average": "ema", "replay": 0.0, "refit": "linear"}
-# Trained by the product's recipes; after the first two, what is left of them when one of the signals goes, and how far
-# the same recipe on the same images lies from itself.
+# Trained by the product's recipes: the two recipes, then each without one of its signals, then with another seed.
 TRAINED = {
     "distl": ("distl", DISTL),
     "evolve": ("evolve", EVOLVE),
@@ -78,7 +76,7 @@ FROZEN: dict[str, Callable] = {
     "frozen graph": frozen_graph,
     "pseudo-label": pseudo_label,
 }
-# The ladder: what each part of `evolve` is worth, and what others would add; each is `evolve` with these keys changed.
+# The ladder: the value of each part of `evolve` and of further parts; each is `evolve` with these keys changed.
 LADDER = {
     "labels only, same steps": {**_PLAIN, "targets": "none", "label_weight": 1.0},
     "+ teacher's answers": {**_PLAIN, "label_weight": 1.0},
@@ -94,83 +92,106 @@ LADDER = {
 
 
 def main() -> None:
-    """Run what is missing, then print and write the tables."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--data", type=Path, required=True)
-    asked.add_argument("--backbone", type=Path, required=True)
-    asked.add_argument("--work", type=Path, required=True)
-    asked.add_argument(
-        "--cells", type=Path, help="folder of rounds under way (WORK/cells by default; quicker in memory)"
+    """Run the missing cells, then print and write the tables."""
+    parser = results.parser(__doc__)
+    parser.add_argument("--results", type=Path, default=results.RESULTS, help="default: bench/results")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--backbone", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument(
+        "--cells", type=Path, help="folder of running rounds; default: WORK/cells; faster on a memory disk"
     )
-    asked.add_argument("--experiment", nargs="*", choices=("A", "B", "C"), default=["A", "B", "C"])
-    asked.add_argument("--shares", type=float, nargs="*", default=[0.01, 0.02])
-    asked.add_argument("--draws", type=int, nargs="*", default=DRAWS)
-    asked.add_argument("--arms", nargs="*", default=[*FROZEN, *TRAINED])
-    asked.add_argument("--ladder", action="store_true", help="the ablation ladder (A, T=1), instead of the arms")
-    asked.add_argument("--report", action="store_true", help="only print and draw what there is")
-    given = asked.parse_args()
+    parser.add_argument("--experiment", nargs="*", choices=("A", "B", "C"), default=["A", "B", "C"])
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.01, 0.02])
+    parser.add_argument("--draws", type=int, nargs="*", default=DRAWS)
+    parser.add_argument("--arms", nargs="*", default=[*FROZEN, *TRAINED])
+    parser.add_argument("--ladder", action="store_true", help="the ablation ladder (A, T=1), instead of the arms")
+    parser.add_argument("--report", action="store_true", help="print and draw the finished cells only")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    whole = pool = read_pool(given.data, given.work, NEAR + FAR)
-    recipe = Recipe().override({**SIZES, "backbone": str(given.backbone)})
-    scores = given.work / "scores"
+    whole = pool = read_pool(options.data, options.work, NEAR + FAR)
+    recipe = Recipe().override({**SIZES, "backbone": str(options.backbone)})
+    scores = options.work / "scores"
     scores.mkdir(exist_ok=True)
-    if not given.report:
+    if not options.report:
         near = sum(sample.plate.name.startswith(NEAR) for sample in pool.samples)
-        banks = [open_bank_of(pool.samples[:near], recipe, given.work / "bank")]
-        if set(given.experiment) & {"B", "C"}:
-            banks.append(open_bank_of(pool.samples[near:], recipe, given.work / "bank_far"))
+        banks = [open_bank_of(pool.samples[:near], recipe, options.work / "bank")]
+        if set(options.experiment) & {"B", "C"}:
+            banks.append(open_bank_of(pool.samples[near:], recipe, options.work / "bank_far"))
         pool = pool.first(sum(len(bank.row) for bank in banks))
-        site = Site(pool, Banks(banks), recipe, given.cells or given.work / "cells")
+        site = Site(pool, Banks(banks), recipe, options.cells or options.work / "cells")
         frozen = frozen_features(site)
-        for experiment, share in asked_for(given):
-            for seed in given.draws:
+        for experiment, share in requested(options):
+            for seed in options.draws:
                 division = draw(pool, experiment, share, seed)
-                for arm in list(LADDER) if given.ladder else given.arms:
-                    cell(site, frozen, division, "ladder" if given.ladder else experiment, arm, share, seed, scores)
-        kept = given.work / "floors.json"
-        before = json.loads(kept.read_text())["pixels"] if kept.exists() else {}
-        new = [one for one in asked_for(given) if "{} {}".format(*one) not in before]
-        floors = {"pixels": before | pixel_floor(pool, new, DRAWS), "view": view_floor(given.data)}
-        kept.write_text(json.dumps(floors, indent=1) + "\n")
-    report(whole, scores, RESULTS, given.work / "floors.json")
+                for arm in list(LADDER) if options.ladder else options.arms:
+                    run_cell(
+                        site,
+                        frozen,
+                        division,
+                        "ladder" if options.ladder else experiment,
+                        arm,
+                        share,
+                        seed,
+                        scores,
+                        options.results,
+                    )
+        floors_file = options.work / "floors.json"
+        before = json.loads(floors_file.read_text())["pixels"] if floors_file.exists() else {}
+        missing = [pair for pair in requested(options) if "{} {}".format(*pair) not in before]
+        floors = {"pixels": before | pixel_floor(pool, missing, DRAWS), "view": view_floor(options.data)}
+        floors_file.write_text(json.dumps(floors, indent=1) + "\n")
+    report(whole, scores, options.results, options.work / "floors.json")
 
 
-def asked_for(given: argparse.Namespace) -> list[tuple[str, float]]:
-    """Experiments and their shares of labelled images; B has one number of images, C the first share."""
-    shares = {"A": given.shares, "B": [0.0], "C": given.shares[:1]}
-    return [(one, share) for one in (["A"] if given.ladder else given.experiment) for share in shares[one]]
+def requested(options: argparse.Namespace) -> list[tuple[str, float]]:
+    """Return experiments with their shares of labelled images; B has one number of images, C the first share."""
+    shares = {"A": options.shares, "B": [0.0], "C": options.shares[:1]}
+    return [
+        (experiment, share)
+        for experiment in (["A"] if options.ladder else options.experiment)
+        for share in shares[experiment]
+    ]
 
 
 def open_bank_of(samples: tuple[Sample, ...], recipe: Recipe, folder: Path) -> Bank:
-    """Tokens of these images, made once by the product's own code."""
+    """Return the tokens of these images; the product's own code makes them once."""
     folder.mkdir(parents=True, exist_ok=True)
-    work = Run(Round(folder, "bank", ("abnormal",), recipe, None, None, None, samples, "bank"))
+    work = Run(RoundManifest(folder, "bank", ("abnormal",), recipe, None, None, None, samples, "bank"))
     bank = work.bank
     work.teller.close()
     return bank
 
 
-def cell(
-    site: Site, frozen: Frozen, division: Draw, experiment: str, arm: str, share: float, seed: int, scores: Path
+def run_cell(
+    site: Site,
+    frozen: Frozen,
+    division: Draw,
+    experiment: str,
+    arm: str,
+    share: float,
+    seed: int,
+    scores: Path,
+    results_folder: Path,
 ) -> None:
-    """One arm on one draw, unless it is there already; one line a round."""
+    """Run one arm on one draw unless it is finished; append one line for each round."""
     name = f"{experiment}-{arm}-{share}-{seed}".replace(" ", "_").replace("/", "_")
     if (scores / f"{name}.npz").exists():
         return
     started, lines, kept = time.monotonic(), [], {}
 
-    def tell(number: int, said: Scores) -> None:
+    def tell(number: int, by_test: Scores) -> None:
         truth = site.pool.truth
         places = division.tests | {"validation": division.validation}
-        measured = {k: round(auc(said[k].astype(float), truth[at].astype(float)), 5) for k, at in places.items()}
-        chosen = str(said.get("chosen", ""))
+        measured = {k: round(auc(by_test[k].astype(float), truth[at].astype(float)), 5) for k, at in places.items()}
+        chosen = str(by_test.get("chosen", ""))
         labelled, arrived = len(division.labelled), sum(len(r) for r in division.rounds[:number])
         lines.append(
             {"experiment": experiment, "arm": arm, "share": share, "draw": seed, "round": number,
              **measured, "chosen": chosen, "labelled": labelled, "unlabelled": arrived,
              "seconds": round(time.monotonic() - started, 1)}
         )  # fmt: skip
-        kept.update({f"{k}-{number}": said[k].astype(np.float32) for k in division.tests})
+        kept.update({f"{k}-{number}": by_test[k].astype(np.float32) for k in division.tests})
         print(json.dumps(lines[-1]), flush=True)
 
     if experiment == "ladder":
@@ -180,8 +201,8 @@ def cell(
     else:
         FROZEN[arm](site, frozen, division, tell)
     np.savez(scores / f"{name}.npz", **kept)
-    with (RESULTS / "evolution.jsonl").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # several processes may share the grid
+    with (results_folder / "evolution.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # several processes may run cells at once
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 

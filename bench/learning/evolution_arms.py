@@ -1,7 +1,7 @@
-"""The arms of the evolution bench: each takes a draw of labelled images through rounds T=0..3 and scores the tests.
+"""The arms of bench/learning/evolution.py: each takes a draw of labelled images through T=0..3 and scores the tests.
 
-`distl` and `evolve` are the product's recipes, run as they are by a `Run` that reads tokens from a shared bank and
-scores instead of exporting ONNX. The other arms are the product's own functions on the features of the frozen network.
+`distl` and `evolve` are the product's recipes, run by a `Run` that reads tokens from a shared bank and scores in place
+of exporting ONNX. The other arms use the product's own functions on the features of the frozen network.
 """
 
 import shutil
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.learning.evolution_images import Draw, Pool, as_samples
-from learner.data.feed import label_table
+from learner.data.plates import label_table
 from learner.data.token_bank import Bank
 from learner.engine.checkpoint import save_weights
 from learner.engine.step import State
@@ -23,27 +23,27 @@ from learner.objectives import head_refit, logistic
 from learner.objectives.head_refit import FEW_PENALTY, PENALTY
 from learner.objectives.pseudo_targets import kappa_labels
 from learner.recipes import distl, evolve
-from learner.round.manifest import Round, Sample
+from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
 from learner.round.run import Run
 
-FULL_PENALTY = 0.01  # ridge with all labels; of .001 .. .1 the best on validation patients
+FULL_PENALTY = 0.01  # ridge penalty with all labels: the best of .001 to .1 on validation patients
 
 Scores = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Site:
-    """What all cells share: images, the bank of tokens, the recipe's sizes and a folder to work in."""
+    """What all cells share: images, token bank, the recipe's sizes and a work folder."""
 
     pool: Pool
     bank: Bank
     recipe: Recipe
-    cells: Path  # folder of rounds under way, best in memory: nothing here outlives its cell
+    cells: Path  # folder of running rounds; removed after each cell
 
 
 class Banks(Bank):
-    """Several banks of tokens as one; an image is looked up where it is."""
+    """Several token banks as one; each image is read from the bank that holds it."""
 
     def __init__(self, banks: Sequence[Bank]) -> None:
         self.banks = banks
@@ -56,25 +56,26 @@ class Banks(Bank):
         return self._gathered(samples, lambda bank, some, at: bank.views(some, numbers[at], local_views))
 
     def _gathered(
-        self, samples: Sequence[Sample], ask: Callable[[Bank, list[Sample], Tensor], list[Tensor]]
+        self, samples: Sequence[Sample], read: Callable[[Bank, list[Sample], Tensor], list[Tensor]]
     ) -> list[Tensor]:
-        """What each bank says of its own images, put back into the order that was asked for."""
-        home = torch.tensor([self.home[sample.image] for sample in samples])
-        places = [at for n in range(len(self.banks)) if len(at := (home == n).nonzero()[:, 0])]
-        said = [ask(self.banks[int(home[at[0]])], [samples[i] for i in at], at) for at in places]
+        """Read each bank's own images; return the parts in the requested order."""
+        bank_of = torch.tensor([self.home[sample.image] for sample in samples])
+        places = [at for n in range(len(self.banks)) if len(at := (bank_of == n).nonzero()[:, 0])]
+        parts_by_bank = [read(self.banks[int(bank_of[at[0]])], [samples[i] for i in at], at) for at in places]
         back = torch.cat(places).argsort()
-        return [torch.cat(parts)[back] for parts in zip(*said, strict=True)]
+        return [torch.cat(parts)[back] for parts in zip(*parts_by_bank, strict=True)]
 
 
 class CellRun(Run):
-    """A round of the product that keeps its weights for the next one and scores the tests instead of exporting."""
+    """A round of the product that keeps its weights for the next round and scores the tests in place of exporting."""
 
-    def __init__(self, round_: Round, site: Site, tests: dict, tell: Callable[[str, Scores], None]) -> None:
+    def __init__(self, round_: RoundManifest, site: Site, tests: dict, tell: Callable[[str, Scores], None]) -> None:
         super().__init__(round_)
         self.site, self.tests, self.tell = site, tests, tell
 
     @property
     def bank(self) -> Bank:
+        """The shared token bank."""
         return self.site.bank
 
     def export(self, name: str, state: State, serve: str, chosen: str | None = None, plan: object = None) -> None:
@@ -101,7 +102,7 @@ def learn(
     tell: Callable[[int, Scores], None],
     rounds: int = 3,
 ) -> None:
-    """T=0 and then rounds 1..`rounds` of a recipe, each from the one before; images arrive cumulatively."""
+    """Run T=0 and rounds 1..`rounds` of a recipe, each from the one before; images arrive cumulatively."""
     run_of = {"distl": distl.run, "evolve": evolve.run}[method]
     folder, parent = site.cells / name, None
     shutil.rmtree(folder, ignore_errors=True)
@@ -112,11 +113,16 @@ def learn(
         samples = as_samples(site.pool, draw.labelled, "train", True)
         samples += as_samples(site.pool, np.concatenate(draw.rounds[:number]), "train", False)
         samples += as_samples(site.pool, draw.validation, "validation", True)
-        round_ = Round(
+        round_ = RoundManifest(
             here, f"r{number}", ("abnormal",), recipe, parent and "parent", parent, None, tuple(samples), name
         )
-        said = {"t0": 0, "final": number}
-        work = CellRun(round_, site, draw.tests, lambda which, scores, said=said: tell(said[which], scores))
+        rounds_of_weights = {"t0": 0, "final": number}
+        work = CellRun(
+            round_,
+            site,
+            draw.tests,
+            lambda name, scores, rounds=rounds_of_weights: tell(rounds[name], scores),
+        )
         run_of(work)
         work.teller.close()
         parent = here / "final.safetensors"
@@ -125,7 +131,7 @@ def learn(
 
 @dataclass(frozen=True)
 class Frozen:
-    """Features of all images by the untouched network, (images, D)."""
+    """Features of all images by the pretrained network without training, (images, D)."""
 
     features: Tensor
 
@@ -134,11 +140,11 @@ class Frozen:
 
 
 def frozen_features(site: Site) -> Frozen:
-    """Embeddings of every image by the backbone as it came."""
+    """Return the embeddings of every image by the pretrained backbone."""
     folder = site.cells / "frozen"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    round_ = Round(
+    round_ = RoundManifest(
         folder,
         "frozen",
         ("abnormal",),
@@ -157,25 +163,26 @@ def frozen_features(site: Site) -> Frozen:
 
 
 def score_linear(site: Site, frozen: Frozen, draw: Draw, answer: logistic.Linear) -> Scores:
+    """Return the scores of a linear head on the tests and on the validation images."""
     places = draw.tests | {"validation": draw.validation}
     return {name: answer(frozen[at]).float()[:, 0].numpy() for name, at in places.items()}
 
 
 def supervised(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
-    """The class head on the labelled images' frozen features: what there is without a stream."""
+    """Fit the class head on the frozen features of the labelled images: the result without a stream."""
     labels = label_table(as_samples(site.pool, draw.labelled, "train", True))
     tell(0, score_linear(site, frozen, draw, logistic.fit(frozen[draw.labelled], labels, FEW_PENALTY)))
 
 
 def fully_labelled(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
-    """The ceiling: every image of the train range labelled (in B those of the site's own half: MedNIST has no labels)."""
+    """Fit with every train image labelled: the ceiling (in B the site's own half only; MedNIST has no labels)."""
     places = np.concatenate([draw.labelled, draw.ceiling])
     labels = label_table(as_samples(site.pool, places, "train", True))
     tell(3, score_linear(site, frozen, draw, logistic.fit(frozen[places], labels, FULL_PENALTY)))
 
 
 def frozen_graph(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
-    """Neighbours and labels together on frozen features, as `evolve` fits its head; nothing is trained."""
+    """Fit a head to neighbours and labels on frozen features, as `evolve` does; no training."""
     recipe = site.recipe
     for number in (1, 2, 3):
         places = np.concatenate([draw.labelled, *draw.rounds[:number]])
@@ -188,7 +195,7 @@ def frozen_graph(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Sc
 
 
 def pseudo_label(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Scores], None]) -> None:
-    """Martins & Silva's filter on frozen features: the surest kappa of the teacher's answers, a student, the labels."""
+    """Train a student on labels and on the surest pseudo-labels, share kappa (Martins & Silva), on frozen features."""
     own = label_table(as_samples(site.pool, draw.labelled, "train", True))
     teacher = logistic.fit(frozen[draw.labelled], own, FEW_PENALTY)
     for number in (1, 2, 3):

@@ -26,13 +26,15 @@ ABLATIONS = (
     "distl, another seed",
     "evolve, another seed",
 )  # in the tables, not in the figure
+# arms that every other arm is compared with, on the same draws and patients
+REFERENCES = ("supervised only", "frozen graph", "distl", "distl, another seed", "same steps, no stream")
 COLOURS: dict[str, str] = dict(
     zip(ORDER, ("#888888", "#b08030", "#3a7ca5", "#a04080", "#c0392b", "#2e7d32"), strict=True)
 )
 
 
 class Paired:
-    """AUC of many cells on one test, for weights of its images: each cell is a matrix of won pairs."""
+    """AUC of many cells on one test, for the test's images and for BOOTSTRAPS resamplings of its patients."""
 
     def __init__(self, pool: Pool, at: np.ndarray, seed: int = 7) -> None:
         self.positive, self.negative = pool.truth[at] == 1, pool.truth[at] == 0
@@ -40,10 +42,12 @@ class Paired:
         rng = np.random.default_rng(seed)
         drawn = rng.integers(0, patients.max() + 1, (BOOTSTRAPS, patients.max() + 1))
         counts = np.stack([np.bincount(row, minlength=patients.max() + 1) for row in drawn])
-        self.weights = np.concatenate([np.ones((1, len(at))), counts[:, patients]])  # the images themselves come first
+        self.weights = np.concatenate(
+            [np.ones((1, len(at))), counts[:, patients]]
+        )  # row 0: the images without resampling
 
     def auc(self, scores: np.ndarray) -> np.ndarray:
-        """(1 + BOOTSTRAPS,): the AUC, then that of each resampling of patients."""
+        """Return float [1 + BOOTSTRAPS]: the AUC, then the AUC of each resampling of patients."""
         high, low = scores[self.positive][:, None], scores[self.negative][None]
         won = (high > low) + 0.5 * (high == low)
         p, n = self.weights[:, self.positive], self.weights[:, self.negative]
@@ -51,7 +55,7 @@ class Paired:
 
 
 def pairings(pool: Pool) -> Callable[[str, float, int, str], Paired]:
-    """The test of a cell, by experiment, share, draw and name; cells that share a test share its resampling."""
+    """Return a function from (experiment, share, draw, test) to the test; cells with one test share its resampling."""
     made: dict[bytes, Paired] = {}
 
     def paired(experiment: str, share: float, seed: int, test: str) -> Paired:
@@ -65,31 +69,32 @@ def report(pool: Pool, scores: Path, results: Path, floors: Path) -> None:
     """Print the tables; write evolution.json and evolution.png."""
     lines = [json.loads(line) for line in (results / "evolution.jsonl").read_text().splitlines()]
     paired = pairings(pool)
-    said: dict = {one: arms(one, lines, scores, paired) for one in ("A", "B", "C")}
-    said["ladder"] = ladder(lines, scores, paired)
-    said |= {"floors": json.loads(floors.read_text()) if floors.exists() else None}
-    (results / "evolution.json").write_text(json.dumps(said, indent=1) + "\n")
-    show(said)
-    draw_figure(lines, said, results / "evolution.png")
+    tables: dict = {experiment: arms(experiment, lines, scores, paired) for experiment in ("A", "B", "C")}
+    tables["ladder"] = ladder(lines, scores, paired)
+    tables |= {"floors": json.loads(floors.read_text()) if floors.exists() else None}
+    (results / "evolution.json").write_text(json.dumps(tables, indent=1) + "\n")
+    show(tables)
+    draw_figure(lines, tables, results / "evolution.png")
 
 
 def cells(lines: list[dict], experiment: str, share: float) -> dict[str, dict[int, dict[int, dict]]]:
-    """Lines by arm, draw and round."""
-    found: dict[str, dict[int, dict[int, dict]]] = {}
+    """Return the lines by arm, draw and round."""
+    by_arm: dict[str, dict[int, dict[int, dict]]] = {}
     for line in lines:
         if line["experiment"] == experiment and line["share"] == share:
-            found.setdefault(line["arm"], {}).setdefault(line["draw"], {})[line["round"]] = line
-    return found
+            by_arm.setdefault(line["arm"], {}).setdefault(line["draw"], {})[line["round"]] = line
+    return by_arm
 
 
 def read(scores: Path, experiment: str, arm: str, share: float, seed: int, test: str, number: int) -> np.ndarray:
+    """Return the scores of a cell on a test after round `number`."""
     name = f"{experiment}-{arm}-{share}-{seed}".replace(" ", "_").replace("/", "_")
     with np.load(scores / f"{name}.npz") as file:
         return file[f"{test}-{number}"]
 
 
 def interval(differences: np.ndarray, seed: int = 11) -> tuple[float, list[float]]:
-    """Mean over draws of (draws, 1 + BOOTSTRAPS) and its two-level 95 % interval."""
+    """Return the mean over draws of float [draws, 1 + BOOTSTRAPS], and its two-level 95 % interval."""
     rng = np.random.default_rng(seed)
     chosen = rng.integers(0, len(differences), (BOOTSTRAPS, len(differences)))
     means = differences[chosen, np.arange(1, BOOTSTRAPS + 1)[:, None]].mean(1)
@@ -97,70 +102,64 @@ def interval(differences: np.ndarray, seed: int = 11) -> tuple[float, list[float
 
 
 def arms(experiment: str, lines: list[dict], scores: Path, paired: Callable) -> dict:
-    """By share, test and arm: AUC by round, its spread over draws, the paired difference to supervised only, the gap closed."""
-    said: dict = {}
+    """Return by share, test and arm: AUC by round, spread over draws, paired differences, gap closed."""
+    tables: dict = {}
     for share in sorted({line["share"] for line in lines if line["experiment"] == experiment}):
-        found = cells(lines, experiment, share)
+        by_arm = cells(lines, experiment, share)
         for test in ("internal", "external"):
             last = {
                 arm: {
                     d: paired(experiment, share, d, test).auc(
                         read(scores, experiment, arm, share, d, test, max(rounds))
                     )
-                    for d, rounds in of.items()
+                    for d, rounds in by_draw.items()
                 }
-                for arm, of in found.items()
+                for arm, by_draw in by_arm.items()
             }
-            table = said.setdefault(str(share), {}).setdefault(test, {})
-            for arm in [arm for arm in (*ORDER, *ABLATIONS) if arm in found]:
-                draws = sorted(found[arm])
-                by_round = {
-                    n: round(float(np.mean([found[arm][d][n][test] for d in draws if n in found[arm][d]])), 4)
-                    for n in sorted({n for d in draws for n in found[arm][d]})
-                }
-                ends = np.array([last[arm][d][0] for d in draws])
-                row = {
-                    "draws": len(draws),
-                    "auc_by_round": by_round,
-                    "spread": round(float(ends.std(ddof=1)), 4) if len(ends) > 1 else None,
-                }
-                for other in (
-                    "supervised only",
-                    "frozen graph",
-                    "distl",
-                    "distl, another seed",
-                    "same steps, no stream",
-                ):
-                    both = [d for d in draws if other != arm and d in last.get(other, {})]
-                    if len(both) > 1:
-                        mean, ci = interval(np.array([last[arm][d] - last[other][d] for d in both]))
-                        row[f"minus {other}"] = {"mean": mean, "ci": ci, "draws": len(both)}
-                base, top = last.get("supervised only", {}), last.get("fully labelled", {})
-                both = [d for d in draws if d in base and d in top]
-                if both and arm not in ("supervised only", "fully labelled"):
-                    gained = np.mean([last[arm][d][0] - base[d][0] for d in both])
-                    row["gap_closed"] = round(float(gained / np.mean([top[d][0] - base[d][0] for d in both])), 3)
-                if 0 in by_round and arm not in ("supervised only",):
-                    row["draws_ending_below_t0"] = int(
-                        sum(found[arm][d][max(found[arm][d])][test] < found[arm][d][0][test] for d in draws)
-                    )
-                table[arm] = row
-    return said
+            shown = [arm for arm in (*ORDER, *ABLATIONS) if arm in by_arm]
+            tables.setdefault(str(share), {})[test] = {arm: arm_row(arm, by_arm[arm], last, test) for arm in shown}
+    return tables
+
+
+def arm_row(arm: str, by_draw: dict[int, dict[int, dict]], last: dict[str, dict], test: str) -> dict:
+    """Return one row of a table; `last` holds the resampled AUCs of every arm and draw after the last round."""
+    draws, own = sorted(by_draw), last[arm]
+    by_round = {
+        n: round(float(np.mean([by_draw[d][n][test] for d in draws if n in by_draw[d]])), 4)
+        for n in sorted({n for d in draws for n in by_draw[d]})
+    }
+    ends = np.array([own[d][0] for d in draws])
+    spread = round(float(ends.std(ddof=1)), 4) if len(ends) > 1 else None
+    row: dict = {"draws": len(draws), "auc_by_round": by_round, "spread": spread}
+    for reference in REFERENCES:
+        both = [d for d in draws if reference != arm and d in last.get(reference, {})]
+        if len(both) > 1:
+            mean, ci = interval(np.array([own[d] - last[reference][d] for d in both]))
+            row[f"minus {reference}"] = {"mean": mean, "ci": ci, "draws": len(both)}
+    base, top = last.get("supervised only", {}), last.get("fully labelled", {})
+    both = [d for d in draws if d in base and d in top]
+    if both and arm not in ("supervised only", "fully labelled"):
+        gained = np.mean([own[d][0] - base[d][0] for d in both])
+        row["gap_closed"] = round(float(gained / np.mean([top[d][0] - base[d][0] for d in both])), 3)
+    if 0 in by_round and arm != "supervised only":
+        below = sum(by_draw[d][max(by_draw[d])][test] < by_draw[d][0][test] for d in draws)
+        row["draws_ending_below_t0"] = int(below)
+    return row
 
 
 def ladder(lines: list[dict], scores: Path, paired: Callable) -> list[dict]:
-    """Each rung at T=1: AUC on validation, on which parts are kept, and on the tests; the change to the whole recipe."""
-    found = cells(lines, "ladder", 0.01)
+    """Return each rung at T=1: AUC on validation, which decides, and on the tests; the difference to the whole recipe."""
+    by_arm = cells(lines, "ladder", 0.01)
     whole = "whole"
-    said = []
-    for arm, of in found.items():
+    rungs = []
+    for arm, of in by_arm.items():
         draws = sorted(of)
         row: dict = {"arm": arm, "draws": len(draws)}
         for test in ("validation", "internal", "external"):
             row[test] = round(float(np.mean([of[d][1][test] for d in draws])), 4)
-        both = [d for d in draws if arm != whole and d in found.get(whole, {})]
+        both = [d for d in draws if arm != whole and d in by_arm.get(whole, {})]
         if len(both) > 1:
-            change = [of[d][1]["validation"] - found[whole][d][1]["validation"] for d in both]
+            change = [of[d][1]["validation"] - by_arm[whole][d][1]["validation"] for d in both]
             row["validation minus the whole"] = [
                 round(float(np.mean(change)), 4),
                 round(float(np.std(change, ddof=1) / len(both) ** 0.5), 4),
@@ -172,19 +171,20 @@ def ladder(lines: list[dict], scores: Path, paired: Callable) -> list[dict]:
                 for d in both
             ]
             row["internal minus the whole"] = dict(zip(("mean", "ci"), interval(np.array(differences)), strict=True))
-        said.append(row)
-    return said
+        rungs.append(row)
+    return rungs
 
 
-def panels(said: dict) -> Iterator[tuple[str, str, str, dict]]:
-    """Experiment, share, test and its arms, of all that was run."""
+def panels(tables: dict) -> Iterator[tuple[str, str, str, dict]]:
+    """Yield experiment, share, test and table of everything that was run."""
     for experiment in ("A", "B", "C"):
-        for share, by_test in said[experiment].items():
+        for share, by_test in tables[experiment].items():
             for test, table in by_test.items():
                 yield experiment, share, test, table
 
 
 def title(experiment: str, share: str) -> str:
+    """Return the title of a panel."""
     return (
         f"{experiment}, {SEEDS_B} labelled images"
         if experiment == "B"
@@ -192,9 +192,9 @@ def title(experiment: str, share: str) -> str:
     )
 
 
-def show(said: dict) -> None:
-    """The tables, as a person reads them."""
-    for experiment, share, test, table in panels(said):
+def show(tables: dict) -> None:
+    """Print the tables."""
+    for experiment, share, test, table in panels(tables):
         print(f"\n{title(experiment, share)}, {test} test")
         print(
             f"{'arm':28} {'n':>2}  {'T=0':>6} {'T=1':>6} {'T=2':>6} {'T=3':>6}  spread   minus supervised only        gap closed"
@@ -208,37 +208,37 @@ def show(said: dict) -> None:
             print(
                 f"{arm:28} {row['draws']:2}  " + " ".join(f"{v:>6}" for v in by) + f"  {spread:>6}   {text:27} {gap:>6}"
             )
-    if said["ladder"]:
+    if tables["ladder"]:
         print("\nladder, 1 % labelled, T=1 (kept or not by validation)")
-        for row in said["ladder"]:
+        for row in tables["ladder"]:
             change = row.get("validation minus the whole")
             text = f"{change[0]:+.4f} +- {change[1]:.4f}" if change else ""
             print(
                 f"{row['arm']:34} n {row['draws']}  val {row['validation']:.4f} {text:18} internal {row['internal']:.4f} external {row['external']:.4f}"
             )
-    print("\nfloors:", json.dumps(said["floors"]))
+    print("\nfloors:", json.dumps(tables["floors"]))
 
 
-def draw_figure(lines: list[dict], said: dict, target: Path) -> None:
-    """AUC by round for each experiment and test, one line an arm, its draws as thin lines; dotted where draws are missing."""
-    columns = list(dict.fromkeys((experiment, share) for experiment, share, _, _ in panels(said)))
+def draw_figure(lines: list[dict], tables: dict, target: Path) -> None:
+    """Draw AUC by round for each experiment and test: a line for each arm, thin lines for its draws."""
+    columns = list(dict.fromkeys((experiment, share) for experiment, share, _, _ in panels(tables)))
     figure, axes = plt.subplots(2, len(columns), figsize=(4.6 * len(columns), 7), sharex=True, squeeze=False)
-    for experiment, share, test, table in panels(said):
+    for experiment, share, test, table in panels(tables):
         ax = axes[int(test == "external")][columns.index((experiment, share))]
-        found = cells(lines, experiment, float(share))
+        by_arm = cells(lines, experiment, float(share))
         for arm, result in ((arm, table[arm]) for arm in ORDER if arm in table):
             by = result["auc_by_round"]
             if len(by) == 1:
                 ax.axhline(next(iter(by.values())), color=COLOURS[arm], ls="--", lw=1.4, label=arm)
                 continue
-            for rounds in found[arm].values():
+            for rounds in by_arm[arm].values():
                 ax.plot(list(rounds), [r[test] for r in rounds.values()], color=COLOURS[arm], lw=0.6, alpha=0.25)
-            few = result["draws"] < max(row["draws"] for row in table.values())  # not the mean of all draws: dotted
+            few = result["draws"] < max(row["draws"] for row in table.values())  # dotted: not the mean of all draws
             ax.plot(
                 list(by), list(by.values()), color=COLOURS[arm], lw=1.2 if few else 2.2, ls=":" if few else "-",
                 marker="o", ms=4, label=arm,
             )  # fmt: skip
-        floor = (said["floors"] or {}).get("pixels", {}).get(f"{experiment} {share}")
+        floor = (tables["floors"] or {}).get("pixels", {}).get(f"{experiment} {share}")
         if floor:
             ax.axhline(floor[test], color="#000000", ls=":", lw=1, label="raw 24x24 pixels")
         ax.set_title(f"{title(experiment, share)}, {test}", fontsize=10)

@@ -1,8 +1,8 @@
-"""What a feed costs as a site grows: 1,000, 10,000 and 100,000 images, packed and then read through for one pass.
+"""Cost of the learner's feed as a site grows: 1,000, 10,000 and 100,000 images, packed and then read.
 
-Each number of images runs in its own process, on one thread; time per image and memory should stay level. The plates are
-1,000 synthetic ones under as many names as it takes (hard links: the disk isn't timed), packed at a small size that fits
-any disk. Says nothing of training.
+Each number of images runs in its own process, on one thread. Time per image and memory should stay level. There are
+1,000 synthetic plates; hard links give them more names, so the disk is not measured. They are packed at a small size
+that fits any disk. Training is not measured.
 
     python bench/learning/growth_images.py [--images 1000 10000 100000] [--folder DIR] [--out bench/results/growth_images.json]
 """
@@ -27,17 +27,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.common import results
+
 Result = TypeVar("Result")
 
 PLATES, PER_FOLDER = 1000, 1000
 SPAN = 31  # batches timed together; 1,000 images are two spans a pass
-LEAST = 10_000  # images read at least, in as many passes as it takes
+LEAST = 10_000  # images read, at least; small numbers take several passes
 SIZE, LOCAL = 48, 24  # pixels: 4.6 kB an image
-LEVEL = 1.25  # time per image at the largest number over that at the smallest, and so for memory, that counts as level
-SLACK_MB = 16  # memory may differ by this much between processes that do the same: allocator and threads
+LEVEL = 1.25  # largest ratio that counts as level: at the largest number of images over the smallest
+SLACK_MB = 16  # memory of equal processes differs by this much: allocator and threads
 
 
 def write_plates(folder: Path) -> None:
+    """Write the synthetic plates."""
     (folder / "plates").mkdir()
     for i in range(PLATES):
         coarse = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
@@ -45,7 +48,7 @@ def write_plates(folder: Path) -> None:
 
 
 def link_plates(folder: Path, number: int) -> None:
-    """`number` names for the plates, in `folder/links/<thousand>/<i>.npy`."""
+    """Make `number` names for the plates, `folder/links/<thousand>/<i>.npy`."""
     for i in range(number):
         if i % PER_FOLDER == 0:
             (folder / "links" / str(i // PER_FOLDER)).mkdir(parents=True, exist_ok=True)
@@ -55,20 +58,20 @@ def link_plates(folder: Path, number: int) -> None:
 
 
 def memory(*names: str) -> list[float]:
-    """Fields of this process's status, in MB: RssAnon is its own memory, RssFile what is mapped from files."""
+    """Return fields of this process's status, in MB: RssAnon is its own memory, RssFile is mapped from files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return [int(lines[name].split()[0]) / 1e3 for name in names]
 
 
-def watched(work: Callable[[], Result]) -> tuple[Result, float, float]:
-    """What the work gives, its processor seconds, and the highest RssAnon in MB, looked at every 20 ms (the kernel keeps no peak of it)."""
+def run_watched(work: Callable[[], Result]) -> tuple[Result, float, float]:
+    """Run `work`; return its result, its CPU seconds and the highest RssAnon in MB, sampled every 20 ms."""
     peak, over = memory("RssAnon"), threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not over.wait(0.02):
             peak.extend(memory("RssAnon"))
 
-    watch = threading.Thread(target=look)
+    watch = threading.Thread(target=sample)
     watch.start()
     began = time.process_time()
     result = work()
@@ -78,8 +81,8 @@ def watched(work: Callable[[], Result]) -> tuple[Result, float, float]:
     return result, spent, max(peak)
 
 
-def one(folder: Path, number: int) -> dict[str, float]:
-    """Pack and read `number` images; times in ms of processor an image, memory in MB."""
+def measure(folder: Path, number: int) -> dict[str, float]:
+    """Pack and read `number` images; return CPU times in ms per image, memory in MB."""
     import torch
 
     from learner.data.feed import ImageFeed
@@ -95,15 +98,15 @@ def one(folder: Path, number: int) -> dict[str, float]:
         for i in range(number)
     ]
     (listed,) = memory("RssAnon")
-    _, packing, packing_peak = watched(lambda: open_shard(folder, samples, SIZE))
-    shard = open_shard(folder, samples, SIZE)  # found, not made again
+    _, packing, packing_peak = run_watched(lambda: open_shard(folder, samples, SIZE))
+    shard = open_shard(folder, samples, SIZE)  # opens the packed file
     feed = ImageFeed(samples, recipe, torch.device("cpu"), "unlabelled", fixed_order=False, shard=shard)
     feed.batch(0, 0).views(slice(0, 4))
 
     passes = -(-LEAST // number)
 
     def spans(views: bool) -> list[float]:
-        """Processor seconds an image, of spans of some 500 images: the median forgives what else the machine does."""
+        """Return the CPU seconds per image of spans of about 500 images; their median is robust to other load."""
         spent = []
         for sweep, first in product(range(passes), range(0, feed.batches - SPAN + 1, SPAN)):
             began = time.process_time()
@@ -114,8 +117,8 @@ def one(folder: Path, number: int) -> dict[str, float]:
             spent.append((time.process_time() - began) / (SPAN * feed.size))
         return spent
 
-    reading, _, _ = watched(lambda: spans(views=False))
-    feeding, _, feeding_peak = watched(lambda: spans(views=True))
+    reading, _, _ = run_watched(lambda: spans(views=False))
+    feeding, _, feeding_peak = run_watched(lambda: spans(views=True))
     mapped, highest = memory("RssFile", "VmHWM")
     began = time.process_time()
     feed._make_order(7)
@@ -130,13 +133,15 @@ def one(folder: Path, number: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def level(rows: list[dict[str, float]], key: str, slack: float) -> bool:
+def is_level(rows: list[dict[str, float]], key: str, slack: float) -> bool:
+    """Return whether a value at the largest number of images is at most LEVEL times, or `slack` above, the first."""
     return rows[-1][key] <= max(rows[0][key] * LEVEL, rows[0][key] + slack)
 
 
 def show(rows: list[dict[str, float]], bars: dict[str, bool]) -> None:
+    """Print the table and the bars."""
     print(
-        f"packed at {SIZE} px; processor ms an image; MB of own memory (RssAnon) above the list of images; mapped = shard's pages"
+        f"packed at {SIZE} px; CPU ms per image; MB of own memory (RssAnon) above the list of images; mapped = pages of the packed file"
     )
     names = (
         "images",
@@ -164,28 +169,26 @@ def show(rows: list[dict[str, float]], bars: dict[str, bool]) -> None:
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--images", type=int, nargs="+", default=[1000, 10_000, 100_000])
-    ask.add_argument("--folder", type=Path, help="where the plates are made; default: the system's temporary folder")
-    ask.add_argument(
-        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "bench" / "results" / "growth_images.json"
-    )
-    ask.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    args = ask.parse_args()
-    if args.one:
-        print(json.dumps(one(args.folder, args.one)))
+    """Measure each number of images in its own process, print and write."""
+    parser = results.parser(__doc__, "growth_images.json")
+    parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--folder", type=Path, help="folder for the plates; default: the system's temporary folder")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.folder, options.one)))
         return
     rows: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_plates(Path(folder))
-        for number in args.images:
+        for number in options.images:
             link_plates(Path(folder), number)
             child = [sys.executable, __file__, "--one", str(number), "--folder", folder]
             rows.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))
-    bars = {key: level(rows, key, 0.0) for key in ("pack_ms", "feed_ms")}
-    bars |= {key: level(rows, key, SLACK_MB) for key in ("pack_mb", "feed_mb")}
+    bars = {key: is_level(rows, key, 0.0) for key in ("pack_ms", "feed_ms")}
+    bars |= {key: is_level(rows, key, SLACK_MB) for key in ("pack_mb", "feed_mb")}
     show(rows, bars)
-    args.out.write_text(json.dumps({"size": SIZE, "rows": rows, "bars": bars}, indent=1) + "\n")
+    results.write(options.out, {"size": SIZE, "rows": rows, "bars": bars})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""What decoding an image costs in each transfer syntax: ours, pylibjpeg, pydicom's default and dcmtk's tools, in one run.
+"""Time to decode an image in each transfer syntax: this node, pylibjpeg, pydicom's default and dcmtk, in one run.
 
-`python bench/node/decode.py [--image FILE] [--rounds 5] [--images 8]` (dcmtk on the path) transcodes one real image (by default
-pydicom-data's RG1, 1955 x 1841) into every syntax with other people's encoders, then times decoders in turn, from the
-file to stored values, and whole images through the pool of 1 and 2 workers. Writes bench/results/decode.json.
+    python bench/node/decode.py [--image FILE] [--rounds 5] [--images 8]
+
+Needs dcmtk. Independent encoders write one real image (by default RG1 of pydicom-data, 1955 x 1841) in every syntax.
+Then the decoders are timed in turn, from the file to stored values, and whole images through pools of 1 and 2 workers.
 """
 
-import argparse
-import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,7 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import JPEG2000, JPEG2000Lossless
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from bench.common import machine, results
 from dicom.dataset.part10 import items
 from dicom.dataset.syntaxes import HTJ2K_LOSSLESS
 from dicom.intake.examine import Admission
@@ -33,9 +32,8 @@ from dicom.intake.examiner import Examiner
 from dicom.pixels import quality_filter
 from dicom.pixels.plate import decode, pixel_sha256, render
 
-RESULT = Path(__file__).resolve().parents[2] / "bench" / "results" / "decode.json"
 KEY = b"a key for benches only, 32 bytes"
-# name: (who writes it, who of dcmtk reads it, are all stored values kept)
+# name: (command or library that encodes it, dcmtk command that decodes it or None, whether it is lossless)
 SYNTAXES = {
     "explicit little endian": ("dcmconv +te", "dcmconv +te", True),
     "implicit little endian": ("dcmconv +ti", "dcmconv +te", True),
@@ -55,9 +53,10 @@ SYNTAXES = {
 
 
 def transcode(source: Path, target: Path, writer: str) -> None:
+    """Write `source` in the syntax of a writer of SYNTAXES."""
     if writer.startswith("dcm"):
         command, *options = writer.split()
-        # where loss is meant, 8 and 12 bit want the image's values first cut to as many bits: dcmtk does it, and says so
+        # the lossy 8 and 12 bit encoders cut the values to as many bits; dcmtk warns about it on stderr
         subprocess.run([command, *options, source, target], check=True, stderr=subprocess.DEVNULL)
         return
     ds = dcmread(source)
@@ -73,62 +72,62 @@ def transcode(source: Path, target: Path, writer: str) -> None:
 
 
 def decoders(path: Path, reader: str | None, scratch: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """From the file to stored values, by whom; dcmtk's includes starting its process and writing a plain file."""
+    """Return the decoders by name, each from the file to stored values; dcmtk's starts a process and writes a file."""
 
-    def by_dcmtk() -> np.ndarray:
+    def dcmtk_values() -> np.ndarray:
         subprocess.run([*str(reader).split(), path, scratch], check=True, stderr=subprocess.DEVNULL)
         return pixel_array(dcmread(scratch), raw=True)
 
-    found = {
+    ways = {
         "ours": lambda: decode(dcmread(path)),
         "pylibjpeg": lambda: pixel_array(dcmread(path), raw=True, decoding_plugin="pylibjpeg"),
         "pydicom": lambda: pixel_array(dcmread(path), raw=True),
     }
-    return found | ({"dcmtk": by_dcmtk} if reader else {})
+    return ways | ({"dcmtk": dcmtk_values} if reader else {})
 
 
-def one_by_one(files: dict[str, Path], folder: Path, rounds: int) -> dict[str, dict]:
-    """ms of each decoder by syntax (medians over interleaved rounds), and how far their values lie apart."""
+def compare_decoders(files: dict[str, Path], folder: Path, rounds: int) -> dict[str, dict]:
+    """Return by syntax: ms of each decoder (medians over interleaved rounds), and the largest difference of values."""
     original = pixel_array(dcmread(files["explicit little endian"]), raw=True).astype(np.int32)
     rows = {}
     for name, path in files.items():
         reader, lossless = SYNTAXES[name][1:]
-        who = decoders(path, reader, folder / "plain.dcm")
-        seconds: dict[str, list[float]] = {one: [] for one in who}
+        ways = decoders(path, reader, folder / "plain.dcm")
+        seconds: dict[str, list[float]] = {decoder: [] for decoder in ways}
         values: dict[str, np.ndarray] = {}
         for _ in range(rounds):
-            for one in list(who):
+            for decoder in list(ways):
                 began = time.perf_counter()
                 try:
-                    values[one] = who[one]().astype(np.int32)
+                    values[decoder] = ways[decoder]().astype(np.int32)
                 except (RuntimeError, AttributeError, NotImplementedError, ValueError) as error:
-                    del who[one]
-                    seconds[one] = []
-                    print(f"{name}: {one} can't: {type(error).__name__}")
+                    del ways[decoder]
+                    seconds[decoder] = []
+                    print(f"{name}: {decoder} can't decode it: {type(error).__name__}")
                     continue
-                seconds[one].append(time.perf_counter() - began)
-        others = [values[one] for one in values if one != "ours"]
+                seconds[decoder].append(time.perf_counter() - began)
+        foreign = [values[decoder] for decoder in values if decoder != "ours"]
         rows[name] = {
             "bytes": path.stat().st_size,
-            "ms": {one: round(median(taken) * 1000, 1) if taken else None for one, taken in seconds.items()},
+            "ms": {decoder: round(median(taken) * 1000, 1) if taken else None for decoder, taken in seconds.items()},
             "exact": bool((values["ours"] == original).all()) if lossless else None,
-            "furthest_from_others": max(int(np.abs(values["ours"] - other).max()) for other in others),
+            "furthest_from_others": max(int(np.abs(values["ours"] - theirs).max()) for theirs in foreign),
         }
     return rows
 
 
-def through_the_pool(files: dict[str, Path], images: int, rounds: int) -> dict[str, dict]:
-    """Images a second from file to plate, hash and quality answer, with 1 and 2 worker processes, interleaved."""
+def pool_rates(files: dict[str, Path], images: int, rounds: int) -> dict[str, dict]:
+    """Return images a second from file to plate, hash and quality, with 1 and 2 worker processes, interleaved."""
     rates: dict[str, dict[int, list[float]]] = {name: {1: [], 2: []} for name in files}
     pools = {n: Examiner(KEY, Admission(children=True, quality=True), workers=n) for n in (1, 2)}
     try:
-        for pool in pools.values():  # the processes start, codecs and weights are loaded
+        for pool in pools.values():  # start the processes, load codecs and weights
             list(pool.examine([files["RLE"]] * 4))
         for _ in range(rounds):
             for name, path in files.items():
                 for workers, pool in pools.items():
                     began = time.perf_counter()
-                    outcomes = {found.outcome for _, found in pool.examine([path] * images)}
+                    outcomes = {result.outcome for _, result in pool.examine([path] * images)}
                     rates[name][workers].append(images / (time.perf_counter() - began))
                     if outcomes != {"admitted"}:
                         raise SystemExit(f"{name}: {outcomes}, expected a chest image that is admitted")
@@ -138,8 +137,8 @@ def through_the_pool(files: dict[str, Path], images: int, rounds: int) -> dict[s
     return {name: {str(n): round(median(taken), 2) for n, taken in by.items()} for name, by in rates.items()}
 
 
-def stages(path: Path, rounds: int) -> dict[str, float]:
-    """ms of each step after reading an uncompressed image."""
+def stage_times(path: Path, rounds: int) -> dict[str, float]:
+    """Return the ms of each step after reading an uncompressed image."""
     ds = dcmread(path)
     stored = decode(ds)
     plate = render(ds, stored)
@@ -149,14 +148,14 @@ def stages(path: Path, rounds: int) -> dict[str, float]:
         "plate": lambda: render(ds, stored),
         "quality": lambda: quality_filter.fault(plate),
     }
-    found = {}
+    milliseconds = {}
     for name, step in steps.items():
-        found[name] = round(median(_seconds(step) for _ in range(rounds)) * 1000, 2)
-    return found
+        milliseconds[name] = round(median(_seconds(step) for _ in range(rounds)) * 1000, 2)
+    return milliseconds
 
 
-def jpeg_2000(path: Path, rounds: int) -> dict[str, float]:
-    """ms for one lossless code stream on one and on two threads, in turn: the slowest of all, and what we do about it."""
+def jpeg_2000_times(path: Path, rounds: int) -> dict[str, float]:
+    """Return the ms of one lossless code stream, the slowest of all, on one and on two threads, in turn."""
     stream = b"".join(items(dcmread(path).PixelData)[1:])
     taken: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
@@ -172,14 +171,15 @@ def _seconds(step: Callable[[], object]) -> float:
 
 
 def show(result: dict) -> None:
+    """Print the table."""
     head = ("ours", "pylibjpeg", "pydicom", "dcmtk")
     print(
         f"\n{'':28}{'MB':>6}"
-        + "".join(f"{one:>11}" for one in head)
+        + "".join(f"{decoder:>11}" for decoder in head)
         + f"{'exact':>7}{'off':>5}{'1 worker':>10}{'2':>7}"
     )
     for name, row in result["syntaxes"].items():
-        times = "".join(f"{'-' if row['ms'].get(one) is None else row['ms'][one]:>11}" for one in head)
+        times = "".join(f"{'-' if row['ms'].get(decoder) is None else row['ms'][decoder]:>11}" for decoder in head)
         exact = "lossy" if row["exact"] is None else "yes" if row["exact"] else "NO"
         rate = result["images_a_second"][name]
         off = row["furthest_from_others"]
@@ -189,8 +189,9 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
+    """Encode, measure, print and write."""
     warnings.simplefilter("ignore")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__, "decode.json")
     parser.add_argument("--image", type=Path, help="an uncompressed chest image")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=8, help="images through the pool at a time")
@@ -205,15 +206,14 @@ def main() -> None:
         result = {
             "image": f"{ds.Rows} x {ds.Columns}, {ds.BitsStored} of {ds.BitsAllocated} bits",
             "rounds": options.rounds,
-            "cores": os.cpu_count(),
-            "imagecodecs": imagecodecs.__version__,
-            "syntaxes": one_by_one(files, folder, options.rounds),
-            "images_a_second": through_the_pool(files, options.images, max(1, options.rounds // 2)),
-            "stages_ms": stages(files["explicit little endian"], options.rounds),
-            "jpeg_2000_ms": jpeg_2000(files["JPEG 2000 lossless"], options.rounds),
+            "machine": machine.facts("imagecodecs"),
+            "syntaxes": compare_decoders(files, folder, options.rounds),
+            "images_a_second": pool_rates(files, options.images, max(1, options.rounds // 2)),
+            "stages_ms": stage_times(files["explicit little endian"], options.rounds),
+            "jpeg_2000_ms": jpeg_2000_times(files["JPEG 2000 lossless"], options.rounds),
         }
     show(result)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    results.write(options.out, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""The two sets that bench/node/ingest.py sends: real radiographs of pydicom-data under new UIDs, plain and compressed.
-
-Bytes only: nothing is decoded; every object differs from every other by its UID.
-"""
+"""The two sets that bench/node/ingest.py sends: real radiographs of pydicom-data with new UIDs, plain and compressed."""
 
 from __future__ import annotations
 
@@ -16,10 +13,12 @@ COMPRESSED = ("RG1_J2KR.dcm", "RG3_J2KR.dcm")  # 4.3 and 0.8 MB, JPEG 2000 lossl
 
 
 def uncompressed(folder: Path, count: int) -> list[Path]:
+    """Write `count` uncompressed images with different UIDs; return their paths."""
     return _copies(folder / "uncompressed", PLAIN, count)
 
 
 def compressed(folder: Path, count: int) -> list[Path]:
+    """Write `count` JPEG 2000 images with different UIDs; return their paths."""
     return _copies(folder / "compressed", COMPRESSED, count)
 
 
@@ -28,7 +27,7 @@ def _copies(folder: Path, names: tuple[str, ...], count: int) -> list[Path]:
     paths = []
     images = [dcmread(str(get_testdata_file(name))) for name in names]
     for n in range(count):
-        image = images[(n + n // 4 + n // 8) % len(images)]  # so that each of 1, 4 or 8 hands gets both kinds
+        image = images[(n + n // 4 + n // 8) % len(images)]  # so that each of 1, 4 or 8 senders gets both images
         image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
         path = folder / f"{n:03d}.dcm"
         image.save_as(path, enforce_file_format=True)

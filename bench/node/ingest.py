@@ -1,18 +1,16 @@
-"""How fast images come in, durably: ours beside Orthanc, storescp, a naive handler and the disk itself, in one run.
+"""Throughput of durable C-STORE: this node, Orthanc, storescp, a plain pynetdicom handler and the disk, in one run.
 
-Every round runs every receiver once, in changing order, so that a busy neighbour hits all of them; figures are
-medians over rounds, ratios are of pairs within a round. Durable means fsync before Success; the two that are not are
-marked. The images are RG1 and RG3 of pydicom-data with new UIDs; they lie in memory, the receivers' folders on disk.
+Every round runs every receiver once, in changing order, so that other load on the machine meets all of them. Figures
+are medians over rounds; ratios are of pairs within a round. Durable means fsync before Success; the table marks the two
+receivers that are not. Images: RG1 and RG3 of pydicom-data with new UIDs, read from memory; the receivers write to disk.
 
     python bench/node/ingest.py [--quick] [--rounds 5] [--objects 32] [--store FOLDER] [--out bench/results/ingest.json]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -24,13 +22,14 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.common import machine, results
+from bench.common.appliance import ROOT, dcmtk, python_path
 from bench.node.echo import echo_table, echoes
 from bench.node.images import compressed, uncompressed
 from bench.node.receivers import KINDS, Receiver
 from bench.node.table import table
 
-ROOT = Path(__file__).resolve().parents[2]
-
+# the disk alone: the same writes as the node's, without a network
 DISK = """
 import json, os, sys, time
 from pathlib import Path
@@ -53,31 +52,31 @@ print(json.dumps({"associate": 0, "started": started, "ended": time.monotonic(),
 """
 
 
-def together(commands: list[list[str]]) -> list[dict]:
-    """Start the senders, let all of them go at once when every one is ready, and collect what they say."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run_together(commands: list[list[str]]) -> list[dict]:
+    """Start the senders, release them together when all are ready, and return the JSON that each prints."""
     running = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=python_path())
         for command in commands
     ]
     for process in running:
         if process.stdout.readline() != "ready\n":  # type: ignore[union-attr]
-            raise SystemExit(f"a sender did not get ready: {process.args}")
+            raise SystemExit(f"a sender is not ready: {process.args}")
     for process in running:
         process.stdin.write("go\n")  # type: ignore[union-attr]
         process.stdin.flush()  # type: ignore[union-attr]
     return [json.loads(process.communicate(timeout=600)[0]) for process in running]
 
 
-def dealt(images: list[Path], hands: int) -> list[list[str]]:
-    return [[str(path) for path in images[n::hands]] for n in range(hands)]
+def deal(images: list[Path], senders: int) -> list[list[str]]:
+    """Return the paths of the images, dealt to the senders in turn."""
+    return [[str(path) for path in images[n::senders]] for n in range(senders)]
 
 
-def figures(said: list[dict], cpu: float, peak: int) -> dict:
-    """One cell of the table from what its senders said."""
-    seconds = max(one["ended"] for one in said) - min(one["started"] for one in said)
-    size = sum(one["bytes"] for one in said)
-    latencies = sorted(latency for one in said for latency in one["latencies"])
+def figures(senders: list[dict], cpu: float, peak: int) -> dict:
+    """Return one cell of the table from the results of its senders."""
+    seconds = max(sender["ended"] for sender in senders) - min(sender["started"] for sender in senders)
+    size = sum(sender["bytes"] for sender in senders)
+    latencies = sorted(latency for sender in senders for latency in sender["latencies"])
     return {
         "mb_s": size / 1e6 / seconds,
         "objects_s": len(latencies) / seconds,
@@ -85,26 +84,27 @@ def figures(said: list[dict], cpu: float, peak: int) -> dict:
         "p99_ms": 1e3 * latencies[min(len(latencies) - 1, int(0.99 * len(latencies)))],
         "cpu_ms_mb": 1e3 * cpu / (size / 1e6),
         "peak_mb": peak / 1e6,
-        "associate_ms": 1e3 * median(one["associate"] for one in said),
-        "bad": sum(one["bad"] for one in said),
+        "associate_ms": 1e3 * median(sender["associate"] for sender in senders),
+        "bad": sum(sender["bad"] for sender in senders),
     }
 
 
 def raw(receiver: Receiver, images: list[Path], associations: int) -> dict:
-    sender = [sys.executable, str(ROOT / "bench" / "node" / "sender.py"), "127.0.0.1", str(receiver.port), "BENCH"]
+    """Return the figures of a receiver under raw-socket senders (bench/node/sender.py)."""
+    command = [sys.executable, str(ROOT / "bench" / "node" / "sender.py"), "127.0.0.1", str(receiver.port), "BENCH"]
     before = receiver.cpu()
-    said = together([[*sender, *hand] for hand in dealt(images, associations)])
-    return figures(said, receiver.cpu() - before, receiver.peak)
+    senders = run_together([[*command, *share] for share in deal(images, associations)])
+    return figures(senders, receiver.cpu() - before, receiver.peak)
 
 
 def dcmsend(receiver: Receiver, images: list[Path], associations: int) -> dict:
-    """With dcmtk's sender the association is part of the time, and there are no latencies."""
-    base = ["dcmsend", "-aec", "BENCH", "-pdu", "131072", "127.0.0.1", str(receiver.port)]
+    """Return the figures under dcmtk's dcmsend: times include the association, and there are no latencies."""
+    base = [dcmtk("dcmsend"), "-aec", "BENCH", "-pdu", "131072", "127.0.0.1", str(receiver.port)]
     environment = {**os.environ, "TCP_BUFFER_LENGTH": "1048576", "TCP_NODELAY": "1"}
     before, began = receiver.cpu(), time.monotonic()
     running = [
-        subprocess.Popen([*base, *hand], env=environment, stderr=subprocess.DEVNULL)
-        for hand in dealt(images, associations)
+        subprocess.Popen([*base, *share], env=environment, stderr=subprocess.DEVNULL)
+        for share in deal(images, associations)
     ]
     bad = sum(process.wait(600) != 0 for process in running)
     seconds, size = time.monotonic() - began, sum(path.stat().st_size for path in images)
@@ -113,14 +113,14 @@ def dcmsend(receiver: Receiver, images: list[Path], associations: int) -> dict:
 
 
 def disk(folder: Path, images: list[Path], writers: int) -> dict:
-    """The limit: the same bytes written, synced and renamed by as many processes, with no network at all."""
+    """Return the figures of the limit: as many processes write, sync and rename the same bytes, without a network."""
     folder.mkdir(parents=True)
-    said = together([[sys.executable, "-c", DISK, str(folder), *hand] for hand in dealt(images, writers)])
-    return figures(said, 0, 0) | {"cpu_ms_mb": None, "peak_mb": None, "associate_ms": None}
+    written = run_together([[sys.executable, "-c", DISK, str(folder), *share] for share in deal(images, writers)])
+    return figures(written, 0, 0) | {"cpu_ms_mb": None, "peak_mb": None, "associate_ms": None}
 
 
 def cell(name: str, scratch: Path, images: list[Path], sender: str, associations: int) -> dict:
-    """Run one receiver on an empty folder and clean up behind it."""
+    """Run one receiver on an empty folder; return its figures."""
     folder = scratch / "one"
     try:
         if name == "disk":
@@ -130,21 +130,21 @@ def cell(name: str, scratch: Path, images: list[Path], sender: str, associations
             return {"raw": raw, "dcmsend": dcmsend}[sender](receiver, images, associations)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.sync()  # the next one starts with an idle disk
+        os.sync()  # the next receiver starts with an idle disk
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--quick", action="store_true", help="2 rounds of 8 objects, 1 and 4 associations")
-    words.add_argument("--rounds", type=int, default=5)
-    words.add_argument("--objects", type=int, default=32)
-    words.add_argument("--store", type=Path, help="a folder on the disk to measure; default: beside this repository")
-    words.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ingest.json")
-    asked = words.parse_args()
-    rounds, objects, loads = (2, 8, (1, 4)) if asked.quick else (asked.rounds, asked.objects, (1, 4, 8))
-    store = asked.store or ROOT
+    """Measure every receiver in every round, print and write."""
+    parser = results.parser(__doc__, "ingest.json")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 8 objects, 1 and 4 associations")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--objects", type=int, default=32)
+    parser.add_argument("--store", type=Path, help="a folder on the disk to measure; default: beside this repository")
+    options = parser.parse_args()
+    rounds, objects, loads = (2, 8, (1, 4)) if options.quick else (options.rounds, options.objects, (1, 4, 8))
+    store = options.store or ROOT
     shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    plan = [("raw", n) for n in loads] + [("dcmsend", n) for n in loads[: 1 if asked.quick else 2]]
+    plan = [("raw", n) for n in loads] + [("dcmsend", n) for n in loads[: 1 if options.quick else 2]]
     cells: list[dict] = []
     echoed: list[dict] = []
     with (
@@ -153,32 +153,29 @@ def main() -> None:
     ):
         sets = {"uncompressed": uncompressed(Path(memory), objects), "compressed": compressed(Path(memory), objects)}
         for turn in range(rounds):
-            asked_first = [kind.name for kind in KINDS]
-            random.Random(turn).shuffle(asked_first)
-            echoed += [{"round": turn, **one} for one in echoes(Path(scratch), asked_first)]
+            order = [kind.name for kind in KINDS]
+            random.Random(turn).shuffle(order)
+            echoed += [{"round": turn, **row} for row in echoes(Path(scratch), order)]
             for label, images in sets.items():
                 for sender, associations in plan:
                     names = [kind.name for kind in KINDS] + ["disk"] * (sender == "raw")
                     random.Random(turn).shuffle(names)
                     for name in names:
-                        found = cell(name, Path(scratch), images, sender, associations)
+                        measured = cell(name, Path(scratch), images, sender, associations)
                         where = {"round": turn, "set": label, "sender": sender, "associations": associations}
-                        cells.append({**where, "receiver": name, **found})
+                        cells.append({**where, "receiver": name, **measured})
                         print(
-                            f"{turn} {label:12} {sender:7} x{associations} {name:22} {found['mb_s']:6.0f} MB/s",
+                            f"{turn} {label:12} {sender:7} x{associations} {name:22} {measured['mb_s']:6.0f} MB/s",
                             flush=True,
                         )
-                        if found["bad"]:
-                            print(f"   {found['bad']} not stored", flush=True)
-    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
+                        if measured["bad"]:
+                            print(f"   {measured['bad']} not stored", flush=True)
     durable = {kind.name: kind.durable for kind in KINDS} | {"disk": True}
     text, summary = table(cells, durable)
     echo_text, echo_summary = echo_table(echoed)
     print(f"\n{text}\n\n{echo_text}")
-    asked.out.parent.mkdir(exist_ok=True)
-    found = {"rounds": rounds, "objects": objects, "machine": machine, "summary": summary, "cells": cells}
-    echo_found = {"summary": echo_summary, "cells": echoed}
-    asked.out.write_text(json.dumps(found | {"echo": echo_found}, indent=1) + "\n")
+    document = {"rounds": rounds, "objects": objects, "machine": machine.facts(), "summary": summary, "cells": cells}
+    results.write(options.out, document | {"echo": {"summary": echo_summary, "cells": echoed}})
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
-"""The receivers that bench/node/ingest.py compares: each a process of its own, started, measured from outside, stopped.
+"""The receivers that bench/node/ingest.py compares: each runs in its own process and is measured from outside.
 
-CPU and memory come from /proc, of the process and its children; knows nothing of images and senders.
+CPU and memory come from /proc, for the process and its children.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from agent.network import node
 from agent.site import config
 from agent.site.site import init
+from bench.common.appliance import Failed, accepts, dcmtk, free_ports, orthanc_command, python_path, wait_until
 
 TUNED = {"TCP_BUFFER_LENGTH": "1048576", "TCP_NODELAY": "1"}
-STOP_S = 10
-ROOT = Path(__file__).resolve().parents[2]
+START_S, STOP_S = 30, 10
 
 NAIVE = """
 import sys
@@ -46,27 +42,23 @@ entity.start_server(("127.0.0.1", int(sys.argv[2])), evt_handlers=[(evt.EVT_C_ST
 
 def _orthanc(tuned: bool) -> Callable[[Path, int], list[str]]:
     def command(folder: Path, port: int) -> list[str]:
-        keys = {
-            "Name": "BENCH",
+        settings = {
             "StorageDirectory": str(folder / "store"),
             "IndexDirectory": str(folder / "store"),
             "DicomAet": "BENCH",
             "DicomPort": port,
             "HttpServerEnabled": False,
-            "RemoteAccessAllowed": False,
-            "Plugins": [],
             "SyncStorageArea": True,
             "DicomAlwaysAllowStore": True,
             "MaximumPduLength": 131072 if tuned else 16384,
         }
-        (folder / "orthanc.json").write_text(json.dumps(keys))
-        return [shutil.which("Orthanc") or "/usr/sbin/Orthanc", str(folder / "orthanc.json")]
+        return orthanc_command(settings, folder)
 
     return command
 
 
-def _served(folder: Path, port: int) -> list[str]:
-    """Our node as `cxrloop serve` runs it, in a site of its own."""
+def _node(folder: Path, port: int) -> list[str]:
+    """Return the command of this node as `cxrloop serve` runs it, after making a site for it."""
     site = init(
         folder / "site", config.checked({"site": {"findings": ["any"]}, "node": {"aet": "BENCH", "port": port}})
     )
@@ -78,11 +70,25 @@ def _naive(folder: Path, port: int) -> list[str]:
 
 
 def _storescp(folder: Path, port: int) -> list[str]:
-    return ["storescp", "--fork", "+xa", "+B", "-pdu", "131072", "-aet", "BENCH", "-od", str(folder / "in"), str(port)]
+    return [
+        dcmtk("storescp"),
+        "--fork",
+        "+xa",
+        "+B",
+        "-pdu",
+        "131072",
+        "-aet",
+        "BENCH",
+        "-od",
+        str(folder / "in"),
+        str(port),
+    ]
 
 
 @dataclass(frozen=True)
 class Kind:
+    """A receiver that can be started; `command` takes a folder and a port, `environment` is added to ours."""
+
     name: str
     durable: bool
     command: Callable[[Path, int], list[str]]
@@ -90,7 +96,7 @@ class Kind:
 
 
 KINDS = (
-    Kind("ours", True, _served, {}),
+    Kind("ours", True, _node, {}),
     Kind("Orthanc default", True, _orthanc(False), {}),
     Kind("Orthanc tuned", True, _orthanc(True), TUNED),
     Kind("storescp --fork tuned", False, _storescp, TUNED),
@@ -98,38 +104,28 @@ KINDS = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Receiver:
-    """One running receiver with an empty folder; a context manager."""
+    """One running receiver with an empty folder; a context manager. `peak`: the most resident bytes seen."""
 
     def __init__(self, kind: Kind, folder: Path):
-        self.kind, self.folder, self.port = kind, folder, free_port()
+        self.kind, self.folder, (self.port,) = kind, folder, free_ports(1)
 
     def __enter__(self) -> Receiver:
         (self.folder / "in").mkdir(parents=True)
         self._log = (self.folder / "log").open("wb")
         self._process = subprocess.Popen(
             self.kind.command(self.folder, self.port),
-            env={**os.environ, **self.kind.environment, "PYTHONPATH": str(ROOT)},
+            env=python_path() | self.kind.environment,
             cwd=self.folder,
             stdout=self._log,
             stderr=self._log,
         )
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                break
-            except OSError:
-                if time.monotonic() > deadline or self._process.poll() is not None:
-                    self.__exit__()
-                    raise SystemExit(f"{self.kind.name} does not listen; its log: {self.folder / 'log'}") from None
-                time.sleep(0.05)
+        try:
+            reason = f"{self.kind.name} does not listen; its log: {self.folder / 'log'}"
+            wait_until(lambda: accepts(self.port), self._process, lambda: reason, START_S)
+        except Failed:
+            self.__exit__()
+            raise
         self._done, self.peak = threading.Event(), 0
         self._watch = threading.Thread(target=self._memory, daemon=True)
         self._watch.start()
@@ -148,7 +144,7 @@ class Receiver:
         self._log.close()
 
     def cpu(self) -> float:
-        """Seconds of CPU of the process, of its children that ended, and of those that live."""
+        """Return the CPU seconds of the process, of its ended children and of its running children."""
         ticks = 0
         for pid in self._pids():
             try:
@@ -159,15 +155,15 @@ class Receiver:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def _pids(self) -> list[int]:
-        mine = [self._process.pid]
+        pids = [self._process.pid]
         try:
-            children = Path(f"/proc/{mine[0]}/task/{mine[0]}/children").read_text().split()
+            children = Path(f"/proc/{pids[0]}/task/{pids[0]}/children").read_text().split()
         except FileNotFoundError:
             children = []
-        return mine + [int(child) for child in children]
+        return pids + [int(child) for child in children]
 
     def _memory(self) -> None:
-        """Watch the resident memory of all its processes together, ten times a second."""
+        """Record the most resident memory of all its processes together, ten times a second."""
         page = os.sysconf("SC_PAGE_SIZE")
         while not self._done.wait(0.1):
             resident = 0

@@ -1,8 +1,8 @@
-"""One association that sends files as fast as its receiver takes them, and times each object: raw sockets, no library.
+"""Send files over one association as fast as the receiver accepts them, and time each object: raw sockets, no library.
 
 A process of its own, started by ingest.py: prints "ready" once associated, waits for a line, sends, prints JSON.
-PDUs are as long as the receiver takes them, at most 131072 bytes; an object's latency runs from its first byte out to
-its C-STORE-RSP in.
+PDUs have the longest length that the receiver accepts, at most 131072 bytes. The latency of an object lasts from its
+first byte sent to its C-STORE-RSP received.
 
     python bench/node/sender.py HOST PORT AET FILE...
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.common import results
 from dicom.dataset.part10 import open_envelope
 from dicom.node.dimse_command import IS_COMMAND, IS_LAST, p_data, parse, pdv
 
@@ -26,7 +27,7 @@ CONTEXT_NAME = "1.2.840.10008.3.1.1.1"
 DATA = 0  # control header of a fragment of a data set
 
 
-class Image:
+class ImageFile:
     """One file: its UIDs, its syntax and the bytes after the file meta."""
 
     def __init__(self, path: Path):
@@ -49,23 +50,25 @@ def _meta(whole: bytes, element: int) -> str:
         at = start + length
 
 
-def exactly(wire: socket.socket, size: int) -> bytes:
+def receive(wire: socket.socket, size: int) -> bytes:
+    """Return exactly `size` bytes."""
     data = b""
     while len(data) < size:
         more = wire.recv(size - len(data))
         if not more:
-            raise ConnectionError("the receiver hung up")
+            raise ConnectionError("the receiver closed the connection")
         data += more
     return data
 
 
 def pdu(wire: socket.socket) -> tuple[int, bytes]:
-    kind, length = struct.unpack(">BxL", exactly(wire, 6))
-    return kind, exactly(wire, length)
+    """Receive one PDU; return (type, body)."""
+    kind, length = struct.unpack(">BxL", receive(wire, 6))
+    return kind, receive(wire, length)
 
 
 def associate(wire: socket.socket, called: str, kinds: list[tuple[str, str]], calling: str = "BENCH") -> int:
-    """Propose one context for each (SOP class, syntax), 1, 3, ...; the receiver's largest PDU. Raises SystemExit."""
+    """Propose one context for each (SOP class, syntax), 1, 3, ...; return the largest PDU length. Raises SystemExit."""
 
     def item(kind: int, body: bytes) -> bytes:
         return struct.pack(">BxH", kind, len(body)) + body
@@ -93,6 +96,8 @@ def associate(wire: socket.socket, called: str, kinds: list[tuple[str, str]], ca
 
 
 def store_request(sop_class: str, sop_uid: str, message: int) -> bytes:
+    """Return a C-STORE-RQ (PS3.7 table 9.3-1)."""
+
     def element(number: int, value: bytes) -> bytes:
         value += b"\0" * (len(value) % 2)
         return struct.pack("<HHL", 0, number, len(value)) + value
@@ -102,8 +107,8 @@ def store_request(sop_class: str, sop_uid: str, message: int) -> bytes:
     return element(0, struct.pack("<L", len(body))) + body
 
 
-def encoded(image: Image, context: int, message: int, largest: int) -> list[bytes | memoryview]:
-    """The whole C-STORE as PDUs: headers, and views of the file between them."""
+def encoded(image: ImageFile, context: int, message: int, largest: int) -> list[bytes | memoryview]:
+    """Return the whole C-STORE as PDUs: headers, and views of the file between them."""
     command = store_request(image.sop_class, image.sop_uid, message)
     out: list[bytes | memoryview] = [p_data(pdv(context, IS_COMMAND | IS_LAST, command))]
     step = largest - 6
@@ -115,7 +120,7 @@ def encoded(image: Image, context: int, message: int, largest: int) -> list[byte
 
 
 def store(wire: socket.socket, parts: list[bytes | memoryview]) -> int:
-    """Send one encoded object; its status."""
+    """Send one encoded object; return its status."""
     parts = list(parts)
     while parts:
         sent = wire.sendmsg(parts[:64])
@@ -132,17 +137,23 @@ def store(wire: socket.socket, parts: list[bytes | memoryview]) -> int:
         if element == 0x0900:
             return struct.unpack_from("<H", command, at + 8)[0]
         at += 8 + length
-    raise ConnectionError("an answer without status")
+    raise ConnectionError("a C-STORE-RSP without a status")
 
 
 def main() -> None:
-    host, port, aet, *paths = sys.argv[1:]
-    images = [Image(Path(path)) for path in paths]
+    """Associate, wait for a line on stdin, send, print the times as JSON."""
+    parser = results.parser(__doc__)
+    parser.add_argument("host")
+    parser.add_argument("port", type=int)
+    parser.add_argument("aet", help="called AE title")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    options = parser.parse_args()
+    images = [ImageFile(path) for path in options.files]
     kinds = sorted({(image.sop_class, image.syntax) for image in images})
     began = time.monotonic()
-    wire = socket.create_connection((host, int(port)), timeout=120)
+    wire = socket.create_connection((options.host, options.port), timeout=120)
     wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    largest = associate(wire, aet, kinds)
+    largest = associate(wire, options.aet, kinds)
     associated = time.monotonic() - began
     objects = [
         encoded(image, 2 * kinds.index((image.sop_class, image.syntax)) + 1, n + 1, largest)

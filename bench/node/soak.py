@@ -1,15 +1,13 @@
-"""Eight associations for an hour: is everything that was acknowledged there, once, and does the node stay small?
+"""Eight associations for an hour: every acknowledged image must be on disk once, and memory must not grow.
 
-Senders associate anew every 50 images; beside them others abort in the middle, hang up and say nothing. A taker
-empties the inbox as the intake does, and hashes what it finds.
+Senders open a new association every 50 images. Other peers abort in the middle, close the connection or send nothing.
+A thread empties the inbox as the intake does, and hashes each file.
 
     python bench/node/soak.py [--minutes 60] [--associations 8] [--pause 0] [--out bench/results/ingest_soak.json]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import socket
 import sys
@@ -20,24 +18,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.node.load import Images, Sender, found, start
+from bench.common import results
+from bench.common.appliance import ROOT
+from bench.node.load import ImageSource, Sender, read_stored, start
 from bench.node.sender import associate, encoded
 from dicom.dataset.facts import COMPUTED_RADIOGRAPHY
 from dicom.dataset.part10 import EXPLICIT_LE
 
-ROOT = Path(__file__).resolve().parents[2]
-A_WHILE = 50  # images of one association
+PER_ASSOCIATION = 50  # images of one association
 
 
 def resident(pid: int) -> tuple[int, int, int]:
-    """(bytes of memory, threads, open files) of a process."""
+    """Return (bytes of resident memory, threads, open files) of a process."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     return int(fields["VmRSS"].split()[0]) << 10, int(fields["Threads"]), files
 
 
-def disturb(port: int, images: Images, chance: random.Random, stop: threading.Event, count: list[int]) -> None:
-    """Two a second: an image cut short by an abort or a hang-up, or a connection that says nothing."""
+def disturb(port: int, images: ImageSource, chance: random.Random, stop: threading.Event, count: list[int]) -> None:
+    """Twice a second: abort or close in the middle of an image, or open a connection and send nothing."""
     silent: list[socket.socket] = []
     while not stop.wait(0.5):
         try:
@@ -60,44 +59,44 @@ def disturb(port: int, images: Images, chance: random.Random, stop: threading.Ev
         wire.close()
 
 
-def take(inbox: Path, stop: threading.Event, there: dict[str, list[str]]) -> None:
-    """Empty the inbox until told to stop, and then once more."""
+def take(inbox: Path, stop: threading.Event, stored: dict[str, list[str]]) -> None:
+    """Empty the inbox until `stop` is set, and once more after that; `stored` maps UIDs to hashes."""
     while True:
         last = stop.wait(0.5)
         for path in inbox.glob("*.dcm"):
-            uid, digest = found(path)
-            there.setdefault(uid, []).append(digest)
+            uid, digest = read_stored(path)
+            stored.setdefault(uid, []).append(digest)
             path.unlink()
         if last:
             return
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--minutes", type=float, default=60)
-    words.add_argument("--associations", type=int, default=8)
-    words.add_argument("--pause", type=float, default=0, help="seconds between two images of an association")
-    words.add_argument("--seed", type=int, default=0)
-    words.add_argument("--store", type=Path, help="a folder on the disk to use; default: beside this repository")
-    words.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ingest_soak.json")
-    asked = words.parse_args()
-    chance, images = random.Random(asked.seed), Images(asked.seed)
-    stop, taken, there, troubles = threading.Event(), threading.Event(), {}, [0]
-    with tempfile.TemporaryDirectory(prefix=".ingest-", dir=asked.store or ROOT) as folder:
+    """Run the load, print and write; exit 1 for lost or doubled images, dropped senders or partial files."""
+    parser = results.parser(__doc__, "ingest_soak.json")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--associations", type=int, default=8)
+    parser.add_argument("--pause", type=float, default=0, help="seconds between two images of an association")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", type=Path, help="a folder on the disk to use; default: beside this repository")
+    options = parser.parse_args()
+    chance, images = random.Random(options.seed), ImageSource(options.seed)
+    stop, taken, stored, troubles = threading.Event(), threading.Event(), {}, [0]
+    with tempfile.TemporaryDirectory(prefix=".ingest-", dir=options.store or ROOT) as folder:
         inbox = Path(folder)
         process, port = start(inbox)
         load = [
-            Sender(port, images, random.Random(chance.random()), stop, A_WHILE, asked.pause)
-            for _ in range(asked.associations)
+            Sender(port, images, random.Random(chance.random()), stop, PER_ASSOCIATION, options.pause)
+            for _ in range(options.associations)
         ]
-        taker = threading.Thread(target=take, args=(inbox, taken, there))
+        taker = threading.Thread(target=take, args=(inbox, taken, stored))
         trouble = threading.Thread(target=disturb, args=(port, images, random.Random(chance.random()), stop, troubles))
         try:
             for thread in (*load, taker, trouble):
                 thread.start()
             began, sizes = time.monotonic(), []
-            while (left := asked.minutes * 60 - (time.monotonic() - began)) > 0:
-                stop.wait(min(left, max(1.0, asked.minutes)))
+            while (left := options.minutes * 60 - (time.monotonic() - began)) > 0:
+                stop.wait(min(left, max(1.0, options.minutes)))
                 sizes.append(resident(process.pid))
             stop.set()
             for thread in (*load, trouble):
@@ -115,11 +114,11 @@ def main() -> None:
     early = sizes[len(sizes) // 10]
     result = {
         "minutes": round(seconds / 60, 2),
-        "associations": asked.associations,
-        "pause_s": asked.pause,
+        "associations": options.associations,
+        "pause_s": options.pause,
         "acknowledged": len(acknowledged),
-        "lost": sum(there.get(uid, [""])[0] != digest for uid, digest in acknowledged.items()),
-        "twice": sum(len(digests) > 1 for digests in there.values()),
+        "lost": sum(stored.get(uid, [""])[0] != digest for uid, digest in acknowledged.items()),
+        "twice": sum(len(digests) > 1 for digests in stored.values()),
         "refused": sum(sender.refused for sender in load),
         "senders_dropped": sum(sender.dropped for sender in load),
         "troubles": troubles[0],
@@ -133,8 +132,7 @@ def main() -> None:
     }
     for name, value in result.items():
         print(f"{name.replace('_', ' '):24}{value:10}")
-    asked.out.parent.mkdir(exist_ok=True)
-    asked.out.write_text(json.dumps(result, indent=1) + "\n")
+    results.write(options.out, result)
     raise SystemExit(
         bool(result["lost"] or result["twice"] or result["senders_dropped"] or result["half_written_left"])
     )

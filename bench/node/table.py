@@ -1,7 +1,4 @@
-"""The table of bench/node/ingest.py: medians over rounds, ratios of pairs within a round, and the bars of the project.
-
-A pure function of the cells; measures nothing.
-"""
+"""The table of bench/node/ingest.py: medians over rounds, ratios of pairs within a round, and the project's bars."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ def _shown(value: float | None, width: int, digits: int = 0) -> str:
 
 
 def table(cells: list[dict], durable: dict[str, bool]) -> tuple[str, list[dict]]:
-    """(text, summary rows). "ours is" is our MB/s over the row's, median [least - most] of the same rounds."""
+    """Return (text, summary rows). "ours is": this node's MB/s over the row's, median [least - most] of the same rounds."""
     groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
         groups[cell["set"], cell["sender"], cell["associations"]][cell["receiver"]].append(cell)
@@ -25,14 +22,14 @@ def table(cells: list[dict], durable: dict[str, bool]) -> tuple[str, list[dict]]
     for (label, sender, associations), receivers in groups.items():
         lines += [f"{label}, {sender}, {associations} at once", " " * 26 + HEAD]
         ours = {cell["round"]: cell["mb_s"] for cell in receivers["ours"]}
-        for name, found in sorted(receivers.items(), key=lambda item: -median(cell["mb_s"] for cell in item[1])):
+        for name, own in sorted(receivers.items(), key=lambda item: -median(cell["mb_s"] for cell in item[1])):
             row = {
-                figure: median(values) if (values := [c[figure] for c in found if c.get(figure) is not None]) else None
+                figure: median(values) if (values := [c[figure] for c in own if c.get(figure) is not None]) else None
                 for figure in FIGURES
             }
-            ratios = sorted(ours[cell["round"]] / cell["mb_s"] for cell in found)
+            ratios = sorted(ours[cell["round"]] / cell["mb_s"] for cell in own)
             row |= {"ratio": median(ratios), "ratio_least": ratios[0], "ratio_most": ratios[-1]}
-            row |= {"bad": sum(cell["bad"] for cell in found), "durable": durable[name]}
+            row |= {"bad": sum(cell["bad"] for cell in own), "durable": durable[name]}
             where = {"set": label, "sender": sender, "associations": associations, "receiver": name}
             summary.append(where | row)
             mark = name if durable[name] else f"{name} *"
@@ -48,7 +45,7 @@ def table(cells: list[dict], durable: dict[str, bool]) -> tuple[str, list[dict]]
 
 
 def _bars(summary: list[dict]) -> list[str]:
-    """The bars of the project, with what was measured against each."""
+    """Return one line for each bar of the project: the measured value, met or missed."""
     raw = [row for row in summary if row["sender"] == "raw"]
     lines = []
     for name, wanted in (("Orthanc default", 3.0), ("Orthanc tuned", 2.0)):

@@ -1,16 +1,12 @@
-"""What TLS costs the node: the same images and echoes in the clear, over TLS and over mutual TLS, in interleaved rounds.
+"""The cost of TLS: the same images and echoes in the clear, over TLS and over mutual TLS, in interleaved rounds.
 
-Each way has a node of its own in a process of its own; every round uses every one, in changing order. Figures are
-medians over rounds, ratios are of pairs within a round. The receiver's CPU time is the figure that a busy machine
-disturbs least. Images: RG1 of pydicom-data, uncompressed, 7.2 MB, with new UIDs.
+Each way has its own node in its own process; every round uses every way, in changing order. Figures are medians over
+rounds; ratios are of pairs within a round. Other load on the machine disturbs the receiver's CPU time least. Images:
+RG1 of pydicom-data, uncompressed, 7.2 MB, with new UIDs.
 
     python bench/node/tls.py [--rounds 7] [--images 6] [--echoes 10] [--out bench/results/tls.json]
 """
 
-import argparse
-import json
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -25,12 +21,12 @@ from pydicom.uid import generate_uid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.common import machine, results
+from bench.common.appliance import ROOT, python_path
 from dicom.client.sender import echo, send
 from dicom.node import tls
 from dicom.node.tls import Identity
 from tests.support.dicom.certificates import authority
-
-ROOT = Path(__file__).resolve().parents[2]
 
 NODE = """
 import resource, sys
@@ -39,9 +35,9 @@ from dicom.node import tls
 from dicom.store.inbox import Inbox
 from dicom.node.listener import Listener, Node
 folder, *paths = sys.argv[1:]
-us = tls.Identity(*map(Path, paths)) if paths else None
+identity = tls.Identity(*map(Path, paths)) if paths else None
 inbox = Inbox(Path(folder), 0)
-listener = Listener(Node(port=0, context=tls.server_context(us) if us else None), inbox)
+listener = Listener(Node(port=0, context=tls.server_context(identity) if identity else None), inbox)
 listener.start()
 print(listener.port, flush=True)
 for line in sys.stdin:
@@ -53,65 +49,65 @@ for line in sys.stdin:
 
 
 class Way:
-    """One node, and how to speak to it."""
+    """One node and the TLS context to reach it; `identity` None: in the clear."""
 
     def __init__(self, name: str, folder: Path, identity: Identity | None):
         self.name, paths = name, [identity.cert, identity.key, identity.ca] if identity else []
-        words = [sys.executable, "-c", NODE, str(folder / name), *(str(path) for path in paths if path)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", NODE, str(folder / name), *(str(path) for path in paths if path)]
         self.node = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=python_path(), cwd=ROOT
         )
-        self.port = int(self._said())
+        self.port = int(self._line())
         self.context = tls.own_node_context(identity) if identity else None
 
-    def _said(self) -> str:
+    def _line(self) -> str:
         assert self.node.stdout
         return self.node.stdout.readline()
 
     def cpu(self) -> float:
-        """Seconds of CPU that the node has used so far; its inbox is emptied."""
+        """Empty the node's inbox; return the CPU seconds that the node has used so far."""
         assert self.node.stdin
         self.node.stdin.write("\n")
         self.node.stdin.flush()
-        return float(self._said())
+        return float(self._line())
 
     def round(self, images: list[Path], echoes: int) -> dict[str, float]:
-        """One round: echoes, each on a connection of its own, then the images on one association."""
+        """Send echoes, each on its own connection, then the images on one association; return the figures."""
         where = ("127.0.0.1", self.port, "CXRLOOP")
-        took = []
+        seconds_of_echoes = []
         for _ in range(echoes):
             began = time.perf_counter()
             assert echo(*where, tls=self.context)
-            took.append(time.perf_counter() - began)
+            seconds_of_echoes.append(time.perf_counter() - began)
         size = sum(image.stat().st_size for image in images) / 1e6
         before, began = self.cpu(), time.perf_counter()
         assert all(status == 0 for _, status in send(images, *where, tls=self.context))
         seconds = time.perf_counter() - began
         return {
-            "echo_ms": median(took) * 1e3,
+            "echo_ms": median(seconds_of_echoes) * 1e3,
             "MB/s": size / seconds,
             "node_cpu_ms/MB": (self.cpu() - before) / size * 1e3,
         }
 
 
 def images(folder: Path, count: int) -> list[Path]:
-    made = []
+    """Write `count` copies of the radiograph with new UIDs; return their paths."""
+    paths = []
     for n in range(count):
         ds = dcmread(get_testdata_file("RG1_UNCR.dcm", download=False))
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
         ds.save_as(folder / f"{n}.dcm")
-        made.append(folder / f"{n}.dcm")
-    return made
+        paths.append(folder / f"{n}.dcm")
+    return paths
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--rounds", type=int, default=7)
-    asked.add_argument("--images", type=int, default=6)
-    asked.add_argument("--echoes", type=int, default=10)
-    asked.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "tls.json")
-    options = asked.parse_args()
+    """Measure the three ways in every round, print and write."""
+    parser = results.parser(__doc__, "tls.json")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=6)
+    parser.add_argument("--echoes", type=int, default=10)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         hospital, sent = authority(folder), images(folder, options.images)
@@ -130,15 +126,14 @@ def main() -> None:
                 way.node.terminate()
     keys, plain = list(rounds[0]["TLS"]), ways[0].name
     table = {
-        way.name: {key: median(one[way.name][key] for one in rounds) for key in keys}
-        | {f"{key}, of plain": median(one[way.name][key] / one[plain][key] for one in rounds) for key in keys}
+        way.name: {key: median(round_[way.name][key] for round_ in rounds) for key in keys}
+        | {f"{key}, of plain": median(round_[way.name][key] / round_[plain][key] for round_ in rounds) for key in keys}
         for way in ways
     }
     print("| | " + " | ".join(table[plain]) + " |\n|---" + "|---" * len(table[plain]) + "|")
     for name, row in table.items():
         print(f"| {name} | " + " | ".join(f"{value:.3g}" for value in row.values()) + " |")
-    facts = {"python": platform.python_version(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    options.out.write_text(json.dumps({"machine": facts, "table": table, "rounds": rounds}, indent=1) + "\n")
+    results.write(options.out, {"machine": machine.facts(), "table": table, "rounds": rounds})
 
 
 if __name__ == "__main__":

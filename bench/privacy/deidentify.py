@@ -1,16 +1,14 @@
-"""Real headers through the de-identification: what is left of names, ids, dates, UIDs and free text, and is it valid DICOM.
+"""De-identify real headers: count the names, ids, dates, UIDs and free texts that remain, and check that DICOM stays valid.
 
-Takes every file under DIR; with dciodvfy at hand it compares the errors before and after. Keeps sums only: what is found
-in a header is nobody's business.
+Reads every file under DIR. With dciodvfy installed it compares the errors before and after. The result holds sums only,
+no content of a header.
 
     python bench/privacy/deidentify.py DIR [--out bench/results/deidentify.json]
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -24,6 +22,7 @@ from pydicom.dataset import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.common import results
 from dicom.dataset.chest_codes import CHEST, VIEWS
 from dicom.dataset.part10 import Unreadable, open_envelope, read_header
 from dicom.errors import NotExportable
@@ -31,15 +30,15 @@ from dicom.outgoing.deidentify import METHOD, METHOD_CODES, WORDS, clean_header,
 
 KEY = b"a key for this bench, 32 bytes.."
 TEXT = ("AE", "PN", "LO", "SH", "ST", "LT", "UT", "UC", "UR", "DA", "DT", "TM", "UI", "UN", "OB")
-SHORTEST = 4  # characters; shorter texts are found by chance
-# Words that we write ourselves, whatever the image said
+SHORTEST = 4  # characters; shorter texts match by chance
+# words that the de-identification writes into every file
 OURS = " ".join(
     [*METHOD, *sum(METHOD_CODES, ()), *CHEST, *VIEWS["PA"], *VIEWS["AP"], "CHEST", *sum(WORDS.values(), ())]
 )
 
 
 def texts(ds: Dataset) -> Iterator[bytes]:
-    """Every name, id, date, UID and free text, at any depth, private elements too."""
+    """Yield every name, id, date, UID and free text, at any depth, private elements included."""
     for element in ds:
         if element.VR == "SQ":
             for item in element.value or []:
@@ -55,7 +54,7 @@ def texts(ds: Dataset) -> Iterator[bytes]:
 
 
 def leaks(source: Path, clean: Path) -> tuple[int, int]:
-    """(texts looked for, texts found again) in all bytes of the new file but its pixels."""
+    """Return (texts searched for, texts that remain) in all bytes of the new file except its pixels."""
     bare, buffer = pydicom.dcmread(clean, stop_before_pixels=True), io.BytesIO()
     bare.save_as(buffer, enforce_file_format=True)
     wanted = {t.strip(b" \0") for t in texts(pydicom.dcmread(source, force=True))}
@@ -68,7 +67,7 @@ def leaks(source: Path, clean: Path) -> tuple[int, int]:
 
 
 def header_alone(path: Path) -> Dataset | None:
-    """What the lists make of the header of a file that stays here for another reason; None when it can't be read."""
+    """Return the cleaned header of a file that is not exported for another reason; None if it can't be read."""
     with path.open("rb") as stream:
         try:
             ds = read_header(stream, open_envelope(stream).transfer_syntax).dataset
@@ -78,18 +77,18 @@ def header_alone(path: Path) -> Dataset | None:
 
 
 def errors(path: Path) -> set[str]:
-    """The errors that dciodvfy finds."""
-    said = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, errors="replace")
-    return {line for line in (said.stderr + said.stdout).splitlines() if line.startswith("Error")}
+    """Return the errors that dciodvfy reports."""
+    done = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, errors="replace")
+    return {line for line in (done.stderr + done.stdout).splitlines() if line.startswith("Error")}
 
 
 def row(path: Path, scratch: Path) -> tuple[str, str, dict[str, int]]:
-    """(why it stays or "", new errors a line each, numbers) of one file."""
+    """Return (reason why it is not exported or "", new errors one a line, counts) of one file."""
     why, new, before = "", set[str](), set[str]()
     try:
         out = deidentify(path, KEY)
     except NotExportable as refusal:
-        why, out = f"stays: {refusal}", header_alone(path)
+        why, out = f"not exported: {refusal}", header_alone(path)
     if out is None:
         return why, "", {}
     out.save_as(scratch, enforce_file_format=True)
@@ -102,19 +101,16 @@ def row(path: Path, scratch: Path) -> tuple[str, str, dict[str, int]]:
 
 
 def main() -> int:
-    """Print the table; 1 when anything leaked or became invalid."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "bench" / "results" / "deidentify.json"
-    )
-    asked = parser.parse_args()
+    """Print the table and write the sums; return 1 if a text remained or a file became invalid."""
+    parser = results.parser(__doc__, "deidentify.json")
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    options = parser.parse_args()
     sums = dict.fromkeys(("files", "images", "headers_alone", "texts", "left", "errors_before", "new_errors"), 0)
     print(f"{'file':44} {'texts':>6} {'left':>5} {'errors before':>14} {'new errors':>11}")
     with tempfile.TemporaryDirectory() as folder:
-        for path in sorted(p for p in asked.folder.rglob("*") if p.is_file() and p.suffix not in (".csv", ".md")):
+        for path in sorted(p for p in options.folder.rglob("*") if p.is_file() and p.suffix not in (".csv", ".md")):
             why, lines, numbers = row(path, Path(folder) / "clean.dcm")
-            print(f"{path.relative_to(asked.folder)!s:44}", end=" ")
+            print(f"{path.relative_to(options.folder)!s:44}", end=" ")
             print(
                 "{texts:6} {left:5} {errors_before:14} {new_errors:11}".format(**numbers) if numbers else " " * 39, why
             )
@@ -125,7 +121,7 @@ def main() -> int:
             for name, value in numbers.items():
                 sums[name] += value
     print(sums)
-    asked.out.write_text(json.dumps(sums, indent=1) + "\n")
+    results.write(options.out, sums)
     return 1 if sums["left"] or sums["new_errors"] else 0
 
 

@@ -1,18 +1,16 @@
-"""How long `forget`, `studies ls` and `status` take on a ledger of a million images.
+"""Time of `forget`, `images ls` and `status` on a ledger of a million images.
 
-The rows are synthetic and go straight into SQLite (as the triggers want them); only the forgotten patients' images have
-files, so that walking a full store for orphans is not in these times. Three patients with 1, 10 and 100 images are forgotten.
+The rows are synthetic and written straight into SQLite, in an order that its triggers accept. Only the images of the
+forgotten patients have files, so the search for orphans in a full store is not in these times. The bench forgets three
+patients, with 1, 10 and 100 images.
 
     python bench/privacy/forget.py [--images 1000000] [--store FOLDER] [--out bench/results/forget.json]
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
-import platform
 import random
 import sys
 import tempfile
@@ -25,31 +23,33 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from agent.erasure import forget
-from agent.images import images
+from agent.images import listing
 from agent.ledger.database import Ledger
 from agent.service.status import status
 from agent.site import config
 from agent.site.site import Site, init
+from bench.common import machine, results
+from bench.common.appliance import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 BUNDLE, FINDINGS = "b0001", ("cardiomegaly", "effusion", "opacity")
 SCORES = json.dumps(dict.fromkeys(FINDINGS, 0.123456))
 AT = "2025-06-01T08:00:00.000Z"
 PATIENTS = {"ONE": 1, "TEN": 10, "HUNDRED": 100}
 LABELLED, ASIDE, GOLDEN = 20, 50, 100  # one image in so many
-REPEATS = 9  # of what changes nothing
-BLOCK = 50_000  # rows of one transaction
+REPEATS = 9  # of each command that only reads
+BLOCK = 50_000  # rows in one transaction
 
 
 def digest(text: str) -> str:
+    """Return the sha256 in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def image_rows(site: Site, count: int) -> Iterator[tuple[Any, ...]]:
-    """Image rows in their order: three patients known by name at random places, everybody else with two images."""
+    """Yield image rows in order: three named patients at random places, all other patients with two images."""
     owners = [name for name, many in PATIENTS.items() for _ in range(many)]
     known = dict(zip(random.Random(0).sample(range(1, count + 1), len(owners)), owners, strict=True))
-    keys = {name: forget.keys_of(site, name, ())[0] for name in PATIENTS}
+    keys = {name: forget.pseudonyms_of(site, name, ())[0] for name in PATIENTS}
     for n in range(1, count + 1):
         sha, mine = digest(str(n)), n in known
         key = keys[known[n]] if mine else "p" + digest(f"patient {n // 2}")[:16]
@@ -71,7 +71,7 @@ IMAGE = (
     "INSERT INTO image (id, sha256, state, reason, sop_uid, study_uid, patient_key, range, view, received_at, stored_at, "
     "scanner, pixel_sha256, plate, plate_version, original) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-REST = (  # of the images from ? to ?: what a year of service writes beside each
+REST = (  # for the images from ? to ?: the rows that a year of service adds to each
     "INSERT INTO receipt SELECT 'f' || sha256, id, state, stored_at FROM image WHERE id BETWEEN ? AND ?",
     f"INSERT INTO prediction (image, bundle, probabilities, at) SELECT id, '{BUNDLE}', '{SCORES}', stored_at FROM image "
     "WHERE id BETWEEN ? AND ? AND plate IS NOT NULL",
@@ -85,7 +85,7 @@ REST = (  # of the images from ? to ?: what a year of service writes beside each
 
 
 def fill(site: Site, ledger: Ledger, count: int) -> None:
-    """The ledger of a site that has taken in, scored and answered `count` images."""
+    """Fill the ledger of a site that stored, scored and answered `count` images."""
     with ledger.transaction():
         ledger.insert("golden_set", version=1, sha256=digest("golden"), by="bench", at=AT)
     rows = image_rows(site, count)
@@ -99,6 +99,7 @@ def fill(site: Site, ledger: Ledger, count: int) -> None:
 
 
 def timed(work: Callable[[], object], repeats: int) -> list[float]:
+    """Return the seconds of each repetition."""
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -108,55 +109,53 @@ def timed(work: Callable[[], object], repeats: int) -> list[float]:
 
 
 def measured(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
-    """A row a piece of work, and its times."""
-    harmless: dict[str, Callable[[], object]] = {
+    """Return one row for each command, with its times."""
+    reading: dict[str, Callable[[], object]] = {
         "status": lambda: status(site, ledger),
-        "studies ls": lambda: images.ls(site, ledger, None, 50),
-        "studies ls --state rejected": lambda: images.ls(site, ledger, "rejected", 50),
-        "studies ls --state quarantined (none)": lambda: images.ls(site, ledger, "quarantined", 50),
+        "images ls": lambda: listing.newest(site, ledger, None, 50),
+        "images ls --state rejected": lambda: listing.newest(site, ledger, "rejected", 50),
+        "images ls --state quarantined (none)": lambda: listing.newest(site, ledger, "quarantined", 50),
     }
     for name, many in PATIENTS.items():
-        keys = forget.keys_of(site, name, ())
-        harmless[f"forget --dry-run, {many} images"] = lambda keys=keys: forget.preview(site, ledger, keys)
+        keys = forget.pseudonyms_of(site, name, ())
+        reading[f"forget --dry-run, {many} images"] = lambda keys=keys: forget.preview(site, ledger, keys)
     rows = []
-    for what, work in harmless.items():
+    for what, work in reading.items():
         seconds = timed(work, REPEATS)
         rows.append({"what": what, "median_s": median(seconds), "most_s": max(seconds)})
     vacuum = timed(lambda: ledger.db.execute("VACUUM"), 2)
     ledger.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     rows.append({"what": "of each forget: VACUUM", "median_s": median(vacuum), "most_s": max(vacuum)})
     for name, many in PATIENTS.items():
-        keys = forget.keys_of(site, name, ())
+        keys = forget.pseudonyms_of(site, name, ())
         began = time.perf_counter()
-        said = forget.forget(site, ledger, keys, "bench", "a bench", False)
+        done = forget.forget(site, ledger, keys, "bench", "a bench", False)
         took = time.perf_counter() - began
-        if (said["state"], said["images"]) != ("done", many):
-            raise SystemExit(f"forget {name} did not do its work: {said}")
+        if (done["state"], done["images"]) != ("done", many):
+            raise SystemExit(f"forget {name} failed: {done}")
         rows.append({"what": f"forget, {many} images", "median_s": took, "most_s": took})
     return rows
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--images", type=int, default=1_000_000)
-    words.add_argument(
+    """Fill a ledger, measure, print and write."""
+    parser = results.parser(__doc__, "forget.json")
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument(
         "--store", type=Path, help="a folder with 4 GB for a million images; default: beside this repository"
     )
-    words.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "forget.json")
-    asked = words.parse_args()
-    with tempfile.TemporaryDirectory(prefix=".forget-", dir=asked.store or ROOT) as folder:
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix=".forget-", dir=options.store or ROOT) as folder:
         site = init(Path(folder) / "site", config.checked({"site": {"findings": list(FINDINGS)}}))
         with site.ledger() as ledger:
-            fill(site, ledger, asked.images)
+            fill(site, ledger, options.images)
             size = (site.root / "ledger.db").stat().st_size
             rows = measured(site, ledger)
-    print(f"{asked.images} images, ledger of {size / 1e6:.0f} MB\n{'':40}median ms   most ms")
+    print(f"{options.images} images, ledger of {size / 1e6:.0f} MB\n{'':40}median ms   most ms")
     for row in rows:
         print(f"{row['what']:40}{1e3 * row['median_s']:9.1f} {1e3 * row['most_s']:9.1f}")
-    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
-    asked.out.parent.mkdir(exist_ok=True)
-    said = {"images": asked.images, "ledger_mb": size / 1e6, "machine": machine, "rows": rows}
-    asked.out.write_text(json.dumps(said, indent=1) + "\n")
+    document = {"images": options.images, "ledger_mb": size / 1e6, "machine": machine.facts(), "rows": rows}
+    results.write(options.out, document)
 
 
 if __name__ == "__main__":

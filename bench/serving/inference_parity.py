@@ -1,14 +1,13 @@
-"""What int8 costs a trained network on real images: AUC, probabilities, decisions, beside the same network in fp32.
+"""The loss by int8 of a trained network on real images: AUC, probabilities and decisions, beside the same network in fp32.
 
-Makes the network as a first round does before it fine-tunes: pretrained backbone, class head fitted in closed form on
-labelled images, calibrated and exported by `learner.round.export`. Images are Kermany's train images (`DIR/kermany224`), divided
-by patient; the test is scored once and chooses nothing. Every step is kept in a work folder: killed, it goes on from
-there. Knows nothing of speed.
+The network is that of a first round before fine-tuning: pretrained backbone, class head fitted in closed form on
+labelled images, calibrated and exported by `learner.round.export`. Images are Kermany's train images
+(`DIR/kermany224`), divided by patient. The test images are scored once and choose nothing. A work folder keeps every
+step, so that a killed run resumes.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +18,10 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 
-from bench.learning.evolution_images import Pool, divide, to_plate
-from deploy.server import runtime
-from learner.data.feed import label_table, read_plates
+from bench.common.public_images import read_plate, read_set
+from bench.learning.evolution_images import Pool, divide
+from deploy import runtime
+from learner.data.plates import label_table, read_plates
 from learner.evaluation import pixel_baseline
 from learner.evaluation.auc import auc, interval
 from learner.evaluation.model_choice import macro_curve
@@ -31,13 +31,13 @@ from learner.networks.heads import ClassHead, Network
 from learner.objectives import logistic
 from learner.recipes.evolve import FEW_PENALTY, set_head
 from learner.round.export import Served, calibrate, check_parity, export_onnx, open_session
-from learner.round.manifest import Image, Round
+from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import resolve
 
 IMAGES = {"train": 400, "calibration": 120, "test": 600}  # a few minutes of one core
-SIDE = 140  # pixels, as in bench/learning/evolution.py: 224 takes three times as long
-# The rule, set before anything was measured: int8 is as good where the lower end of the paired 95 % interval of its AUC
-# less that of fp32, errors clustered by patient, lies above -MARGIN: a quarter of what the gate grants a whole round.
+SIDE = 140  # pixels, as in bench/learning/evolution.py; 224 takes three times as long
+# The rule, set before the measurement: int8 is non-inferior if the lower end of the paired 95 % interval of its AUC
+# minus that of fp32, clustered by patient, lies above -MARGIN: a quarter of the gate's margin for a round.
 MARGIN = 0.005
 ALPHA = 0.025  # at each end
 PART = 16  # images in one pass
@@ -46,24 +46,22 @@ CHECKED = 8  # images on which torch and onnxruntime are compared
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network as a site gets it, and images it has never seen."""
+    """A trained network as a site receives it, and images that it was not trained on."""
 
     graph: Path
     threshold: float  # of the probability, chosen on calibration images
     exported: float  # largest difference in probability between torch and onnxruntime
-    images: list[Image]
-    pixel_baseline: np.ndarray  # float [images, 1]: what a logistic regression on 24 x 24 raw pixels says of them
+    images: list[Sample]
+    pixel_baseline: np.ndarray  # float [images, 1]: scores of a logistic regression on 24 x 24 raw pixels
 
 
 def quantised(model: Path, target: Path) -> Path:
-    """Weights of the encoder's matrix products in int8, activations quantised while it runs; the head (Gemm) as it was."""
+    """Write the graph with int8 weights in the encoder's matrix products; the head (Gemm) stays fp32. Return `target`."""
     plain = onnx.load(model)
-    del plain.graph.value_info[
-        :
-    ]  # shapes noted by the exporter, which the quantiser takes for those of its own tensors
+    del plain.graph.value_info[:]  # the quantiser would take the exporter's shapes for those of its own tensors
     tables = {table.name: table for table in plain.graph.initializer}
     for node in plain.graph.node:
-        if node.op_type == "Gemm":  # the quantiser turns its table in place, also under whoever else uses it
+        if node.op_type == "Gemm":  # the quantiser transposes this table in place, though other nodes use it
             own = plain.graph.initializer.add()
             own.CopyFrom(tables[node.input[1]])
             own.name = node.input[1] = f"{node.name} table"
@@ -72,7 +70,7 @@ def quantised(model: Path, target: Path) -> Path:
 
 
 def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `make` gives, or gave an earlier run."""
+    """Return the array of `make`, stored at `path` by this or an earlier run."""
     if not path.exists():
         whole = path.with_suffix(".part.npy")
         np.save(whole, make())
@@ -80,34 +78,32 @@ def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     return np.load(path)
 
 
-def by_parts(images: list[Image], work: Path, name: str, say: Callable[[Tensor], np.ndarray]) -> np.ndarray:
-    """`say` of the images' plates (n, 512, 512), PART images at a time, each part kept."""
+def by_parts(images: list[Sample], work: Path, name: str, score: Callable[[Tensor], np.ndarray]) -> np.ndarray:
+    """Return `score` of the images' plates (n, 512, 512), PART images at a time; each part is stored."""
     parts = [images[i : i + PART] for i in range(0, len(images), PART)]
     return np.concatenate(
-        [kept(work / f"{name}-{n}.npy", lambda part=part: say(read_plates(part))) for n, part in enumerate(parts)]
+        [kept(work / f"{name}-{n}.npy", lambda part=part: score(read_plates(part))) for n, part in enumerate(parts)]
     )
 
 
-def read_images(data: Path, work: Path, seed: int) -> dict[str, list[Image]]:
-    """Images by range (IMAGES says how many), no patient in two ranges; their plates lie in `work`."""
-    folder = data / "kermany224"
-    with (folder / "manifest.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
-    truth = np.array([int(row["labels"] != "No Finding") for row in rows])
+def read_images(data: Path, work: Path, seed: int) -> dict[str, list[Sample]]:
+    """Return images by range, as many as IMAGES states, no patient in two ranges; their plates are in `work`."""
+    rows = [image for image in read_set(data / "kermany224") if image.split == "train"]
+    truth = np.array([image.abnormal for image in rows])
     images = tuple(
-        Image(n, row["patient_id"], work / f"{n}.npy", "train", (int(truth[n]),)) for n, row in enumerate(rows)
+        Sample(n, row.patient_id, work / f"{n}.npy", "train", (int(truth[n]),)) for n, row in enumerate(rows)
     )
     pool = Pool(images, truth, np.full(len(rows), "kermany-train"))
     wanted = IMAGES["train"], IMAGES["calibration"]
     first, second, (rest,) = divide(pool, np.arange(len(rows)), wanted, seed, 1)
     places = {"train": first, "calibration": second, "test": rest[: IMAGES["test"]]}
     for n in np.concatenate(list(places.values())):
-        kept(images[n].plate, lambda picture=folder / rows[n]["file"]: to_plate(picture))
+        kept(images[n].plate, lambda picture=rows[n].picture: read_plate(picture))
     return {range_: [replace(images[n], range=range_) for n in some] for range_, some in places.items()}
 
 
 def train(data: Path, backbone: Path, work: Path, seed: int = 0) -> Trained:
-    """A network of the recipe `evolve` on this backbone, its graph in `work`."""
+    """Train a network of the recipe `evolve` on this backbone; its graph is in `work`."""
     images = read_images(data, work, seed)
     recipe = resolve("evolve", "gpu", {"backbone": str(backbone), "image_size": SIDE})
     plan, weights = open_backbone(recipe)
@@ -119,7 +115,7 @@ def train(data: Path, backbone: Path, work: Path, seed: int = 0) -> Trained:
     seen = by_parts(images["train"], work, "train", lambda plates: run_torch(served, plates))
     set_head(network, logistic.fit(torch.from_numpy(seen), labels, FEW_PENALTY))
     everything = tuple(image for some in images.values() for image in some)
-    round_ = Round(work, "parity", ("abnormal",), recipe, None, None, None, everything, "parity")
+    round_ = RoundManifest(work, "parity", ("abnormal",), recipe, None, None, None, everything, "parity")
     temperature, threshold = kept(work / "point.npy", lambda: operating_point(served, round_))
     served.temperatures[0] = temperature
     graph, part = work / "model.onnx", work / "part.onnx"
@@ -133,35 +129,35 @@ def train(data: Path, backbone: Path, work: Path, seed: int = 0) -> Trained:
 
 @torch.inference_mode()
 def run_torch(served: Served, plates: Tensor) -> np.ndarray:
-    """Embeddings float [n, D]."""
+    """Return the embeddings, float [n, D]."""
     return served(plates)[1].numpy()
 
 
-def operating_point(served: Served, round_: Round) -> np.ndarray:
-    """Temperature and threshold from the calibration images, as the export fits them."""
+def operating_point(served: Served, round_: RoundManifest) -> np.ndarray:
+    """Return temperature and threshold from the calibration images, as the export fits them."""
     point = calibrate(served, round_)["abnormal"]
     return np.array([point["temperature"], point["threshold"]])
 
 
-def export_error(served: Served, graph: Path, images: list[Image]) -> np.ndarray:
-    """Largest difference in probability between torch and onnxruntime; above the export's own limit it raises."""
-    found = check_parity(served, open_session(graph), images)
-    return np.array(max(found["1"], found["8"]))
+def export_error(served: Served, graph: Path, images: list[Sample]) -> np.ndarray:
+    """Return the largest difference in probability between torch and onnxruntime; raises above the export's limit."""
+    differences = check_parity(served, open_session(graph), images)
+    return np.array(max(differences["1"], differences["8"]))
 
 
-def thumbnails(images: list[Image]) -> np.ndarray:
-    """float [images, 576]: raw pixels."""
+def thumbnails(images: list[Sample]) -> np.ndarray:
+    """Return raw pixels, float [images, 576]."""
     return np.concatenate([pixel_baseline.thumbnails(np.load(image.plate)[None]) for image in images])
 
 
-def logits(graph: Path, images: list[Image], threads: int, work: Path) -> np.ndarray:
-    """float [images, 1], from the graph as the inference server runs it."""
+def logits(graph: Path, images: list[Sample], threads: int, work: Path) -> np.ndarray:
+    """Return the logits, float [images, 1], of the graph as the model server runs it."""
     session = runtime.load(graph.read_bytes(), "cpu", threads)
     return by_parts(images, work, graph.stem, lambda plates: runtime.run(session, plates.numpy())[0])
 
 
 def compare(trained: Trained, plain: np.ndarray, small: np.ndarray) -> dict:
-    """fp32's logits [images, 1] beside int8's: what the table shows. SystemExit where the images can't say."""
+    """Compare logits [images, 1] of fp32 and int8; return the table. SystemExit if a class has too few images."""
     labels = label_table(trained.images).numpy()
     patients = [image.patient for image in trained.images]
     old, new = macro_curve(plain, labels, patients), macro_curve(small, labels, patients)
@@ -173,7 +169,7 @@ def compare(trained: Trained, plain: np.ndarray, small: np.ndarray) -> dict:
     return {
         "images": len(labels), "patients": len(set(patients)), "with_finding": int(labels.sum()), "pixels": SIDE,
         "auc": {
-            "raw_pixels": round(auc(trained.floor[:, 0], labels[:, 0]), 5),
+            "raw_pixels": round(auc(trained.pixel_baseline[:, 0], labels[:, 0]), 5),
             "fp32": round(old.value, 5), "int8": round(new.value, 5),
         },
         "difference": round(new.value - old.value, 5), "interval": [round(low, 5), round(high, 5)],
@@ -186,7 +182,7 @@ def compare(trained: Trained, plain: np.ndarray, small: np.ndarray) -> dict:
 
 
 def measure(data: Path, backbone: Path, work: Path, threads: int) -> dict:
-    """One network trained and compared."""
+    """Train one network; return the comparison of its fp32 and int8 graphs."""
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     trained = train(data, backbone, work)
@@ -195,13 +191,15 @@ def measure(data: Path, backbone: Path, work: Path, threads: int) -> dict:
     return compare(trained, plain, logits(small, trained.images, threads, work))
 
 
-def show(found: dict) -> None:
-    """The table."""
-    area, (low, high) = found["auc"], found["interval"]
-    print(f"trained, {found['images']} images of {found['patients']} patients it has never seen, {found['pixels']} px")
+def show(result: dict) -> None:
+    """Print the table."""
+    area, (low, high) = result["auc"], result["interval"]
+    print(
+        f"trained, {result['images']} images of {result['patients']} patients not used in training, {result['pixels']} px"
+    )
     print(f"  AUC: raw pixels {area['raw_pixels']:.4f}, fp32 {area['fp32']:.4f}, int8 {area['int8']:.4f}")
-    print(f"  int8 - fp32 {found['difference']:+.4f} [{low:+.4f}, {high:+.4f}] (95 %, by patient)")
-    print(f"  rule, lower end > {-found['margin']:g}:", "kept" if found["kept"] else "missed")
-    print(f"  decisions that flip at {found['threshold']:.3f}: {found['decisions_flipped']}")
-    within = "within" if found["within_gate_limit"] else "beyond"
-    print(f"  largest |dp| {found['largest_difference']:.4f}, {within} the gate's {found['gate_limit']:g}")
+    print(f"  int8 - fp32 {result['difference']:+.4f} [{low:+.4f}, {high:+.4f}] (95 %, by patient)")
+    print(f"  rule, lower end > {-result['margin']:g}:", "met" if result["kept"] else "missed")
+    print(f"  decisions that flip at {result['threshold']:.3f}: {result['decisions_flipped']}")
+    within = "within" if result["within_gate_limit"] else "beyond"
+    print(f"  largest |dp| {result['largest_difference']:.4f}, {within} the gate's {result['gate_limit']:g}")

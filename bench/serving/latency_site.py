@@ -1,7 +1,7 @@
-"""What bench/serving/latency.py measures: `cxrloop serve` on a folder of its own with a ViT-S in service, and an Orthanc beside it.
+"""The site that bench/serving/latency.py measures: `cxrloop serve` with a ViT-S in service, and an Orthanc beside it.
 
-The weights are random, which costs the same time as trained ones. Images are one real radiograph (pydicom-data's RG1, CHEST
-PA, 1955 x 1841) under ever new patients, studies and UIDs.
+The weights are random; trained weights take the same time. Every image is one real radiograph (RG1 of pydicom-data,
+CHEST PA, 1955 x 1841) with a new patient, study and UID.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from pydicom.uid import JPEGLSLossless, generate_uid
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from agent.release import import_model
 from agent.site import config
 from agent.site.site import Site, init
+from bench.common.appliance import free_ports, orthanc, serving
 from learner.networks.backbone import build, plan_of
 from learner.networks.heads import ClassHead, Network
 from learner.round.export import Served, export_onnx
 from learner.round.recipe import resolve
-from tools.doc_pictures import free_ports, orthanc, serving
 
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
 SYNTAXES = ("uncompressed", "JPEG-LS", "JPEG 2000 lossless")
@@ -37,15 +38,15 @@ SYNTAXES = ("uncompressed", "JPEG-LS", "JPEG 2000 lossless")
 
 @dataclass(frozen=True)
 class Place:
-    """Everything that runs, and where."""
+    """The running appliance: its site, its node's port, the URL of its PACS."""
 
     site: Site
-    orthanc: str  # its URL
-    port: int  # of our node
+    orthanc: str  # URL
+    port: int  # of the node
 
 
 def write_model(path: Path, image_size: int = 224) -> tuple[Served, str]:
-    """A ViT-S/16 of random weights as the product's own export writes it; the same network in torch, and its name."""
+    """Export a ViT-S/16 of random weights to `path`; return the same network in torch, and its name."""
     torch.manual_seed(0)
     recipe = resolve("distl", "gpu", {"image_size": image_size, "arch": "vit_small_patch16"})
     plan = plan_of(recipe.arch, recipe.image_size)
@@ -58,24 +59,24 @@ def write_model(path: Path, image_size: int = 224) -> tuple[Served, str]:
 
 @contextmanager
 def running(folder: Path, model: Path, threads: int) -> Iterator[Place]:
-    """The appliance and its PACS, started and stopped."""
-    node, infer, http, dicom = free_ports(4)
+    """Run the appliance and its PACS."""
+    node, infer, http_port, dicom_port = free_ports(4)
     values = {
         "site": {"findings": list(FINDINGS), "name": "bench"},
         "node": {"port": node},
         "infer": {"port": infer, "provider": "cpu", "threads": threads},
         "learn": {"window": ""},
-        "results": {"sr": True, "sc": True, "destination": f"ORTHANC@127.0.0.1:{dicom}"},
+        "results": {"sr": True, "sc": True, "destination": f"ORTHANC@127.0.0.1:{dicom_port}"},
     }
     site = init(folder / "site", config.checked(values))
     with site.ledger() as ledger:
         import_model.adopt(site, ledger, model, "bench", False)
-    with orthanc(folder / "orthanc", http, dicom) as url, serving(folder / "site"):
+    with orthanc(folder / "orthanc", http_port, dicom_port) as url, serving(folder / "site"):
         yield Place(site, url, node)
 
 
 def template(syntax: str) -> FileDataset:
-    """The radiograph in one of SYNTAXES, lossless."""
+    """Return the radiograph in one of SYNTAXES, lossless."""
     if syntax == "JPEG 2000 lossless":
         return dcmread(str(get_testdata_file("RG1_J2KR.dcm")))
     image = dcmread(str(get_testdata_file("RG1_UNCR.dcm")))
@@ -87,7 +88,7 @@ def template(syntax: str) -> FileDataset:
 
 
 def write_image(image: FileDataset, path: Path) -> str:
-    """The radiograph of somebody else, as a file; its Study Instance UID."""
+    """Write the radiograph with a new patient and new UIDs; return its Study Instance UID."""
     image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
     image.StudyInstanceUID, image.SeriesInstanceUID = generate_uid(), generate_uid()
     image.PatientID = image.StudyInstanceUID[-12:]

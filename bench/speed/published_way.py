@@ -1,8 +1,8 @@
-"""DISTL the way it was published, written plainly from its description, to be timed beside the learner.
+"""DISTL as published, written from its description, for the speed comparison with the learner.
 
-Images are opened and noised one by one as PIL images in the loading path, attention is materialised, batches hold 8
-images, AdamW and the clip and the average go parameter by parameter. Written for speed comparisons only: the learner's
-results are held by the golden tests, and nothing here is used to train.
+PIL opens and augments images one by one in the loading path, attention is materialised, batches hold 8 images, and
+AdamW, clipping and averaging run parameter by parameter. For speed comparisons only: the golden tests check the
+learner's results, and nothing here is used to train.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from torchvision.transforms.functional import to_tensor
 
 from learner.round.recipe import Recipe
 
-BATCH = 8  # images a GPU, as published
+BATCH = 8  # images per GPU, as published
 
 
-class Pictures(Dataset):
+class PngFiles(Dataset):
     """PNG files -> the list of views (3, s, s) of one image."""
 
     def __init__(self, files: Sequence[Path], recipe: Recipe) -> None:
         self.files, self.recipe = list(files), recipe
-        self.whole = self._noise(recipe.image_size, recipe.global_scale, recipe.global_noise)
-        self.part = self._noise(recipe.local_size, recipe.local_scale, recipe.local_noise)
+        self.whole = self._augment(recipe.image_size, recipe.global_scale, recipe.global_noise)
+        self.part = self._augment(recipe.local_size, recipe.local_scale, recipe.local_noise)
 
-    def _noise(self, size: int, scale: tuple[float, float], chance: float) -> T.Compose:
+    def _augment(self, size: int, scale: tuple[float, float], chance: float) -> T.Compose:
         bicubic = T.InterpolationMode.BICUBIC
         return T.Compose(
             [
@@ -54,16 +54,17 @@ class Pictures(Dataset):
 
 
 def blurred(image: Image.Image) -> Image.Image:
+    """Return the image with a random Gaussian blur."""
     return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * float(torch.rand(()))))
 
 
 def loader(files: Sequence[Path], recipe: Recipe, workers: int, pinned: bool) -> DataLoader:
-    """Batches of 8 in a new order a pass, the last short one dropped."""
-    return DataLoader(Pictures(files, recipe), BATCH, True, num_workers=workers, drop_last=True, pin_memory=pinned)
+    """Return batches of 8, in a new order each pass; a last short batch is dropped."""
+    return DataLoader(PngFiles(files, recipe), BATCH, True, num_workers=workers, drop_last=True, pin_memory=pinned)
 
 
 class Block(nn.Module):
-    """A transformer block whose attention matrix exists."""
+    """A transformer block that materialises its attention matrix."""
 
     def __init__(self, dim: int, heads: int, drop: float) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A plain vision transformer on colour images: class token out."""
+    """A plain vision transformer on colour images; returns the class token."""
 
     def __init__(self, size: int, patch: int, dim: int, depth: int, heads: int, drop: float) -> None:
         super().__init__()
@@ -114,8 +115,8 @@ class Encoder(nn.Module):
         return self.norm(x)[:, 0]
 
 
-class Whole(nn.Module):
-    """Encoder, prototype head and class head; views of one resolution go through together."""
+class FullNetwork(nn.Module):
+    """Encoder, prototype head and class head; views of one resolution are one batch."""
 
     def __init__(self, plan: dict, recipe: Recipe, findings: int, drop: float) -> None:
         super().__init__()
@@ -149,8 +150,8 @@ class Trainer:
 
     def __init__(self, plan: dict, recipe: Recipe, findings: int, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.student = Whole(plan, recipe, findings, recipe.drop_path).to(device)
-        self.teacher = Whole(plan, recipe, findings, 0.0).to(device).requires_grad_(False)
+        self.student = FullNetwork(plan, recipe, findings, recipe.drop_path).to(device)
+        self.teacher = FullNetwork(plan, recipe, findings, 0.0).to(device).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.centre = torch.zeros(1, recipe.prototypes, device=device)
         decayed = [p for p in self.student.parameters() if p.requires_grad and p.ndim > 1]
@@ -161,7 +162,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
 
     def step(self, views: list[Tensor]) -> float:
-        """One optimiser step on views (8, 3, s, s) in host memory; the loss."""
+        """Take one optimiser step on views (8, 3, s, s) in host memory; return the loss."""
         views = [view.to(self.device, non_blocking=True) for view in views]
         samples, recipe = len(views[0]), self.recipe
         half = torch.float16 if self.device.type == "cuda" else None

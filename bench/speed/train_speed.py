@@ -1,8 +1,8 @@
-"""Speed of one DISTL step: the learner's own functions beside the published way, on the same synthetic images.
+"""Speed of one DISTL step: the learner's own functions and the published way, on the same synthetic images.
 
-In one process, in turns; medians. Also what the step's matrix products alone would take: the ceiling of any way to
-compute it, and with --compile our step again, its backbones through torch.compile. Says nothing of what is learned, and
-nothing of a device it wasn't run on.
+In one process, in turns; medians. Also the time of the step's matrix products alone, the ceiling of any implementation,
+and with --compile the learner's step with its backbones through torch.compile. It does not measure what is learnt, and
+holds for the device it ran on only.
 
     python bench/speed/train_speed.py [--quick] [--compile] [--threads 1] [--out bench/results/train_speed_cpu.json]
 """
@@ -10,9 +10,6 @@ nothing of a device it wasn't run on.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -28,6 +25,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.common import machine, results
 from bench.speed.matrix_products import Product, products_of_a_step, seconds_of
 from bench.speed.published_way import BATCH, Trainer, loader
 from learner.data.feed import ImageFeed
@@ -50,7 +48,7 @@ BARS = {"cpu": {"ratio": 1.0}, "cuda": {"ratio": 5.0, "share": 0.6}}
 
 
 def write_samples(folder: Path, number: int) -> list[Sample]:
-    """Smooth grey images with a little grain, as plates for us and as PNG for the published way."""
+    """Write smooth grey images with a little noise, as plates for the learner and as PNG for the published way."""
     samples = []
     for i in range(number):
         rng = np.random.default_rng(i)
@@ -64,7 +62,7 @@ def write_samples(folder: Path, number: int) -> list[Sample]:
     return samples
 
 
-class Ours:
+class Learner:
     """The learner's feed and its step."""
 
     def __init__(
@@ -88,20 +86,22 @@ class Ours:
         self.feed = ImageFeed(samples, recipe, device, "unlabelled", fixed_order=False, shard=shard)
 
     def batches(self) -> Iterator[Batch]:
+        """Yield batches without end."""
         for step in count():
             yield self.feed.batch(*divmod(step, self.feed.batches))
 
     def data(self, batch: Batch) -> None:
-        """The part of a step that is data: the views are made on the device."""
+        """Run the data part of a step: make the views on the device."""
         batch.views(slice(0, batch.size))
 
     def step(self, batch: Batch) -> None:
+        """Take one optimiser step."""
         distil(self.state, batch)
         self.state.step += 1
 
 
 class Published:
-    """Two batches of 8 for each of our 16."""
+    """The published way: two batches of 8 for each batch of 16 of the learner."""
 
     def __init__(self, samples: list[Sample], recipe: Recipe, device: torch.device, workers: int) -> None:
         self.trainer = Trainer(plan_of(recipe.arch, recipe.image_size), recipe, FINDINGS, device)
@@ -109,21 +109,23 @@ class Published:
         self.loader = loader(files, recipe, workers, device.type == "cuda")
 
     def batches(self) -> Iterator[list]:
+        """Yield pairs of batches without end."""
         while True:
             batches = iter(self.loader)
             for batch in batches:
                 yield [batch, next(batches)]
 
     def data(self, pair: list) -> None:
-        """All of it happened in the loading path."""
+        """Nothing: all data work is in the loading path."""
 
     def step(self, pair: list) -> None:
+        """Take two optimiser steps."""
         for views in pair:
             self.trainer.step(views)
 
 
 def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, float, float]:
-    """Wall seconds, processor seconds of this process, and the peak of memory meanwhile in MB."""
+    """Run `work`; return its wall seconds, its CPU seconds and the peak of memory in MB."""
     finish = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     finish()
     reset_peak(device)
@@ -134,14 +136,15 @@ def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, floa
 
 
 def reset_peak(device: torch.device) -> None:
+    """Start a new peak of memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif (marks := Path("/proc/self/clear_refs")).exists():
-        marks.write_text("5")  # VmHWM starts again from what is resident now
+        marks.write_text("5")  # VmHWM restarts from the resident memory
 
 
 def peak_mb(device: torch.device) -> float:
-    """CUDA: allocated by torch. CPU: resident memory of the whole process, both ways' weights included (nan = unknown)."""
+    """Return the peak in MB. CUDA: allocated by torch. CPU: resident memory of the process (nan = unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")
@@ -149,8 +152,8 @@ def peak_mb(device: torch.device) -> float:
     return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM")), float("nan"))
 
 
-def measure(way: Ours | Published, device: torch.device, samples: int, feed: Iterator) -> dict[str, float]:
-    """One repetition: the feed alone, then whole steps, for `images` images."""
+def measure(way: Learner | Published, device: torch.device, samples: int, feed: Iterator) -> dict[str, float]:
+    """Return the figures of one repetition on `samples` images: the feed alone, then the whole step."""
 
     def fetch() -> None:
         way.data(next(feed))
@@ -169,36 +172,41 @@ def measure(way: Ours | Published, device: torch.device, samples: int, feed: Ite
     }
 
 
-def run(args: argparse.Namespace, folder: Path) -> dict:
+def run(options: argparse.Namespace, folder: Path) -> dict:
+    """Measure every way in turns and the matrix products alone; return the result."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     profile, sizes = SETTINGS[device.type]
-    recipe = resolve("distl", profile, {**sizes, "threads": args.threads, "device": device.type})
+    recipe = resolve("distl", profile, {**sizes, "threads": options.threads, "device": device.type})
     samples = write_samples(folder, SAMPLES)
     workers = 0 if device.type == "cpu" else min(8, torch.multiprocessing.cpu_count())
-    ways: dict[str, Ours | Published] = {"ours": Ours(samples, folder, recipe, device, compiled=False)}
-    if args.compile:
-        ways["compiled"] = Ours(samples, folder, recipe, device, compiled=True)
+    ways: dict[str, Learner | Published] = {"ours": Learner(samples, folder, recipe, device, compiled=False)}
+    if options.compile:
+        ways["compiled"] = Learner(samples, folder, recipe, device, compiled=True)
     ways["published"] = Published(samples, recipe, device, workers)
     feeds = {name: way.batches() for name, way in ways.items()}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for repetition in range(1 + (3 if args.quick else args.repetitions)):
+    for repetition in range(1 + (3 if options.quick else options.repetitions)):
         for name, way in ways.items():
             row = measure(way, device, 2 * BATCH, feeds[name])
-            if repetition:  # the first warms caches, allocators and the compiler
+            if repetition:  # the first repetition warms caches, allocators and the compiler
                 rows[name].append(row)
     products = products_of_a_step(plan_of(recipe.arch, recipe.image_size), recipe, FINDINGS)
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return summary(args, device, recipe, rows, products, seconds_of(products, device, half, 2 if args.quick else 5))
+    return summary(
+        options, device, recipe, rows, products, seconds_of(products, device, half, 2 if options.quick else 5)
+    )
 
 
 def summary(
-    args: argparse.Namespace, device: torch.device, recipe: Recipe, rows: dict[str, list[dict[str, float]]],
+    options: argparse.Namespace, device: torch.device, recipe: Recipe, rows: dict[str, list[dict[str, float]]],
     products: list[Product], alone: dict[str, float],
 ) -> dict:  # fmt: skip
-    medians = {name: {key: median(row[key] for row in of) for key in of[0]} for name, of in rows.items()}
+    medians = {
+        name: {key: median(row[key] for row in own_rows) for key in own_rows[0]} for name, own_rows in rows.items()
+    }
     ceiling = {"images_per_s": recipe.batch / alone["wall"], "images_per_cpu_s": recipe.batch / alone["cpu"]}
     ours = [name for name in rows if name != "published"]
     pairs = {name: list(zip(rows[name], rows["published"], strict=True)) for name in ours}
@@ -209,7 +217,7 @@ def summary(
     )
     bars = BARS[device.type]
     return {
-        "machine": f"{name}, {os.cpu_count()} cores, {args.threads} used; torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": machine.facts("torch", device=name, threads=options.threads),
         "setting": f"{recipe.arch}, {recipe.image_size} px, 2 + {recipe.local_views} views ({recipe.local_size} px), "
         f"{recipe.prototypes} prototypes, batch {recipe.batch} and {BATCH}",
         "repetitions": len(rows["ours"]), "medians": medians, "ratio": ratio,
@@ -226,7 +234,9 @@ def summary(
 
 
 def show(result: dict) -> None:
-    print(result["machine"], result["setting"], sep="\n")
+    """Print the tables and the bars."""
+    facts = "{device}, {cores} cores, {threads} used; torch {torch}, Python {python}".format(**result["machine"])
+    print(facts, result["setting"], sep="\n")
     print(
         f"{'':10} {'images/s':>9} {'images/cpu s':>12} {'data share':>11} {'peak MB':>9}   medians of {result['repetitions']}"
     )
@@ -245,25 +255,20 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--quick", action="store_true", help="three repetitions")
-    ask.add_argument("--compile", action="store_true", help="a third way: ours, compiled (minutes, needs g++)")
-    ask.add_argument("--threads", type=int, default=1)
-    ask.add_argument("--repetitions", type=int, default=9)
-    ask.add_argument("--out", type=Path, help="default: bench/results/train_speed_{cpu,cuda}.json; not with --quick")
-    args = ask.parse_args()
+    """Measure, print; write unless --quick without --out."""
+    parser = results.parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="three repetitions")
+    parser.add_argument("--compile", action="store_true", help="also the compiled learner (minutes, needs g++)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="default: bench/results/train_speed_{cpu,cuda}.json; not with --quick")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(args, Path(folder))
+        result = run(options, Path(folder))
     show(result)
-    out = (
-        args.out
-        or Path(__file__).resolve().parents[2]
-        / "bench"
-        / "results"
-        / f"train_speed_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
-    )
-    if args.out or not args.quick:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.out or not options.quick:
+        results.write(options.out or results.RESULTS / f"train_speed_{device}.json", result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Bundles: the immutable, content-addressed, signed model folders under models/<id>/.
+"""Bundles: immutable, content-addressed, signed model folders under models/<id>/.
 
-`seal` makes one of a round's parts, `open_bundle` refuses whatever is not exactly what was sealed.
-Refuses to know the ledger, who approved a bundle, and how a model was made.
+`seal` makes a bundle of a round's parts; `open_bundle` returns a bundle only if nothing changed since it was sealed.
+Must not import the ledger: approval is decided elsewhere.
 """
 
 import hashlib
@@ -9,20 +9,19 @@ import json
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxrloop.durable import canonical, sign, signed_by, sync_folder, write_synced
-from deploy.bundle.contract import PARTS, PartsRefused, check_parts
+from cxrloop.durable import sync_folder, write_synced
+from deploy.bundle.contract import PARTS, check_parts
+from deploy.bundle.signing import canonical, sign, signed_by
+from deploy.errors import BundleRefused
 
 SEAL = "seal.json"
 PURPOSE = "cxrloop bundle v1"
 ID = re.compile(r"[0-9a-f]{12}")
-CHUNK = 1 << 20
-
-
-class BundleRefused(Exception):
-    """A bundle that may not serve: what is wrong, with which, and what to do."""
+CHUNK = 1 << 20  # bytes copied at a time
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,13 @@ class Bundle:
 
 
 def seal(parts: Path, models: Path, signing_key: bytes) -> str:
-    """Copy the four parts into models/<id>/, hash and sign them; durable and idempotent. Returns the id."""
+    """Copy the four parts into models/<id>/, hash and sign them. Return the id.
+
+    Durable when it returns; sealing the same parts again returns the same id. Raises BundleRefused.
+    """
     try:
         check_parts(parts)
-    except PartsRefused as wrong:
+    except BundleRefused as wrong:
         raise BundleRefused(f"{parts} can't be sealed: {wrong}") from None
     models.mkdir(parents=True, exist_ok=True)
     temp = models / f".{uuid.uuid4().hex}.tmp"
@@ -59,12 +61,12 @@ def seal(parts: Path, models: Path, signing_key: bytes) -> str:
             sync_folder(models)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    _verify(models / bundle, bundle, sealed)  # an older folder of this id must be what we would have written
+    _verify(models / bundle, bundle, sealed)  # an older folder with this id must hold the same bytes
     return bundle
 
 
 def open_bundle(models: Path, bundle: str, public_key: bytes) -> Bundle:
-    """The bundle, after its signature, every file's hash and its plate version were checked; else BundleRefused."""
+    """Return a bundle after checking its signature, the hash of every file and its plate version; BundleRefused."""
     if not ID.fullmatch(bundle):
         raise BundleRefused(f"bundle {bundle!r}: not an id; expected 12 hex digits, see `cxrloop models ls`")
     folder = models / bundle
@@ -85,7 +87,7 @@ def open_bundle(models: Path, bundle: str, public_key: bytes) -> Bundle:
     _verify(folder, bundle, body)
     try:
         card, thresholds = check_parts(folder)
-    except PartsRefused as wrong:
+    except BundleRefused as wrong:
         raise BundleRefused(f"bundle {bundle}: {wrong}") from None
     return Bundle(
         id=bundle,
@@ -99,26 +101,26 @@ def open_bundle(models: Path, bundle: str, public_key: bytes) -> Bundle:
 
 
 def bundle_id(files: dict[str, str]) -> str:
-    """First 12 hex of the sha256 over the sorted (name, sha256) list."""
+    """Return the first 12 hex digits of the sha256 over the sorted (name, sha256) list."""
     return hashlib.sha256(canonical({"files": sorted(files.items())})).hexdigest()[:12]
 
 
 def _verify(folder: Path, bundle: str, sealed: dict) -> None:
-    """Every sealed file as sealed, nothing beside them, and the id that of the content."""
+    """Raise BundleRefused unless the folder holds exactly the sealed files, unchanged, and its id matches them."""
     restore = f"restore {folder} from the backup"
     files = sealed["files"]
     if sealed["bundle"] != bundle or set(files) != set(PARTS) or bundle_id(files) != bundle:
-        raise BundleRefused(f"bundle {bundle}: {SEAL} is of another bundle ({sealed['bundle']}); {restore}")
-    for found in sorted({path.name for path in folder.iterdir()} ^ {*PARTS, SEAL}):
-        what = "is missing" if found in PARTS else "was added after sealing"
-        raise BundleRefused(f"bundle {bundle}: {found} {what}; {restore}")
+        raise BundleRefused(f"bundle {bundle}: {SEAL} belongs to another bundle ({sealed['bundle']}); {restore}")
+    for name in sorted({path.name for path in folder.iterdir()} ^ {*PARTS, SEAL}):
+        what = "is missing" if name in PARTS else "was added after sealing"
+        raise BundleRefused(f"bundle {bundle}: {name} {what}; {restore}")
     for name, expected in files.items():
         if sha256_of(folder / name) != expected:
             raise BundleRefused(f"bundle {bundle}: {name} was changed after sealing; {restore}")
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Return the sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -126,17 +128,17 @@ def sha256_of(path: Path) -> str:
 def _copy_hashed(source: Path, target: Path) -> str:
     digest = hashlib.sha256()
 
-    def chunks():
+    def chunks() -> Iterator[bytes]:
         with source.open("rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
                 yield chunk
 
-    write_synced(target, chunks(), 0o444)  # read-only: an accident should need intent
+    write_synced(target, chunks(), 0o444)  # read-only, against accidental changes
     return digest.hexdigest()
 
 
 def sweep(models: Path) -> None:
-    """Remove what a crash in the middle of sealing left behind; call it where nobody seals."""
-    for left in models.glob(".*.tmp"):
-        shutil.rmtree(left)
+    """Remove the folders that a crash during `seal` left. Call it while nothing is being sealed."""
+    for leftover in models.glob(".*.tmp"):
+        shutil.rmtree(leftover)

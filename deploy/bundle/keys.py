@@ -1,28 +1,22 @@
-"""The site's signing key pair (ed25519): made once at `init`, read by whoever seals or verifies.
-
-Refuses to know what is signed.
-"""
+"""The site's ed25519 signing keys: `init` writes them; sealing and verifying read them."""
 
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cxrloop.durable import sync_folder, write_synced
+from deploy.errors import KeyRefused
 
 PRIVATE, PUBLIC = "signing.key", "signing.pub"
 KEY_BYTES = 32  # raw ed25519, private and public alike
 
 
-class KeyRefused(Exception):
-    """A key file that is missing or is no key; says which and what to do."""
-
-
 def new_keys(folder: Path) -> None:
-    """Write signing.key (32 raw bytes, mode 0600) and signing.pub (32 raw bytes); never over an existing key."""
+    """Write signing.key (mode 0600) and signing.pub, 32 raw bytes each; KeyRefused where one exists."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (PRIVATE, PUBLIC):
         if (folder / name).exists():
-            raise KeyRefused(f"{folder / name} exists: a new key would have every bundle refused; move it away first")
+            raise KeyRefused(f"{folder / name} exists; a new key would make every bundle invalid. Move it away first")
     private = Ed25519PrivateKey.generate()
     write_synced(folder / PRIVATE, private.private_bytes_raw(), 0o600)
     write_synced(folder / PUBLIC, private.public_key().public_bytes_raw())
@@ -30,12 +24,12 @@ def new_keys(folder: Path) -> None:
 
 
 def read_private(folder: Path) -> bytes:
-    """The 32 raw bytes of signing.key."""
+    """Return the 32 raw bytes of signing.key; KeyRefused."""
     return _read(folder / PRIVATE)
 
 
 def read_public(folder: Path) -> bytes:
-    """The 32 raw bytes of signing.pub."""
+    """Return the 32 raw bytes of signing.pub; KeyRefused."""
     return _read(folder / PUBLIC)
 
 
@@ -43,7 +37,7 @@ def _read(path: Path) -> bytes:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise KeyRefused(f"{path}: not there; restore the keys folder from the backup, or run `cxrloop init`") from None
+        raise KeyRefused(f"{path}: missing; restore the keys folder from the backup, or run `cxrloop init`") from None
     except PermissionError:
         raise KeyRefused(f"{path}: not readable by this user; run as the site's user") from None
     if len(raw) != KEY_BYTES:

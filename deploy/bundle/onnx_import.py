@@ -1,6 +1,6 @@
-"""Adopt a foreign ONNX file (`models import FILE.onnx`): check it against the bundle contract and write its parts.
+"""Import of a foreign ONNX file (`models import FILE.onnx`): check it against the bundle contract, write the four parts.
 
-Refuses to know how the model was made; claims no calibration and no performance for it.
+The card states no performance and no calibration: neither was measured.
 """
 
 import hashlib
@@ -10,41 +10,23 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.bundle.contract import PLATE_SIDE, PLATE_VERSION
-from deploy.server import runtime
+from cxrloop.plate import PLATE_SIDE, PLATE_VERSION
+from deploy import runtime
+from deploy.errors import BundleRefused, NoAnswer
 
-PROBES = 8
-
-
-class OnnxRefused(Exception):
-    """A model file that doesn't keep the bundle contract; says which part, got and expected."""
+PROBES = 8  # test plates
 
 
 def import_onnx(onnx_file: Path, parts: Path, findings: list[str] | tuple[str, ...]) -> None:
     """Write model.onnx, card.json, thresholds.json and probe.npz to `parts`, ready for `seal`.
 
     The parts depend on the file and the findings alone, so importing a file twice gives the same bundle.
-    OnnxRefused for a graph off the contract, NoRuntime without onnxruntime.
+    Raises BundleRefused for a graph that breaks the contract, ProviderUnavailable without onnxruntime.
     """
     runtime.require("cpu")
     model = onnx_file.read_bytes()
     plates = synthetic_plates()
-    try:
-        session = runtime.load(model, "cpu")
-        runtime.check_graph(session, len(findings))
-        logits, _, heatmap = runtime.run(session, plates)
-        alone = np.concatenate([runtime.run(session, plate[None])[0] for plate in plates])
-    except (ValueError, runtime.NoAnswer) as wrong:
-        raise OnnxRefused(f"{onnx_file}: {wrong}") from None
-    if logits.shape != (PROBES, len(findings)) or heatmap.shape[:2] != logits.shape:
-        raise OnnxRefused(
-            f"{onnx_file}: logits {list(logits.shape)} and heatmap {list(heatmap.shape)} for {PROBES} plates, "
-            f"expected [{PROBES}, {len(findings)}] and [{PROBES}, {len(findings)}, g, g]: the site's findings"
-        )
-    if not np.isfinite(logits).all():
-        raise OnnxRefused(f"{onnx_file}: logits are not finite on plain test plates")
-    if not np.allclose(logits, alone, atol=1e-3):
-        raise OnnxRefused(f"{onnx_file}: an image's logits change with the images beside it; export in inference mode")
+    logits = _checked_logits(onnx_file, model, plates, len(findings))
     digest = hashlib.sha256(model).hexdigest()
     card = {
         "findings": list(findings),
@@ -71,8 +53,29 @@ def import_onnx(onnx_file: Path, parts: Path, findings: list[str] | tuple[str, .
     np.savez_compressed(parts / "probe.npz", plates=plates, logits=logits)
 
 
+def _checked_logits(onnx_file: Path, model: bytes, plates: np.ndarray, findings: int) -> np.ndarray:
+    """Return the logits float32 [8, F] of the test plates after checking the graph and its outputs; BundleRefused."""
+    try:
+        session = runtime.load(model, "cpu")
+        runtime.check_graph(session, findings)
+        logits, _, heatmap = runtime.run(session, plates)
+        alone = np.concatenate([runtime.run(session, plate[None])[0] for plate in plates])
+    except (ValueError, NoAnswer) as wrong:
+        raise BundleRefused(f"{onnx_file}: {wrong}") from None
+    if logits.shape != (PROBES, findings) or heatmap.shape[:2] != logits.shape:
+        raise BundleRefused(
+            f"{onnx_file}: logits {list(logits.shape)} and heatmap {list(heatmap.shape)} for {PROBES} plates, "
+            f"expected [{PROBES}, {findings}] and [{PROBES}, {findings}, g, g]: the site's findings"
+        )
+    if not np.isfinite(logits).all():
+        raise BundleRefused(f"{onnx_file}: logits are not finite on synthetic test plates")
+    if not np.allclose(logits, alone, atol=1e-3):
+        raise BundleRefused(f"{onnx_file}: logits depend on the other images of the batch; export in inference mode")
+    return logits
+
+
 def synthetic_plates() -> np.ndarray:
-    """uint8 [8, 512, 512]: flat, ramps, checkers, disc, noise; the same at every call, and no patient's."""
+    """Return uint8 [8, 512, 512]: flat, ramps, checkers, disc, noise; always the same, without patient data."""
     y, x = np.mgrid[0:PLATE_SIDE, 0:PLATE_SIDE]
     noise = np.random.default_rng(512)
     coarse = noise.integers(0, 256, (16, 16), dtype=np.uint8)

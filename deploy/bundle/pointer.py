@@ -1,26 +1,24 @@
-"""The signed pointer `current`: which bundle is in service, and which one was before it.
+"""The signed pointer `current`: the bundle in service and the one before it.
 
-Refuses to know whether the bundle loads (deploy.server.session) or may serve (the gate and a person decide that).
+The gate and a person decide which bundle may serve; deploy.server.session checks that it loads.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cxrloop.durable import replace_file, sign, signed_by
+from cxrloop.durable import write_atomic
 from deploy.bundle.keys import read_public
+from deploy.bundle.signing import sign, signed_by
+from deploy.errors import PointerRefused
 
 POINTER = "current"
 PURPOSE = "cxrloop pointer v1"
 
 
-class PointerRefused(Exception):
-    """A pointer that is changed, unsigned or unreadable; says so and what to do."""
-
-
 @dataclass(frozen=True)
 class Pointer:
-    """What `current` says; `at` is ISO 8601 UTC, `by` the person or "cxrloop"."""
+    """The content of `current`; `at` is ISO 8601 UTC, `by` the person or "cxrloop"."""
 
     bundle: str
     previous: str | None
@@ -29,13 +27,13 @@ class Pointer:
 
 
 def read(site: Path) -> Pointer | None:
-    """The verified pointer of a site folder, None where there is none yet; PointerRefused when tampered with."""
+    """Return the verified pointer of a site folder, or None if there is none; PointerRefused if it was changed."""
     path = site / POINTER
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         return None
-    hint = "set it again with `cxrloop rollback --to BUNDLE`, and look at `cxrloop audit verify`"
+    hint = "set it again with `cxrloop rollback --to BUNDLE`, and check `cxrloop audit verify`"
     try:
         document = json.loads(raw)
         signature = document.pop("signature")
@@ -57,14 +55,14 @@ def write(site: Path, bundle: str, previous: str | None, by: str, at: str, signi
     pointer = Pointer(bundle, previous, by, at)
     document = asdict(pointer)
     signed = {**document, "signature": sign(PURPOSE, document, signing_key)}
-    replace_file(site / POINTER, json.dumps(signed, indent=1).encode())
+    write_atomic(site / POINTER, json.dumps(signed, indent=1).encode())
     return pointer
 
 
 def mark(site: Path) -> tuple[int, int, int] | None:
-    """A cheap (mtime, inode, size) that changes whenever the pointer is written; None where there is none."""
+    """Return (mtime in ns, inode, size) of the pointer file, which every write changes; None if there is none."""
     try:
-        seen = (site / POINTER).stat()
+        state = (site / POINTER).stat()
     except FileNotFoundError:
         return None
-    return seen.st_mtime_ns, seen.st_ino, seen.st_size
+    return state.st_mtime_ns, state.st_ino, state.st_size

@@ -1,7 +1,4 @@
-"""The inference server's HTTP: plates in, probabilities out; it follows the signed pointer of a site folder.
-
-Refuses to know the ledger, DICOM, and why a bundle was put in service.
-"""
+"""The model server's HTTP: plates in, probabilities out. It follows the signed pointer of a site folder."""
 
 import asyncio
 import base64
@@ -17,33 +14,36 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from deploy.server.metrics import Meters
-from deploy.server.request_body import EXPECTED, MAX_BODY, BadBody, read_plates
-from deploy.server.runtime import NoAnswer
-from deploy.server.slots import CANT_NOW, REFUSALS, Held, NothingPointed, Slots, Swap
+from deploy.errors import BadBody, NoAnswer, NoPointer
+from deploy.server.metrics import Metrics
+from deploy.server.request_body import EXPECTED, MAX_BODY, read_plates
+from deploy.server.slots import CANT_NOW, REFUSALS, Held, Slots, Swap
 
-POLL_S = 1.0  # how often the pointer's mtime is looked at
-RETRY_S = 30.0  # how often a refused pointer is tried again while nothing is in service
-WORKERS = 2  # one run computes while the next one's answer is written
+POLL_S = 1.0  # seconds between two checks of the pointer's mtime
+RETRY_S = 30.0  # seconds between two tries of a refused pointer while no bundle is in service
+WORKERS = 2  # one thread computes while the other writes an answer
 MAX_WAITING = 32  # requests held at once: bounds memory to 32 bodies
 log = logging.getLogger("deploy")
 
 
-class Infer:
-    """The HTTP side of one site's Slots; each method is a handler: request -> answer."""
+class ModelServer:
+    """The HTTP side of one site's Slots; each public method but `app` is a handler: request -> response.
+
+    `on_up` runs when the first load has ended; `on_tick` runs each POLL_S.
+    """
 
     def __init__(
         self, slots: Slots, on_tick: Callable[[], None] = lambda: None, on_up: Callable[[], None] = lambda: None
     ):
         self.slots, self.on_tick, self.on_up = slots, on_tick, on_up
-        self.meters = Meters()
+        self.counts = Metrics()
         self.waiting = 0
         self.scoring = ThreadPoolExecutor(WORKERS, thread_name_prefix="predict")
         self.changing = ThreadPoolExecutor(4, thread_name_prefix="load")  # a rollback never queues behind a load
         slots.on_swap = self._swapped
 
     def app(self) -> Starlette:
-        """The ASGI application; its lifespan runs the pointer watch."""
+        """Return the ASGI application; its lifespan follows the pointer."""
         routes = [
             Route("/predict", self.predict, methods=["POST"]),
             Route("/healthz", self.healthz),
@@ -56,7 +56,7 @@ class Infer:
 
     async def predict(self, request: Request) -> Response:
         answer = await self._predict(request)
-        self.meters.requests.labels(str(answer.status_code)).inc()
+        self.counts.requests.labels(str(answer.status_code)).inc()
         return answer
 
     async def _predict(self, request: Request) -> Response:
@@ -64,33 +64,31 @@ class Infer:
         if held is None:
             return self._no(503, self._why_not())
         if self.waiting >= MAX_WAITING:
-            return self._no(503, f"busy: {self.waiting} requests are waiting; ask again")
+            return self._no(503, f"busy: {self.waiting} requests are waiting; retry")
         started = time.perf_counter()
         self.waiting += 1
         try:
             plates = read_plates(await read_body(request))
-            # the bundle in service when the body was complete answers, also if another one comes in meanwhile
+            # use the bundle in service now that the body is complete, even if a swap comes during the run
             held = self.slots.current or held
             answer = await asyncio.get_running_loop().run_in_executor(self.scoring, held.session.predict, plates)
         except BadBody as wrong:
-            return self._no(400, str(wrong))
-        except TooLong as wrong:
-            return self._no(413, str(wrong))
+            return self._no(wrong.status, str(wrong))
         except NoAnswer as wrong:
             log.error("%s", wrong)
             return self._no(500, str(wrong))
         except ClientDisconnect:
-            return self._no(400, "the client left before its body was complete")
+            return self._no(400, "the client disconnected before its body was complete")
         finally:
             self.waiting -= 1
-        self.meters.images.labels(held.id).inc(len(plates))
-        self.meters.seconds.observe(time.perf_counter() - started)
+        self.counts.images.labels(held.id).inc(len(plates))
+        self.counts.seconds.observe(time.perf_counter() - started)
         findings = list(held.session.bundle.findings)
-        said = {"bundle": held.id, "findings": findings, "probabilities": answer.probabilities.tolist()}
+        document = {"bundle": held.id, "findings": findings, "probabilities": answer.probabilities.tolist()}
         if request.query_params.get("heatmaps") == "1":
             maps = answer.heatmap.astype("<f4")
-            said["heatmaps"] = {"shape": maps.shape, "float32": base64.b64encode(maps.tobytes()).decode()}
-        return JSONResponse(said)
+            document["heatmaps"] = {"shape": maps.shape, "float32": base64.b64encode(maps.tobytes()).decode()}
+        return JSONResponse(document)
 
     async def healthz(self, request: Request) -> Response:
         return JSONResponse({"ok": True})
@@ -109,7 +107,7 @@ class Infer:
         return JSONResponse({**state, "findings": held.session.bundle.findings, "probe": held.probe, **beside})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self.meters.text(), media_type="text/plain; version=0.0.4")
+        return Response(self.counts.text(), media_type="text/plain; version=0.0.4")
 
     async def prepare(self, request: Request) -> Response:
         try:
@@ -130,7 +128,7 @@ class Infer:
         )
 
     async def reload(self, request: Request) -> Response:
-        asked = time.time()
+        requested_at = time.time()
         swap = await self._change(self.slots.reload)
         if isinstance(swap, Response):
             return swap
@@ -140,16 +138,16 @@ class Infer:
                 "previous": swap.previous,
                 "swap_seconds": swap.seconds,
                 "prepared": swap.prepared,
-                "changed": swap.at >= asked,
+                "changed": swap.at >= requested_at,
             }
         )
 
     async def _change(self, act: Callable, *arguments):
-        """The act's result, or why not: 409 refused, 503 this machine can't now; what is in service stays."""
+        """Return the result of `act`, or a response: 409 refused, 503 the machine can't. The bundle in service stays."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.changing, act, *arguments)
-        except (*REFUSALS, NothingPointed) as reason:
-            self.meters.refusals.inc()
+        except REFUSALS as reason:
+            self.counts.refusals.inc()
             log.error("refused: %s", reason)
             return self._no(503 if isinstance(reason, CANT_NOW) else 409, str(reason))
 
@@ -161,7 +159,7 @@ class Infer:
         return self.slots.refused or "loading the first model"
 
     def _swapped(self, swap: Swap, held: Held) -> None:
-        self.meters.swapped(swap.bundle, held.session.provider, swap.seconds, swap.previous is None)
+        self.counts.swapped(swap.bundle, held.session.provider, swap.seconds, swap.previous is None)
 
     @contextlib.asynccontextmanager
     async def _life(self, app: Starlette) -> AsyncIterator[None]:
@@ -172,7 +170,7 @@ class Infer:
         self.changing.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self) -> None:
-        """Load what the pointer names, say that we are up, then follow the pointer each second."""
+        """Load the pointer's bundle, call `on_up`, then follow the pointer each second."""
         await self._follow(self.slots.reload)
         self.on_up()
         tried = time.monotonic()
@@ -188,28 +186,24 @@ class Infer:
         before = self.slots.refused
         try:
             await asyncio.get_running_loop().run_in_executor(self.changing, act)
-        except NothingPointed:
-            pass  # a new site: /readyz says so
+        except NoPointer:
+            pass  # a new site; /readyz gives the reason
         except REFUSALS as reason:
-            if str(reason) != before:  # said once, not at every try
-                self.meters.refusals.inc()
+            if str(reason) != before:  # log a reason once, not at every try
+                self.counts.refusals.inc()
                 log.error("refused: %s", reason)
-        except Exception:  # the one loop of this process: what is in service goes on serving
+        except Exception:  # the loop of this process; the bundle in service keeps serving
             log.exception("the pointer could not be followed")
 
 
-class TooLong(Exception):
-    """A body over MAX_BODY."""
-
-
 async def read_body(request: Request) -> bytes:
-    """The whole body; TooLong as soon as it is known to be."""
+    """Return the whole body; BadBody (413) as soon as its length exceeds MAX_BODY."""
     limit = f"body over {MAX_BODY} bytes; {EXPECTED}"
     if int(request.headers.get("content-length", "0")) > MAX_BODY:
-        raise TooLong(limit)
+        raise BadBody(limit, 413)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY:
-            raise TooLong(limit)
+            raise BadBody(limit, 413)
     return bytes(body)

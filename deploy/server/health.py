@@ -1,6 +1,6 @@
-"""Exit 0 when a URL answers 200 and a TCP port accepts, else 1 with the reason: the container's health check.
+"""The container's health check: exit 0 if a URL answers 200 and a TCP port accepts, else 1 with the reason.
 
-Standard library only, so that it starts in a moment. Refuses to know whether a model is in service.
+Standard library only, so that it starts fast. A server without a model is healthy.
 """
 
 import argparse
@@ -13,6 +13,7 @@ TIMEOUT_S = 2.0
 
 
 def main(arguments: list[str]) -> int:
+    """Check the URL and the port of the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deploy.server.health")
     parser.add_argument("--http", help="URL that must answer 200")
     parser.add_argument("--tcp", help="HOST:PORT that must accept a connection")
@@ -24,8 +25,8 @@ def main(arguments: list[str]) -> int:
         if options.tcp:
             host, port = options.tcp.rsplit(":", 1)
             socket.create_connection((host, int(port)), TIMEOUT_S).close()
-    except (OSError, urllib.error.URLError) as ill:
-        sys.stderr.write(f"unhealthy: {ill}\n")
+    except (OSError, urllib.error.URLError) as error:
+        sys.stderr.write(f"unhealthy: {error}\n")
         return 1
     return 0
 

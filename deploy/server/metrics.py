@@ -1,28 +1,13 @@
-"""What the inference server counts, in its own Prometheus registry.
-
-Refuses to know an image: counts and seconds only, no identifier of a patient or an image.
-"""
+"""Prometheus metrics of the model server: counts and seconds only, no identifier of a patient or an image."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-SECONDS = (
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1,
-    2.5,
-    5,
-    10,
-    30,
-)  # one image on a GPU .. a full body on two cores
+# buckets in seconds: from one image on a GPU to a full body on two cores
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
-class Meters:
-    """One server's meters."""
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -42,7 +27,7 @@ class Meters:
         )
 
     def swapped(self, bundle: str, provider: str, seconds: float, first: bool) -> None:
-        """Note the bundle now in service; the first one is no swap."""
+        """Record the bundle now in service; the first one does not count as a swap."""
         self.bundle.clear()
         self.bundle.labels(bundle, provider).set(1)
         self.swap_seconds.set(seconds)
@@ -50,5 +35,5 @@ class Meters:
             self.swaps.inc()
 
     def text(self) -> bytes:
-        """Prometheus text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)

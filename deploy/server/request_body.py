@@ -1,6 +1,6 @@
 """The .npy body of a request: exactly uint8 [N, 512, 512], checked before anything is allocated.
 
-Refuses pickles, Fortran order and whatever numpy would guess; refuses to know HTTP.
+Rejects pickles, Fortran order and every form that numpy would have to guess.
 """
 
 import io
@@ -8,31 +8,27 @@ from math import prod
 
 import numpy as np
 
-from deploy.bundle.contract import HEADER, PLATE_SIDE
+from cxrloop.npy import HEADER_LOCK
+from cxrloop.plate import PLATE_SHAPE, PLATE_SIDE
+from deploy.errors import BadBody
 
-MAX_PLATES = 64  # 16 MiB; an intake step asks for fewer
+MAX_PLATES = 64  # 16 MiB; an intake step sends fewer
 PLATE_BYTES = PLATE_SIDE * PLATE_SIDE
 MAX_BODY = MAX_PLATES * PLATE_BYTES + 4096  # an .npy header is 128 bytes; 4096 leaves room for other writers
 EXPECTED = f"expected an .npy of uint8 [N, {PLATE_SIDE}, {PLATE_SIDE}], 1 <= N <= {MAX_PLATES}, C order"
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-class BadBody(Exception):
-    """A body that is not plates; says what was got and what is expected."""
-
-
 def read_plates(body: bytes) -> np.ndarray:
-    """uint8 [N, 512, 512], a view of `body`; BadBody."""
+    """Return uint8 [N, 512, 512], a view of `body`; BadBody says what was got and what is expected."""
     file = io.BytesIO(body)
     try:
         version = np.lib.format.read_magic(file)
-        with HEADER:
+        with HEADER_LOCK:
             shape, fortran, dtype = HEADERS[version](file)
     except (ValueError, KeyError) as wrong:
-        raise BadBody(f"got {len(body)} bytes that are no .npy ({wrong}); {EXPECTED}") from None
-    good = (
-        dtype == np.uint8 and len(shape) == 3 and shape[1:] == (PLATE_SIDE, PLATE_SIDE) and 1 <= shape[0] <= MAX_PLATES
-    )
+        raise BadBody(f"got {len(body)} bytes that are not .npy ({wrong}); {EXPECTED}") from None
+    good = dtype == np.uint8 and len(shape) == 3 and shape[1:] == PLATE_SHAPE and 1 <= shape[0] <= MAX_PLATES
     if not good or fortran:
         raise BadBody(f"got {dtype} {list(shape)}{' in Fortran order' if fortran else ''}; {EXPECTED}")
     start = file.tell()

@@ -1,7 +1,6 @@
-"""Start the inference server: arguments, one loopback socket, quiet logs, clean stops.
+"""Command line of the model server: `python -m deploy.server.server --site DIR --port N`.
 
-`python -m deploy.server.server --site DIR --port N`. Needs models/, current and keys/signing.pub only, and writes nothing.
-Refuses to know what a request holds.
+Opens one loopback socket, writes short logs, stops on SIGTERM. Reads models/, current and keys/signing.pub; writes nothing.
 """
 
 import argparse
@@ -16,26 +15,27 @@ from pathlib import Path
 import uvicorn
 
 from cxrloop.process import die_with_parent, orphaned
-from deploy.server import runtime
-from deploy.server.app import Infer
+from deploy import runtime
+from deploy.errors import ProviderUnavailable
+from deploy.server.app import ModelServer
 from deploy.server.slots import Slots
 
 DRAIN_S = 3  # requests in flight get this long after SIGTERM; the whole stop takes under 5 s
-CANT_SERVE = 78  # EX_CONFIG: starting again won't help
+CANT_SERVE = 78  # EX_CONFIG: a restart won't help
 
 
 def main(arguments: list[str]) -> int:
-    """Serve until SIGTERM; 0 stopped, 1 can't listen, 78 can't serve with this installation."""
+    """Serve until SIGTERM. Return 0 after a stop, 1 if it can't listen, 78 if this installation can't serve."""
     options = _options(arguments)
     logging.basicConfig(level=logging.WARNING, format="infer: %(message)s", stream=sys.stderr)
-    # uvicorn drains at SIGTERM and then raises it again for us; exit without joining a thread that still computes
+    # uvicorn drains at SIGTERM, then raises it again; exit without joining a thread that still computes
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     parent = os.getppid() if options.die_with_parent == 0 else options.die_with_parent
     if parent:
         die_with_parent(parent)
     try:
         runtime.require(options.provider)
-    except (runtime.NoRuntime, runtime.ProviderRefused) as reason:
+    except ProviderUnavailable as reason:
         print(f"infer: {reason}", file=sys.stderr)
         return CANT_SERVE
     try:
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
 
     config = uvicorn.Config(
-        Infer(slots, tick, up).app(),
+        ModelServer(slots, tick, up).app(),
         log_config=None,
         log_level="error",
         access_log=False,
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; ValueError for an address that is not loopback."""
+    """Return a listening socket; ValueError for an address that is not loopback."""
     address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     if not address.is_loopback:
         raise ValueError("the server has no authentication and listens on loopback only; use 127.0.0.1")
@@ -83,9 +83,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--site", type=Path, required=True, help="the folder made by `cxrloop init`")
     parser.add_argument("--host", default="127.0.0.1", help="loopback address")
-    parser.add_argument("--port", type=int, default=8123, help="0: any free port, named in the ready line")
+    parser.add_argument("--port", type=int, default=8123, help="0: any free port; the ready line names it")
     parser.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--threads", type=int, default=None, help="cores one run may use; default all")
+    parser.add_argument("--threads", type=int, default=None, help="cores that one run may use; default all")
     parser.add_argument(
         "--die-with-parent",
         type=int,
@@ -93,7 +93,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         const=0,
         default=None,
         metavar="PID",
-        help="stop when the process that started this one (PID, if given) is gone",
+        help="stop when the parent process (or process PID) has ended",
     )
     return parser.parse_args(arguments)
 

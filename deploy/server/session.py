@@ -1,6 +1,6 @@
-"""One bundle loaded on one provider: plates in, probabilities out, and the proof that it answers as it was sealed.
+"""One bundle loaded on one provider: scores plates, and checks the model against its sealed probe.
 
-Refuses to know HTTP, the pointer and torch.
+Must not import HTTP code or torch.
 """
 
 import hashlib
@@ -8,19 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deploy.bundle.bundle import Bundle, BundleRefused
-from deploy.bundle.contract import PLATE_SIDE, read_probe
-from deploy.server import runtime
-from deploy.server.runtime import NoAnswer, NoRuntime, ProviderRefused, RunFailed
-
-__all__ = ["Answer", "NoAnswer", "NoRuntime", "ProbeMismatch", "ProviderRefused", "Session"]
+from cxrloop.plate import PLATE_SHAPE
+from deploy import runtime
+from deploy.bundle.bundle import Bundle
+from deploy.bundle.contract import read_probe
+from deploy.errors import BundleRefused, NoAnswer, ProbeMismatch, ProviderUnavailable, RunFailed
 
 # The gate's parity bar is |dp| <= 1e-3; a sigmoid's slope is at most 1/4, so this bound on logits implies it.
 PROBE_TOLERANCE = 4e-3
-
-
-class ProbeMismatch(BundleRefused):
-    """The loaded model does not answer its own probe as it did when it was sealed."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +31,17 @@ class Answer:
 class Session:
     """A verified bundle in memory, safe to call from several threads.
 
-    `provider` "auto" takes CUDA if it really runs and the CPU else; "cuda" that gets the CPU raises ProviderRefused.
+    `provider` "auto" takes CUDA if it works, else the CPU; "cuda" without a working GPU raises ProviderUnavailable.
+    Raises BundleRefused for a model that breaks the contract.
     """
 
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int | None = None):
         runtime.require(provider)
         self.bundle = bundle
         model = (bundle.folder / "model.onnx").read_bytes()
-        if hashlib.sha256(model).hexdigest() != bundle.files["model.onnx"]:  # what was checked is what is loaded
+        if (
+            hashlib.sha256(model).hexdigest() != bundle.files["model.onnx"]
+        ):  # the file may have changed since open_bundle
             raise BundleRefused(f"bundle {bundle.id}: model.onnx was changed after sealing; restore {bundle.folder}")
         try:
             self._run = runtime.load(model, provider, threads)
@@ -56,28 +54,23 @@ class Session:
             raise BundleRefused(f"bundle {bundle.id}: model.onnx {wrong}") from None
 
     def predict(self, plates: np.ndarray) -> Answer:
-        """Scores of plates uint8 [N, 512, 512]; ValueError for other shapes, NoAnswer for a NaN."""
-        if (
-            plates.dtype != np.uint8
-            or plates.ndim != 3
-            or plates.shape[1:] != (PLATE_SIDE, PLATE_SIDE)
-            or not len(plates)
-        ):
+        """Return the scores of plates uint8 [N, 512, 512]; ValueError for other shapes, NoAnswer for NaN or infinity."""
+        if plates.dtype != np.uint8 or plates.ndim != 3 or plates.shape[1:] != PLATE_SHAPE or not len(plates):
             raise ValueError(f"plates: got {plates.dtype} {list(plates.shape)}, expected uint8 [N, 512, 512], N >= 1")
         logits, embedding, heatmap = runtime.run(self._run, plates)
-        lost = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-        if len(lost):
-            raise NoAnswer(f"bundle {self.bundle.id}: the answer for image {lost[0]} of {len(plates)} is not finite")
+        bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        if len(bad):
+            raise NoAnswer(f"bundle {self.bundle.id}: the answer for image {bad[0]} of {len(plates)} is not finite")
         return Answer(probabilities(logits), logits, embedding, heatmap)
 
     def warm(self) -> None:
-        """Run once, so that the first image doesn't wait for kernels and arenas; fails as `probe` does."""
-        self._try(np.zeros((1, PLATE_SIDE, PLATE_SIDE), np.uint8))
+        """Run once, so that the first image doesn't wait for kernels and memory; raises like `probe`."""
+        self._try(np.zeros((1, *PLATE_SHAPE), np.uint8))
 
     def probe(self) -> float:
-        """Largest |logit difference| from the sealed probe; ProbeMismatch above PROBE_TOLERANCE.
+        """Return the largest |logit difference| from the sealed probe; ProbeMismatch above PROBE_TOLERANCE.
 
-        ProviderRefused where the GPU itself failed: that says nothing against the bundle.
+        Raises ProviderUnavailable if the GPU failed: that is no evidence against the bundle.
         """
         plates, sealed = read_probe(self.bundle.folder / "probe.npz", len(self.bundle.findings))
         difference = float(np.abs(self._try(plates).logits - sealed).max())
@@ -91,12 +84,17 @@ class Session:
     def _try(self, plates: np.ndarray) -> Answer:
         try:
             return self.predict(plates)
+        except RunFailed as wrong:
+            if self.provider == "cuda":
+                raise ProviderUnavailable(f"{wrong}; see nvidia-smi") from None
+            raise self._mismatch(wrong) from None
         except NoAnswer as wrong:
-            if isinstance(wrong, RunFailed) and self.provider == "cuda":
-                raise ProviderRefused(f"{wrong}; see nvidia-smi") from None
-            raise ProbeMismatch(f"{wrong}, on its own test plates; train or export it again") from None
+            raise self._mismatch(wrong) from None
+
+    def _mismatch(self, wrong: NoAnswer) -> ProbeMismatch:
+        return ProbeMismatch(f"{wrong}, on its own test plates; train or export it again")
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """sigmoid(logits) in float64, so that ranks survive in the tails; temperatures are folded into the graph."""
+    """Return sigmoid(logits) in float64, which keeps ranks in the tails; the graph includes the temperatures."""
     return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))

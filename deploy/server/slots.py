@@ -1,6 +1,6 @@
-"""The three sessions a server holds: current (answers), previous (resident, so that a rollback is instant), standby.
+"""The three sessions that a server holds: current (answers), previous (loaded, for an instant rollback), standby.
 
-Loading happens outside the lock that swaps, so a rollback never waits for a load. Refuses to know HTTP.
+Loading happens outside the swap lock, so a rollback never waits for a load. Must not import HTTP code.
 """
 
 import logging
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.bundle import pointer
-from deploy.bundle.bundle import BundleRefused, open_bundle
-from deploy.bundle.keys import KeyRefused, read_public
-from deploy.server.runtime import NoRuntime, ProviderRefused
+from deploy.bundle.bundle import open_bundle
+from deploy.bundle.keys import read_public
+from deploy.errors import DeployError, KeyRefused, NoPointer, ProviderUnavailable
 from deploy.server.session import Session
 
-CANT_NOW = (KeyRefused, ProviderRefused, NoRuntime, OSError)  # this machine's fault: says nothing against a bundle
-REFUSALS = (BundleRefused, pointer.PointerRefused, *CANT_NOW)
+CANT_NOW = (KeyRefused, ProviderUnavailable, OSError)  # the machine is at fault, not the bundle
+REFUSALS = (DeployError, OSError)  # everything that can keep a bundle out of service
 log = logging.getLogger("deploy")
 
 
 @dataclass(frozen=True)
 class Held:
-    """A loaded, warmed, probed session; `probe` is its largest logit difference."""
+    """A session that is loaded, warmed and probed; `probe` is its largest logit difference."""
 
     session: Session
     probe: float
@@ -35,7 +35,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Swap:
-    """How a bundle came into service: seconds from reading the pointer until it could answer."""
+    """A change of the bundle in service; `seconds` from reading the pointer until the bundle could answer."""
 
     bundle: str
     previous: str | None
@@ -44,12 +44,8 @@ class Swap:
     at: float  # time.time()
 
 
-class NothingPointed(Exception):
-    """There is no `current` pointer yet."""
-
-
 class Slots:
-    """What a server holds of one site folder; every method may be called from any thread."""
+    """The sessions of one site folder; every method may be called from any thread."""
 
     def __init__(
         self,
@@ -69,11 +65,11 @@ class Slots:
         self._loading = threading.Lock()
 
     def prepare(self, bundle: str) -> Held:
-        """Load, warm and probe a bundle and hold it; one of REFUSALS when it may not serve. At once if it is held."""
-        if held := self._resident(bundle):
+        """Load, warm and probe a bundle and hold it; returns at once if it is loaded. Raises REFUSALS."""
+        if held := self._loaded(bundle):
             return held
         with self._loading:
-            held = self._resident(bundle)
+            held = self._loaded(bundle)
             if held is None:
                 held = self._load(bundle)
                 with self._swapping:
@@ -81,45 +77,45 @@ class Slots:
         return held
 
     def reload(self) -> Swap:
-        """Put the pointer's bundle in service; a refused one (REFUSALS, NothingPointed) changes nothing."""
+        """Put the pointer's bundle in service. Raises REFUSALS; the bundle in service then stays."""
         started = time.perf_counter()
         self.pointer_seen = pointer.mark(self.site)
         try:
-            pointed = self._pointed()
+            bundle = self._pointed_bundle()
             prepared = True
-            while (swap := self._swap_to(pointed, started, prepared)) is None:
+            while (swap := self._swap_to(bundle, started, prepared)) is None:
                 prepared = False
-                self.prepare(pointed)
-                pointed = self._pointed()  # it may have moved while we loaded
-        except (*REFUSALS, NothingPointed) as reason:
+                self.prepare(bundle)
+                bundle = self._pointed_bundle()  # the pointer may have moved during the load
+        except REFUSALS as reason:
             self.refused = str(reason)
             raise
         self.refused = None
         return swap
 
     def follow(self) -> Swap | None:
-        """One look at the pointer: reload where it was written since the last one, else None."""
+        """Reload if the pointer was written since the last call, else return None."""
         return None if pointer.mark(self.site) == self.pointer_seen else self.reload()
 
-    def _pointed(self) -> str:
-        signed = pointer.read(self.site)
-        if signed is None:
-            raise NothingPointed("no model: run a first round, or `cxrloop models import`")
-        return signed.bundle
+    def _pointed_bundle(self) -> str:
+        current = pointer.read(self.site)
+        if current is None:
+            raise NoPointer("no model: run a first round, or `cxrloop models import`")
+        return current.bundle
 
-    def _resident(self, bundle: str) -> Held | None:
+    def _loaded(self, bundle: str) -> Held | None:
         slots = (self.current, self.previous, self.standby)
         return next((held for held in slots if held is not None and held.id == bundle), None)
 
     def _swap_to(self, bundle: str, started: float, prepared: bool) -> Swap | None:
-        """The swap that put `bundle` in service, None where it is not resident."""
+        """Put `bundle` in service and return the swap; None if it is not loaded."""
         with self._swapping:
-            held, old = self._resident(bundle), self.current
+            held, old = self._loaded(bundle), self.current
             if held is None:
                 return None
             if held is old and self.last_swap is not None:
                 return self.last_swap
-            self.current = held  # from here on it answers; requests in flight finish on the old one
+            self.current = held  # answers from here on; requests in flight finish on the old session
             self.previous = old
             if self.standby is held:
                 self.standby = None

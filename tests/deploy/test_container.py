@@ -1,4 +1,4 @@
-"""The container's files and its health check, as far as they can be held without a container engine."""
+"""The container's files and its health check, without a container engine."""
 
 import re
 import socket
@@ -17,22 +17,22 @@ def health(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
 
 
-def test_the_health_check_is_content_when_the_server_answers_without_a_model(tmp_path):
+def test_the_health_check_passes_when_the_server_answers_without_a_model(tmp_path):
     with serving(Site(tmp_path / "s")) as (_, client):
         url = str(client._http.base_url)
         assert health("--http", f"{url}/healthz", "--tcp", url.removeprefix("http://")).returncode == 0
         assert health("--http", f"{url}/readyz").stderr == "unhealthy: HTTP Error 503: Service Unavailable\n"
 
 
-def test_the_health_check_says_what_is_ill():
+def test_the_health_check_prints_the_reason_of_a_failure():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     done = health("--tcp", f"127.0.0.1:{port}")
     assert done.returncode == 1 and "Connection refused" in done.stderr
 
 
-@pytest.mark.parametrize("package", ["agent", "dicom", "learner", "deploy"])
-def test_the_image_holds_every_package_and_runs_without_root(package):
+@pytest.mark.parametrize("package", ["agent", "dicom", "learner", "deploy", "cxrloop"])
+def test_the_container_holds_every_package_and_runs_without_root(package):
     text = (DOCKER / "Dockerfile").read_text()
     assert f"\nCOPY {package} {package}\n" in text
     assert f"!{package}" in (DOCKER / "Dockerfile.dockerignore").read_text().split()

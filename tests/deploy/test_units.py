@@ -1,4 +1,4 @@
-"""The systemd units: systemd itself finds nothing wrong, they run real commands, and what they must not do is off."""
+"""The systemd units: systemd accepts them, they run real commands, and they are hardened."""
 
 import shutil
 import subprocess
@@ -33,18 +33,18 @@ HARDENED = {
 
 
 def keys(unit: Path) -> dict[str, list[str]]:
-    """Every key of a unit with its values, in order."""
-    found: dict[str, list[str]] = {}
+    """Return every key of a unit with its values, in order."""
+    values: dict[str, list[str]] = {}
     for line in unit.read_text().splitlines():
         if "=" in line and not line.startswith("#"):
             key, value = line.split("=", 1)
-            found.setdefault(key, []).append(value)
-    return found
+            values.setdefault(key, []).append(value)
+    return values
 
 
 @pytest.fixture
 def machine(tmp_path):
-    """A root folder as on a machine with cxrloop installed: systemd's own units, ours, and the program they start."""
+    """Return a root folder as with cxrloop installed: systemd's units, the project's units, and the program."""
     installed = Path("/usr/lib/systemd/system")
     shutil.copytree(installed, tmp_path / "usr/lib/systemd/system", symlinks=True)
     (tmp_path / "lib").symlink_to("usr/lib")
@@ -57,7 +57,7 @@ def machine(tmp_path):
 
 
 def verify(machine: Path) -> tuple[int, str]:
-    """systemd's verdict on our units in that root: exit code and complaints."""
+    """Verify the units in that root with systemd-analyze; return exit code and messages."""
     names = [unit.name for unit in sorted(UNITS.iterdir())]
     command = ["systemd-analyze", "verify", f"--root={machine}", "--man=no", *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -65,12 +65,12 @@ def verify(machine: Path) -> tuple[int, str]:
 
 
 @pytest.mark.peer
-def test_systemd_finds_nothing_wrong_with_the_units(machine):
+def test_systemd_accepts_the_units(machine):
     assert verify(machine) == (0, "")
 
 
 @pytest.mark.peer
-def test_systemd_would_say_so_if_a_key_or_the_program_were_wrong(machine):
+def test_systemd_reports_a_wrong_key_and_a_missing_program(machine):
     with (machine / "etc/systemd/system/cxrloop-infer.service").open("a") as unit:
         unit.write("\n[Service]\nMemoryMaximum=1G\n")
     assert "Unknown key 'MemoryMaximum'" in verify(machine)[1]
@@ -80,7 +80,7 @@ def test_systemd_would_say_so_if_a_key_or_the_program_were_wrong(machine):
 
 @pytest.mark.peer
 @pytest.mark.parametrize("part", SERVICES)
-def test_systemd_rates_each_unit_as_little_exposed(machine, part):
+def test_systemd_rates_the_exposure_of_each_unit_low(machine, part):
     command = ["systemd-analyze", "security", "--offline=true", f"--root={machine}", "--threshold=20"]
     done = subprocess.run([*command, SERVICES[part].name], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout[-200:]  # exit 1 above 2.0 of 10
@@ -104,7 +104,7 @@ def test_every_part_of_serve_has_a_unit_and_the_target_wants_them_all():
     assert sorted(unit.name for unit in UNITS.iterdir()) == sorted([*wanted, "cxrloop.target"])
 
 
-def test_only_what_computes_sees_the_gpu_and_only_the_agent_writes_the_site():
+def test_server_and_agent_see_the_gpu_and_the_agent_alone_writes_the_site():
     listen, infer, learn = (keys(SERVICES[part]) for part in ("listen", "infer", "learn"))
     assert listen["PrivateDevices"] == ["yes"] and "DeviceAllow" not in listen
     for unit in (infer, learn):
@@ -114,6 +114,6 @@ def test_only_what_computes_sees_the_gpu_and_only_the_agent_writes_the_site():
     assert learn["ReadWritePaths"] == ["/var/lib/cxrloop"]
 
 
-def test_the_inference_server_can_talk_to_this_machine_only():
+def test_the_model_server_reaches_this_machine_only():
     infer = keys(SERVICES["infer"])
     assert infer["IPAddressDeny"] == ["any"] and infer["IPAddressAllow"] == ["localhost"]

@@ -1,10 +1,9 @@
-"""The images that the quality filter is trained and judged on: public sets from their folders, split by patient.
+"""The images that train and test the quality filter: public sets, split by patient.
 
-Reads DIR/kermany224, DIR/nih1000_64, DIR/mednist_cxr64 (frontal chests) and DIR/mednist_other64 (everything else), each
-a manifest.csv with its images, through the plate's own letterbox. Writes nothing but a cache; nothing of it is committed.
+Reads DIR/kermany224, DIR/nih1000_64, DIR/mednist_cxr64 (frontal chests) and DIR/mednist_other64 (everything else)
+through the plate's own letterbox. Writes a cache only; images and cache are never committed.
 """
 
-import csv
 import hashlib
 import sys
 from dataclasses import dataclass
@@ -14,35 +13,38 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.common.public_images import read_set
 from dicom.pixels import quality_filter
 from dicom.pixels.letterbox import letterbox
 
-SIDE = 64  # pixels kept of a plate: what the smallest sets have; the net sees half of it
+SIDE = 64  # pixels, the size of the smallest sets; the net reads half of it
 CHESTS = ("kermany224", "nih1000_64", "mednist_cxr64")
 OTHERS = "mednist_other64"
 KINDS = ("AbdomenCT", "BreastMRI", "ChestCT", "Hand", "HeadCT")
-# of every hundred patients (or images, where a set names no patients): validation, then test; the rest trains
+# percent of patients (of images, if a set names no patients) for (validation, test); the rest trains
 SHARES = {"kermany224": (12, 12), "nih1000_64": (20, 40), "mednist_cxr64": (10, 20), OTHERS: (15, 35)}
 
 
 @dataclass(frozen=True)
 class Images:
-    """Small plates and what is known of them, all by position."""
+    """Small plates with their facts; all arrays by position."""
 
     small: np.ndarray  # uint8 [n, 64, 64]
-    origin: np.ndarray  # name of the set, or of the kind for what is no chest
+    origin: np.ndarray  # name of the set; for images of other parts, the kind
     patient: np.ndarray
     part: np.ndarray  # "train", "validation", "test"
     chest: np.ndarray  # bool
     clipped: np.ndarray  # share of the plate's image that is pure black or white
 
     def where(self, mask: np.ndarray) -> "Images":
+        """Return the images of a mask."""
         columns = (self.small, self.origin, self.patient, self.part, self.chest, self.clipped)
         return Images(*(column[mask] for column in columns))
 
 
 def read_images(data: Path, cache: Path) -> Images:
-    """Every image of the four sets; decoded once into `cache` (.npz)."""
+    """Return every image of the four sets; `cache` (.npz) keeps the decoded images."""
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for name in (*CHESTS, OTHERS) for row in _read_set(data, name)]
@@ -55,18 +57,18 @@ def read_images(data: Path, cache: Path) -> Images:
 
 
 def _read_set(data: Path, name: str) -> list[tuple[np.ndarray, float, str, str]]:
-    found = []
-    with (data / name / "manifest.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            # Kermany's person numbers start anew in each split; images without a patient stand for themselves
-            patient = f"{name}/{row.get('split') or '-'}/{row.get('patient_id') or row['file']}"
-            plate = letterbox(np.asarray(Image.open(data / name / row["file"]).convert("L"), np.float32))
-            found.append((small_plate(plate), quality_filter.clipped(plate), row.get("kind") or name, patient))
-    return found
+    rows = []
+    for image in read_set(data / name):
+        # Kermany's person numbers restart in each split; an image without a patient counts as a patient of its own
+        file = image.picture.relative_to(data / name).as_posix()
+        patient = f"{name}/{image.split or '-'}/{image.patient_id or file}"
+        plate = letterbox(np.asarray(Image.open(image.picture).convert("L"), np.float32))
+        rows.append((small_plate(plate), quality_filter.clipped(plate), image.kind or name, patient))
+    return rows
 
 
 def part_of(patient: str) -> str:
-    """The same part for the same patient, on every machine; Kermany's own test images stay test images."""
+    """Return the part of a patient, from a hash, equal on every machine; Kermany's test images stay test images."""
     name, split, _ = patient.split("/", 2)
     number = int(hashlib.sha256(patient.encode()).hexdigest(), 16) % 100
     validation, test = SHARES[name]
@@ -76,6 +78,6 @@ def part_of(patient: str) -> str:
 
 
 def small_plate(plate: np.ndarray) -> np.ndarray:
-    """uint8 [64, 64]: the plate's block means."""
+    """Return the plate's block means, uint8 [64, 64]."""
     block = plate.shape[0] // SIDE
     return np.rint(plate.reshape(SIDE, block, SIDE, block).mean((1, 3))).astype(np.uint8)

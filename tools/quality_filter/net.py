@@ -1,6 +1,6 @@
-"""The quality filter's net in torch, and the images it is shown: turned, inverted, blurred, and what is no chest at all.
+"""The quality filter's net in torch, and its training images: turned, inverted, blurred, and images of other parts.
 
-Training only; the net that runs is dicom.pixels.quality_filter's, in numpy, from the weights that `export` gives. Knows no files.
+Training only. The net in service is dicom.pixels.quality_filter, in numpy, with the weights that `export` returns.
 """
 
 import sys
@@ -19,7 +19,7 @@ from dicom.phantom import phantom
 CHANNELS = (8, 24, 48, 64)
 BATCH = 256
 CHEST_SHARE = 0.5
-DRAWN = 600  # limbs, pelves and clouds, drawn once
+DRAWN = 600  # drawings of each kind: limbs, pelves, clouds
 
 
 class Net(nn.Module):
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 def export(net: Net, limits: Sequence[float]) -> dict[str, np.ndarray]:
-    """The arrays of quality.npz: float16 weights with the batch norms folded in, and the three limits."""
+    """Return the arrays of quality.npz: float16 weights that include the batch norms, and the three limits."""
     arrays = {}
     for i, (conv, norm) in enumerate(zip(net.convs, net.norms, strict=True)):
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
@@ -53,37 +53,34 @@ def export(net: Net, limits: Sequence[float]) -> dict[str, np.ndarray]:
 
 
 def normal(small: Tensor) -> Tensor:
-    """dicom.pixels.quality_filter.normal for (B, 1, 32, 32)."""
+    """Return (B, 1, 32, 32) normalised as dicom.pixels.quality_filter.normal does."""
     return (small - small.mean((1, 2, 3), keepdim=True)) / (small.std((1, 2, 3), keepdim=True, correction=0) + 8)
 
 
-# ------------------------------------------------------------------------------------------------------ what is shown
-
-
 @dataclass
-class Shelf:
-    """Images to draw batches from, by origin; each uint8 (n, 64, 64)."""
+class TrainingImages:
+    """Training images by origin; each uint8 (n, 64, 64)."""
 
     chests: dict[str, Tensor]
     others: dict[str, Tensor]
 
 
 def drawn(seed: int) -> dict[str, Tensor]:
-    """Limbs, pelves and clouds, uint8 (DRAWN, 64, 64) each: drawings, for want of images of other parts.
+    """Return drawings of limbs, pelves and clouds, uint8 (DRAWN, 64, 64) each: there are no images of other parts.
 
-    Phantom chests are not among the chests: that the net takes them for chests is a test, not a lesson.
+    The training chests include no phantoms: they are a test of the net.
     """
     rng = np.random.default_rng(seed)
-    made = {
+    drawings = {
         "limbs": [_limbs(rng) for _ in range(DRAWN)],
         "pelves": [phantom.hip(seed + i, 64) // 16 for i in range(DRAWN)],
         "clouds": [_cloud(rng) for _ in range(DRAWN)],
     }
-    return {name: torch.from_numpy(np.stack(images).astype(np.uint8)) for name, images in made.items()}
+    return {name: torch.from_numpy(np.stack(images).astype(np.uint8)) for name, images in drawings.items()}
 
 
 def _limbs(rng: np.random.Generator) -> np.ndarray:
-    """uint8 [64, 64]: one to six bones in soft tissue, anyhow."""
+    """Return one to six bones in soft tissue, in random positions, uint8 [64, 64]."""
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
     image = np.zeros((64, 64))
     angle = rng.uniform(0, np.pi)
@@ -104,7 +101,7 @@ def _limbs(rng: np.random.Generator) -> np.ndarray:
 
 
 def _cloud(rng: np.random.Generator) -> np.ndarray:
-    """uint8 [64, 64]: smooth noise of some slope, or a few shapes; what a detector or a phantom test may leave."""
+    """Return smooth noise with a few shapes, uint8 [64, 64], like a detector or phantom test."""
     f = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64)[None, :]) * 64
     spectrum = np.fft.rfft2(rng.normal(size=(64, 64))) / np.maximum(f, 1) ** rng.uniform(0.3, 2.5)
     image = np.fft.irfft2(spectrum)
@@ -118,36 +115,38 @@ def _cloud(rng: np.random.Generator) -> np.ndarray:
     return (np.clip((image - image.min()) / max(np.ptp(image), 1e-6), 0, 1) * 255).astype(np.uint8)
 
 
-def batch(shelf: Shelf, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(inputs (B, 1, 32, 32), chest (B,), inverted (B,), quarter turns (B,)); half chests, every origin alike."""
+def batch(training: TrainingImages, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (inputs (B, 1, 32, 32), chest (B,), inverted (B,), quarter turns (B,)): half chests, origins balanced."""
     chests = int(BATCH * CHEST_SHARE)
-    images = torch.cat([_pick(shelf.chests, chests, rng), _pick(shelf.others, BATCH - chests, rng)])
+    images = torch.cat([_pick(training.chests, chests, rng), _pick(training.others, BATCH - chests, rng)])
     x = images.float()[:, None] / 255
     some = torch.arange(chests, BATCH)
     for index in some[
         torch.rand(len(some), generator=rng) < 0.3
-    ].tolist():  # a chest cut up or a corner of one: no chest
-        x[index] = _broken(_pick(shelf.chests, 1, rng).float()[:, None] / 255, rng)
+    ].tolist():  # a chest in pieces, or a part of one: not a chest
+        x[index] = _broken(_pick(training.chests, 1, rng).float()[:, None] / 255, rng)
     is_chest = (torch.arange(BATCH) < chests).float()
     turned = torch.where(
         _chance(0.55, rng), torch.zeros(BATCH, dtype=torch.long), torch.randint(4, (BATCH,), generator=rng)
     )
     inverted = _chance(0.3, rng)
-    return normal(F.avg_pool2d(_shown(x, inverted, turned, rng), 2)), is_chest, inverted.float(), turned
+    return normal(F.avg_pool2d(_augment(x, inverted, turned, rng), 2)), is_chest, inverted.float(), turned
 
 
 def _chance(share: float, rng: torch.Generator) -> Tensor:
     return torch.rand(BATCH, generator=rng) < share
 
 
-def _pick(shelf: dict[str, Tensor], count: int, rng: torch.Generator) -> Tensor:
-    names = list(shelf)
+def _pick(training: dict[str, Tensor], count: int, rng: torch.Generator) -> Tensor:
+    names = list(training)
     which = torch.randint(len(names), (count,), generator=rng)
-    return torch.stack([shelf[names[w]][torch.randint(len(shelf[names[w]]), (1,), generator=rng)[0]] for w in which])
+    return torch.stack(
+        [training[names[w]][torch.randint(len(training[names[w]]), (1,), generator=rng)[0]] for w in which]
+    )
 
 
 def _broken(image: Tensor, rng: torch.Generator) -> Tensor:
-    """(1, 64, 64) of (1, 1, 64, 64): tiles in another order, or a seventh to a third of the side enlarged."""
+    """Return (1, 64, 64) of (1, 1, 64, 64): tiles in random order, or a seventh to a third of the side enlarged."""
     if torch.rand(1, generator=rng) < 0.6:
         tiles = (2, 4, 8)[int(torch.randint(1, 3, (1,), generator=rng))]
         side = 64 // tiles
@@ -159,8 +158,8 @@ def _broken(image: Tensor, rng: torch.Generator) -> Tensor:
     return F.interpolate(image[..., top : top + side, left : left + side], (64, 64), mode="bilinear")[0]
 
 
-def _shown(x: Tensor, inverted: Tensor, turned: Tensor, rng: torch.Generator) -> Tensor:
-    """0..255 like x (B, 1, 64, 64): tone, blur, noise, marker, mirror, turn, framing and polarity, all at random."""
+def _augment(x: Tensor, inverted: Tensor, turned: Tensor, rng: torch.Generator) -> Tensor:
+    """Return 0..255 of x (B, 1, 64, 64) with random tone, blur, noise, marker, mirror, turn, framing and polarity."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(len(x), 1, 1, 1, generator=rng) * (high - low) + low
@@ -168,14 +167,14 @@ def _shown(x: Tensor, inverted: Tensor, turned: Tensor, rng: torch.Generator) ->
     low, high = uniform(-0.1, 0.2), uniform(0.8, 1.2)
     x = ((x - low) / (high - low)).clip(0, 1) ** torch.exp(uniform(-0.6, 0.6))
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    x = x + (soft - x) * uniform(-0.4, 1) * (uniform(0, 1) < 0.6)  # blurred, or sharpened as consoles do
+    x = x + (soft - x) * uniform(-0.4, 1) * (uniform(0, 1) < 0.6)  # blurred, or sharpened like a console's output
     x = (x + torch.randn(x.shape, generator=rng) * uniform(0, 0.05) * (uniform(0, 1) < 0.5)).clip(0, 1)
     for index in torch.nonzero(_chance(0.3, rng)).flatten().tolist():  # a side marker
         top, left = (int(torch.randint(60, (1,), generator=rng)) for _ in range(2))
         x[index, :, top : top + 4, left : left + 3] = 1
-    before = inverted & _chance(0.5, rng)  # the shutters' black stays black where the console drew it afterwards
+    before = inverted & _chance(0.5, rng)  # shutters drawn after the inversion stay black
     x[before] = 1 - x[before]
-    x = torch.where(_chance(0.3, rng)[:, None, None, None], x.flip(3), x)  # the heart may lie on the other side
+    x = torch.where(_chance(0.3, rng)[:, None, None, None], x.flip(3), x)  # the heart may be on the right
     x = torch.stack([torch.rot90(image, int(k), (1, 2)) for image, k in zip(x, turned, strict=True)])
     angle, scale, aspect = uniform(-0.2, 0.2), torch.exp(uniform(-0.25, 0.25)), torch.exp(uniform(-0.2, 0.2))
     cos, sin, zero = torch.cos(angle) * scale, torch.sin(angle) * scale, torch.zeros_like(angle)
@@ -188,7 +187,7 @@ def _shown(x: Tensor, inverted: Tensor, turned: Tensor, rng: torch.Generator) ->
 
 
 def loss(logits: Tensor, chest: Tensor, inverted: Tensor, turned: Tensor) -> Tensor:
-    """Chest for all; polarity and turn only where there is a chest."""
+    """Return the loss: chest for all images; polarity and turn for chests only."""
     is_chest = chest > 0
     return (
         F.binary_cross_entropy_with_logits(logits[:, 0], chest)
@@ -197,15 +196,15 @@ def loss(logits: Tensor, chest: Tensor, inverted: Tensor, turned: Tensor) -> Ten
     )
 
 
-def train(shelf: Shelf, steps: int, seed: int) -> Net:
-    """A net after `steps` batches, one-cycle learning rate; the same for the same seed and thread count."""
+def train(training: TrainingImages, steps: int, seed: int) -> Net:
+    """Train a net for `steps` batches, one-cycle learning rate; reproducible for one seed and thread count."""
     torch.manual_seed(seed)
     rng, net = torch.Generator().manual_seed(seed), Net()
     optimiser = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
     net.train()
     for _ in range(steps):
-        inputs, *truth = batch(shelf, rng)
+        inputs, *truth = batch(training, rng)
         optimiser.zero_grad()
         loss(net(inputs), *truth).backward()
         optimiser.step()

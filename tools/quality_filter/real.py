@@ -1,6 +1,6 @@
-"""The quality filter as it is shipped on what it was not made for: real DICOM images, and drawings; and its time.
+"""The shipped quality filter on inputs it was not trained on: real DICOM files and drawings; and its time.
 
-Reads a folder of DICOM files with a manifest.csv (file, kind, expect); trains nothing.
+Reads a folder of DICOM files with a manifest.csv (file, kind, expect).
 """
 
 import csv
@@ -22,7 +22,7 @@ from dicom.pixels.plate import to_plate
 
 
 def drawings(seed: int, count: int = 200) -> dict[str, float]:
-    """Share of fresh phantom images that are refused, by what they draw; the demo and the heartbeat are such images."""
+    """Return the share of new phantom images that are rejected, by kind; demo and heartbeat use such images."""
     chests = [image.pixels() for image in phantom.draw(count, seed + 90_000)]
     images = {
         "phantom chest": chests,
@@ -39,7 +39,7 @@ def drawings(seed: int, count: int = 200) -> dict[str, float]:
 
 
 def times(small: np.ndarray) -> dict[str, float]:
-    """Median and 95th percentile of `quality.fault` on one plate, ms on one thread."""
+    """Return median and 95th percentile of `quality_filter.fault` on one plate, ms on one thread."""
     plates = [np.kron(image, np.ones((8, 8), np.uint8)) for image in small[:200]]
     taken = []
     for plate in plates:
@@ -50,8 +50,8 @@ def times(small: np.ndarray) -> dict[str, float]:
 
 
 def real_images(folder: Path) -> list[dict]:
-    """Each file of the manifest: what admission makes of it with the filter and without, and the filter alone."""
-    found = []
+    """Return for each file the outcome of admission with and without the filter, and of the filter alone."""
+    rows = []
     warnings.simplefilter("ignore")
     with (folder / "manifest.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -59,10 +59,10 @@ def real_images(folder: Path) -> list[dict]:
             plain, judged = (examine(path, b"k" * 32, Admission(children=True, quality=on)) for on in (False, True))
             try:
                 pixels = quality_filter.fault(to_plate(dcmread(path))) or "passes"
-            except Exception as error:  # noqa: BLE001 (hostile files are part of the folder)
+            except Exception as error:  # noqa: BLE001 (the folder holds hostile files)
                 pixels = f"no plate: {type(error).__name__}"
             agrees = row["expect"] == "either" or (judged.outcome == "admitted") == (row["expect"] == "admitted")
-            found.append(
+            rows.append(
                 {
                     "file": row["file"],
                     "expected": row["expect"],
@@ -73,8 +73,8 @@ def real_images(folder: Path) -> list[dict]:
                     "as_expected": agrees,
                 }
             )
-    wrong = [row for row in found if not row["as_expected"]]
-    print(f"\nreal DICOM files: {len(found)}, as expected {len(found) - len(wrong)}", json.dumps(wrong))
-    for row in found:
+    wrong = [row for row in rows if not row["as_expected"]]
+    print(f"\nreal DICOM files: {len(rows)}, as expected {len(rows) - len(wrong)}", json.dumps(wrong))
+    for row in rows:
         print(f"{row['file']:46}{row['expected']:14}{row['with']:12}{row['pixels']}")
-    return found
+    return rows

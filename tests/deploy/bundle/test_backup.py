@@ -19,9 +19,9 @@ BUNDLE = "0123456789ab"
 def documented(what: str) -> str:
     """The shell block of docs/backup.md that begins with `# what:`."""
     text = (ROOT / "docs/backup.md").read_text("utf-8")
-    found = re.search(rf"```sh\n(# {what}:.*?)```", text, re.S)
-    assert found
-    return found[1].replace("cxrloop audit verify", f"{sys.executable} -m agent.cli.main audit verify")
+    block = re.search(rf"```sh\n(# {what}:.*?)```", text, re.S)
+    assert block
+    return block[1].replace("cxrloop audit verify", f"{sys.executable} -m agent.cli.main audit verify")
 
 
 def run(script: str, site: Path, backup: Path) -> str:
@@ -46,8 +46,8 @@ def test_a_site_comes_back_from_its_backup_with_an_unbroken_audit(tmp_path):
         assert run(documented("backup"), site.root, tmp_path / "backup").strip() == "ok"
         with ledger.transaction():
             audit.append(ledger, "a test", "after", "after the backup")
-    said = run(documented("restore"), tmp_path / "restored", tmp_path / "backup")
-    assert "2 entries, unbroken" in said
+    output = run(documented("restore"), tmp_path / "restored", tmp_path / "backup")
+    assert "2 entries, unbroken" in output
     restored = Site.open(tmp_path / "restored/appliance.toml")
     assert pointer.read(restored.root) == pointer.read(site.root)
     assert (restored.root / "store/originals/a.dcm").read_bytes() == b"image"

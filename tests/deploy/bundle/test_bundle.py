@@ -1,4 +1,4 @@
-"""Bundles and keys: what is sealed is what opens, and nothing else does."""
+"""Bundles and keys: only an unchanged, signed bundle opens."""
 
 import json
 import shutil
@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from deploy.bundle.bundle import BundleRefused, open_bundle, seal, sweep
-from deploy.bundle.keys import KeyRefused, new_keys, read_private, read_public
-from deploy.bundle.onnx_import import OnnxRefused, import_onnx
+from deploy.bundle.bundle import open_bundle, seal, sweep
+from deploy.bundle.keys import new_keys, read_private, read_public
+from deploy.bundle.onnx_import import import_onnx
+from deploy.errors import BundleRefused, KeyRefused
 from tests.support.deploy.model_server import FINDINGS, Site, make_parts, write_model
 
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory):
-    """A site with one bundle; tests that spoil it work on a copy."""
+    """A site with one bundle; tests that damage it work on a copy."""
     site = Site(tmp_path_factory.mktemp("sealed") / "a")
     return site, site.add(1)
 
@@ -54,7 +55,7 @@ def test_a_sealed_bundle_opens_with_its_findings_and_thresholds(sealed):
     ]
 
 
-def test_sealing_twice_gives_one_bundle_and_leaves_nothing_behind(site):
+def test_sealing_twice_gives_one_bundle_and_no_leftovers(site):
     first, second = site.add(2), seal(site.folder / "parts2", site.models, site.key)
     assert first == second
     assert not [p for p in site.models.iterdir() if p.name.startswith(".")]
@@ -66,7 +67,7 @@ def test_the_same_onnx_imported_twice_is_the_same_bundle(site):
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "card.json", "thresholds.json", "probe.npz"])
-def test_a_changed_file_is_named_and_refused(site, sealed, name):
+def test_a_changed_file_is_refused_by_name(site, sealed, name):
     path = site.models / sealed[1] / name
     path.chmod(0o644)
     path.write_bytes(path.read_bytes() + b" ")
@@ -101,12 +102,12 @@ def test_a_bundle_of_another_site_is_refused(sealed, tmp_path):
 
 def test_a_bundle_renamed_to_another_id_is_refused(site, sealed):
     (site.models / sealed[1]).rename(site.models / "0123456789ab")
-    with pytest.raises(BundleRefused, match=f"is of another bundle \\({sealed[1]}\\)"):
+    with pytest.raises(BundleRefused, match=f"belongs to another bundle \\({sealed[1]}\\)"):
         open_bundle(site.models, "0123456789ab", public(site))
 
 
 @pytest.mark.parametrize("name", ["../keys", "", "0123456789AB", "0123456789abc"])
-def test_an_id_that_is_none_never_reaches_the_disk(sealed, name):
+def test_a_malformed_id_is_refused_before_the_disk_is_read(sealed, name):
     with pytest.raises(BundleRefused, match="not an id"):
         open_bundle(sealed[0].models, name, public(sealed[0]))
 
@@ -120,21 +121,21 @@ def test_parts_of_another_plate_version_are_neither_sealed_nor_opened(site):
 
 
 def test_malformed_parts_are_refused_by_name(site):
-    for name, content, says in [
+    for name, content, message in [
         ("thresholds.json", json.dumps({"effusion": {"threshold": 0.5}}), "pneumonia needs a threshold"),
         ("card.json", "{", "card.json: not JSON"),
         ("card.json", json.dumps({"findings": []}), "non-empty list"),
         ("probe.npz", "nothing", "probe.npz: unreadable"),
     ]:
-        parts = site.folder / "spoilt"
+        parts = site.folder / "damaged"
         shutil.copytree(site.folder / "parts1", parts)
         (parts / name).write_text(content)
-        with pytest.raises(BundleRefused, match=says):
+        with pytest.raises(BundleRefused, match=message):
             seal(parts, site.models, site.key)
         shutil.rmtree(parts)
 
 
-def test_what_a_crashed_sealing_left_is_swept(site, sealed):
+def test_leftovers_of_a_crashed_sealing_are_swept(site, sealed):
     (site.models / ".0a1b.tmp").mkdir()
     (site.models / ".0a1b.tmp" / "model.onnx").write_bytes(b"half")
     sweep(site.models)
@@ -142,44 +143,44 @@ def test_what_a_crashed_sealing_left_is_swept(site, sealed):
 
 
 @pytest.mark.parametrize(
-    ("off", "says"),
+    ("changes", "message"),
     [
         ({"dtype": TensorProto.FLOAT}, r"input plates is tensor\(float\).*expected tensor\(uint8\) \[N, 512, 512\]"),
         ({"plates": [1, 512, 512]}, r"input plates is tensor\(uint8\) \[1, 512, 512\], expected"),
         ({"drop": ["heatmap"]}, r"has outputs \['embedding', 'logits'\], expected logits, embedding, heatmap"),
     ],
 )
-def test_an_onnx_off_the_contract_is_refused_with_got_and_expected(tmp_path, off, says):
-    file = write_model(tmp_path / "m.onnx", **off)
-    with pytest.raises(OnnxRefused, match=says):
+def test_an_onnx_that_breaks_the_contract_is_refused_with_got_and_expected(tmp_path, changes, message):
+    file = write_model(tmp_path / "m.onnx", **changes)
+    with pytest.raises(BundleRefused, match=message):
         import_onnx(file, tmp_path / "parts", FINDINGS)
     assert not (tmp_path / "parts").exists()
 
 
-def test_an_onnx_for_other_findings_or_of_other_bytes_is_refused(tmp_path):
+def test_an_onnx_for_other_findings_or_without_a_graph_is_refused(tmp_path):
     file = write_model(tmp_path / "m.onnx")
-    with pytest.raises(OnnxRefused, match=r"logits is tensor\(float\) \['N', 3\], expected tensor\(float\) \[N, 2\]"):
+    with pytest.raises(BundleRefused, match=r"logits is tensor\(float\) \['N', 3\], expected tensor\(float\) \[N, 2\]"):
         import_onnx(file, tmp_path / "parts", FINDINGS[:2])
     file.write_bytes(b"not a graph")
-    with pytest.raises(OnnxRefused, match=r"m.onnx"):
+    with pytest.raises(BundleRefused, match=r"m.onnx"):
         import_onnx(file, tmp_path / "parts", FINDINGS)
 
 
-def test_an_imported_probe_holds_no_patient_and_eight_plates(sealed):
+def test_the_probe_of_an_imported_model_has_eight_synthetic_plates(sealed):
     site, bundle = sealed
     with np.load(site.models / bundle / "probe.npz") as probe:
         assert probe["plates"].shape == (8, 512, 512) and probe["plates"].dtype == np.uint8
         assert probe["logits"].shape == (8, len(FINDINGS))
 
 
-def test_keys_are_made_once_and_the_private_one_is_private(tmp_path):
+def test_keys_are_made_once_and_the_private_key_is_not_readable_by_others(tmp_path):
     new_keys(tmp_path / "keys")
     assert stat.S_IMODE((tmp_path / "keys/signing.key").stat().st_mode) == 0o600
     assert len(read_private(tmp_path / "keys")) == len(read_public(tmp_path / "keys")) == 32
-    with pytest.raises(KeyRefused, match=r"signing.key exists: a new key would have every bundle refused"):
+    with pytest.raises(KeyRefused, match=r"signing.key exists; a new key would make every bundle invalid"):
         new_keys(tmp_path / "keys")
     (tmp_path / "keys/signing.pub").write_bytes(b"short")
     with pytest.raises(KeyRefused, match="5 bytes, expected 32; restore"):
         read_public(tmp_path / "keys")
-    with pytest.raises(KeyRefused, match="not there; restore"):
+    with pytest.raises(KeyRefused, match="missing; restore"):
         read_private(tmp_path / "nowhere")

@@ -1,10 +1,12 @@
-"""The signed pointer: atomic, verified at every read, refused when touched."""
+"""The signed pointer: atomic, verified at every read, refused after any change."""
 
 import json
 
 import pytest
 
 from deploy.bundle import pointer
+from deploy.bundle.signing import sign
+from deploy.errors import PointerRefused
 from tests.support.deploy.model_server import AT, Site
 
 A, B = "0123456789ab", "ba9876543210"
@@ -34,30 +36,26 @@ def test_a_pointer_changed_by_hand_is_refused(site, field):
     pointer.write(site.site, A, B, "Dr Osei", AT, site.key)
     document = json.loads((site.site / "current").read_text())
     (site.site / "current").write_text(json.dumps(document | {field: A if document[field] == B else B}))
-    with pytest.raises(
-        pointer.PointerRefused, match=r"current: changed by hand or signed by another key; set it again"
-    ):
+    with pytest.raises(PointerRefused, match=r"current: changed by hand or signed by another key; set it again"):
         pointer.read(site.site)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"bundle": 1}', '{"signature": 3, "bundle": "x"}', "\x00"])
-def test_a_pointer_that_is_none_is_refused(site, text):
+def test_a_file_that_is_no_pointer_is_refused(site, text):
     (site.site / "current").write_text(text)
-    with pytest.raises(pointer.PointerRefused, match="unreadable"):
+    with pytest.raises(PointerRefused, match="unreadable"):
         pointer.read(site.site)
 
 
-def test_a_bundles_signature_does_not_pass_as_a_pointers(site):
-    from cxrloop.durable import sign
-
+def test_the_signature_of_a_bundle_does_not_pass_for_a_pointer(site):
     document = {"bundle": A, "previous": None, "by": "x", "at": AT}
     forged = sign("cxrloop bundle v1", document, site.key)
     (site.site / "current").write_text(json.dumps({**document, "signature": forged}))
-    with pytest.raises(pointer.PointerRefused, match="changed by hand"):
+    with pytest.raises(PointerRefused, match="changed by hand"):
         pointer.read(site.site)
 
 
-def test_an_id_that_is_none_is_never_pointed_at(site):
+def test_a_malformed_id_is_never_written(site):
     with pytest.raises(ValueError, match="not an id"):
         pointer.write(site.site, "../../etc", None, "x", AT, site.key)
     assert pointer.read(site.site) is None

@@ -1,4 +1,4 @@
-"""The inference server over real HTTP: answers and refusals."""
+"""The model server over real HTTP: answers and refusals."""
 
 import io
 import subprocess
@@ -10,22 +10,20 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.client import Client, ServerDown, ServerRefused
-from tests.support.deploy.model_server import FINDINGS, GRID, ROOT, Site, plates, serving
+from deploy.client import Client
+from deploy.errors import ServerDown, ServerRefused
+from tests.support.deploy.model_server import FINDINGS, GRID, ROOT, Site, TwoBundles, plates, serving
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A site with bundles a and b (sealed, good); each test points where it needs."""
-    site = Site(tmp_path_factory.mktemp("server") / "s")
-    site.a, site.b = site.add(1), site.add(2)
-    site.point(site.a)
-    return site
+    """A site with sealed bundles a and b; each test sets the pointer it needs."""
+    return TwoBundles(tmp_path_factory.mktemp("server") / "s")
 
 
 @pytest.fixture(scope="module")
 def server(site):
-    """One server for the tests that only ask."""
+    """One server for the tests that only send requests."""
     with serving(site) as (_, client):
         yield client
 
@@ -46,7 +44,7 @@ def test_an_answer_names_the_bundle_and_a_probability_for_each_finding(site, ser
     assert ((probabilities > 0) & (probabilities < 1)).all()
 
 
-def test_heatmaps_come_with_the_answer_where_they_are_asked_for_and_not_else(site, server):
+def test_an_answer_has_heatmaps_only_on_request(site, server):
     images = plates(3)
     bundle, findings, probabilities, heatmaps = server.explain(images)
     assert (bundle, findings, heatmaps.shape) == (site.a, FINDINGS, (3, len(FINDINGS), GRID, GRID))
@@ -56,14 +54,14 @@ def test_heatmaps_come_with_the_answer_where_they_are_asked_for_and_not_else(sit
     assert set(post(server, "/predict", content=npy(images)).json()) == {"bundle", "findings", "probabilities"}
 
 
-def test_readiness_says_bundle_provider_and_since(site, server):
+def test_readiness_names_bundle_provider_and_start(site, server):
     state = server.ready()
     assert (state["bundle"], state["provider"], state["refused"]) == (site.a, "cpu", None)
     assert state["since"].endswith("Z")
 
 
-def big_claim():
-    """An .npy whose header promises a terabyte."""
+def huge_header():
+    """Return an .npy whose header declares a terabyte."""
     header = io.BytesIO()
     fields = {"descr": "|u1", "fortran_order": False, "shape": (1 << 22, 512, 512)}
     np.lib.format.write_array_header_1_0(header, fields)
@@ -71,27 +69,27 @@ def big_claim():
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
-        (b"", "got 0 bytes that are no .npy"),
-        (b"\x93NUMPY\x01\x00\x10\x00junk", "no .npy"),
+        (b"", "got 0 bytes that are not .npy"),
+        (b"\x93NUMPY\x01\x00\x10\x00junk", "not .npy"),
         (npy(np.zeros((1, 512, 512), np.float32)), "got float32 [1, 512, 512]"),
         (npy(np.zeros((512, 512), np.uint8)), "got uint8 [512, 512]"),
         (npy(np.zeros((0, 512, 512), np.uint8)), "got uint8 [0, 512, 512]"),
         (npy(np.zeros((2, 512, 512), np.uint8, order="F")), "Fortran order"),
         (npy(np.zeros((1, 512, 512), np.uint8))[:-1], "got 262143 bytes of data"),
         (npy(np.array([{"a": 1}], object), allow_pickle=True), "got object [1]"),
-        (big_claim(), "got uint8 [4194304, 512, 512]"),
+        (huge_header(), "got uint8 [4194304, 512, 512]"),
     ],
 )
-def test_a_body_that_is_no_plates_is_400_with_got_and_expected(server, body, says):
+def test_a_body_without_plates_is_400_with_got_and_expected(server, body, message):
     answer = post(server, "/predict", content=body)
     assert answer.status_code == 400
-    assert says in answer.json()["error"]
+    assert message in answer.json()["error"]
     assert "expected an .npy of uint8 [N, 512, 512], 1 <= N <= 64" in answer.json()["error"]
 
 
-def test_a_body_too_long_is_413_also_when_its_length_is_not_announced(server):
+def test_a_body_that_is_too_long_is_413_also_without_a_content_length(server):
     long = npy(plates(1)) + bytes(17 << 20)
     assert post(server, "/predict", content=long).status_code == 413
     assert (
@@ -100,7 +98,7 @@ def test_a_body_too_long_is_413_also_when_its_length_is_not_announced(server):
     )
 
 
-def test_the_client_says_what_the_server_said(server):
+def test_the_client_passes_on_the_reason_of_the_server(server):
     with pytest.raises(ServerRefused, match="got float64") as refused:
         server.predict(np.zeros((1, 512, 512)))
     assert refused.value.status == 400
@@ -116,17 +114,17 @@ def test_metrics_count_images_requests_and_name_the_bundle(site, server):
     assert "cxrloop_infer_swaps_total 0.0" in text
 
 
-def test_health_answers_while_images_are_being_scored(tmp_path):
+def test_health_answers_while_images_are_scored(tmp_path):
     site = Site(tmp_path / "s")
-    site.point(site.add(1, work=12))
+    site.point(site.add(1, work=4))
     with serving(site) as (_, client):
         url = client.url
 
-        def ask():
-            with Client(url) as mine:
-                mine.predict(plates(32))
+        def request():
+            with Client(url) as own:
+                own.predict(plates(32))
 
-        busy = threading.Thread(target=ask)
+        busy = threading.Thread(target=request)
         busy.start()
         times = []
         while busy.is_alive():
@@ -137,7 +135,7 @@ def test_health_answers_while_images_are_being_scored(tmp_path):
     assert len(times) >= 3 and float(np.median(times)) < 0.5
 
 
-def test_it_listens_on_loopback_only(site):
+def test_the_server_listens_on_loopback_only(site):
     done = subprocess.run(
         [sys.executable, "-m", "deploy.server.server", "--site", str(site.site), "--host", "0.0.0.0", "--port", "0"],
         cwd=ROOT,
@@ -148,13 +146,13 @@ def test_it_listens_on_loopback_only(site):
     assert done.returncode == 1 and "listens on loopback only" in done.stderr
 
 
-def test_what_this_machine_lacks_is_503_and_says_nothing_against_the_bundle(tmp_path):
+def test_a_missing_key_is_503_and_does_not_refuse_the_bundle(tmp_path):
     site = Site(tmp_path / "s")
-    good, other = site.add(1), site.add(2)
-    site.point(good)
+    in_service, candidate = site.add(1), site.add(2)
+    site.point(in_service)
     with serving(site) as (_, client):
         (site.site / "keys/signing.pub").unlink()
-        with pytest.raises(ServerDown, match=r"signing.pub: not there; restore the keys folder"):
-            client.prepare(other)
-        assert client.predict(plates(1))[0] == good
-        assert client.prepare(good)["bundle"] == good
+        with pytest.raises(ServerDown, match=r"signing.pub: missing; restore the keys folder"):
+            client.prepare(candidate)
+        assert client.predict(plates(1))[0] == in_service
+        assert client.prepare(in_service)["bundle"] == in_service

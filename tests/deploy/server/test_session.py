@@ -8,11 +8,12 @@ import onnx
 import onnxruntime
 import pytest
 
-from deploy.bundle.bundle import BundleRefused, open_bundle
+from deploy import runtime
+from deploy.bundle.bundle import open_bundle
 from deploy.bundle.keys import read_public
-from deploy.bundle.onnx_import import OnnxRefused, import_onnx
-from deploy.server import runtime
-from deploy.server.session import NoAnswer, ProbeMismatch, ProviderRefused, Session
+from deploy.bundle.onnx_import import import_onnx
+from deploy.errors import BundleRefused, NoAnswer, ProbeMismatch, ProviderUnavailable
+from deploy.server.session import Session
 from tests.support.deploy.model_server import FINDINGS, ROOT, Site, plates, write_model
 
 
@@ -48,7 +49,7 @@ def test_an_image_scores_the_same_alone_and_among_forty(session):
     assert np.allclose(together[33], session.predict(images[33:34]).probabilities[0], atol=1e-6)
 
 
-def test_ranks_survive_in_the_tails(site):
+def test_ranks_are_kept_in_the_tails(site):
     bundle = site.add(11, scale=300)
     answer = Session(opened(site, bundle), "cpu", threads=1).predict(plates(8))
     for finding in range(len(FINDINGS)):
@@ -59,17 +60,17 @@ def test_ranks_survive_in_the_tails(site):
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((512, 512), np.uint8), np.zeros((1, 512, 512), np.float32)])
-def test_other_arrays_than_plates_are_refused(session, wrong):
+def test_arrays_other_than_plates_are_refused(session, wrong):
     with pytest.raises(ValueError, match=r"expected uint8 \[N, 512, 512\]"):
         session.predict(wrong)
 
 
-def test_a_bundle_answers_its_probe(session):
+def test_a_bundle_returns_its_sealed_probe_logits(session):
     session.warm()
     assert session.probe() <= 1e-5
 
 
-def test_a_probe_that_is_not_answered_is_a_refusal(site):
+def test_a_bundle_with_other_probe_logits_is_refused(site):
     with pytest.raises(ProbeMismatch, match=r"on cpu its probe differs by 0.5 in logits, allowed 0.004"):
         Session(opened(site, site.spoil_probe(12)), "cpu", threads=1).probe()
 
@@ -92,30 +93,30 @@ def test_weights_outside_the_sealed_file_are_never_read(tmp_path, monkeypatch):
     model = onnx.load(write_model(tmp_path / "m.onnx"))
     onnx.save(model, tmp_path / "e.onnx", save_as_external_data=True, location="e.data", size_threshold=100)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OnnxRefused, match="External data path"):
+    with pytest.raises(BundleRefused, match="External data path"):
         import_onnx(tmp_path / "e.onnx", tmp_path / "parts", FINDINGS)
 
 
-def test_asking_for_cuda_is_answered_by_cuda_or_by_what_to_install(site):
+def test_cuda_serves_or_the_error_names_what_to_install(site):
     bundle = opened(site, site.add(16))
     try:
         assert Session(bundle, "cuda").provider == "cuda"  # a machine with a GPU
-    except ProviderRefused as refused:
+    except ProviderUnavailable as refused:
         assert "cuda" not in onnxruntime.get_available_providers() or "instead" in str(refused)
         assert "pip install 'cxrloop[gpu]'" in str(refused)
 
 
-def test_a_session_that_runs_elsewhere_than_asked_is_refused(tmp_path):
-    """What onnxruntime does without a GPU: it only warns, and hands back a session on the CPU."""
+def test_a_session_on_another_provider_is_refused(tmp_path):
+    """Without a GPU onnxruntime only warns and returns a session on the CPU."""
     model = write_model(tmp_path / "m.onnx").read_bytes()
     if runtime.running(runtime.load(model, "auto")) == "cpu":
-        with pytest.raises(ProviderRefused, match=r"onnxruntime runs on cpu instead; pip install 'cxrloop\[gpu\]'"):
+        with pytest.raises(ProviderUnavailable, match=r"onnxruntime runs on cpu instead; pip install 'cxrloop\[gpu\]'"):
             runtime.load(model, "cuda")
     assert runtime.running(runtime.load(model, "cpu")) == "cpu"
 
 
 def test_an_unknown_provider_is_refused_with_the_known_ones(session):
-    with pytest.raises(ProviderRefused, match='provider = "tpu": not one; use "auto", "cuda" or "cpu"'):
+    with pytest.raises(ProviderUnavailable, match='provider = "tpu": unknown; use "auto", "cuda" or "cpu"'):
         Session(session.bundle, "tpu")
 
 
@@ -134,7 +135,7 @@ def test_importing_deploy_needs_neither_onnxruntime_nor_torch():
 
 def test_serving_without_onnxruntime_names_the_extra(tmp_path):
     done = python(
-        "import sys; sys.modules['onnxruntime'] = None\n"  # what an absent package looks like to `import`
+        "import sys; sys.modules['onnxruntime'] = None\n"  # `import` treats the package as absent
         "from deploy.server.server import main\n"
         f"sys.exit(main(['--site', {str(tmp_path)!r}, '--port', '0']))"
     )

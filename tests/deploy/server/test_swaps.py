@@ -1,4 +1,4 @@
-"""Models that come and go under a running inference server: swaps under load, refusals, kill and restart."""
+"""Bundles swapped under a running model server: swaps under load, refusals, kill and restart."""
 
 import contextlib
 import os
@@ -13,30 +13,28 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.client import Client, ServerDown, ServerRefused
-from tests.support.deploy.model_server import ROOT, Site, plates, serving
+from deploy.client import Client
+from deploy.errors import ServerDown, ServerRefused
+from tests.support.deploy.model_server import ROOT, Site, TwoBundles, plates, serving
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A site with bundles a and b (sealed, good); each test points where it needs."""
-    site = Site(tmp_path_factory.mktemp("server") / "s")
-    site.a, site.b = site.add(1), site.add(2)
-    site.point(site.a)
-    return site
+    """A site with sealed bundles a and b; each test sets the pointer it needs."""
+    return TwoBundles(tmp_path_factory.mktemp("server") / "s")
 
 
-def wait_for(what, seconds=10.0):
-    """The first true value of what(), asked again and again."""
+def wait_for(condition, seconds=10.0):
+    """Return the first true value of condition(), called repeatedly."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if value := what():
+        if value := condition():
             return value
         time.sleep(0.02)
-    raise AssertionError(f"never came true in {seconds} s")
+    raise AssertionError(f"not true within {seconds} s")
 
 
-def test_nothing_in_service_is_503_with_the_reason_until_the_first_pointer(tmp_path):
+def test_without_a_model_the_answer_is_503_with_the_reason(tmp_path):
     site = Site(tmp_path / "s")
     bundle = site.add(3)
     with serving(site) as (_, client):
@@ -46,11 +44,11 @@ def test_nothing_in_service_is_503_with_the_reason_until_the_first_pointer(tmp_p
         assert client.state()["error"].startswith("no model: run a first round")
         with pytest.raises(ServerDown, match="no model"):
             client.predict(plates(1))
-        site.point(bundle)  # the server sees it by itself
+        site.point(bundle)  # the server follows it without a request
         assert wait_for(client.ready)["bundle"] == bundle
 
 
-def test_a_prepared_bundle_comes_in_and_goes_back_at_once(site):
+def test_a_prepared_bundle_is_swapped_and_rolled_back_within_a_second(site):
     site.point(site.a)
     with serving(site) as (_, client):
         assert client.prepare(site.b)["probe"] <= 1e-5
@@ -67,7 +65,7 @@ def test_a_prepared_bundle_comes_in_and_goes_back_at_once(site):
         assert not client.reload()["changed"]
 
 
-def test_a_pointer_written_without_a_word_is_followed_within_seconds(site):
+def test_a_pointer_written_without_a_request_is_followed_within_seconds(site):
     site.point(site.a)
     with serving(site) as (_, client):
         site.point(site.b, site.a)
@@ -84,21 +82,21 @@ def test_no_request_fails_while_bundles_are_swapped_under_load(tmp_path):
     with serving(site) as (_, client):
         expected = {}
 
-        def ask():
-            with Client(client.url) as mine:
+        def request():
+            with Client(client.url) as own:
                 while not stop.is_set():
                     try:
-                        bundle, _, probabilities = mine.predict(images)
+                        bundle, _, probabilities = own.predict(images)
                     except (ServerDown, ServerRefused) as failure:
                         failures.append(failure)
                     else:
                         answered.append((bundle, probabilities))
 
-        askers = [threading.Thread(target=ask) for _ in range(4)]
-        for asker in askers:
-            asker.start()
+        senders = [threading.Thread(target=request) for _ in range(4)]
+        for sender in senders:
+            sender.start()
         swaps = []
-        for turn in range(1, 10):  # prepared, unprepared and back again, a new model each time
+        for turn in range(1, 10):  # another bundle each time, prepared and unprepared
             bundle = bundles[turn % 3]
             if turn % 2:
                 client.prepare(bundle)
@@ -106,17 +104,17 @@ def test_no_request_fails_while_bundles_are_swapped_under_load(tmp_path):
             swaps.append(client.reload())
             expected[bundle] = client.predict(images)[2]
         stop.set()
-        for asker in askers:
-            asker.join()
+        for sender in senders:
+            sender.join()
     assert failures == []
     assert {bundle for bundle, _ in answered} == set(bundles)
-    for bundle, probabilities in answered:  # an answer is always of the bundle that it names
+    for bundle, probabilities in answered:  # the bundle that an answer names computed it
         assert np.allclose(probabilities, expected[bundle], atol=1e-6)
     assert max(swap["swap_seconds"] for swap in swaps if swap["prepared"]) < 1
 
 
-def spoilt(site, how):
-    """A bundle that may not serve, and what the server says of it."""
+def bad_bundle(site, how):
+    """Return a bundle that must be refused, and the message of the server."""
     if how == "tampered":
         bundle = site.add(21)
         (site.models / bundle / "model.onnx").chmod(0o644)
@@ -140,15 +138,15 @@ def test_a_refused_bundle_never_replaces_the_one_in_service(tmp_path, how):
     good = site.add(1)
     site.point(good)
     with serving(site) as (_, client):
-        bad, says = spoilt(site, how)
-        with pytest.raises(ServerRefused, match=says):
+        bad, message = bad_bundle(site, how)
+        with pytest.raises(ServerRefused, match=message):
             client.prepare(bad)
         site.point(bad, good)
-        with pytest.raises(ServerRefused, match=says) as refused:
+        with pytest.raises(ServerRefused, match=message) as refused:
             client.reload()
         assert (refused.value.status, refused.value.bundle) == (409, good)
         assert client.predict(plates(1))[0] == good
-        assert says in client.ready()["refused"]
+        assert message in client.ready()["refused"]
         site.point(good)
         assert client.reload()["bundle"] == good
         assert client.ready()["refused"] is None
@@ -165,13 +163,13 @@ def test_a_tampered_pointer_changes_nothing(site):
     site.point(site.a)
 
 
-def test_killed_and_started_again_it_answers_with_the_pointed_bundle(site):
+def test_a_restarted_server_answers_with_the_pointers_bundle(site):
     site.point(site.a)
     with serving(site) as (process, client):
         before = client.predict(plates(2))
         site.point(site.b, site.a)
         client.reload()
-        site.point(site.a, site.b)  # and the kill comes before the server was told
+        site.point(site.a, site.b)  # the kill comes before a reload
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         with pytest.raises(ServerDown):
@@ -187,21 +185,21 @@ def test_sigterm_stops_within_five_seconds_also_during_a_long_request(tmp_path):
     site.point(site.add(1, work=40))
     with serving(site) as (process, client):
 
-        def ask_and_lose():
-            with Client(client.url) as mine, contextlib.suppress(ServerDown, ServerRefused):
-                mine.predict(plates(64))
+        def lost_request():
+            with Client(client.url) as own, contextlib.suppress(ServerDown, ServerRefused):
+                own.predict(plates(64))
 
-        asking = threading.Thread(target=ask_and_lose)
-        asking.start()
+        sender = threading.Thread(target=lost_request)
+        sender.start()
         time.sleep(0.5)
         started = time.monotonic()
         process.terminate()
         assert process.wait(10) == 0
         assert time.monotonic() - started < 5
-        asking.join()
+        sender.join()
 
 
-def test_the_server_goes_when_its_parent_was_killed(site):
+def test_the_server_stops_when_its_parent_was_killed(site):
     site.point(site.a)
     code = (
         "import sys\nfrom pathlib import Path\nfrom tests.support.deploy.model_server import start\n"
@@ -220,7 +218,7 @@ def test_the_server_goes_when_its_parent_was_killed(site):
 
 
 def alive(pid):
-    """Whether a process runs; a zombie that nobody reaped does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""A small real site for the deploy tests: keys, a little ONNX model with the bundle's contract, parts, a live server.
+"""A small real site for the deploy tests: keys, a small ONNX model that keeps the bundle contract, a running server.
 
-The model: mean-pool the plate to 4 x 4, then one MatMul a finding. Nothing here is a mock.
+The model averages the plate to 4 x 4 cells, then one MatMul gives a logit for each finding.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from cxrloop.durable import sign
 from deploy.bundle import pointer
 from deploy.bundle.bundle import PURPOSE, bundle_id, seal, sha256_of
 from deploy.bundle.contract import PARTS
 from deploy.bundle.keys import new_keys, read_private
 from deploy.bundle.onnx_import import import_onnx
+from deploy.bundle.signing import sign
 from deploy.client import Client
 
 FINDINGS = ("effusion", "pneumonia", "nodule")
@@ -30,8 +30,8 @@ AT = "2026-01-05T02:00:00Z"
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def write_model(path: Path, seed: int = 0, scale: float = 1.0, work: int = 0, white_is_nan=False, **off) -> Path:
-    """An ONNX file; `work` adds that many large MatMuls to a run, `off` breaks the contract by overriding a shape."""
+def write_model(path: Path, seed: int = 0, scale: float = 1.0, work: int = 0, white_is_nan=False, **changes) -> Path:
+    """Write an ONNX file. `work` adds that many large MatMuls; `changes` break the contract: dtype, plates, drop."""
     rng = np.random.default_rng(seed)
     cells, side = GRID * GRID, 512
     weights = (scale * rng.normal(size=(cells, len(FINDINGS)))).astype(np.float32)
@@ -50,11 +50,13 @@ def write_model(path: Path, seed: int = 0, scale: float = 1.0, work: int = 0, wh
     constants["axis"] = np.array([1], np.int64)
     constants["ones"] = np.ones((1, len(FINDINGS), 1, 1), np.float32)
     last = "bare"
-    if work:  # a slow model, for requests that are still in flight at a swap
-        constants["big"] = np.full((side, side), 1e-6, np.float32)
+    if work:  # a slow model, for requests in flight during a swap
+        constants["big"] = np.full((side, side), 1 / side, np.float32)  # keeps the mean: no slow denormal numbers
+        constants["little"] = np.float32(1e-6)
         for step in range(work):
             nodes.append(helper.make_node("MatMul", [f"work{step - 1}" if step else "unit", "big"], [f"work{step}"]))
-        nodes.append(helper.make_node("ReduceMean", [f"work{work - 1}", "axes"], ["tiny"], keepdims=0))
+        nodes.append(helper.make_node("ReduceMean", [f"work{work - 1}", "axes"], ["mean"], keepdims=0))
+        nodes.append(helper.make_node("Mul", ["mean", "little"], ["tiny"]))
         nodes.append(helper.make_node("Unsqueeze", ["tiny", "axis"], ["column"]))
         nodes.append(helper.make_node("Add", ["bare", "column"], ["slow"]))
         constants["axes"] = np.array([1, 2], np.int64)
@@ -64,23 +66,23 @@ def write_model(path: Path, seed: int = 0, scale: float = 1.0, work: int = 0, wh
         nodes.append(helper.make_node("Sub", ["one", "embedding"], ["dark"]))
         nodes.append(helper.make_node("Log", ["dark"], ["log"]))
         nodes.append(helper.make_node("Gather", ["log", "axis"], ["corner"], axis=1))
-        nodes.append(helper.make_node("Sub", ["corner", "corner"], ["nought"]))  # -inf minus -inf is NaN
-        nodes.append(helper.make_node("Add", [last, "nought"], ["spoilt"]))
-        last = "spoilt"
+        nodes.append(helper.make_node("Sub", ["corner", "corner"], ["not_finite"]))  # -inf minus -inf is NaN
+        nodes.append(helper.make_node("Add", [last, "not_finite"], ["with_nan"]))
+        last = "with_nan"
     nodes.append(helper.make_node("Identity", [last], ["logits"]))
     outputs = {
         "logits": ["N", len(FINDINGS)],
         "embedding": ["N", cells],
         "heatmap": ["N", len(FINDINGS), GRID, GRID],
     }
-    for name in off.get("drop", ()):
+    for name in changes.get("drop", ()):
         del outputs[name]
     graph = helper.make_graph(
         nodes,
         "small",
         [
             helper.make_tensor_value_info(
-                "plates", off.get("dtype", TensorProto.UINT8), off.get("plates", ["N", side, side])
+                "plates", changes.get("dtype", TensorProto.UINT8), changes.get("plates", ["N", side, side])
             )
         ],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
@@ -91,7 +93,7 @@ def write_model(path: Path, seed: int = 0, scale: float = 1.0, work: int = 0, wh
 
 
 def make_parts(folder: Path, seed: int = 0, **model) -> Path:
-    """The four parts of a bundle, unsealed."""
+    """Write the four parts of a bundle, unsealed."""
     folder.mkdir(parents=True)
     file = write_model(folder.parent / f"{folder.name}.onnx", seed, **model)
     import_onnx(file, folder, FINDINGS)
@@ -110,21 +112,23 @@ class Site:
         self.key = read_private(self.site / "keys")
 
     def add(self, seed: int = 0, **model) -> str:
+        """Seal a new model; return its bundle id."""
         parts = make_parts(self.folder / f"parts{seed}", seed, **model)
         return seal(parts, self.models, self.key)
 
     def point(self, bundle: str, previous: str | None = None) -> None:
+        """Write the pointer."""
         pointer.write(self.site, bundle, previous, "a test", AT, self.key)
 
     def spoil_probe(self, seed: int) -> str:
-        """A properly sealed bundle whose probe claims other logits than the model gives."""
+        """Seal a bundle whose probe holds other logits than the model returns."""
         parts = make_parts(self.folder / f"parts{seed}", seed)
         with np.load(parts / "probe.npz") as probe:
             np.savez(parts / "probe.npz", plates=probe["plates"], logits=probe["logits"] + 0.5)
         return seal(parts, self.models, self.key)
 
     def add_of_plate_version(self, version: int, seed: int) -> str:
-        """A bundle signed with the right key, as another version of cxrloop would have sealed it."""
+        """Sign a bundle with the right key, as another version of cxrloop would seal it."""
         parts = make_parts(self.folder / f"parts{seed}", seed)
         card = json.loads((parts / "card.json").read_text()) | {"plate_version": version}
         (parts / "card.json").write_text(json.dumps(card))
@@ -136,9 +140,18 @@ class Site:
         return body["bundle"]
 
 
+class TwoBundles(Site):
+    """A site with the sealed bundles `a`, in service, and `b`."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.a, self.b = self.add(1), self.add(2)
+        self.point(self.a)
+
+
 @contextlib.contextmanager
 def serving(site: Site, *arguments: str) -> Iterator[tuple[subprocess.Popen, Client]]:
-    """A real `python -m deploy.server.server` on a free port and a client of it; killed at the end."""
+    """Run `python -m deploy.server.server` on a free port; yield (process, client); kill it at the end."""
     process, url = start(site.site, *arguments)
     try:
         with Client(url) as client:
@@ -149,7 +162,7 @@ def serving(site: Site, *arguments: str) -> Iterator[tuple[subprocess.Popen, Cli
 
 
 def start(site: Path, *arguments: str) -> tuple[subprocess.Popen, str]:
-    """The server's process and URL, after its ready line."""
+    """Start the server; return (process, URL) after its ready line."""
     command = [
         sys.executable,
         "-m",
@@ -164,14 +177,14 @@ def start(site: Path, *arguments: str) -> tuple[subprocess.Popen, str]:
     ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr
-    said = ""
+    log = ""
     for line in process.stderr:
-        said += line
+        log += line
         if ready := re.match(r"infer ready on (\S+)", line):
             return process, ready[1]
-    raise AssertionError(f"the server never was ready: {said}")
+    raise AssertionError(f"the server was not ready: {log}")
 
 
 def plates(images: int = 1, seed: int = 7) -> np.ndarray:
-    """uint8 [images, 512, 512] of noise."""
+    """Return noise, uint8 [images, 512, 512]."""
     return np.random.default_rng(seed).integers(0, 256, (images, 512, 512), dtype=np.uint8)
