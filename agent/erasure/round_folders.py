@@ -4,7 +4,6 @@ A round that is learning from them is cancelled. Trained weights can't be undone
 hold no image, so they stay as they are.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Collection
@@ -15,8 +14,9 @@ from agent.ledger.database import Ledger, Row
 from agent.rounds import records
 from agent.site import locks
 from agent.site.site import Site
-from cxrloop.durable import read_json, write_json
+from cxrloop.durable import write_json
 from learner.round.folder import RoundBusy, lock_round
+from learner.round.manifest import read_manifest
 
 UNFINISHED = ("planned", "training", "paused")
 LEAVE_S = 60  # a cancelled learner learns of it within a second and ends within 25
@@ -37,22 +37,21 @@ def rounds_with(site: Site, ledger: Ledger, images: Collection[int]) -> list[Row
 
 
 def _listed_images(folder: Path) -> set[int]:
-    """Return the images that a round's manifest lists; none without a manifest (skipped, imported, not written yet)."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-    except FileNotFoundError:
-        return set()
-    return {sample["image"] for sample in manifest[_samples_key(manifest)]}
-
-
-def _samples_key(manifest: dict[str, Any]) -> str:
-    """Return the manifest's key of the samples, which version 1 (of cxrloop 0.1.0) calls otherwise."""
-    return "images" if "images" in manifest else "films"
+    """Return the images that a round's manifest lists."""
+    return {sample["image"] for sample in _manifest(folder).get("images", ())}
 
 
 def _round_of_backbone(folder: Path) -> str:
     """Return the name of the folder that holds a round's initial backbone: the round that made it, if a round did."""
-    return Path(read_json(folder / "manifest.json").get("recipe", {}).get("backbone", "")).parent.name
+    return Path(_manifest(folder).get("recipe", {}).get("backbone", "")).parent.name
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return a round's manifest; empty without one (the round was skipped or imported, or is being planned)."""
+    try:
+        return read_manifest(folder)
+    except FileNotFoundError:
+        return {}
 
 
 def affected_models(site: Site, ledger: Ledger, images: Collection[int]) -> dict[str, Any]:
@@ -127,12 +126,11 @@ def _clear(folder: Path, images: Collection[int]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    key = _samples_key(manifest)
-    forgotten = [sample for sample in manifest[key] if sample["image"] in images]
+    manifest = read_manifest(folder)
+    forgotten = [sample for sample in manifest["images"] if sample["image"] in images]
     words = {str(sample[name]).encode() for sample in forgotten for name in ("patient", "plate")}
     log = folder / "learner.log"
     if log.exists() and any(word in log.read_bytes() for word in words):  # a message about one of the images
         log.unlink()
-    manifest[key] = [sample for sample in manifest[key] if sample["image"] not in images]
+    manifest["images"] = [sample for sample in manifest["images"] if sample["image"] not in images]
     write_json(folder / "manifest.json", manifest)  # last: after a crash the manifest still lists what is to be cleared
