@@ -12,7 +12,7 @@ import typer
 
 from agent.cli import completion
 from agent.cli.main import app
-from agent.images import images
+from agent.images import listing
 from agent.results import explain
 
 SITES = Path(__file__).resolve().parents[2] / "sites"
@@ -123,6 +123,6 @@ def test_an_unknown_shell_is_an_error(command):
 
 
 def test_the_values_offered_are_those_of_the_program():
-    assert images.STATES == completion.STATES
-    assert images.SCORABLE == completion.RERUN_STATES
+    assert listing.STATES == completion.STATES
+    assert listing.SCORABLE == completion.RERUN_STATES
     assert explain.METHODS == completion.METHODS
