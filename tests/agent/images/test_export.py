@@ -1,4 +1,4 @@
-"""`studies export`: de-identified copies in a folder, with their labels; what may not leave is said."""
+"""`images export`: de-identified copies in a folder, with their labels; what may not leave is said."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def filled(site):
 
 def run(site, *words: str, code: int = 0) -> dict:
     done = CliRunner().invoke(
-        app, ["studies", "export", *words, "--json", "--config", str(site.root / "appliance.toml")]
+        app, ["images", "export", *words, "--json", "--config", str(site.root / "appliance.toml")]
     )
     assert done.exit_code == code, done.output
     return json.loads(done.stdout) if code != 1 else {}
