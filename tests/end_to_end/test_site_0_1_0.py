@@ -56,7 +56,7 @@ def test_status_counts_what_the_site_holds(old):
 
 
 def test_all_images_are_listed_with_their_states_and_scores(ask):
-    images = ask("studies", "ls")
+    images = ask("images", "ls")
     assert Counter(row["state"] for row in images) == {"labelled": 7, "predicted": 2, "rejected": 2, "quarantined": 1}
     assert {row["bundle"] for row in images if row["predictions"]} == {BASELINE}
     assert [row["image"] for row in images if row["superseded_by"]] == [11]

@@ -51,7 +51,7 @@ def test_1_images_are_acknowledged_and_stored_before_there_is_a_model(line):
 def test_2_labels_come_by_csv_and_the_golden_set_is_frozen(line):
     appliance, images, _ = line
     truth = {image.sop_uid: image.truth for image in images}
-    rows = [row for row in appliance.ask("studies", "ls", "--limit", "1000") if row["range"]]
+    rows = [row for row in appliance.ask("images", "ls", "--limit", "1000") if row["range"]]
     path = write_labels(appliance.site.root / "labels.csv", rows, truth)
     said = appliance.ask("labels", "import", str(path))
     assert said == {"rows": 240, "added": 240, "unknown_images": 0, "conflicts": 0}
@@ -80,7 +80,7 @@ def test_4_an_image_that_comes_now_is_scored_without_being_asked(line):
     port = appliance.site.config.node.port
     assert [s for _, s in pacs.deliver([images[80].path], port, "CXRLOOP")] == [0]
     appliance.until("ingest", predicted=81)
-    row = appliance.ask("studies", "ls", "--state", "predicted", "--limit", "1")[0]
+    row = appliance.ask("images", "ls", "--state", "predicted", "--limit", "1")[0]
     assert row["sop_uid"] == images[80].sop_uid
     assert set(row["predictions"]) == {"cardiomegaly", "effusion", "opacity"}
 
