@@ -26,7 +26,8 @@ from learner.engine.progress import Paused
 from learner.engine.step import Stopped, memory_ran_out
 from learner.networks.backbone import BackboneError
 from learner.round.figure import draw
-from learner.round.manifest import PAUSED, STOPPED, TRAINED, ManifestError, RoundBusy, held, load, write_last_word
+from learner.round.folder import PAUSED, STOPPED, TRAINED, RoundBusy, lock_round, write_result
+from learner.round.manifest import ManifestError, load
 from learner.round.run import Run
 
 CODES = {"trained": TRAINED, "paused": PAUSED, "stopped": STOPPED}
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder: Path = parser.parse_args(arguments).round_dir
     with distributed.joined():
         try:
-            with held(folder) if distributed.is_first() else nullcontext():
+            with lock_round(folder) if distributed.is_first() else nullcontext():
                 return run(folder)
         except (RoundBusy, FileNotFoundError) as error:
             print(error, file=sys.stderr)
@@ -76,7 +77,7 @@ def run(folder: Path) -> int:
             result["seconds"] = round(teller.seconds, 1)
             teller.close()
     if distributed.is_first():
-        write_last_word(folder, result)
+        write_result(folder, result)
         if teller and result["state"] != "paused":
             draw(folder)
         if result["reason"]:

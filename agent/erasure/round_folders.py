@@ -15,7 +15,8 @@ from agent.ledger.database import Ledger, Row
 from agent.rounds import records
 from agent.site import locks
 from agent.site.site import Site
-from learner.round.manifest import RoundBusy, held, read_json, write_json
+from cxrloop.durable import read_json, write_json
+from learner.round.folder import RoundBusy, lock_round
 
 LEARNING = ("planned", "training", "paused")
 LEAVES_S = 60  # a cancelled learner is told within a second and promises to be gone within 25
@@ -97,7 +98,7 @@ def _cleared(folder: Path, images: Collection[int]) -> bool:
     deadline = time.monotonic() + LEAVES_S
     while True:
         try:
-            with held(folder):
+            with lock_round(folder):
                 _clear(folder, images)
                 return True
         except RoundBusy:

@@ -14,7 +14,7 @@ from agent.ledger import audit
 from agent.ledger.database import Ledger, Row, image_number
 from agent.site import files
 from agent.site.site import Site
-from cxrloop.durable import replace_file
+from cxrloop.durable import write_atomic
 from dicom.errors import NotExportable
 from dicom.outgoing.deidentify import deidentify
 
@@ -51,10 +51,10 @@ def export(
             continue
         data = io.BytesIO()
         image.save_as(data, enforce_file_format=True)
-        replace_file(folder / name, data.getvalue())
+        write_atomic(folder / name, data.getvalue())
         exported.append({"image": row["id"], "file": name})
     if with_labels:
-        replace_file(folder / LABELS, _labels(ledger, exported).encode())
+        write_atomic(folder / LABELS, _labels(ledger, exported).encode())
     with ledger.transaction():
         left = [image["image"] for image in exported]
         audit.append(ledger, by, "images exported", "de-identified", after={"images": left, "labels": with_labels})

@@ -13,8 +13,8 @@ from agent.ledger.states import OPEN_ROUNDS
 from agent.rounds import records
 from agent.site import locks
 from agent.site.site import Site
+from cxrloop.durable import read_json
 from learner.round.collapse_limits import LIMITS
-from learner.round.manifest import read_json
 from learner.round.metrics_log import read
 
 POLL_S = 0.5

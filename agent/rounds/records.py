@@ -14,8 +14,8 @@ from agent.errors import Problem
 from agent.ledger import audit, states
 from agent.ledger.database import Ledger, Row, utc, when
 from agent.site.site import Site
+from cxrloop.durable import read_json, write_json
 from cxrloop.plate import PLATE_VERSION
-from learner.round.manifest import read_json, write_json
 from learner.round.recipe import RECIPES, Recipe, RecipeError, resolve
 
 USABLE = "plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL"

@@ -24,8 +24,9 @@ from agent.release import release
 from agent.rounds import evaluation, records
 from agent.site import locks
 from agent.site.site import Site
+from cxrloop.durable import write_json
 from deploy.bundle.bundle import seal
-from learner.round.manifest import RoundBusy, held, write_json
+from learner.round.folder import RoundBusy, lock_round
 
 POLL_S = 0.5
 MAX_CRASHES = 3  # without a step of progress between them
@@ -147,7 +148,7 @@ def _wait_for_orphan(folder: Path) -> None:
     """Let a learner whose agent died write its checkpoint and leave; raises Problem when it does not."""
     for _ in range(int(2 * STOP_S / POLL_S)):
         try:
-            with held(folder):
+            with lock_round(folder):
                 return
         except RoundBusy:
             time.sleep(POLL_S)

@@ -39,7 +39,7 @@ from bench.learning.evolution_table import report
 from bench.learning.floor_of_images import pixel_floor, view_floor
 from learner.data.token_bank import Bank
 from learner.evaluation.auc import auc
-from learner.round.manifest import Round, Sample
+from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
 from learner.round.run import Run
 
@@ -144,7 +144,7 @@ def asked_for(given: argparse.Namespace) -> list[tuple[str, float]]:
 def open_bank_of(samples: tuple[Sample, ...], recipe: Recipe, folder: Path) -> Bank:
     """Tokens of these images, made once by the product's own code."""
     folder.mkdir(parents=True, exist_ok=True)
-    work = Run(Round(folder, "bank", ("abnormal",), recipe, None, None, None, samples, "bank"))
+    work = Run(RoundManifest(folder, "bank", ("abnormal",), recipe, None, None, None, samples, "bank"))
     bank = work.bank
     work.teller.close()
     return bank

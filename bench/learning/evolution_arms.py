@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.learning.evolution_images import Draw, Pool, as_samples
-from learner.data.feed import label_table
+from learner.data.plates import label_table
 from learner.data.token_bank import Bank
 from learner.engine.checkpoint import save_weights
 from learner.engine.step import State
@@ -23,7 +23,7 @@ from learner.objectives import head_refit, logistic
 from learner.objectives.head_refit import FEW_PENALTY, PENALTY
 from learner.objectives.pseudo_targets import kappa_labels
 from learner.recipes import distl, evolve
-from learner.round.manifest import Round, Sample
+from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
 from learner.round.run import Run
 
@@ -69,7 +69,7 @@ class Banks(Bank):
 class CellRun(Run):
     """A round of the product that keeps its weights for the next one and scores the tests instead of exporting."""
 
-    def __init__(self, round_: Round, site: Site, tests: dict, tell: Callable[[str, Scores], None]) -> None:
+    def __init__(self, round_: RoundManifest, site: Site, tests: dict, tell: Callable[[str, Scores], None]) -> None:
         super().__init__(round_)
         self.site, self.tests, self.tell = site, tests, tell
 
@@ -112,7 +112,7 @@ def learn(
         samples = as_samples(site.pool, draw.labelled, "train", True)
         samples += as_samples(site.pool, np.concatenate(draw.rounds[:number]), "train", False)
         samples += as_samples(site.pool, draw.validation, "validation", True)
-        round_ = Round(
+        round_ = RoundManifest(
             here, f"r{number}", ("abnormal",), recipe, parent and "parent", parent, None, tuple(samples), name
         )
         said = {"t0": 0, "final": number}
@@ -138,7 +138,7 @@ def frozen_features(site: Site) -> Frozen:
     folder = site.cells / "frozen"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    round_ = Round(
+    round_ = RoundManifest(
         folder,
         "frozen",
         ("abnormal",),

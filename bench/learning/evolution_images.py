@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from learner.round.manifest import PLATE_SHAPE, Sample
+from cxrloop.plate import PLATE_SHAPE
+from learner.round.manifest import Sample
 
 NEAR = ("kermany224", "nih1000_64")  # the images of experiment A; their tokens make the first bank
 FAR = ("mednist_cxr64", "kermany64")  # what B and C need beside them; kermany64 is Kermany's test shrunk to 64 px

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.learning.evolution import RESULTS, SIZES, open_bank_of
 from bench.learning.evolution_arms import Banks, Frozen, Site, frozen_features
 from bench.learning.evolution_images import NEAR, Draw, as_samples, draw, read_pool
-from learner.data.feed import label_table
+from learner.data.plates import label_table
 from learner.evaluation.auc import auc
 from learner.objectives import head_refit, label_propagation, logistic
 from learner.round.recipe import Recipe

@@ -30,13 +30,16 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from cxrloop.durable import write_json
+from cxrloop.plate import PLATE_SHAPE
+from learner.data.plates import read_plate
 from learner.engine.step import State
 from learner.evaluation import pixel_baseline
 from learner.evaluation.auc import auc
 from learner.networks.architecture import Plan
 from learner.recipes import kd
 from learner.recipes.pseudo_label import answers
-from learner.round.manifest import PLATE_SHAPE, Sample, load, read_plate, write_json
+from learner.round.manifest import Sample, load
 from learner.round.recipe import resolve
 from learner.round.run import Run
 

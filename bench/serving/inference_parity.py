@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bench.learning.evolution_images import Pool, divide, to_plate
 from deploy.server import runtime
-from learner.data.feed import label_table, read_plates
+from learner.data.plates import label_table, read_plates
 from learner.evaluation import pixel_baseline
 from learner.evaluation.auc import auc, interval
 from learner.evaluation.model_choice import macro_curve
@@ -31,7 +31,7 @@ from learner.networks.heads import ClassHead, Network
 from learner.objectives import logistic
 from learner.recipes.evolve import FEW_PENALTY, set_head
 from learner.round.export import Served, calibrate, check_parity, export_onnx, open_session
-from learner.round.manifest import Image, Round
+from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import resolve
 
 IMAGES = {"train": 400, "calibration": 120, "test": 600}  # a few minutes of one core
@@ -51,7 +51,7 @@ class Trained:
     graph: Path
     threshold: float  # of the probability, chosen on calibration images
     exported: float  # largest difference in probability between torch and onnxruntime
-    images: list[Image]
+    images: list[Sample]
     pixel_baseline: np.ndarray  # float [images, 1]: what a logistic regression on 24 x 24 raw pixels says of them
 
 
@@ -80,7 +80,7 @@ def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     return np.load(path)
 
 
-def by_parts(images: list[Image], work: Path, name: str, say: Callable[[Tensor], np.ndarray]) -> np.ndarray:
+def by_parts(images: list[Sample], work: Path, name: str, say: Callable[[Tensor], np.ndarray]) -> np.ndarray:
     """`say` of the images' plates (n, 512, 512), PART images at a time, each part kept."""
     parts = [images[i : i + PART] for i in range(0, len(images), PART)]
     return np.concatenate(
@@ -88,14 +88,14 @@ def by_parts(images: list[Image], work: Path, name: str, say: Callable[[Tensor],
     )
 
 
-def read_images(data: Path, work: Path, seed: int) -> dict[str, list[Image]]:
+def read_images(data: Path, work: Path, seed: int) -> dict[str, list[Sample]]:
     """Images by range (IMAGES says how many), no patient in two ranges; their plates lie in `work`."""
     folder = data / "kermany224"
     with (folder / "manifest.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
     truth = np.array([int(row["labels"] != "No Finding") for row in rows])
     images = tuple(
-        Image(n, row["patient_id"], work / f"{n}.npy", "train", (int(truth[n]),)) for n, row in enumerate(rows)
+        Sample(n, row["patient_id"], work / f"{n}.npy", "train", (int(truth[n]),)) for n, row in enumerate(rows)
     )
     pool = Pool(images, truth, np.full(len(rows), "kermany-train"))
     wanted = IMAGES["train"], IMAGES["calibration"]
@@ -119,7 +119,7 @@ def train(data: Path, backbone: Path, work: Path, seed: int = 0) -> Trained:
     seen = by_parts(images["train"], work, "train", lambda plates: run_torch(served, plates))
     set_head(network, logistic.fit(torch.from_numpy(seen), labels, FEW_PENALTY))
     everything = tuple(image for some in images.values() for image in some)
-    round_ = Round(work, "parity", ("abnormal",), recipe, None, None, None, everything, "parity")
+    round_ = RoundManifest(work, "parity", ("abnormal",), recipe, None, None, None, everything, "parity")
     temperature, threshold = kept(work / "point.npy", lambda: operating_point(served, round_))
     served.temperatures[0] = temperature
     graph, part = work / "model.onnx", work / "part.onnx"
@@ -137,24 +137,24 @@ def run_torch(served: Served, plates: Tensor) -> np.ndarray:
     return served(plates)[1].numpy()
 
 
-def operating_point(served: Served, round_: Round) -> np.ndarray:
+def operating_point(served: Served, round_: RoundManifest) -> np.ndarray:
     """Temperature and threshold from the calibration images, as the export fits them."""
     point = calibrate(served, round_)["abnormal"]
     return np.array([point["temperature"], point["threshold"]])
 
 
-def export_error(served: Served, graph: Path, images: list[Image]) -> np.ndarray:
+def export_error(served: Served, graph: Path, images: list[Sample]) -> np.ndarray:
     """Largest difference in probability between torch and onnxruntime; above the export's own limit it raises."""
     found = check_parity(served, open_session(graph), images)
     return np.array(max(found["1"], found["8"]))
 
 
-def thumbnails(images: list[Image]) -> np.ndarray:
+def thumbnails(images: list[Sample]) -> np.ndarray:
     """float [images, 576]: raw pixels."""
     return np.concatenate([pixel_baseline.thumbnails(np.load(image.plate)[None]) for image in images])
 
 
-def logits(graph: Path, images: list[Image], threads: int, work: Path) -> np.ndarray:
+def logits(graph: Path, images: list[Sample], threads: int, work: Path) -> np.ndarray:
     """float [images, 1], from the graph as the inference server runs it."""
     session = runtime.load(graph.read_bytes(), "cpu", threads)
     return by_parts(images, work, graph.stem, lambda plates: runtime.run(session, plates.numpy())[0])

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cxrloop.durable import replace_file, sign, signed_by
+from cxrloop.durable import sign, signed_by, write_atomic
 from deploy.bundle.bundle import ID
 from deploy.bundle.keys import read_public
 
@@ -56,7 +56,7 @@ def write(site: Path, bundle: str, previous: str | None, by: str, at: str, signi
     pointer = Pointer(bundle, previous, by, at)
     document = asdict(pointer)
     signed = {**document, "signature": sign(PURPOSE, document, signing_key)}
-    replace_file(site / POINTER, json.dumps(signed, indent=1).encode())
+    write_atomic(site / POINTER, json.dumps(signed, indent=1).encode())
     return pointer
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cxrloop.plate import PLATE_SHAPE
 from learner.data.augment import NUMBERS, make_views, normalise, resize_matrix, to_image
 from learner.data.packed_plates import Shard
+from learner.data.plates import label_table, read_plates
 from learner.engine import distributed
 from learner.engine.step import Batch
-from learner.round.manifest import PLATE_SHAPE, Sample, read_plate
+from learner.round.manifest import Sample
 from learner.round.recipe import Recipe
 
 READER = ThreadPoolExecutor(1, thread_name_prefix="plates")  # reads one batch ahead
@@ -120,13 +122,3 @@ class ImageFeed:
 
     def _generator(self, sweep: int, place: int) -> np.random.Generator:
         return np.random.default_rng([self.recipe.seed, self.stream, sweep, place])
-
-
-def label_table(samples: Sequence[Sample]) -> Tensor:
-    """float32 (images, findings), nan = unknown."""
-    return torch.tensor([[float("nan") if v is None else float(v) for v in f.labels] for f in samples])
-
-
-def read_plates(samples: Sequence[Sample]) -> Tensor:
-    """uint8 (B, 512, 512)."""
-    return torch.from_numpy(np.stack([read_plate(f.plate) for f in samples]))

@@ -19,8 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cxrloop.durable import whole_folder
+from cxrloop.plate import PLATE_SHAPE, PLATE_VERSION
 from learner.data import augment, cache_key
-from learner.round.manifest import PLATE_SHAPE, PLATE_VERSION, Sample, read_plate, whole_folder
+from learner.data.plates import read_plate
+from learner.round.manifest import Sample
 
 CHUNK = 4  # plates resized at once: 4 MB of float32 stay in a core's cache; 64 at once take twice as long a plate
 READERS = 4  # threads that read the next chunk meanwhile

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cxrloop.durable import whole_folder
 from learner.data import cache_key
 from learner.data.feed import ImageFeed
 from learner.data.packed_plates import remove_shard
 from learner.engine.step import Batch
 from learner.networks.backbone import Backbone
-from learner.round.manifest import Sample, whole_folder
+from learner.round.manifest import Sample
 from learner.round.recipe import Recipe
 
 KEYS = (  # of the recipe: what the tokens depend on

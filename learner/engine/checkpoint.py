@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from cxrloop.durable import write_atomic
 from learner.engine.step import State
 from learner.networks.backbone import Plan
 from learner.networks.heads import Network
-from learner.round.manifest import write_atomic
 
 CURSOR = ("phase", "step", "burst", "bursts", "micro", "watch", "notes")
 CARRIED = ("micro", "notes")  # from a phase to the next

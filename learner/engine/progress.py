@@ -22,9 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from cxrloop.durable import write_json
 from learner.engine import distributed
 from learner.engine.step import State
-from learner.round.manifest import PAUSED, write_json, write_last_word
+from learner.round.folder import PAUSED, write_result
 
 GRACE = 10  # seconds a step may still take after SIGTERM; then the last periodic checkpoint has to do
 PROMISE = 18  # seconds from SIGTERM to the end, checkpoint written or not; the agent was told 20
@@ -92,7 +93,7 @@ class Teller:
     def _give_up(self, where: str) -> None:
         result = {"state": "paused", "reason": f"{self.asked}, {where}: back to the last checkpoint"}
         if distributed.is_first():
-            write_last_word(self.folder, result | {"seconds": round(self.seconds, 1)})
+            write_result(self.folder, result | {"seconds": round(self.seconds, 1)})
         if self.bars:
             self.bars.stop()
         os._exit(0 if distributed.launched() else PAUSED)

@@ -19,13 +19,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from cxrloop.plate import PLATE_SHAPE
 from learner.data.augment import blur, normalise, resize_matrix, to_image
+from learner.data.plates import read_plate
 from learner.engine.checkpoint import CheckpointError, load_network, read_file
 from learner.networks.architecture import BackboneError
 from learner.networks.backbone import Backbone
 from learner.networks.convnet import ConvNet
 from learner.networks.heads import Network, make_network
-from learner.round.manifest import PLATE_SHAPE, ManifestError, read_plate
+from learner.round.manifest import ManifestError
 from learner.round.recipe import Recipe, RecipeError
 
 METHODS = (

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learner.data.feed import label_table
+from learner.data.plates import label_table
 from learner.engine.step import State
 from learner.engine.weight_averaging import Weights, settle, soup, wise
 from learner.evaluation.auc import Curve

@@ -9,11 +9,12 @@ from functools import partial
 
 from safetensors.torch import save
 
+from cxrloop.durable import write_atomic
 from learner.engine.step import State
 from learner.networks.backbone import weights_of
 from learner.objectives.teacher_student import evolve
 from learner.recipes.evolve import fit_head
-from learner.round.manifest import ManifestError, write_atomic
+from learner.round.manifest import ManifestError
 from learner.round.run import Run
 from learner.round.supervised import learn_labels
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cxrloop.plate import PLATE_SHAPE
 from learner.data.augment import normalise, resize_matrix, to_image
-from learner.data.feed import label_table, read_plates
+from learner.data.plates import label_table, read_plates
 from learner.engine import distributed
 from learner.engine.optim import Schedule
 from learner.engine.step import Losses, State
@@ -21,7 +22,7 @@ from learner.networks.backbone import Backbone
 from learner.networks.heads import Network
 from learner.objectives.correction import Feed, supervise
 from learner.objectives.pseudo_targets import kappa_labels, ten_crop
-from learner.round.manifest import PLATE_SHAPE, ManifestError, Sample
+from learner.round.manifest import ManifestError, Sample
 from learner.round.run import Run
 from learner.round.supervised import balance_of
 

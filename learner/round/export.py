@@ -21,14 +21,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from cxrloop.durable import whole_folder, write_json
+from cxrloop.plate import PLATE_SHAPE, PLATE_VERSION
 from learner.data.augment import normalise, resize_matrix, to_image
-from learner.data.feed import label_table, read_plates
+from learner.data.plates import label_table, read_plates
 from learner.engine.checkpoint import save_weights
 from learner.engine.step import State, Stopped, must_be_numbers
 from learner.evaluation.calibrate import auc, temperature, threshold
 from learner.networks.backbone import Plan, at_size
 from learner.networks.heads import Network
-from learner.round.manifest import PLATE_SHAPE, PLATE_VERSION, Round, Sample, whole_folder, write_json
+from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
 
 OPSET = 18
@@ -62,7 +64,7 @@ class Served(nn.Module):
 
 
 def write_parts(
-    target: Path, state: State, plan: Plan, round_: Round, now: datetime, serve: str, chosen: str | None = None
+    target: Path, state: State, plan: Plan, round_: RoundManifest, now: datetime, serve: str, chosen: str | None = None
 ) -> None:
     """Measure, calibrate, export and check; `target` appears whole or not at all. Raises Stopped when parity fails."""
     device = next(state.student.parameters()).device
@@ -91,7 +93,7 @@ def write_parts(
 
 
 def card(
-    state: State, round_: Round, metrics: dict, parity: dict, model: Served, now: datetime, serve: str
+    state: State, round_: RoundManifest, metrics: dict, parity: dict, model: Served, now: datetime, serve: str
 ) -> dict[str, Any]:
     """What anyone should know before using these weights."""
     return {
@@ -117,7 +119,7 @@ def score(model: Served, samples: Sequence[Sample]) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def calibrate(model: Served, round_: Round) -> dict[str, Any]:
+def calibrate(model: Served, round_: RoundManifest) -> dict[str, Any]:
     """Fit the temperatures (kept in the model) and thresholds on calibration patients; defaults are named as such."""
     samples = round_.of("calibration")
     logits = score(model, samples)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cxrloop.durable import read_json
 from learner.round.collapse_limits import LIMITS
-from learner.round.manifest import read_json
 from learner.round.metrics_log import Curves, Phase, correcting, read
 
 if TYPE_CHECKING:

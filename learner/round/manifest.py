@@ -4,29 +4,18 @@ Refuses a golden image, a patient in two ranges and plates of another version at
 Knows no torch: numpy and the standard library only, so that the agent can read a round's state with it.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any
 
-import numpy as np
-
+from cxrloop.plate import PLATE_VERSION
 from learner.round.recipe import Recipe, RecipeError
 
-PLATE_VERSION = 1  # must equal the version of the plates in the manifest; a change of the pixel path raises both
-PLATE_SHAPE = (512, 512)
 RANGES = ("train", "validation", "calibration")
-_HEADER = threading.Lock()  # numpy reads headers with `ast`, which threads break up to CPython 3.12 (gh-106905)
 VERSION = 2  # of the manifest
 KEYS = {  # of the manifest, and the kinds of value that each may have
     "version": (int,), "round": (str,), "plate_version": (int,), "findings": (list,), "recipe": (dict,), "seed": (int,),
@@ -38,15 +27,9 @@ SAMPLE_KEYS = {
 PARENT_KEYS = {"bundle": (str,), "state": (str,)}
 NAMES = {int: "a whole number", str: "a text", list: "a list", dict: "an object", NoneType: "null"}
 
-TRAINED, PAUSED, STOPPED = 0, 75, 3  # exit codes of `python -m learner`
-
 
 class ManifestError(ValueError):
     """The manifest can't be trained on: says what, which and what to do."""
-
-
-class RoundBusy(RuntimeError):
-    """Another learner holds this round folder."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +48,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundManifest:
     """A manifest that has been checked."""
 
     folder: Path
@@ -91,19 +74,24 @@ class Round:
         return tuple(f for f in self.of("train") if f.labelled)
 
 
-def load(folder: Path) -> Round:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return `folder/manifest.json` with the keys of the current version; its values are not checked.
+
+    Raises FileNotFoundError, and ManifestError for a file that is not a JSON object.
+    """
+    return _current_keys(_read(folder / "manifest.json"))
+
+
+def load(folder: Path) -> RoundManifest:
     """Read and check `folder/manifest.json`; raises ManifestError."""
     path = folder / "manifest.json"
     try:
-        raw = json.loads(path.read_text())
+        written = _read(path)
     except FileNotFoundError:
         raise ManifestError(f"{path}: no manifest; the agent writes it before the learner starts") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ManifestError(f"{path}: not JSON ({error})") from None
-    decides = (
-        json.dumps({k: v for k, v in raw.items() if k != "until"}, sort_keys=True) if isinstance(raw, dict) else ""
-    )
-    raw = _of_today(raw)
+    # of the keys as written: a round that 0.1.0 began keeps its fingerprint
+    decisive = json.dumps({k: v for k, v in written.items() if k != "until"}, sort_keys=True)
+    raw = _current_keys(written)
     _same_keys("manifest", raw, KEYS)
     if raw["version"] != VERSION:
         raise ManifestError(f"manifest: version {raw['version']!r}; this learner reads versions 1 and {VERSION}")
@@ -121,17 +109,28 @@ def load(folder: Path) -> Round:
         raise ManifestError(f"manifest: {error}") from None
     samples = _samples(raw["images"], folder / raw["plates"], len(findings))
     parent, state = _parent(raw["parent"], folder)
-    return Round(
+    return RoundManifest(
         folder=folder, name=raw["round"], findings=findings, recipe=recipe, parent=parent, parent_state=state,
-        until=_until(raw["until"]), samples=samples, fingerprint=hashlib.sha256(decides.encode()).hexdigest(),
+        until=_until(raw["until"]), samples=samples, fingerprint=hashlib.sha256(decisive.encode()).hexdigest(),
     )  # fmt: skip
 
 
-def _of_today(raw: Any) -> Any:
-    """A manifest of version 1 (cxrloop 0.1 called the images films) in the keys of today; any other as it is."""
-    if isinstance(raw, dict) and raw.get("version") == 1 and "films" in raw:
-        return {**{k: v for k, v in raw.items() if k != "films"}, "version": VERSION, "images": raw["films"]}
-    return raw
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        written = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ManifestError(f"{path}: not JSON ({error})") from None
+    if not isinstance(written, dict):
+        raise ManifestError(f"{path}: expected an object with {', '.join(sorted(KEYS))}")
+    return written
+
+
+def _current_keys(written: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest with version 2's keys: version 1, of cxrloop 0.1.0, had `films` in place of `images`."""
+    if written.get("version") != 1 or "films" not in written:
+        return written
+    rest = {key: value for key, value in written.items() if key != "films"}
+    return {**rest, "version": VERSION, "images": written["films"]}
 
 
 def _samples(rows: Any, plates: Path, width: int) -> tuple[Sample, ...]:
@@ -199,98 +198,3 @@ def _same_keys(where: str, raw: Any, kinds: dict[str, tuple[type, ...]]) -> None
         if type(raw[key]) not in allowed:
             names = " or ".join(NAMES[kind] for kind in allowed)
             raise ManifestError(f"{where}: {key} = {str(raw[key])[:40]!r}: expected {names}")
-
-
-def read_plate(path: Path) -> np.ndarray:
-    """uint8 [512, 512]; raises ManifestError for a missing file or another shape."""
-    try:
-        with _HEADER:
-            plate = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ManifestError(f"{path}: not a plate ({error})") from None
-    if not isinstance(plate, np.ndarray):
-        raise ManifestError(f"{path}: an archive of arrays; a plate is one array, uint8 {list(PLATE_SHAPE)}")
-    if plate.shape != PLATE_SHAPE or plate.dtype != np.uint8:
-        raise ManifestError(f"{path}: {plate.dtype} {list(plate.shape)}; a plate is uint8 {list(PLATE_SHAPE)}")
-    return np.array(plate)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The whole file or none of it: temp, fsync, rename, fsync of the folder."""
-    temp = path.with_name(f".{path.name}.tmp")
-    try:
-        with temp.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temp.unlink(missing_ok=True)  # a half of it would keep a full disk full
-        raise
-    temp.replace(path)
-    sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_last_word(folder: Path, value: Any) -> None:
-    """`result.json`; on a full disk in the block of `progress.json`, which nobody else can take in between."""
-    data = (json.dumps(value, indent=1) + "\n").encode()
-    try:
-        write_atomic(folder / "result.json", data)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (folder / "progress.json").exists():
-            raise
-        temp = (folder / "progress.json").replace(folder / ".result.json.tmp")
-        with temp.open("r+b") as file:
-            file.write(data)
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
-        temp.replace(folder / "result.json")
-        sync_folder(folder)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object that was written whole; empty when the file isn't there (yet)."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well; what a crash left over is removed first."""
-    temp = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir()
-    try:
-        yield temp
-    except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)  # a half of it would keep a full disk full
-        raise
-    for file in temp.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    temp.replace(target)
-    sync_folder(target.parent)
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold the round: one learner at a time, released by the kernel whatever ends the process; raises RoundBusy."""
-    with (folder / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RoundBusy(f"{folder}: another learner is at work here") from None
-        yield

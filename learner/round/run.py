@@ -39,7 +39,7 @@ from learner.networks.backbone import Backbone, BackboneError, Plan, build, fit_
 from learner.networks.heads import Network, make_network
 from learner.objectives.centring import make_centres
 from learner.round.export import write_parts
-from learner.round.manifest import ManifestError, Round, Sample
+from learner.round.manifest import ManifestError, RoundManifest, Sample
 from learner.round.recipe import Recipe
 
 SCORED = 64  # images in one pass when only looked at
@@ -48,7 +48,7 @@ SCORED = 64  # images in one pass when only looked at
 class Run:
     """What a recipe works with: the round, its recipe at sizes that fit the network, and the phases."""
 
-    def __init__(self, round_: Round) -> None:
+    def __init__(self, round_: RoundManifest) -> None:
         """Open the checkpoint, else the parent, else a backbone; raises a refusal (see `__main__`)."""
         self.round, self.checkpoint = round_, round_.folder / "checkpoint"
         if distributed.is_first():

@@ -5,7 +5,7 @@ Knows a run and its labels; what the labels weigh is said here once for all phas
 
 from collections.abc import Callable
 
-from learner.data.feed import label_table
+from learner.data.plates import label_table
 from learner.engine.step import State
 from learner.objectives.class_losses import Balance, balanced
 from learner.objectives.correction import supervise

@@ -18,8 +18,9 @@ from agent.service.scheduler import housekeeping
 from agent.service.status import status
 from agent.site import locks
 from agent.site.site import Site
+from cxrloop.durable import write_json
 from dicom.pseudonyms import study_mark
-from learner.round.manifest import held, write_json
+from learner.round.folder import lock_round
 from tests.support.agent.crash_line import DIED, count_steps, in_child
 from tests.support.agent.images import xray
 from tests.support.agent.patient import NOW, PATIENT, WHO, a_life, a_site, everything, found, the_key
@@ -117,7 +118,7 @@ def test_a_round_under_way_is_cancelled_and_waited_for(lived_in, monkeypatch):
     site, bits = lived_in
     monkeypatch.setattr(round_folders, "LEAVES_S", 0.1)
     with site.ledger() as ledger:
-        with held(site.rounds / "r0001"):  # a learner at work
+        with lock_round(site.rounds / "r0001"):  # a learner at work
             said = forget.forget(site, ledger, [the_key(site)], *WHO, refuse=False)
             assert said["state"] == "pending"
             assert "learner has not left" in said["pending"]

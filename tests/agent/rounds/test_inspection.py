@@ -17,11 +17,11 @@ from agent.cli import rounds
 from agent.images import labels
 from agent.ledger.database import utc
 from agent.rounds import inspection, records
+from cxrloop.durable import read_json, write_json
 from learner.__main__ import main
 from learner.engine.progress import PROMISE
 from learner.round import collapse_limits, metrics_log
 from learner.round.figure import draw
-from learner.round.manifest import read_json, write_json
 from tests.conftest import make_site
 from tests.support.agent.appliance import TINY
 from tests.support.agent.images import put, take_in, xray

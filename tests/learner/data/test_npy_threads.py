@@ -14,7 +14,7 @@ import pytest
 from cxrloop import npy
 from deploy.bundle.contract import read_probe
 from deploy.server.request_body import read_plates
-from learner.round.manifest import read_plate
+from learner.data.plates import read_plate
 
 PLATE = np.zeros((512, 512), np.uint8)
 

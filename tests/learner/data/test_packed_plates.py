@@ -12,7 +12,8 @@ import torch
 
 from learner.data import feed, packed_plates
 from learner.data.augment import resize_matrix
-from learner.data.feed import ImageFeed, read_plates
+from learner.data.feed import ImageFeed
+from learner.data.plates import read_plates
 from learner.round.manifest import ManifestError, load
 from tests.support.learner.round_folders import make_round
 

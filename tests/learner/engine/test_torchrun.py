@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from learner.engine.checkpoint import read_file
-from learner.round.manifest import RoundBusy, held
+from learner.round.folder import RoundBusy, lock_round
 from tests.conftest import free_port
 from tests.support.learner.recipe_rounds import phases_of
 from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest
@@ -267,7 +267,7 @@ def with_recipe(folder, **keys):
 
 def free(folder):
     try:
-        with held(folder):
+        with lock_round(folder):
             return True
     except RoundBusy:
         return False

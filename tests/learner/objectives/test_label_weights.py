@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from learner.data.feed import label_table
+from learner.data.plates import label_table
 from learner.objectives.class_losses import balanced, label_loss, weight_table
 from learner.objectives.correction import supervise
 from learner.objectives.dino import correcting

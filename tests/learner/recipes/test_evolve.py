@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from learner.__main__ import main
-from learner.data.feed import label_table
+from learner.data.plates import label_table
 from learner.engine.checkpoint import read_file
 from learner.engine.progress import Teller
 from learner.networks.backbone import read_weights

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from learner.__main__ import main
-from learner.data.feed import label_table
+from learner.data.plates import label_table
 from learner.objectives import head_refit
 from learner.objectives import teacher_student as steps
 from learner.recipes import evolve

@@ -9,7 +9,7 @@ import torch
 
 from learner.__main__ import main
 from learner.data.augment import normalise, resize_matrix, to_image
-from learner.data.feed import label_table, read_plates
+from learner.data.plates import label_table, read_plates
 from learner.engine.checkpoint import read_file
 from learner.objectives import pseudo_targets
 from learner.recipes import pseudo_label

@@ -7,7 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from learner.round.manifest import ManifestError, RoundBusy, held, load, read_plate, whole_folder, write_json
+from cxrloop.durable import whole_folder, write_json
+from learner.data.plates import read_plate
+from learner.round import manifest
+from learner.round.folder import RoundBusy, lock_round
+from learner.round.manifest import ManifestError, load
 from learner.round.recipe import RECIPES, Recipe, RecipeError, resolve
 from tests.support.learner.round_folders import make_round, read_manifest, write_manifest
 
@@ -18,10 +22,10 @@ def plain(tmp_path_factory):
 
 
 def spoiled(plain, folder, change):
-    manifest = read_manifest(plain)
-    manifest["plates"] = str(plain / "plates")
-    change(manifest)
-    write_manifest(folder, manifest)
+    values = read_manifest(plain)
+    values["plates"] = str(plain / "plates")
+    change(values)
+    write_manifest(folder, values)
     return folder
 
 
@@ -37,7 +41,7 @@ REFUSED = [
     (lambda m: m["images"][0].update(range="golden_next"), "golden image is never trained on"),
     (lambda m: m["images"][-1].update(patient="p0"), "patient p0 is in train and in calibration"),
     (lambda m: m.update(plate_version=2), "plate_version 2"),
-    (lambda m: m.update(version=2), "version 2"),
+    (lambda m: m.update(version=3), "version 3"),
     (lambda m: m.update(extra=1), "unknown extra"),
     (lambda m: m.pop("until"), "missing until"),
     (lambda m: m["images"][3].pop("labels"), "missing labels"),
@@ -46,7 +50,7 @@ REFUSED = [
     (lambda m: m["images"][2].update(image=0), "appears twice"),
     (lambda m: m["images"][2].update(plate="../x.npy"), "leaves the plates folder"),
     (lambda m: m.update(findings=[]), "at least one name"),
-    (lambda m: m.update(samples=[]), "images is empty"),
+    (lambda m: m.update(images=[]), "images is empty"),
     (lambda m: m.update(until="tonight"), "not an ISO 8601 time"),
     (lambda m: m.update(parent={"bundle": "abc", "state": "nowhere"}), "is missing"),
     (lambda m: m["recipe"].update(lamb=0.5), "did you mean 'lam'"),
@@ -65,6 +69,27 @@ def test_manifest_is_refused(plain, tmp_path, change, why):
         load(spoiled(plain, tmp_path, change))
 
 
+def as_version_1(manifest):
+    """The manifest as cxrloop 0.1.0 wrote it."""
+    rest = {key: value for key, value in manifest.items() if key != "images"}
+    return {**rest, "version": 1, "films": [dict(entry) for entry in manifest["images"]]}
+
+
+def test_manifest_of_version_1_is_read_under_the_keys_of_version_2(plain, tmp_path):
+    current = read_manifest(spoiled(plain, tmp_path, lambda m: None))
+    write_manifest(tmp_path, as_version_1(current))
+    assert manifest.read_manifest(tmp_path) == current
+    assert load(tmp_path).samples == load(plain).samples
+
+
+def test_unchecked_manifest_raises_for_a_missing_file_and_for_a_file_that_is_no_object(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        manifest.read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ManifestError, match="expected an object"):
+        manifest.read_manifest(tmp_path)
+
+
 ODD = [None, 1, -1, 1.5, float("nan"), 10**400, True, "", "x", [], {}, [[]], [None], {"a": 1}]
 
 
@@ -77,9 +102,9 @@ def test_no_key_of_any_kind_is_more_than_a_round_or_a_refusal(plain, tmp_path):
     for part in (lambda m: m, lambda m: m["images"][2], lambda m: m["recipe"], lambda m: m["parent"]):
         keys = [key for key in part(sound) if len(part(sound)) < 20 or key in some]
         for key, value in [(key, value) for key in keys for value in ODD]:
-            manifest = json.loads(json.dumps(sound))
-            part(manifest)[key] = value
-            write_manifest(whole, manifest)
+            changed = json.loads(json.dumps(sound))
+            part(changed)[key] = value
+            write_manifest(whole, changed)
             try:
                 load(whole)
             except ManifestError:
@@ -130,9 +155,9 @@ def test_window_may_move_without_making_it_another_round(plain, tmp_path):
 
 
 def test_two_learners_never_share_a_round(tmp_path):
-    with held(tmp_path), pytest.raises(RoundBusy), held(tmp_path):
+    with lock_round(tmp_path), pytest.raises(RoundBusy), lock_round(tmp_path):
         pass
-    with held(tmp_path):
+    with lock_round(tmp_path):
         pass
 
 

@@ -224,10 +224,10 @@ def test_end_of_the_window_pauses_and_a_later_window_goes_on(tmp_path):
 
 
 def test_busy_round_is_left_alone(tmp_path, capsys):
-    from learner.round.manifest import held
+    from learner.round.folder import lock_round
 
     folder = make_round(tmp_path / "r")
-    with held(folder):
+    with lock_round(folder):
         assert main([str(folder)]) == 1
     assert "another learner" in capsys.readouterr().err
 
