@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dicom.phantom.phantom import draw
 from learner.engine.optim import Schedule
-from learner.engine.step import Losses, State, Tick
+from learner.engine.step import Losses, State, StepFunction
 from learner.networks.architecture import Plan
 from learner.round.manifest import load
 from learner.round.recipe import RECIPES, Recipe, resolve
-from learner.round.run import Run
+from learner.training.run import Run
 
 SAMPLES, LABELLED, HELD, BAR_S = 500, 100, 40, 600.0
 LEAST = 8  # steps of a phase that are run: the first is slower than the others
@@ -88,7 +88,12 @@ class Short(Run):
         self.left = np.zeros(2)  # seconds of the steps that were left out
 
     def train(
-        self, phase: str, schedule: Schedule, start: Callable[[State], None], tick: Tick, plan: Plan | None = None
+        self,
+        phase: str,
+        schedule: Schedule,
+        start: Callable[[State], None],
+        tick: StepFunction,
+        plan: Plan | None = None,
     ) -> State:
         """The phase's first epoch, LEAST steps or more; the others take as long as these but the first, which is slower."""
         done, spent = min(schedule.steps, max(LEAST, schedule.steps_per_epoch)), []
@@ -99,7 +104,7 @@ class Short(Run):
             spent.append(clock() - begun)
             return losses
 
-        state = super().train(phase, replace(schedule, lr=schedule.lr[:done]), start, timed, plan)
+        state = super().train_phase(phase, replace(schedule, lr=schedule.lr[:done]), start, timed, plan)
         ticks = spent[1:] or spent  # a step with its correction is several
         self.left += np.sum(ticks, 0) * (schedule.steps - done) / max(1, done - 1)
         self.phases[phase] = {"done": done, "steps": schedule.steps}
@@ -112,9 +117,9 @@ def extrapolated(folder: Path) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
     run = Short(folder)
     try:
         method = run.recipe.method.replace("-", "_")
-        importlib.import_module(f"learner.recipes.{method}").run(run)
+        importlib.import_module(f"learner.recipes.{method}").train(run)
     finally:
-        run.teller.close()
+        run.progress.close()
     return clock() - begun + run.left, run.phases
 
 

@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.speed.matrix_products import Product, products_of_a_step, seconds_of
 from bench.speed.published_way import BATCH, Trainer, loader
 from learner.data.feed import ImageFeed
-from learner.data.packed_plates import open_shard
+from learner.data.packed_plates import open_packed_plates
 from learner.engine.optim import make_optimiser, make_schedule
 from learner.engine.step import Batch, State
 from learner.networks.backbone import plan_of
 from learner.networks.heads import make_network
-from learner.objectives.correction import distil
+from learner.objectives.correction import distil_step
 from learner.objectives.dino import DinoLoss
 from learner.round.manifest import Sample
 from learner.round.recipe import Recipe, resolve
@@ -84,8 +84,8 @@ class Ours:
             scaler=torch.amp.GradScaler(device.type, enabled=False), centres=nn.ModuleDict({"dino": dino}),
             dtype=torch.bfloat16 if device.type == "cuda" else None,
         )  # fmt: skip
-        shard = open_shard(folder, samples, recipe.image_size)
-        self.feed = ImageFeed(samples, recipe, device, "unlabelled", fixed_order=False, shard=shard)
+        shard = open_packed_plates(folder, samples, recipe.image_size)
+        self.feed = ImageFeed(samples, recipe, device, "unlabelled", fixed_order=False, packed=shard)
 
     def batches(self) -> Iterator[Batch]:
         for step in count():
@@ -96,7 +96,7 @@ class Ours:
         batch.views(slice(0, batch.size))
 
     def step(self, batch: Batch) -> None:
-        distil(self.state, batch)
+        distil_step(self.state, batch)
         self.state.step += 1
 
 
