@@ -18,7 +18,7 @@ from pydicom import Dataset
 from pynetdicom import evt
 from pynetdicom.events import Event
 
-from cxrloop.durable import replace_file
+from cxrloop.durable import write_atomic
 from dicom.dataset import header
 from dicom.dataset.facts import COMMITMENT_INSTANCE, STORAGE_COMMITMENT
 from dicom.dataset.part10 import EXPLICIT_LE, HOSTILE, IMPLICIT_LE, is_uid
@@ -75,7 +75,7 @@ class Pending:
 
     def keep(self, request: Request) -> None:
         """Write a request durably. Raises OSError."""
-        replace_file(self.folder / request.name, json.dumps(asdict(request)).encode(), 0o600)
+        write_atomic(self.folder / request.name, json.dumps(asdict(request)).encode(), 0o600)
 
     def drop(self, request: Request) -> None:
         """Remove a request that is reported or too old."""
