@@ -16,7 +16,8 @@ from agent.rounds import records
 from agent.site import locks
 from agent.site.site import Site
 from cxrloop.durable import read_json, write_json
-from learner.round.folder import RoundBusy, lock_round
+from learner.errors import RoundBusy
+from learner.round.folder import lock_round
 
 LEARNING = ("planned", "training", "paused")
 LEAVES_S = 60  # a cancelled learner is told within a second and promises to be gone within 25

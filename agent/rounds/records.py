@@ -16,7 +16,8 @@ from agent.ledger.database import Ledger, Row, utc, when
 from agent.site.site import Site
 from cxrloop.durable import read_json, write_json
 from cxrloop.plate import PLATE_VERSION
-from learner.round.recipe import RECIPES, Recipe, RecipeError, resolve
+from learner.errors import RecipeError
+from learner.round.recipe import RECIPES, Recipe, resolve
 
 USABLE = "plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL"
 YEAR = timedelta(days=365)
