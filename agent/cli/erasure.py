@@ -69,7 +69,7 @@ def forget_command(
     with console.errors(), opened(settings) as (site, ledger):
         if patient and re.search(rf"(?<!\w){re.escape(patient.strip())}(?!\w)", f"{by}\n{reason}", re.IGNORECASE):
             raise Problem("forget: --by and --reason are kept for good; don't name the patient in them")
-        keys = [forgetting.checked_key(key)] if key else forgetting.keys_of(site, patient or "", issuer or ())
+        keys = [forgetting.checked_key(key)] if key else forgetting.pseudonyms_of(site, patient or "", issuer or ())
         if dry_run:
             said = {"state": "dry run", **forgetting.preview(site, ledger, keys)}
         else:

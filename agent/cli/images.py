@@ -8,8 +8,9 @@ import typer
 from agent import console
 from agent.cli.options import MOST, By, Config, Json, opened
 from agent.errors import Problem
-from agent.images import images, labels
+from agent.images import labels, listing
 from agent.images.importer import import_folder
+from agent.results.rerun import rerun
 from agent.rounds import golden_set, power
 
 studies_app = typer.Typer(no_args_is_help=True, help="Images and their states.")
@@ -44,16 +45,16 @@ def import_command(
 
 @studies_app.command("ls")
 def studies_ls(
-    state: Annotated[str | None, typer.Option(help=f"one of {', '.join(images.STATES)}")] = None,
+    state: Annotated[str | None, typer.Option(help=f"one of {', '.join(listing.STATES)}")] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MOST)] = 100,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
     """Images, newest first, with state, reason and scores."""
     with console.errors(), opened(settings) as (site, ledger):
-        if state and state not in images.STATES:
-            raise Problem(f"--state {state}: must be one of {', '.join(images.STATES)}")
-        rows = images.ls(site, ledger, state, limit)
+        if state and state not in listing.STATES:
+            raise Problem(f"--state {state}: must be one of {', '.join(listing.STATES)}")
+        rows = listing.newest(site, ledger, state, limit)
         if json_out:
             return console.as_json(rows)
         console.table(
@@ -71,7 +72,7 @@ def studies_ls(
 @studies_app.command("rerun")
 def studies_rerun(
     uid: Annotated[str | None, typer.Argument(metavar="UID", help="SOP Instance UID or image number")] = None,
-    state: Annotated[str | None, typer.Option(help=f"all images in one of {', '.join(images.SCORABLE)}")] = None,
+    state: Annotated[str | None, typer.Option(help=f"all images in one of {', '.join(listing.SCORABLE)}")] = None,
     failed: Annotated[
         bool, typer.Option("--failed", help="results that the PACS refused, sent again as they are")
     ] = False,
@@ -81,7 +82,7 @@ def studies_rerun(
 ) -> None:
     """Score images again with the model in service and send their results (if [results] says so)."""
     with console.errors(), opened(settings) as (_, ledger):
-        said = images.rerun(ledger, uid, state, failed, by)
+        said = rerun(ledger, uid, state, failed, by)
         if json_out:
             return console.as_json(said)
         console.people.print(

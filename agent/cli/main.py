@@ -77,7 +77,7 @@ def serve(
     from agent.network import node
     from agent.service import supervisor
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=node.LOG_LINE, force=True)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=node.LOG_FORMAT, force=True)
     for chatty in ("apscheduler", "httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with console.errors():

@@ -14,7 +14,7 @@ from agent.cli.options import Config, Json, opened
 from agent.errors import Problem
 from agent.ledger.database import Ledger
 from agent.network import connections
-from agent.network.holdings import patient_ids
+from agent.network.known_images import patient_ids
 from agent.network.pull import Order, Puller, Tally, by_day
 from agent.site import locks, peer_address
 from agent.site.config import zone
@@ -136,7 +136,7 @@ def _archive(site: Site, source: str, how: str, ca: Path | None) -> Pacs | Web:
             return Web(source, site.inbox, os.environ.get(TOKEN, ""), ca)
         except ArchiveUnusable as error:
             raise Problem(f"--from {error}") from None
-    known = connections.peers(site)
+    known = connections.configured_peers(site)
     try:
         named = known[source] if source in known else peer_address.parse(source)
     except ValueError:
@@ -144,7 +144,7 @@ def _archive(site: Site, source: str, how: str, ca: Path | None) -> Pacs | Web:
         raise Problem(
             f'--from {source}: "AET@host:port", an AE title of node.peers{names}, or the https:// root of a DICOMweb service'
         ) from None
-    context = connections.wire(site, named)
+    context = connections.tls_context_to(site, named)
     peer = Peer(named.aet, named.host, named.port, site.config.node.aet, context)
     return Pacs(peer, site.inbox, how)
 
@@ -152,7 +152,7 @@ def _archive(site: Site, source: str, how: str, ca: Path | None) -> Pacs | Web:
 def _reachable(site: Site, peer: Peer) -> None:
     """Raise Problem, saying what is missing, when images that the peer moves to us can't arrive."""
     keys = site.config.node
-    if not connections.answers(site):
+    if not connections.node_answers(site):
         raise Problem(
             f"--how move: our own node does not answer as {keys.aet} on port {keys.port}; start `cxrloop serve`, or use --how get"
         )

@@ -1,1 +1,1 @@
-"""`cxrloop demo`: the whole appliance on this machine, three nights in minutes, nothing staged."""
+"""`cxrloop demo`: the whole appliance on this machine, three nights in a few minutes."""

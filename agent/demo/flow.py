@@ -1,7 +1,4 @@
-"""Images that keep coming while a model is swapped: C-STORE from a thread, and questions to /predict from another.
-
-It counts what failed; that is all it knows.
-"""
+"""Traffic while a model is swapped: one thread sends images by C-STORE, another sends requests to /predict."""
 
 import io
 import threading
@@ -15,15 +12,15 @@ from agent.demo import pacs
 
 
 class Flow:
-    """Sends `paths` to the node and asks the model server all the time, inside a `with` block."""
+    """Sends `paths` to the node, and requests to the model server until all are sent, inside a `with` block."""
 
     def __init__(self, paths: list[Path], port: int, aet: str, url: str) -> None:
         self.paths, self.port, self.aet, self.url = paths, port, aet, url
         self.stop = threading.Event()
-        self.statuses: Counter[int | None] = Counter()
-        self.answers: Counter[str] = Counter()  # by bundle
-        self.failed = 0
-        self.threads = [threading.Thread(target=self._send), threading.Thread(target=self._ask)]
+        self.statuses: Counter[int | None] = Counter()  # of C-STORE
+        self.answers: Counter[str] = Counter()  # of /predict, by bundle
+        self.failed = 0  # requests to /predict
+        self.threads = [threading.Thread(target=self._send), threading.Thread(target=self._request)]
 
     def __enter__(self) -> "Flow":
         for thread in self.threads:
@@ -39,7 +36,7 @@ class Flow:
         for _, status in pacs.deliver(self.paths, self.port, self.aet):
             self.statuses[status] += 1
 
-    def _ask(self) -> None:
+    def _request(self) -> None:
         body = io.BytesIO()
         np.save(body, np.full((1, 512, 512), 90, np.uint8))
         with httpx.Client(base_url=self.url, timeout=30, trust_env=False) as client:
@@ -50,8 +47,8 @@ class Flow:
                 except httpx.HTTPError:
                     self.failed += 1
 
-    def said(self) -> str:
-        """What came of it, in a line."""
+    def summary(self) -> str:
+        """Return the counts in one line."""
         images = f"{self.statuses[0]} of {sum(self.statuses.values())} images acknowledged"
-        asked = f"{sum(self.answers.values())} answers from {' then '.join(self.answers) or 'no model'}"
-        return f"meanwhile {images}; {asked}, {self.failed} failed requests"
+        answers = f"{sum(self.answers.values())} answers from {' then '.join(self.answers) or 'no model'}"
+        return f"meanwhile {images}; {answers}, {self.failed} failed requests"

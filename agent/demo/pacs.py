@@ -1,6 +1,6 @@
-"""The demo's sending PACS: phantom images (or the user's own) as DICOM files with the truth beside them.
+"""The demo's sending PACS: phantom images (or the user's own) as DICOM files, with their true findings.
 
-It knows the truth and the wire; it knows nothing of ledger, ranges or models.
+Must not import `agent.ledger`, `agent.rounds` or `agent.release`.
 """
 
 import csv
@@ -20,14 +20,14 @@ from dicom.phantom.wrap import wrap
 
 EXPLICIT_LE, J2K_LOSSLESS = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.90"
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
-PREVALENCE = 0.45  # enough of both classes on few images; a hospital's is lower
-STRENGTH = (0.5, 1.3)  # from plain to gross: a ViT from random weights and few labels must have a chance
+PREVALENCE = 0.45  # of each finding: enough of both classes in few images; lower in a hospital
+STRENGTH = (0.5, 1.3)  # of a finding, mild to severe: learnable for a ViT from random weights with few labels
 PICTURES = {".png", ".jpg", ".jpeg"}
 
 
 @dataclass(frozen=True)
-class Image:
-    """A DICOM file of the PACS and what is true of it; no truth for what is no frontal chest image."""
+class DemoImage:
+    """A DICOM file of the PACS with its true findings; none where labels.csv has no row for it."""
 
     path: Path
     sop_uid: str
@@ -35,8 +35,8 @@ class Image:
     truth: dict[str, int]
 
 
-def phantoms(folder: Path, n: int, seed: int) -> tuple[list[Image], list[Path]]:
-    """`n` frontal phantoms as DICOM in `folder` (some MONOCHROME1, some JPEG 2000), and the odd ones that come between."""
+def phantoms(folder: Path, n: int, seed: int) -> tuple[list[DemoImage], list[Path]]:
+    """Write `n` frontal phantoms (some MONOCHROME1, some JPEG 2000) and some odd files; return both."""
     folder.mkdir(parents=True)
     images = []
     for number, phantom in enumerate(draw(n, seed, FINDINGS, PREVALENCE, STRENGTH, repeat=0.15)):
@@ -51,12 +51,12 @@ def phantoms(folder: Path, n: int, seed: int) -> tuple[list[Image], list[Path]]:
         )
         path = folder / f"image{number:05d}.dcm"
         dataset.save_as(path, enforce_file_format=True)
-        images.append(Image(path, dataset.SOPInstanceUID, phantom.patient, dict(phantom.labels)))
-    return images, _odd_ones(folder, seed)
+        images.append(DemoImage(path, dataset.SOPInstanceUID, phantom.patient, dict(phantom.labels)))
+    return images, _odd_files(folder, seed)
 
 
-def _odd_ones(folder: Path, seed: int) -> list[Path]:
-    """What a real stream also brings: laterals, a hip, a file cut in half, one that is noise."""
+def _odd_files(folder: Path, seed: int) -> list[Path]:
+    """Write files that a real stream also holds: laterals, a hip, an image without view, half a file."""
     odd = {
         "lateral1": wrap(lateral(seed), patient_id="ODD-1", view="LL"),
         "lateral2": wrap(lateral(seed + 1), patient_id="ODD-2", view="RL"),
@@ -68,13 +68,16 @@ def _odd_ones(folder: Path, seed: int) -> list[Path]:
         paths.append(folder / f"odd-{name}.dcm")
         dataset.save_as(paths[-1], enforce_file_format=True)
     whole = paths[0].read_bytes()
-    corrupt = folder / "odd-cut.dcm"
-    corrupt.write_bytes(whole[: len(whole) // 2])
-    return [*paths, corrupt]
+    half = folder / "odd-cut.dcm"
+    half.write_bytes(whole[: len(whole) // 2])
+    return [*paths, half]
 
 
-def own(source: Path, folder: Path) -> tuple[list[Image], list[Path]]:
-    """The user's own DICOM or PNG/JPEG with labels.csv (`file`, `finding`, `value`); raises Problem without labels."""
+def own(source: Path, folder: Path) -> tuple[list[DemoImage], list[Path]]:
+    """Copy the user's own DICOM or PNG/JPEG files; return them with the truth of labels.csv, and the odd files.
+
+    Raises Problem without a labels.csv that has the columns `file`, `finding`, `value`.
+    """
     table = source / "labels.csv"
     if not table.is_file():
         raise Problem(f"{table} is missing: columns file, finding, value (1/0), optional patient_id, view, sex, age")
@@ -100,7 +103,7 @@ def own(source: Path, folder: Path) -> tuple[list[Image], list[Path]]:
                 dataset = dcmread(path)
             dataset.save_as(target, enforce_file_format=True)
             images.append(
-                Image(target, dataset.SOPInstanceUID, str(dataset.get("PatientID", name)), truth.get(name, {}))
+                DemoImage(target, dataset.SOPInstanceUID, str(dataset.get("PatientID", name)), truth.get(name, {}))
             )
         except (InvalidDicomError, ValueError, OSError, AttributeError):
             odd.append(path)
@@ -108,14 +111,14 @@ def own(source: Path, folder: Path) -> tuple[list[Image], list[Path]]:
 
 
 def deliver(paths: Iterable[Path], port: int, aet: str) -> Iterator[tuple[Path, int | None]]:
-    """C-STORE each file to the node on loopback; its status, None for what could not be sent."""
+    """Send each file to the node on loopback; yield it with its C-STORE status, None when it could not be sent."""
     for item, status in send(list(paths), "127.0.0.1", port, aet, calling_aet="DEMO_PACS"):
         if isinstance(item, Path):
             yield item, status
 
 
-def in_days(images: list[Image], later: int, daily: int, seed: int) -> list[list[Image]]:
-    """The archive of the first day, then `later` days of about `daily` images; a patient's images come on one day."""
+def in_days(images: list[DemoImage], later: int, daily: int, seed: int) -> list[list[DemoImage]]:
+    """Split images into the archive of the first day and `later` days of about `daily` images, by patient."""
     patients = sorted({image.patient for image in images})
     np.random.default_rng(seed).shuffle(patients)
     per_patient = len(images) / max(1, len(patients))

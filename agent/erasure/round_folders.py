@@ -1,7 +1,7 @@
-"""What rounds hold of images that are to be forgotten: their manifest's lines, packed plates, tokens, checkpoints.
+"""What round folders hold of images that are to be forgotten: manifest rows, packed plates, tokens, checkpoints.
 
-A round that is still learning from them is cancelled; weights that were learnt can't be undone and are named. Touches
-no sealed bundle: those hold no image.
+A round that is learning from them is cancelled. Trained weights can't be undone; the bundles are named. Sealed bundles
+hold no image, so they stay as they are.
 """
 
 import json
@@ -19,84 +19,95 @@ from cxrloop.durable import read_json, write_json
 from learner.errors import RoundBusy
 from learner.round.folder import lock_round
 
-LEARNING = ("planned", "training", "paused")
-LEAVES_S = 60  # a cancelled learner is told within a second and promises to be gone within 25
+UNFINISHED = ("planned", "training", "paused")
+LEAVE_S = 60  # a cancelled learner learns of it within a second and ends within 25
 POLL_S = 0.5
-# What of a round's folder holds no image: weights, curves, the log, the parts of bundles. All else goes.
+# Files of a round's folder that hold no image: weights, curves, log, parts of bundles. All others are removed.
 KEPT = frozenset((
     "manifest.json", "result.json", "progress.json", "metrics.jsonl", "learner.log", "lock", "round.png",
     "backbone.safetensors", "t0", "final",
 ))  # fmt: skip
 
 
-def holding(site: Site, ledger: Ledger, images: Collection[int]) -> list[Row]:
-    """The rounds whose manifest lists one of these images, oldest first."""
+def rounds_with(site: Site, ledger: Ledger, images: Collection[int]) -> list[Row]:
+    """Return the rounds whose manifest lists one of these images, oldest first."""
     if not images:
         return []
-    later = ledger.rows("SELECT * FROM round WHERE last_image >= ? ORDER BY id", min(images))
-    return [row for row in later if set(images) & _listed(site.rounds / row["name"])]
+    candidates = ledger.rows("SELECT * FROM round WHERE last_image >= ? ORDER BY id", min(images))
+    return [row for row in candidates if set(images) & _listed_images(site.rounds / row["name"])]
 
 
-def _listed(folder: Path) -> set[int]:
+def _listed_images(folder: Path) -> set[int]:
+    """Return the images that a round's manifest lists; none without a manifest (skipped, imported, not written yet)."""
     try:
-        return {image["image"] for image in json.loads((folder / "manifest.json").read_bytes())["images"]}
-    except FileNotFoundError:  # skipped, imported, or not written yet
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except FileNotFoundError:
         return set()
+    return {sample["image"] for sample in manifest[_samples_key(manifest)]}
 
 
-def _begun_with(folder: Path) -> str:
-    """The round that left the backbone this one began with; of another backbone, whatever its folder is called."""
+def _samples_key(manifest: dict[str, Any]) -> str:
+    """Return the manifest's key of the samples, which version 1 (of cxrloop 0.1.0) calls otherwise."""
+    return "images" if "images" in manifest else "films"
+
+
+def _round_of_backbone(folder: Path) -> str:
+    """Return the name of the folder that holds a round's initial backbone: the round that made it, if a round did."""
     return Path(read_json(folder / "manifest.json").get("recipe", {}).get("backbone", "")).parent.name
 
 
-def learnt(site: Site, ledger: Ledger, images: Collection[int]) -> dict[str, Any]:
-    """`{"rounds", "cancels", "bundles"}`: who learnt from these images, and which bundles descend from that."""
-    held_by = holding(site, ledger, images)
-    names = {row["name"] for row in held_by}
+def affected_models(site: Site, ledger: Ledger, images: Collection[int]) -> dict[str, Any]:
+    """Return `{"rounds", "cancels", "bundles"}`: rounds with these images, and bundles trained on them or descended.
+
+    A bundle descends from an affected bundle or backbone that its round started from.
+    """
+    rounds = rounds_with(site, ledger, images)
+    direct = {row["name"] for row in rounds}
     bundles: list[dict[str, Any]] = []
-    tainted, spoilt = set[str](), set(names)  # bundles and rounds
+    affected_rounds, affected_bundles = set(direct), set[str]()
     for row in ledger.rows("SELECT * FROM round ORDER BY id"):
-        begun = _begun_with(site.rounds / row["name"])
-        if row["name"] not in names and row["parent"] not in tainted and begun not in spoilt:
+        name = row["name"]
+        descends = row["parent"] in affected_bundles or _round_of_backbone(site.rounds / row["name"]) in affected_rounds
+        if name not in direct and not descends:
             continue
-        spoilt.add(row["name"])
-        for bundle in ledger.rows("SELECT id, state FROM bundle WHERE round = ? ORDER BY created_at", row["name"]):
-            tainted.add(bundle["id"])
-            directly = row["name"] in names
+        affected_rounds.add(name)
+        for bundle in ledger.rows("SELECT id, state FROM bundle WHERE round = ? ORDER BY created_at", name):
+            affected_bundles.add(bundle["id"])
             bundles.append(
-                {"bundle": bundle["id"], "round": row["name"], "state": bundle["state"], "directly": directly}
+                {"bundle": bundle["id"], "round": name, "state": bundle["state"], "directly": name in direct}
             )
     return {
-        "rounds": [row["name"] for row in held_by],
-        "cancels": [row["name"] for row in held_by if row["state"] in LEARNING],
+        "rounds": [row["name"] for row in rounds],
+        "cancels": [row["name"] for row in rounds if row["state"] in UNFINISHED],
         "bundles": bundles,
     }
 
 
-def clear(site: Site, ledger: Ledger, images: Collection[int]) -> bool:
-    """Cancel rounds that learn from these images, then take the images out of every round's folder.
+def clear_rounds(site: Site, ledger: Ledger, images: Collection[int]) -> bool:
+    """Cancel rounds that learn from these images, and remove the images from all round folders.
 
-    False when a learner has not left yet, or a round is just being planned: to be called again.
+    Returns False when a learner still runs or a round is being planned: call it again later.
     """
     if _being_planned(site, ledger):
         return False
-    for row in holding(site, ledger, images):
+    for row in rounds_with(site, ledger, images):
         with ledger.transaction():
-            if records.get(ledger, row["name"])["state"] in LEARNING:
-                records.advance(ledger, row["name"], "cancelled", "an image of it was forgotten")
-        if not _cleared(site.rounds / row["name"], images):
+            if records.get(ledger, row["name"])["state"] in UNFINISHED:
+                records.advance(ledger, row["name"], "cancelled", "one of its images was forgotten")
+        if not _clear_when_free(site.rounds / row["name"], images):
             return False
     return True
 
 
 def _being_planned(site: Site, ledger: Ledger) -> bool:
-    """A round whose row is there and whose manifest is not may be about to list an image (the planner holds the lock)."""
+    """Return True while a planner holds the lock and its round has no manifest: the manifest may list the images."""
     row = records.open_round(ledger)
     return bool(row and not (site.rounds / row["name"] / "manifest.json").exists() and locks.is_held(site, "round"))
 
 
-def _cleared(folder: Path, images: Collection[int]) -> bool:
-    deadline = time.monotonic() + LEAVES_S
+def _clear_when_free(folder: Path, images: Collection[int]) -> bool:
+    """Clear a round's folder when its learner has ended; False after LEAVE_S seconds."""
+    deadline = time.monotonic() + LEAVE_S
     while True:
         try:
             with lock_round(folder):
@@ -109,6 +120,7 @@ def _cleared(folder: Path, images: Collection[int]) -> bool:
 
 
 def _clear(folder: Path, images: Collection[int]) -> None:
+    """Remove everything that holds an image, and the images' rows of the manifest."""
     for path in folder.iterdir():
         if path.name in KEPT:
             continue
@@ -117,10 +129,11 @@ def _clear(folder: Path, images: Collection[int]) -> None:
         else:
             path.unlink()
     manifest = json.loads((folder / "manifest.json").read_bytes())
-    gone = [image for image in manifest["images"] if image["image"] in images]
-    words = {str(image[key]).encode() for image in gone for key in ("patient", "plate")}
+    key = _samples_key(manifest)
+    forgotten = [sample for sample in manifest[key] if sample["image"] in images]
+    words = {str(sample[name]).encode() for sample in forgotten for name in ("patient", "plate")}
     log = folder / "learner.log"
-    if log.exists() and any(word in log.read_bytes() for word in words):  # a complaint about one of the images
+    if log.exists() and any(word in log.read_bytes() for word in words):  # a message about one of the images
         log.unlink()
-    manifest["images"] = [image for image in manifest["images"] if image["image"] not in images]
-    write_json(folder / "manifest.json", manifest)  # last: until now it says that there is something to clear
+    manifest[key] = [sample for sample in manifest[key] if sample["image"] not in images]
+    write_json(folder / "manifest.json", manifest)  # last: after a crash the manifest still lists what is to be cleared

@@ -1,6 +1,7 @@
-"""Images that leave the site: de-identified copies in a folder, and their labels keyed by file.
+"""`cxrloop images export`: de-identified copies of images in a folder, with their labels keyed by file.
 
-What may leave and how it looks is `dicom.outgoing.deidentify`; answers to the site's own PACS are no exports.
+`dicom.outgoing.deidentify` decides what may leave and what a copy holds. Reports and heatmaps for the site's own PACS
+are no exports.
 """
 
 import csv
@@ -10,76 +11,84 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import Problem
+from agent.images.records import ImageRecord, original_path
 from agent.ledger import audit
-from agent.ledger.database import Ledger, Row, image_number
-from agent.site import files
+from agent.ledger.database import Ledger, image_number
 from agent.site.site import Site
 from cxrloop.durable import write_atomic
 from dicom.errors import NotExportable
 from dicom.outgoing.deidentify import deidentify
 
 LABELS = "labels.csv"
-NEWEST = "superseded_by IS NULL AND reason IS NOT 'forgotten'"
+EXPORTABLE = "superseded_by IS NULL AND reason IS NOT 'forgotten'"
 
 
 def export(
     site: Site, ledger: Ledger, uids: Iterable[str], folder: Path, with_labels: bool, by: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write the images of these UIDs (SOP instance, study) or image numbers into an empty or new folder.
+    """Write copies of the images of these UIDs (SOP instance, study) or image numbers into an empty or new folder.
 
-    `{"exported": [{"image", "file"}], "refused": [{"image", "reason"}]}`. Raises Problem for an unknown UID and for a folder
-    that holds something; then nothing is written.
+    Returns `{"exported": [{"image", "file"}], "refused": [{"image", "reason"}]}`. Raises Problem for an unknown UID and
+    for a folder that is not empty, before anything is written.
     """
-    rows = {row["id"]: row for uid in uids for row in _named(ledger, uid)}
+    images = {image.id: image for uid in uids for image in _images_of(ledger, uid)}
     if folder.exists() and any(folder.iterdir()):
-        raise Problem(f"--out {folder}: not empty; name a new folder, so that nobody takes old images for these")
+        raise Problem(
+            f"--out {folder}: not empty; name a new folder, so that older files are not taken for this export"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     exported: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
-    for row in rows.values():
+    for image in images.values():
         try:
-            if row["plate"] is None:
-                raise NotExportable(f"set aside: {row['reason']}")
-            image = deidentify(files.original(site, row), site.key("pseudonym.key"))
-            name = f"{image.SOPInstanceUID}.dcm"
-            if (folder / name).exists():
-                raise NotExportable(
-                    "another image under the same SOP Instance UID leaves already, and one UID is one image"
-                )
-        except (NotExportable, Problem) as why:
-            refused.append({"image": row["id"], "reason": str(why)})
-            continue
-        data = io.BytesIO()
-        image.save_as(data, enforce_file_format=True)
-        write_atomic(folder / name, data.getvalue())
-        exported.append({"image": row["id"], "file": name})
+            file = _export_image(site, image, folder)
+        except (NotExportable, Problem) as error:
+            refused.append({"image": image.id, "reason": str(error)})
+        else:
+            exported.append({"image": image.id, "file": file})
     if with_labels:
         write_atomic(folder / LABELS, _labels(ledger, exported).encode())
     with ledger.transaction():
-        left = [image["image"] for image in exported]
-        audit.append(ledger, by, "images exported", "de-identified", after={"images": left, "labels": with_labels})
+        numbers = [copy["image"] for copy in exported]
+        audit.append(ledger, by, "images exported", "de-identified", after={"images": numbers, "labels": with_labels})
     return {"exported": exported, "refused": refused}
 
 
-def _named(ledger: Ledger, uid: str) -> list[Row]:
-    """The images of one UID, else of one image number."""
+def _images_of(ledger: Ledger, uid: str) -> list[ImageRecord]:
+    """Return the images of a SOP or Study Instance UID, or the image with this number; raises Problem."""
     for column in ("sop_uid", "study_uid"):
-        if rows := ledger.rows(f"SELECT * FROM image WHERE {column} = ? AND {NEWEST} ORDER BY id", uid):
-            return rows
-    rows = ledger.rows(f"SELECT * FROM image WHERE id = ? AND {NEWEST}", image_number(uid))
-    if not rows:
+        if rows := ledger.rows(f"SELECT * FROM image WHERE {column} = ? AND {EXPORTABLE} ORDER BY id", uid):
+            return [ImageRecord.from_row(row) for row in rows]
+    row = ledger.row(f"SELECT * FROM image WHERE id = ? AND {EXPORTABLE}", image_number(uid))
+    if not row:
         raise Problem(f"export {uid}: no image with this SOP Instance UID, Study Instance UID or image number")
-    return rows
+    return [ImageRecord.from_row(row)]
+
+
+def _export_image(site: Site, image: ImageRecord, folder: Path) -> str:
+    """Write the de-identified copy of one image and return its file name; raises NotExportable, Problem."""
+    if image.plate is None:
+        raise NotExportable(f"{image.state}: {image.reason}")
+    copy = deidentify(original_path(site, image), site.key("pseudonym.key"))
+    name = f"{copy.SOPInstanceUID}.dcm"
+    if (folder / name).exists():
+        raise NotExportable(
+            "this export holds another image under the same SOP Instance UID, and a UID names one image"
+        )
+    data = io.BytesIO()
+    copy.save_as(data, enforce_file_format=True)
+    write_atomic(folder / name, data.getvalue())
+    return name
 
 
 def _labels(ledger: Ledger, exported: list[dict[str, Any]]) -> str:
-    """The labels that count, as `labels import` reads them; who gave them stays here."""
+    """Return the labels in force as a CSV that `labels import` reads; the names of the labellers are left out."""
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(("file", "finding", "value", "source"))
-    for image in exported:
+    for copy in exported:
         sql = "SELECT finding, value, source FROM label_now WHERE image = ? ORDER BY finding"
-        for row in ledger.rows(sql, image["image"]):
+        for row in ledger.rows(sql, copy["image"]):
             value = "" if row["value"] is None else row["value"]
-            table.writerow((image["file"], row["finding"], value, row["source"]))
+            table.writerow((copy["file"], row["finding"], value, row["source"]))
     return text.getvalue()

@@ -1,7 +1,7 @@
-"""From a file to a row: examine in a worker, keep the file, write the row, remove the source.
+"""From a received file to its row in the ledger: examine the file, keep it in the store, write the row, delete it.
 
-Each step is idempotent and the row is the last durable one, so a crash anywhere means doing it again.
-Knows nothing of the network, and nothing of models.
+Each step can be repeated, and the row is the last durable step: after a crash anywhere the file is taken in again.
+Must not import `agent.network`, `agent.results` or `agent.rounds`.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from agent.ledger.database import Ledger, Row, utc
+from agent.images.records import ImageRecord
+from agent.ledger.database import Ledger, utc
 from agent.site import locks
 from agent.site.site import Site
 from agent.site.splits import fix_shares, range_of
@@ -20,13 +21,13 @@ from dicom.intake.examine import Admission
 from dicom.intake.examiner import UNREAD, Examiner
 from dicom.pseudonyms import refusal
 
-BATCH = 64  # files of one step: small enough to be scored soon, large enough to keep the worker busy
+BATCH = 64  # files of one step: few enough to be scored soon, enough to keep the worker busy
 IDENTITY = ("study_uid", "patient_key", "view")  # a change in one of these is a corrected version
 
 
 @contextmanager
 def examiner(site: Site) -> Iterator[Examiner]:
-    """The bounded decoding process, with the site's admission rules."""
+    """Start the bounded decoding process with the site's admission rules."""
     keys = site.config.admission
     rules = Admission(children=keys.children, min_side=keys.min_side, quality=keys.quality)
     memory = keys.decode_memory_mb << 20
@@ -37,33 +38,33 @@ def examiner(site: Site) -> Iterator[Examiner]:
 
 
 def step(site: Site, ledger: Ledger, pool: Examiner) -> int:
-    """Take in what waits in the inbox, at most BATCH files; how many were taken."""
+    """Take in at most BATCH files from the inbox; return how many."""
     files = site.inbox.waiting(BATCH)
     if files:
         fix_shares(ledger, site.config.patients)
-    taken = 0
+    count = 0
     for path, examined in pool.examine(files):
-        if not path.exists():  # forgotten meanwhile
+        if not path.exists():  # removed by `forget` in the meantime
             continue
         if examined.sha256 == UNREAD:
-            _unread(ledger, path.name)
+            _report_unreadable(ledger, path.name)
             continue
         received = utc(datetime.fromtimestamp(path.stat().st_mtime, UTC))
-        take(site, ledger, path, examined, received, receipt=path.name)
+        take_in(site, ledger, path, examined, received, receipt=path.name)
         path.unlink(missing_ok=True)
-        taken += 1
-    return taken
+        count += 1
+    return count
 
 
-def _unread(ledger: Ledger, name: str) -> None:
-    """A file that the disk does not give out stays where it is, said once; those behind it are taken in."""
+def _report_unreadable(ledger: Ledger, name: str) -> None:
+    """Write one notice about an inbox file that the disk can't read; the file stays, later files are taken in."""
     detail = f"inbox/{name} can't be read and stays there; check the disk"
     if not ledger.value("SELECT 1 FROM notice WHERE detail = ?", detail):
         with ledger.transaction():
             _notice(ledger, "damaged", detail)
 
 
-def take(
+def take_in(
     site: Site,
     ledger: Ledger,
     path: Path,
@@ -72,79 +73,81 @@ def take(
     receipt: str | None = None,
     file: str | None = None,
 ) -> str:
-    """Keep one examined file and write its row; stored, rejected, quarantined or duplicate.
+    """Keep one examined file and write its row; return "stored", "rejected", "quarantined" or "duplicate".
 
-    `receipt` names an inbox file whose answer must stay the same when it is taken twice; `file` is the
-    name by which labels may refer to an imported image.
+    `receipt` is the name of the inbox file: a file that is taken in twice has the same outcome twice. `file` is the
+    name under which labels may refer to an imported image.
     """
-    if receipt and (done := ledger.value("SELECT outcome FROM receipt WHERE name = ?", receipt)):
-        return done
+    if receipt and (outcome := ledger.value("SELECT outcome FROM receipt WHERE name = ?", receipt)):
+        return outcome
     with locks.wait_for(site, "filing"):  # no image is forgotten or dropped between its files and its row
-        return _file(site, ledger, path, examined, received_at, receipt, file)
+        return _take_in(site, ledger, path, examined, received_at, receipt, file)
 
 
-def _file(
+def _take_in(
     site: Site, ledger: Ledger, path: Path, examined: Examined, received_at: str, receipt: str | None, file: str | None
 ) -> str:
-    unwanted = refused(site, ledger, examined.patient_key)
-    twin = _twin(ledger, examined)
-    again = bool(twin and twin["dropped_at"] and twin["sha256"] == examined.sha256)
-    kept = {} if unwanted or (twin and not again) else _keep(site, path, examined)
-    mended = bool(twin and not unwanted and not again and _mend(site, path, examined, twin))
+    refused = is_refused(site, ledger, examined.patient_key)
+    known = _known_image(ledger, examined)
+    dropped = bool(known and known.dropped_at and known.sha256 == examined.sha256)
+    places = {} if refused or (known and not dropped) else _keep_files(site, path, examined)
+    repaired = bool(known and not refused and not dropped and _repair(site, path, examined, known))
     with ledger.transaction():
-        if unwanted:
-            outcome, image_id = "rejected", None  # and not a word more
-        elif twin:
-            outcome, image_id = "duplicate", twin["id"]
-            if file and not twin["file"]:
+        if refused:
+            outcome, image_id = "rejected", None  # the ledger must hold nothing of this patient
+        elif known:
+            outcome, image_id = "duplicate", known.id
+            if file and not known.file:
                 ledger.run("UPDATE image SET file = ? WHERE id = ?", file, image_id)
-            if again:  # retention dropped it, the sender has it once more: its time begins anew
-                kind = "original" if twin["plate"] else "aside"
+            if dropped:  # retention removed the original and the sender sent it again: its retention time restarts
+                kind = "original" if known.plate else "aside"
                 ledger.run("UPDATE image SET dropped_at = NULL WHERE id = ?", image_id)
                 ledger.run("INSERT OR REPLACE INTO kept_file VALUES (?, ?, ?)", image_id, kind, utc())
-            if mended:
-                _notice(ledger, "damaged", f"image {image_id}: its file was damaged; what came again replaced it")
+            if repaired:
+                _notice(ledger, "damaged", f"image {image_id}: its file was damaged; the copy sent again replaced it")
         else:
             outcome = {"admitted": "stored"}.get(examined.outcome, examined.outcome)
-            image_id = _insert(site, ledger, examined, outcome, kept, received_at, file)
+            image_id = _insert(site, ledger, examined, outcome, places, received_at, file)
         if receipt:
             ledger.insert("receipt", name=receipt, image=image_id, outcome=outcome, at=utc())
     return outcome
 
 
-def _mend(site: Site, path: Path, examined: Examined, twin: Row) -> bool:
-    """The bytes of an image came once more: they take the place of a stored file that is not what came first."""
-    if twin["dropped_at"] or twin["sha256"] != examined.sha256:
+def _repair(site: Site, path: Path, examined: Examined, known: ImageRecord) -> bool:
+    """Replace a stored file that is missing or damaged by the same content sent again; return whether it was."""
+    if known.dropped_at or known.sha256 != examined.sha256:
         return False
-    stored = site.store.path(twin["original"])
-    if stored.exists() and content_sha256(stored) == twin["sha256"]:
+    stored = site.store.path(known.original)
+    if stored.exists() and content_sha256(stored) == known.sha256:
         return False
     stored.unlink(missing_ok=True)
-    keep = site.store.keep_original if twin["original"].startswith("originals/") else site.store.keep_aside
+    keep = site.store.keep_original if known.original.startswith("originals/") else site.store.keep_aside
     keep(path, examined.sha256)
     return True
 
 
-def refused(site: Site, ledger: Ledger, patient_key: str | None) -> bool:
-    """Whether this patient was forgotten for good: `forget --and-refuse`."""
+def is_refused(site: Site, ledger: Ledger, patient_key: str | None) -> bool:
+    """Return True for a patient whose images `forget --and-refuse` excluded."""
     if not patient_key or not ledger.value("SELECT 1 FROM refused_patient LIMIT 1"):
         return False
     hashed = refusal(site.key("pseudonym.key"), patient_key)
     return bool(ledger.value("SELECT 1 FROM refused_patient WHERE hash = ?", hashed))
 
 
-def _twin(ledger: Ledger, examined: Examined) -> Row | None:
-    """The row of the same content, or of the same image in another lossless syntax."""
+def _known_image(ledger: Ledger, examined: Examined) -> ImageRecord | None:
+    """Return the image with the same content, or the same image in another lossless transfer syntax."""
     row = ledger.row("SELECT * FROM image WHERE sha256 = ?", examined.sha256)
     if row or not examined.image:
-        return row
+        return ImageRecord.from_row(row) if row else None
     image = examined.image
-    # also among superseded ones: an old version in another syntax must not undo its own correction
-    same = ledger.rows("SELECT * FROM image WHERE sop_uid = ? AND pixel_sha256 = ?", image.sop_uid, image.pixel_sha256)
-    return next((row for row in same if all(row[key] == getattr(image, key) for key in IDENTITY)), None)
+    # superseded images too: an old version in another syntax must not undo its own correction
+    sql = "SELECT * FROM image WHERE sop_uid = ? AND pixel_sha256 = ?"
+    versions = map(ImageRecord.from_row, ledger.rows(sql, image.sop_uid, image.pixel_sha256))
+    return next((v for v in versions if all(getattr(v, name) == getattr(image, name) for name in IDENTITY)), None)
 
 
-def _keep(site: Site, path: Path, examined: Examined) -> dict[str, str]:
+def _keep_files(site: Site, path: Path, examined: Examined) -> dict[str, str]:
+    """Keep original and plate in the store, or a rejected or quarantined file; return their places by column."""
     if examined.plate is None:
         return {"original": site.store.keep_aside(path, examined.sha256)}
     return {
@@ -154,9 +157,11 @@ def _keep(site: Site, path: Path, examined: Examined) -> dict[str, str]:
 
 
 def _insert(
-    site: Site, ledger: Ledger, examined: Examined, state: str, kept: dict[str, str], received_at: str, file: str | None
-) -> int:
-    others = (
+    site: Site, ledger: Ledger, examined: Examined, state: str, places: dict[str, str], received_at: str,
+    file: str | None,
+) -> int:  # fmt: skip
+    """Insert the row of a new image, mark the versions that it supersedes, and return its id."""
+    same_uid = (
         ledger.rows("SELECT * FROM image WHERE sop_uid = ? AND plate IS NOT NULL", examined.sop_uid)
         if examined.image
         else []
@@ -173,23 +178,23 @@ def _insert(
         received_at=received_at,
         stored_at=utc(),
         file=file,
-        **kept,
+        **places,
         **(_facts(site, examined.image) if examined.image else {}),
     )
-    for row in others:
+    for row in same_uid:
         if row["superseded_by"]:
             continue
         if examined.image and row["pixel_sha256"] == examined.image.pixel_sha256:
             ledger.run("UPDATE image SET superseded_by = ? WHERE id = ?", image_id, row["id"])
             _notice(ledger, "corrected", f"image {image_id} supersedes {row['id']}: same pixels, corrected header")
         else:
-            _notice(
-                ledger, "same UID", f"images {row['id']} and {image_id}: one SOP Instance UID, other pixels; both kept"
-            )
+            detail = f"images {row['id']} and {image_id}: same SOP Instance UID, different pixels; both are kept"
+            _notice(ledger, "same UID", detail)
     return image_id
 
 
 def _facts(site: Site, image: Image) -> dict[str, object]:
+    """Return the columns that only an admitted image has."""
     key = site.key("pseudonym.key")
     return {
         "range": range_of(key, image.patient_key, image.identified, site.config.patients),

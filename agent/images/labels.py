@@ -1,4 +1,6 @@
-"""Labels from a CSV: all of it or nothing; append-only, an adjudicated label beats a radiologist's, that a report's.
+"""`cxrloop labels import`: labels from a CSV, all rows or none. Labels are append-only.
+
+An adjudicated label outranks a radiologist's label, which outranks a report's label.
 
 Columns: `sop_uid` or `file`, `finding`, `value` (1, 0, empty = unknown), optional `source`, `by`.
 """
@@ -19,8 +21,8 @@ COLUMNS = {"sop_uid", "file", "finding", "value", "source", "by"}
 
 
 @dataclass(frozen=True)
-class Line:
-    """One checked row of the CSV."""
+class LabelRow:
+    """One checked row of the CSV; `key` is the value of `sop_uid` or `file`."""
 
     key: str
     finding: str
@@ -30,52 +32,52 @@ class Line:
 
 
 def import_csv(site: Site, ledger: Ledger, path: Path, by: str) -> dict[str, int]:
-    """Add the labels of a CSV; `{"rows", "added", "unknown_images", "conflicts"}`.
+    """Add the labels of a CSV; return `{"rows", "added", "unknown_images", "conflicts"}`.
 
-    Unknown images are counted, not written. A conflict is a label of the same source that said the
-    opposite: the newer one counts. Raises Problem with file:line at the first bad row; then nothing is written.
+    Labels of unknown images are counted, not written. A conflict is an earlier label of the same source with the
+    opposite value: the newer label counts. Raises Problem with file:line at the first bad row, before any change.
     """
-    keyed_by, lines = read(path, site.findings, by)
-    find = _Finder(ledger, keyed_by)
+    key_column, rows = read(path, site.findings, by)
+    images_of = _ImageFinder(ledger, key_column)
     added = unknown = conflicts = 0
     with ledger.transaction():
-        for line in lines:
-            images = find(line.key)
+        for row in rows:
+            images = images_of(row.key)
             unknown += not images
             for image in images:
-                now = ledger.row(
-                    "SELECT value, source FROM label_now WHERE image = ? AND finding = ?", image, line.finding
+                current = ledger.row(
+                    "SELECT value, source FROM label_now WHERE image = ? AND finding = ?", image, row.finding
                 )
-                if now is None and line.value is None:
-                    continue  # unknown is what it already is
-                if now and (now["value"], now["source"]) == (line.value, line.source):
+                if current is None and row.value is None:
+                    continue  # it is unknown already
+                if current and (current["value"], current["source"]) == (row.value, row.source):
                     continue
-                if now and now["source"] == line.source and None not in (now["value"], line.value):
+                if current and current["source"] == row.source and None not in (current["value"], row.value):
                     conflicts += 1
                 ledger.insert(
                     "label",
                     image=image,
-                    finding=line.finding,
-                    value=line.value,
-                    source=line.source,
-                    by=line.by,
+                    finding=row.finding,
+                    value=row.value,
+                    source=row.source,
+                    by=row.by,
                     at=utc(),
                 )
                 added += 1
-        result = {"rows": len(lines), "added": added, "unknown_images": unknown, "conflicts": conflicts}
-        audit.append(ledger, by, "labels imported", f"{len(lines)} rows", after=result)
+        result = {"rows": len(rows), "added": added, "unknown_images": unknown, "conflicts": conflicts}
+        audit.append(ledger, by, "labels imported", f"{len(rows)} rows", after=result)
     return result
 
 
-def read(path: Path, findings: tuple[str, ...], by: str) -> tuple[str, list[Line]]:
-    """The key column and the checked rows of a CSV; raises Problem with file:line and why."""
+def read(path: Path, findings: tuple[str, ...], by: str) -> tuple[str, list[LabelRow]]:
+    """Return the key column and the checked rows of a CSV; raises Problem with file:line and the reason."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             header = [name.strip() for name in reader.fieldnames or []]
             reader.fieldnames = header
             key = _key_column(path, header)
-            return key, [_line(path, reader.line_num, row, key, findings, by) for row in reader]
+            return key, [_checked_row(path, reader.line_num, row, key, findings, by) for row in reader]
     except FileNotFoundError:
         raise Problem(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -85,6 +87,7 @@ def read(path: Path, findings: tuple[str, ...], by: str) -> tuple[str, list[Line
 
 
 def _key_column(path: Path, header: list[str]) -> str:
+    """Return "sop_uid" or "file", whichever column the header has; raises Problem."""
     keys = [name for name in ("sop_uid", "file") if name in header]
     missing = [name for name in ("finding", "value") if name not in header]
     if len(keys) != 1 or missing:
@@ -95,9 +98,9 @@ def _key_column(path: Path, header: list[str]) -> str:
     return keys[0]
 
 
-def _line(
+def _checked_row(
     path: Path, number: int, row: dict[str | None, str | None], key: str, findings: tuple[str, ...], by: str
-) -> Line:
+) -> LabelRow:
     where = f"{path}:{number}"
     if None in row or None in row.values():
         raise Problem(f"{where}: more or fewer fields than the header has")
@@ -111,29 +114,29 @@ def _line(
     source = cell.get("source") or "report"
     if source not in SOURCES:
         raise Problem(f"{where}: source {source!r}; use one of {', '.join(reversed(SOURCES))}")
-    return Line(cell[key], cell["finding"], VALUES[cell["value"]], source, cell.get("by") or by)
+    return LabelRow(cell[key], cell["finding"], VALUES[cell["value"]], source, cell.get("by") or by)
 
 
-class _Finder:
-    """Images by SOP Instance UID, or by the name of the imported file (its path, else its bare name if unique)."""
+class _ImageFinder:
+    """Finds images by SOP Instance UID, or by the path of the imported file, else by its name where that is unique."""
 
-    def __init__(self, ledger: Ledger, keyed_by: str) -> None:
-        self.ledger, self.keyed_by = ledger, keyed_by
-        self.bare: dict[str, list[int]] | None = None
+    def __init__(self, ledger: Ledger, key_column: str) -> None:
+        self.ledger, self.key_column = ledger, key_column
+        self.by_name: dict[str, list[int]] | None = None  # read at the first path that no image has
 
     def __call__(self, key: str) -> list[int]:
-        if self.keyed_by == "file":
+        if self.key_column == "file":
             key = str(PurePosixPath(key.replace("\\", "/")))
-        found = self.ledger.rows(
-            f"SELECT id FROM image WHERE {self.keyed_by} = ? AND plate IS NOT NULL AND superseded_by IS NULL", key
+        rows = self.ledger.rows(
+            f"SELECT id FROM image WHERE {self.key_column} = ? AND plate IS NOT NULL AND superseded_by IS NULL", key
         )
-        if found or self.keyed_by == "sop_uid":
-            return [row["id"] for row in found]
-        if self.bare is None:
-            self.bare = defaultdict(list)
+        if rows or self.key_column == "sop_uid":
+            return [row["id"] for row in rows]
+        if self.by_name is None:
+            self.by_name = defaultdict(list)
             for row in self.ledger.rows(
                 "SELECT id, file FROM image WHERE file IS NOT NULL AND plate IS NOT NULL AND superseded_by IS NULL"
             ):
-                self.bare[PurePosixPath(row["file"]).name].append(row["id"])
-        candidates = self.bare.get(PurePosixPath(key).name, [])
+                self.by_name[PurePosixPath(row["file"]).name].append(row["id"])
+        candidates = self.by_name.get(PurePosixPath(key).name, [])
         return candidates if len(candidates) == 1 else []

@@ -1,6 +1,6 @@
-"""How this site speaks DICOM: its certificate, its node, its peers; and whether the node answers.
+"""DICOM connections of this site: its certificate, its node, its peers; and a C-ECHO to its own node.
 
-Turns settings into what `dicom` takes. Opens no port by itself and knows no image.
+Turns settings into the values that `dicom` takes. Opens no port and reads no image.
 """
 
 import ipaddress
@@ -10,19 +10,20 @@ import ssl
 from pydicom import Dataset
 
 from agent.errors import Problem
-from agent.site.peer_address import Peer, parse
+from agent.site.peer_address import PeerAddress, parse
 from agent.site.site import Site
 from dicom.client import sender
+from dicom.errors import BadCertificate
 from dicom.node import tls
 from dicom.node.listener import Node
 
 log = logging.getLogger("cxrloop")
 
-ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what is listened on everywhere is asked at home
+LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # a node on a wildcard address is probed through loopback
 
 
-def identity(site: Site) -> tls.Identity | None:
-    """Certificate, key and authorities of the site, None where it speaks no TLS; paths count from the site folder."""
+def tls_identity(site: Site) -> tls.Identity | None:
+    """Return the site's certificate, key and trusted authorities, None without TLS; paths start at the site folder."""
     keys = site.config.node
     if not keys.tls_cert:
         return None
@@ -31,89 +32,89 @@ def identity(site: Site) -> tls.Identity | None:
     )
 
 
-def days_left(site: Site) -> int | None:
-    """Days until our certificate ends, None without TLS. Raises Problem when TLS as configured can't work."""
-    us, keys = identity(site), site.config.node
-    wanting = next((text for text in (*keys.peers, site.config.results.destination) if text.endswith("/tls")), None)
-    if wanting and not us:
-        raise Problem(f"{wanting}: TLS needs our own certificate too; set node.tls_cert and node.tls_key")
+def certificate_days_left(site: Site) -> int | None:
+    """Return the days until our certificate ends, None without TLS; raises Problem when TLS can't work."""
+    identity, keys = tls_identity(site), site.config.node
+    with_tls = next((text for text in (*keys.peers, site.config.results.destination) if text.endswith("/tls")), None)
+    if with_tls and not identity:
+        raise Problem(f"{with_tls}: TLS needs a certificate of our own; set node.tls_cert and node.tls_key")
     try:
-        return tls.check(us) if us else None
-    except tls.BadCertificate as wrong:
-        raise Problem(f"TLS: {wrong}") from None
+        return tls.check(identity) if identity else None
+    except BadCertificate as error:
+        raise Problem(f"TLS: {error}") from None
 
 
-def node(site: Site) -> Node:
-    """The node as configured. Raises Problem when its certificate can't be used.
+def node_settings(site: Site) -> Node:
+    """Return the node as configured; raises Problem when its certificate can't be used.
 
-    Our own AE title and loopback always pass: `status` and the supervisor ask the node with C-ECHO.
+    Our own AE title and loopback are always allowed: `status` and the supervisor send C-ECHO to the node.
     """
-    keys, us = site.config.node, identity(site)
-    days_left(site)
+    keys, identity = site.config.node, tls_identity(site)
+    certificate_days_left(site)
     return Node(
         aet=keys.aet,
         host=keys.host,
         port=keys.port,
         allow_aet=(*keys.allow_aet, keys.aet) if keys.allow_aet else (),
-        allow_ip=(*keys.allow_ip, *_ours(site)) if keys.allow_ip else (),
+        allow_ip=(*keys.allow_ip, *_own_addresses(site)) if keys.allow_ip else (),
         max_associations=keys.max_associations,
         max_per_peer=keys.max_per_peer,
-        context=tls.server_context(us) if us else None,
+        context=tls.server_context(identity) if identity else None,
     )
 
 
-def _ours(site: Site) -> set[str]:
-    """The addresses that our own C-ECHO may come from."""
+def _own_addresses(site: Site) -> set[str]:
+    """Return the addresses from which our own C-ECHO may come."""
     try:
-        return {"127.0.0.1", "::1", str(ipaddress.ip_address(address(site)))}
+        return {"127.0.0.1", "::1", str(ipaddress.ip_address(node_address(site)))}
     except ValueError:  # a host name
         return {"127.0.0.1", "::1"}
 
 
-def address(site: Site) -> str:
-    """Where our own node is asked, from this machine."""
-    return ANYWHERE.get(site.config.node.host, site.config.node.host)
+def node_address(site: Site) -> str:
+    """Return the address under which this machine reaches its own node."""
+    return LOOPBACK_OF.get(site.config.node.host, site.config.node.host)
 
 
-def answers(site: Site) -> bool:
-    """True when our own node answers C-ECHO, or says that it is busy; in TLS where it speaks TLS."""
-    keys, us = site.config.node, identity(site)
+def node_answers(site: Site) -> bool:
+    """Return True when our own node answers C-ECHO or is at its association limit; over TLS where it uses TLS."""
+    keys, identity = site.config.node, tls_identity(site)
     try:
-        context = tls.own_node_context(us) if us else None
-    except (tls.BadCertificate, OSError):  # ssl.SSLError is one: the files have gone bad since the start
+        context = tls.own_node_context(identity) if identity else None
+    except (BadCertificate, OSError):  # an ssl.SSLError is an OSError: the files were damaged since the start
         return False
-    return sender.is_running(address(site), keys.port, keys.aet, calling_aet=keys.aet, tls=context)
+    return sender.is_running(node_address(site), keys.port, keys.aet, calling_aet=keys.aet, tls=context)
 
 
-def peers(site: Site) -> dict[str, Peer]:
-    """Configured peers by AE title."""
+def configured_peers(site: Site) -> dict[str, PeerAddress]:
+    """Return the peers of `node.peers` by AE title."""
     return {peer.aet: peer for peer in map(parse, site.config.node.peers)}
 
 
-def wire(site: Site, peer: Peer) -> ssl.SSLContext | None:
-    """The TLS context for an association to a peer, None for one in the clear. Raises Problem."""
-    us = identity(site)
+def tls_context_to(site: Site, peer: PeerAddress) -> ssl.SSLContext | None:
+    """Return the TLS context for an association to a peer, None for a peer without TLS; raises Problem."""
+    identity = tls_identity(site)
     if not peer.tls:
         return None
-    if us is None:
-        raise Problem(f"{peer.aet}: TLS needs our own certificate too; set node.tls_cert and node.tls_key")
+    if identity is None:
+        raise Problem(f"{peer.aet}: TLS needs a certificate of our own; set node.tls_cert and node.tls_key")
     try:
-        return tls.peer_context(us)
-    except (tls.BadCertificate, ssl.SSLError) as wrong:
-        raise Problem(f"TLS: {wrong}") from None
+        return tls.peer_context(identity)
+    except (BadCertificate, ssl.SSLError) as error:
+        raise Problem(f"TLS: {error}") from None
 
 
-def report(site: Site, aet: str, information: Dataset, event_type: int) -> bool:
-    """Send a storage commitment report to a configured peer; True when it has taken it."""
-    peer = peers(site).get(aet)
+def send_commitment_report(site: Site, aet: str, information: Dataset, event_type: int) -> bool:
+    """Send a storage commitment report to a configured peer; return True when the peer accepted it."""
+    peer = configured_peers(site).get(aet)
     if peer is None:
         return False
-    ours = site.config.node.aet
     try:
+        context = tls_context_to(site, peer)
         status = sender.report_commitment(
-            information, event_type, peer.host, peer.port, peer.aet, ours, wire(site, peer)
+            information, event_type, peer.host, peer.port, peer.aet, site.config.node.aet, context
         )
-    except (OSError, Problem) as why:  # socket.gaierror: no such host; or our certificate has gone bad
-        log.warning("%s@%s:%d: %s", peer.aet, peer.host, peer.port, why)
+    except (OSError, Problem) as error:  # socket.gaierror: no such host; or our certificate can't be used any more
+        log.warning("no commitment report to %s@%s:%d: %s", peer.aet, peer.host, peer.port, error)
         return False
     return status == 0

@@ -1,6 +1,7 @@
-"""The disk's upper mark: below so much free space the node takes no new association that stores anything.
+"""The upper limit on the disk: with less free space the node rejects associations that propose to store anything.
 
-The lower mark is `node.min_free_mb`, at which an image within a running association gets A700 (dicom.store.inbox). Knows no DICOM.
+The lower limit is `node.min_free_mb`: an image within a running association then gets the status A700
+(`dicom.store.inbox`). Must not import `dicom`.
 """
 
 import logging
@@ -8,39 +9,42 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-RETURN = 1 / 16  # of the mark: so much more must be free before images come in again, or each image would turn the sign
+HYSTERESIS = 1 / 16  # of the limit: so much more must be free before associations are accepted again, to avoid flapping
 
 
-def too_full(free: int, limit_mb: int) -> str | None:
-    """Why no new association is taken with `free` bytes left, or None; a limit of 0 is none."""
+def disk_full_reason(free: int, limit_mb: int) -> str | None:
+    """Return why associations are rejected with `free` bytes left, or None; a limit of 0 switches the check off."""
     if free >= limit_mb << 20:
         return None
-    return f"{free >> 20} MB free, new associations are refused under {limit_mb} MB (retention.refuse_free_mb)"
+    return (
+        f"{free >> 20} MB free; new associations are rejected below {limit_mb} MB (retention.refuse_free_mb): "
+        "free or add disk"
+    )
 
 
 def free_bytes(folder: Path) -> int:
-    """What this process may still write on the folder's file system."""
-    room = os.statvfs(folder)
-    return room.f_bavail * room.f_frsize
+    """Return how many bytes this process may still write to the folder's file system."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 class Watermark:
-    """Asked at each association; says each change to the log once. `free` gives bytes (`free_bytes`)."""
+    """Decides about each new association, and logs each change once. `free` returns bytes (see `free_bytes`)."""
 
     def __init__(self, free: Callable[[], int], limit_mb: int, log: logging.Logger | None = None) -> None:
         self._free, self._limit = free, limit_mb
         self._log = log or logging.getLogger("cxrloop.listen")
-        self._full = False
+        self._rejecting = False
 
     def __call__(self) -> str | None:
-        """Why a new association must be refused, or None. As soon as there is room again it is None again."""
+        """Return why a new association must be rejected, or None."""
         free = self._free()
-        limit = self._limit + round(self._limit * RETURN) if self._full else self._limit
-        why = too_full(free, limit)
-        if bool(why) != self._full:
-            self._full = bool(why)
-            if why:
-                self._log.error("disk: %s", why)
+        limit = self._limit + round(self._limit * HYSTERESIS) if self._rejecting else self._limit
+        reason = disk_full_reason(free, limit)
+        if bool(reason) != self._rejecting:
+            self._rejecting = bool(reason)
+            if reason:
+                self._log.error("disk: %s", reason)
             else:
-                self._log.info("disk: %d MB free, associations are taken again", free >> 20)
-        return why
+                self._log.info("disk: %d MB free; associations are accepted again", free >> 20)
+        return reason

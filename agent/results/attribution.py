@@ -1,7 +1,7 @@
-"""Maps that the served graph can't draw: the learner draws them from the round's weights, in a process of its own.
+"""Saliency maps that the served graph can't compute: the learner computes them from the round's weights.
 
-Needs the training install and a bundle that was learnt here; checks that the weights it explains are those that serve.
-Torch is never loaded in this process.
+Needs the training install and a bundle that was trained on this site. The learner runs in a process of its own, so that
+this process never loads torch.
 """
 
 import json
@@ -25,43 +25,47 @@ from deploy.bundle.bundle import Bundle
 METHODS = (
     "gradient", "guided", "ig", "ig-blurred", "smoothgrad", "smoothgrad-ig", "attention", "rollout",
 )  # fmt: skip
-LIMIT_S = 1800  # 500 passes forth and back of a base-size transformer on two cores
-SAME = 0.01  # in probability; torch and the served graph agree to 0.001 where the weights are the same
+LIMIT_S = 1800  # 500 forward and backward passes of a base-size transformer on two cores
+TOLERANCE = 0.01  # of the probability; torch and the served graph agree to 0.001 when their weights are the same
 
 
 def maps(
     site: Site, ledger: Ledger, bundle: Bundle, plate: Path, finding: str, method: str, positive: bool, served: float
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """float32 [n, h, w] in [0, 1] (n = heads for attention, else 1), and what was measured: `{"completeness"}`.
+    """Return maps float32 [n, h, w] in [0, 1] (n = heads for attention, else 1), and `{"completeness"}`.
 
-    `served` is the probability that the bundle itself gives. Raises Problem with the learner's own words.
+    `served` is the bundle's probability for this plate: weights that give another one are not explained. Raises Problem
+    with the learner's message.
     """
-    state = _state(site, ledger, bundle, method)
+    state = _training_state(site, ledger, bundle, method)
     with tempfile.TemporaryDirectory(dir=site.root / "run") as scratch:
         out = Path(scratch) / "maps.npy"
-        words = [str(state), str(plate), "--finding", finding, "--method", method, "--out", str(out)]
+        options = [str(state), str(plate), "--finding", finding, "--method", method, "--out", str(out)]
+        if positive:
+            options.append("--positive")
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "learner.explain.saliency", *words, *(["--positive"] if positive else [])],
+                [sys.executable, "-m", "learner.explain.saliency", *options],
                 capture_output=True, text=True, timeout=LIMIT_S, env={**QUIET, **os.environ},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise Problem(f"--method {method}: not done in {LIMIT_S // 60} minutes; ask for gradient") from None
+            raise Problem(f"--method {method}: not done in {LIMIT_S // 60} minutes; use --method gradient") from None
         if done.returncode:
             why = done.stderr.strip().splitlines() or [f"the learner ended with exit code {done.returncode}"]
             raise Problem(f"--method {method}: {why[-1]}")
-        said, made = json.loads(done.stdout), np.load(out, allow_pickle=False)
-    mine = 1 / (1 + exp(-said["logit"] / bundle.card["temperatures"][bundle.findings.index(finding)]))
-    if abs(mine - served) > SAME:
+        measured, maps_of_image = json.loads(done.stdout), np.load(out, allow_pickle=False)
+    temperature = bundle.card["temperatures"][bundle.findings.index(finding)]
+    computed = 1 / (1 + exp(-measured["logit"] / temperature))
+    if abs(computed - served) > TOLERANCE:
         raise Problem(
-            f"bundle {bundle.id} answers {served:.3f} and {state} {mine:.3f}: not the same weights; "
+            f"bundle {bundle.id} gives {served:.3f}, {state} gives {computed:.3f}: not the same weights; "
             "restore the round's folder from the backup, or use --method heatmap"
         )
-    return made, {"completeness": said["completeness"]}
+    return maps_of_image, {"completeness": measured["completeness"]}
 
 
-def _state(site: Site, ledger: Ledger, bundle: Bundle, method: str) -> Path:
-    """The weights that a bundle was made from."""
+def _training_state(site: Site, ledger: Ledger, bundle: Bundle, method: str) -> Path:
+    """Return the file of the weights that a bundle was exported from; raises Problem."""
     if find_spec("torch") is None:
         raise Problem(f"--method {method} needs torch: pip install 'cxrloop[train]', or use --method heatmap")
     row = ledger.row("SELECT training_state FROM bundle WHERE id = ?", bundle.id)

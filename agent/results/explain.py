@@ -1,36 +1,32 @@
-"""What a model said of an image, and where it looked: the map that the served graph draws, or one of the learner's.
+"""`cxrloop explain`: the score of one image, and the map of where the model found evidence for it.
 
-Draws the picture; how a map comes about is the graph's and the learner's business.
+The map is the heatmap of the served graph, or a saliency map that the learner computes (`agent.results.attribution`).
 """
 
-from collections.abc import Sequence
-from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from agent.errors import Problem
 from agent.ledger.database import Ledger, image_number, utc, when
 from agent.release import release
 from agent.results import attribution
+from agent.results.heatmap import overlay, sheet
 from agent.site import files
 from agent.site.site import Site
 from deploy.server.session import Session
 
 METHODS = ("heatmap", *attribution.METHODS)
-SIDE = 512
 
 
 def explain(
     site: Site, ledger: Ledger, uid: str, finding: str | None, method: str, as_of: str | None, output: Path | None,
     positive: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """`{"bundle", "probability", "threshold", "method", "image"}`; `image` is the overlay's path, or None without `output`.
+    """Return `{"bundle", "finding", "probability", "threshold", "method", "image"}`; write the picture to `output`.
 
-    `as_of` takes the bundle that was in service at that time; `positive` keeps what speaks for the finding. Integrals add
-    `completeness`. Raises Problem for an unknown image, finding, method or time, and for a map that can't be had.
+    `image` is the path of the picture, None without `output`. `as_of` takes the bundle that was in service at that
+    time; `positive` keeps only evidence for the finding. Integrated gradients add `completeness`. Raises Problem for
+    an unknown image, finding, method or time, and when the map can't be computed.
     """
     if method not in METHODS:
         raise Problem(f"--method {method}: must be one of {', '.join(METHODS)}")
@@ -40,10 +36,10 @@ def explain(
     )  # fmt: skip
     if not image:
         raise Problem(f"explain {uid}: no stored image with this SOP Instance UID or image number")
-    bundle = files.open_sealed(site, _bundle(ledger, as_of))
+    bundle = files.open_sealed(site, _bundle_in_service(ledger, as_of))
     name = finding or bundle.findings[0]
     if name not in bundle.findings:
-        raise Problem(f"--finding {name}: bundle {bundle.id} knows {', '.join(bundle.findings)}")
+        raise Problem(f"--finding {name}: bundle {bundle.id} scores {', '.join(bundle.findings)}")
     plate = site.store.plate(image["plate"])
     answer = Session(bundle, site.config.infer.provider).predict(plate[None])
     place = bundle.findings.index(name)
@@ -53,7 +49,7 @@ def explain(
         path = site.store.path(image["plate"])
         maps, measured = attribution.maps(site, ledger, bundle, path, name, method, positive, probability)
     if output:
-        panels([overlay(plate, one) for one in maps]).save(output, "PNG")
+        sheet([overlay(plate, saliency) for saliency in maps]).save(output, "PNG")
     return {
         "bundle": bundle.id,
         "finding": name,
@@ -65,7 +61,8 @@ def explain(
     }
 
 
-def _bundle(ledger: Ledger, as_of: str | None) -> str:
+def _bundle_in_service(ledger: Ledger, as_of: str | None) -> str:
+    """Return the id of the bundle in service, now or at the time `as_of` (ISO 8601); raises Problem."""
     if as_of is None:
         current = release.in_service(ledger)
         if not current:
@@ -81,23 +78,3 @@ def _bundle(ledger: Ledger, as_of: str | None) -> str:
     if not row:
         raise Problem(f"--as-of {as_of}: no model was in service then")
     return row["bundle"]
-
-
-def overlay(plate: np.ndarray, heat: np.ndarray) -> Image.Image:
-    """The plate uint8 [512, 512] with heat float [g, g] over it: red where the map is high, clear where it is low."""
-    low, high = float(heat.min()), float(heat.max())
-    scaled = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
-    smooth = Image.fromarray((scaled * 255).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    alpha = np.asarray(smooth, np.float32)[..., None] / 255 * 0.6
-    grey = np.repeat(plate[..., None].astype(np.float32), 3, axis=2)
-    red = np.array([255.0, 48.0, 0.0], np.float32)
-    return Image.fromarray((grey * (1 - alpha) + red * alpha).astype(np.uint8))
-
-
-def panels(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size side by side, in rows of a near-square sheet (one head of an attention each)."""
-    columns = ceil(sqrt(len(pictures)))
-    sheet = Image.new("RGB", (SIDE * columns, SIDE * ceil(len(pictures) / columns)))
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (SIDE * (number % columns), SIDE * (number // columns)))
-    return sheet

@@ -17,7 +17,7 @@ from agent.images import intake, retention
 from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
 from agent.release import release
-from agent.results import outbox, scoring
+from agent.results import reporting
 from agent.rounds import records, training
 from agent.site import locks
 from agent.site.config import zone
@@ -157,11 +157,18 @@ class Agent:
 
     def _scores(self) -> None:
         with Client(self.site.infer_url) as client:
-            self._loop("scoring", lambda ledger: scoring.step(self.site, ledger, client), self.to_score, self.to_answer)
+            self._loop(
+                "scoring",
+                lambda ledger: reporting.score_waiting(self.site, ledger, client),
+                self.to_score,
+                self.to_answer,
+            )
 
     def _answers(self) -> None:
-        line = outbox.Line(self.site)
-        self._loop("answering", lambda ledger: outbox.step(self.site, ledger, line, datetime.now(UTC)), self.to_answer)
+        link = reporting.PacsLink()
+        self._loop(
+            "answering", lambda ledger: reporting.send_due(self.site, ledger, link, datetime.now(UTC)), self.to_answer
+        )
 
     def _loop(
         self,

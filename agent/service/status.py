@@ -7,9 +7,9 @@ from typing import Any
 from agent.errors import Problem
 from agent.ledger.database import Ledger, utc
 from agent.network import connections
-from agent.network.watermark import too_full
+from agent.network.watermark import disk_full_reason
 from agent.release import release
-from agent.results import outbox, scoring
+from agent.results import latency, outbox
 from agent.rounds import golden_set, records
 from agent.site.config import zone
 from agent.site.site import Site
@@ -27,7 +27,7 @@ def status(site: Site, ledger: Ledger) -> dict[str, Any]:
     """The JSON of `status`; `degraded` tells the command to exit 3."""
     now = datetime.now(UTC)
     counters = ledger.counters()
-    p50, p95 = scoring.latency(ledger)
+    p50, p95 = latency.received_to_scored(ledger)
     free = shutil.disk_usage(site.root).free
     budget = records.budget(site, ledger, now)
     with Client(site.infer_url) as client:
@@ -88,10 +88,10 @@ def _alerts(
     keys = site.config.node
     if free < keys.min_free_mb << 20:
         found.append(("disk", f"{free >> 20} MB free, images are refused under {keys.min_free_mb} MB", True))
-    elif full := too_full(free, site.config.retention.refuse_free_mb):
+    elif full := disk_full_reason(free, site.config.retention.refuse_free_mb):
         found.append(("disk", full, True))
     found += _forgotten(ledger)
-    host, node_up = connections.address(site), connections.answers(site)
+    host, node_up = connections.node_address(site), connections.node_answers(site)
     if not node_up and server is None:
         found.append(("not running", "neither the node nor the model server answers: `cxrloop serve`", False))
     elif not node_up:
@@ -128,7 +128,7 @@ def _forgotten(ledger: Ledger) -> list[tuple[str, str, bool]]:
 def _certificate(site: Site) -> list[tuple[str, str, bool]]:
     """Whether the node's certificate ends soon, or can't be used any more."""
     try:
-        days = connections.days_left(site)
+        days = connections.certificate_days_left(site)
     except Problem as wrong:
         return [("certificate", str(wrong), True)]
     if days is None or days > RENEW_DAYS:

@@ -57,7 +57,9 @@ def serve(site: Site, settings: Path | None, only: tuple[str, ...], parent: int 
         signal.signal(number, lambda *_: stop.set())
     parts = only or PARTS
     if "listen" in parts:
-        connections.days_left(site)  # a certificate that can't be used is said now, not by a part that keeps dying
+        connections.certificate_days_left(
+            site
+        )  # a certificate that can't be used is said now, not by a part that keeps dying
     if "infer" in parts:
         check_runtime(site)
     if parts == ("listen",):
@@ -95,7 +97,7 @@ def run_part(site: Site, name: str, stop: threading.Event) -> None:
         agent = Agent(site)
         agent.start()
         _ready("learn", str(site.root))
-        while not stop.wait(node.LOOK_UP_S):
+        while not stop.wait(node.POLL_S):
             pass
         agent.stop()
         os._exit(0)  # a round may run in a thread for hours: its learner is told to checkpoint by our death
@@ -144,7 +146,7 @@ def _keep_alive(part: Part) -> None:
 
 def _answers(site: Site, names: set[str]) -> bool:
     """True when the port answers C-ECHO and the model server is up (with or without a model)."""
-    if "listen" in names and not connections.answers(site):
+    if "listen" in names and not connections.node_answers(site):
         return False
     if "infer" in names:
         with Client(site.infer_url) as client:

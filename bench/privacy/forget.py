@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from agent.erasure import forget
-from agent.images import images
+from agent.images import listing
 from agent.ledger.database import Ledger
 from agent.service.status import status
 from agent.site import config
@@ -49,7 +49,7 @@ def image_rows(site: Site, count: int) -> Iterator[tuple[Any, ...]]:
     """Yield image rows in order: three named patients at random places, all other patients with two images."""
     owners = [name for name, many in PATIENTS.items() for _ in range(many)]
     known = dict(zip(random.Random(0).sample(range(1, count + 1), len(owners)), owners, strict=True))
-    keys = {name: forget.keys_of(site, name, ())[0] for name in PATIENTS}
+    keys = {name: forget.pseudonyms_of(site, name, ())[0] for name in PATIENTS}
     for n in range(1, count + 1):
         sha, mine = digest(str(n)), n in known
         key = keys[known[n]] if mine else "p" + digest(f"patient {n // 2}")[:16]
@@ -112,12 +112,12 @@ def measured(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
     """Return one row for each command, with its times."""
     reading: dict[str, Callable[[], object]] = {
         "status": lambda: status(site, ledger),
-        "images ls": lambda: images.ls(site, ledger, None, 50),
-        "images ls --state rejected": lambda: images.ls(site, ledger, "rejected", 50),
-        "images ls --state quarantined (none)": lambda: images.ls(site, ledger, "quarantined", 50),
+        "images ls": lambda: listing.newest(site, ledger, None, 50),
+        "images ls --state rejected": lambda: listing.newest(site, ledger, "rejected", 50),
+        "images ls --state quarantined (none)": lambda: listing.newest(site, ledger, "quarantined", 50),
     }
     for name, many in PATIENTS.items():
-        keys = forget.keys_of(site, name, ())
+        keys = forget.pseudonyms_of(site, name, ())
         reading[f"forget --dry-run, {many} images"] = lambda keys=keys: forget.preview(site, ledger, keys)
     rows = []
     for what, work in reading.items():
@@ -127,7 +127,7 @@ def measured(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
     ledger.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     rows.append({"what": "of each forget: VACUUM", "median_s": median(vacuum), "most_s": max(vacuum)})
     for name, many in PATIENTS.items():
-        keys = forget.keys_of(site, name, ())
+        keys = forget.pseudonyms_of(site, name, ())
         began = time.perf_counter()
         done = forget.forget(site, ledger, keys, "bench", "a bench", False)
         took = time.perf_counter() - began

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.results import outbox
+from agent.results import outbox, reporting
 from agent.site.site import Site
 from deploy.client import Client
 from tests.conftest import free_port
@@ -121,7 +121,7 @@ def test_the_one_waiting_result_reaches_the_pacs(old):
     site = Site.open(old)
     with site.ledger() as ledger, Archive(port) as pacs:
         assert outbox.state(ledger)["waiting"] == 1
-        assert outbox.step(site, ledger, outbox.Line(site), LATER) == 1
+        assert reporting.send_due(site, ledger, reporting.PacsLink(), LATER) == 1
         assert outbox.state(ledger)["waiting"] == outbox.state(ledger)["failed"] == 0
         (sent,) = pacs.held.values()
         assert sent.Modality == "OT"

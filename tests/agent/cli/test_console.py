@@ -7,8 +7,9 @@ import typer
 
 from agent import console
 from agent.errors import Problem
-from agent.images import export, images
+from agent.images import export, listing
 from agent.results import explain
+from agent.results.rerun import rerun
 
 WORDS = "host:104[/tls] if [results] says so [/] :warning:"
 
@@ -38,7 +39,7 @@ def test_a_number_with_a_fraction_has_six_digits_and_nothing_is_empty(capsys):
 def test_what_is_no_image_number_names_no_image(site, tmp_path, number):
     with site.ledger() as ledger:
         for ask in (
-            lambda: images.rerun(ledger, number, None, False, "a test"),
+            lambda: rerun(ledger, number, None, False, "a test"),
             lambda: export.export(site, ledger, [number], tmp_path / "out", False, "a test"),
             lambda: explain.explain(site, ledger, number, None, "heatmap", None, None),
         ):
@@ -54,7 +55,7 @@ def test_a_damaged_ledger_is_said_in_one_line(site, capsys, first, says):
     content[first:3000] = b"\xff" * (3000 - first)
     (site.root / "ledger.db").write_bytes(content)
     with pytest.raises(typer.Exit) as ended, console.errors(), site.ledger() as ledger:
-        images.ls(site, ledger, None, 10)
+        listing.newest(site, ledger, None, 10)
     said = capsys.readouterr().err
     assert ended.value.exit_code == 1 and said.startswith("error: ledger.db: ") and said.count("\n") == 1
     assert says in said and "restore it from the backup" in said

@@ -1,4 +1,4 @@
-"""From the inbox to a row: outcomes, duplicates, ranges, and doing it twice."""
+"""The intake: outcomes, duplicates, ranges, repeated steps; and the import of folders."""
 
 import os
 from pathlib import Path
@@ -7,16 +7,16 @@ import pytest
 from PIL import Image
 
 from agent.errors import Problem
-from agent.images import images, intake
+from agent.images import intake, listing
 from agent.images.importer import import_folder
 from agent.site.splits import fix_shares, range_of
 from tests.conftest import make_site
-from tests.support.agent.images import Here, pixels, put, save, take_in, xray
+from tests.support.agent.images import InProcessExaminer, pixels, put, save, take_in, xray
 
 
 def states(site):
     with site.ledger() as ledger:
-        return [(row["state"], row["reason"]) for row in images.ls(site, ledger, None, 100)]
+        return [(row["state"], row["reason"]) for row in listing.newest(site, ledger, None, 100)]
 
 
 def test_an_image_is_stored_with_its_plate_its_pseudonym_and_its_range(site):
@@ -31,7 +31,7 @@ def test_an_image_is_stored_with_its_plate_its_pseudonym_and_its_range(site):
     assert site.inbox.waiting() == []
 
 
-def test_no_name_of_a_patient_reaches_ledger_store_names_or_audit(site):
+def test_no_patient_id_is_outside_the_original_file(site):
     put(site, xray(1, patient="SECRETNAME"))
     with site.ledger() as ledger:
         take_in(site, ledger)
@@ -53,7 +53,7 @@ def test_a_lateral_is_rejected_and_a_broken_file_quarantined_and_both_are_kept(s
     assert (counters["stored"], counters["rejected"], counters["quarantined"]) == (0, 1, 1)
 
 
-def test_the_same_image_twice_is_one_image(site):
+def test_the_same_image_received_twice_is_stored_once(site):
     for _ in range(2):
         put(site, xray(1))
     with site.ledger() as ledger:
@@ -62,7 +62,7 @@ def test_the_same_image_twice_is_one_image(site):
         assert ledger.value("SELECT count(*) FROM notice") == 0
 
 
-def test_the_same_image_in_another_syntax_is_one_image_and_no_alert(site):
+def test_the_same_image_in_another_syntax_is_stored_once_without_notice(site):
     first = xray(1)
     put(site, first)
     put(
@@ -77,7 +77,7 @@ def test_the_same_image_in_another_syntax_is_one_image_and_no_alert(site):
         assert ledger.value("SELECT count(*) FROM notice") == 0
 
 
-def test_the_same_uid_with_other_pixels_keeps_both_and_says_so(site):
+def test_two_images_with_one_uid_and_different_pixels_are_both_kept_with_a_notice(site):
     first = xray(1)
     put(site, first)
     put(site, xray(2, patient="P0001", sop_uid=first.SOPInstanceUID))
@@ -114,9 +114,9 @@ def test_an_old_version_sent_again_in_another_syntax_does_not_undo_its_correctio
 def test_a_crash_after_the_row_and_before_the_unlink_changes_nothing(site):
     path = put(site, xray(1))
     with site.ledger() as ledger:
-        examined = next(iter(Here(site).examine([path])))[1]
+        examined = next(iter(InProcessExaminer(site).examine([path])))[1]
         fix_shares(ledger, site.config.patients)
-        assert intake.take(site, ledger, path, examined, "2026-01-01T00:00:00Z", receipt=path.name) == "stored"
+        assert intake.take_in(site, ledger, path, examined, "2026-01-01T00:00:00Z", receipt=path.name) == "stored"
         assert take_in(site, ledger) == 1  # the file is still in the inbox: taken again
         assert ledger.counters()["stored"] == 1
         assert ledger.value("SELECT outcome FROM receipt") == "stored"
@@ -124,10 +124,10 @@ def test_a_crash_after_the_row_and_before_the_unlink_changes_nothing(site):
 
 def test_ranges_are_fixed_by_patient_and_follow_the_shares(site):
     key, shares = site.key("pseudonym.key"), site.config.patients
-    found = [range_of(key, f"p{n:016x}", True, shares) for n in range(2000)]
-    assert found == [range_of(key, f"p{n:016x}", True, shares) for n in range(2000)]
-    assert abs(found.count("golden") / 2000 - shares.golden) < 0.04
-    assert abs(found.count("train") / 2000 - 0.4) < 0.04
+    ranges = [range_of(key, f"p{n:016x}", True, shares) for n in range(2000)]
+    assert ranges == [range_of(key, f"p{n:016x}", True, shares) for n in range(2000)]
+    assert abs(ranges.count("golden") / 2000 - shares.golden) < 0.04
+    assert abs(ranges.count("train") / 2000 - 0.4) < 0.04
 
 
 def test_an_image_without_patient_id_is_never_golden(site):
@@ -144,15 +144,15 @@ def test_shares_cannot_change_after_the_first_image(tmp_path):
             fix_shares(ledger, site.config.patients.model_copy(update={"golden": 0.2}))
 
 
-def test_a_file_that_the_disk_does_not_give_out_stays_and_keeps_no_image_behind_it_out(site):
+def test_an_inbox_file_that_can_not_be_read_stays_and_does_not_block_the_next_file(site):
     unread = site.root / "inbox" / "0.dcm"
     unread.mkdir()  # any error of reading
     os.utime(unread, (0, 0))
     with site.ledger() as ledger, intake.examiner(site) as pool:
         put(site, xray(1))
         assert [intake.step(site, ledger, pool) for _ in range(3)] == [1, 0, 0]
-        said = ledger.rows("SELECT kind, detail FROM notice")
-    assert said == [{"kind": "damaged", "detail": "inbox/0.dcm can't be read and stays there; check the disk"}]
+        notices = ledger.rows("SELECT kind, detail FROM notice")
+    assert notices == [{"kind": "damaged", "detail": "inbox/0.dcm can't be read and stays there; check the disk"}]
     assert unread.exists()
 
 
@@ -175,8 +175,8 @@ def test_import_takes_dicom_and_pictures_through_the_same_intake(site, tmp_path)
     assert views == {"a.dcm": "PA", "deep/b.png": "AP", "c.jpg": "PA"}
 
 
-def test_import_takes_files_whose_names_are_no_utf_8(site, tmp_path):
-    """An old archive's names: neither the ledger nor labels.csv can hold their bytes."""
+def test_import_takes_files_whose_names_are_not_utf_8(site, tmp_path):
+    """File names of an old archive: ledger and labels.csv can only hold text."""
     folder = tmp_path / "old"
     folder.mkdir()
     save(xray(1), tmp_path / "image.dcm").rename(folder / os.fsdecode(b"caf\xe9.dcm"))
@@ -185,37 +185,37 @@ def test_import_takes_files_whose_names_are_no_utf_8(site, tmp_path):
     (folder / "labels.csv").write_text("file,view\nb\\xe4r.png,AP\n", "utf-8")
     with site.ledger() as ledger:
         assert import_folder(site, ledger, folder, "PA")["seen"] == 2
-        rows = {row["file"]: row["reason"] or row["view"] for row in images.ls(site, ledger, None, 10)}
+        rows = {row["file"]: row["reason"] or row["view"] for row in listing.newest(site, ledger, None, 10)}
     assert set(rows) == {"caf\\xe9.dcm", "b\\xe4r.png"}
     assert "not a DICOM" not in rows["b\\xe4r.png"]
 
 
-def test_import_goes_on_after_a_picture_larger_than_any_image(site, tmp_path):
+def test_import_continues_after_a_picture_larger_than_any_image(site, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     Image.new("1", (20_000, 10_000)).save(folder / "bomb.png")
     save(xray(1), folder / "image.dcm")
     with site.ledger() as ledger:
-        said = import_folder(site, ledger, folder, "PA")
-    assert (said["quarantined"], said["seen"] - said["quarantined"]) == (1, 1)
+        counts = import_folder(site, ledger, folder, "PA")
+    assert (counts["quarantined"], counts["seen"] - counts["quarantined"]) == (1, 1)
 
 
-def test_import_beside_a_table_that_is_no_utf_8_says_which(site, tmp_path):
+def test_import_names_a_labels_csv_that_is_not_utf_8(site, tmp_path):
     (tmp_path / "labels.csv").write_bytes(b"file,patient_id\nm\xfcller.png,1\n")
-    with site.ledger() as ledger, pytest.raises(Problem, match=r"labels.csv: not a table in UTF-8"):
+    with site.ledger() as ledger, pytest.raises(Problem, match=r"labels.csv: not a CSV in UTF-8"):
         import_folder(site, ledger, tmp_path, "PA")
 
 
-def test_import_takes_the_others_before_it_names_a_file_that_it_can_not_read(site, tmp_path):
+def test_import_names_an_unreadable_file_after_it_took_all_others(site, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.dcm").symlink_to("/proc/self/mem")  # a file that gives an error of reading, also to root
     xray(1).save_as(tmp_path / "images" / "b.dcm", enforce_file_format=True)
-    with site.ledger() as ledger, pytest.raises(Problem, match=r"^1 of 2 files can't be read, a\.dcm first"):
+    with site.ledger() as ledger, pytest.raises(Problem, match=r"^1 of 2 files can't be read, the first is a\.dcm"):
         import_folder(site, ledger, tmp_path / "images", "PA")
     with site.ledger() as ledger:
         assert [row["file"] for row in ledger.rows("SELECT file FROM image")] == ["b.dcm"]
 
 
-def test_import_of_a_missing_folder_says_which(site):
+def test_import_names_a_missing_folder(site):
     with site.ledger() as ledger, pytest.raises(Problem, match="no such folder"):
         import_folder(site, ledger, Path("/nowhere"), "PA")

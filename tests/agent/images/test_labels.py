@@ -1,4 +1,4 @@
-"""Labels: all or nothing, who outranks whom, and what is counted."""
+"""Labels: all rows or none, the rank of their sources, and the counts."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def write(tmp_path, text):
     return path
 
 
-def test_labels_are_added_once_however_often_the_file_comes(stocked, tmp_path):
+def test_labels_are_added_once_even_if_the_file_is_imported_twice(stocked, tmp_path):
     site, ledger, uids = stocked
     path = write(
         tmp_path,
@@ -59,7 +59,7 @@ def test_a_header_without_the_needed_columns_is_refused(stocked, tmp_path):
         labels.import_csv(site, ledger, write(tmp_path, "uid,finding,value\n1,effusion,1\n"), "test")
 
 
-def test_an_adjudicated_label_beats_a_radiologist_and_a_radiologist_a_report(stocked, tmp_path):
+def test_an_adjudicated_label_outranks_a_radiologist_and_a_radiologist_outranks_a_report(stocked, tmp_path):
     site, ledger, uids = stocked
     for source, value in (("adjudicated", 0), ("radiologist", 1), ("report", 1)):
         text = f"sop_uid,finding,value,source\n{uids[0]},effusion,{value},{source}\n"
@@ -67,7 +67,7 @@ def test_an_adjudicated_label_beats_a_radiologist_and_a_radiologist_a_report(sto
     assert ledger.row("SELECT value, source FROM label_now") == {"value": 0, "source": "adjudicated"}
 
 
-def test_the_opposite_from_the_same_source_is_a_conflict_and_the_newer_counts(stocked, tmp_path):
+def test_the_opposite_label_of_the_same_source_is_a_conflict_and_the_newer_label_counts(stocked, tmp_path):
     site, ledger, uids = stocked
     for value, conflicts in ((1, 0), (0, 1)):
         text = f"sop_uid,finding,value\n{uids[0]},effusion,{value}\n"
@@ -88,7 +88,7 @@ def golden_rows(ledger):
     return [row["sop_uid"] for row in ledger.rows("SELECT sop_uid FROM image WHERE range = 'golden'")]
 
 
-def test_the_golden_set_is_frozen_with_its_labels_and_the_same_content_is_the_same_version(stocked, tmp_path):
+def test_the_golden_set_is_frozen_with_its_labels_and_equal_content_has_one_version(stocked, tmp_path):
     site, ledger, _ = stocked
     uids = golden_rows(ledger)
     with pytest.raises(Problem, match="no labelled image"):
@@ -104,4 +104,6 @@ def test_the_golden_set_is_frozen_with_its_labels_and_the_same_content_is_the_sa
     corrected = golden_set.freeze(site, ledger, "test")
     assert corrected["version"] == 2
     frozen, _ = golden_set.load(site, ledger, 1)
-    assert (frozen.labels[:, 1] == 1).sum() == first["positives"]["effusion"]  # a correction moves no frozen bar
+    assert (frozen.labels[:, 1] == 1).sum() == first["positives"][
+        "effusion"
+    ]  # a correction does not change a frozen set

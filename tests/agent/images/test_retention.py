@@ -1,4 +1,4 @@
-"""Originals go after their time, and their rows stay."""
+"""Retention: originals and rejected files are dropped after their time, and their rows stay."""
 
 import shutil
 import sqlite3
@@ -9,60 +9,60 @@ from sqlite_utils import Database
 
 from agent.errors import Problem
 from agent.images import labels, retention
+from agent.images.records import ImageRecord, original_path
 from agent.ledger import schema
 from agent.ledger.database import Ledger, utc
-from agent.network import held_copies
-from agent.results import explain, scoring
+from agent.network import commitment_check
+from agent.results import explain, reporting
 from agent.rounds import golden_set
 from agent.service.scheduler import housekeeping
-from agent.site import files
 from agent.site.site import Site
 from dicom.dataset.facts import DIGITAL_XRAY_PRESENTATION
 from dicom.node.commitment import NO_SUCH_INSTANCE
 from tests.conftest import make_site
 from tests.support.agent.crash_line import DIED, count_steps, in_child, write_labels
 from tests.support.agent.images import put, take_in, xray
-from tests.support.agent.models import Served, add_model
+from tests.support.agent.models import InProcessServer, add_model
 from tests.support.deploy.model_server import FINDINGS
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
 
 
-def a_site(folder, **sections) -> Site:
+def make_retention_site(folder, **sections) -> Site:
     keys = {"originals_days": 30, "aside_days": 10}
     return make_site(folder, site={"findings": list(FINDINGS)}, retention=keys, **sections)
 
 
 @pytest.fixture
 def site(tmp_path):
-    return a_site(tmp_path / "site")
+    return make_retention_site(tmp_path / "site")
 
 
-def scored(site: Site, ledger: Ledger, *seeds: int) -> list[dict]:
-    """Images taken in and scored now; their rows."""
+def scored_rows(site: Site, ledger: Ledger, *seeds: int) -> list[dict]:
+    """Take in and score one image for each seed; return all rows."""
     for seed in seeds:
         put(site, xray(seed), f"{seed}.dcm")
     take_in(site, ledger)
     if not ledger.value("SELECT 1 FROM bundle"):
         add_model(site, ledger, 1)
-    while scoring.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+    while reporting.score_waiting(site, ledger, InProcessServer(site, ledger)):  # type: ignore[arg-type]
         pass
     return ledger.rows("SELECT * FROM image ORDER BY id")
 
 
-def here(site: Site, row: dict) -> bool:
+def has_original(site: Site, row: dict) -> bool:
     return site.store.path(row["original"]).exists()
 
 
-def test_an_original_goes_after_its_days_and_all_that_was_made_of_it_stays(site):
+def test_an_original_is_dropped_after_its_days_and_plate_and_score_stay(site):
     with site.ledger() as ledger:
-        (row,) = scored(site, ledger, 1)
+        (row,) = scored_rows(site, ledger, 1)
         assert retention.step(site, ledger, NOW + 29 * DAY) == 0
-        assert here(site, row)
+        assert has_original(site, row)
         assert retention.step(site, ledger, NOW + 31 * DAY) == 1
         after = ledger.rows("SELECT * FROM image")[0]
-        assert not here(site, row)
+        assert not has_original(site, row)
         assert after["dropped_at"] == utc(NOW + 31 * DAY)
         assert {**after, "dropped_at": None} == row
         assert site.store.plate(after["plate"]).shape == (512, 512)
@@ -71,7 +71,7 @@ def test_an_original_goes_after_its_days_and_all_that_was_made_of_it_stays(site)
         assert retention.step(site, ledger, NOW + 60 * DAY) == 0
 
 
-def test_an_image_without_a_score_keeps_its_original_however_old(site):
+def test_an_image_without_a_score_keeps_its_original(site):
     put(site, xray(1))
     with site.ledger() as ledger:
         take_in(site, ledger)
@@ -81,40 +81,40 @@ def test_an_image_without_a_score_keeps_its_original_however_old(site):
 def test_zero_days_keep_everything(tmp_path):
     site = make_site(tmp_path / "site", site={"findings": list(FINDINGS)})
     with site.ledger() as ledger:
-        scored(site, ledger, 1)
+        scored_rows(site, ledger, 1)
         site.inbox.put(b"not DICOM")
         take_in(site, ledger)
         assert retention.step(site, ledger, NOW + 3000 * DAY) == 0
 
 
 def test_an_image_of_a_golden_set_keeps_its_original(tmp_path):
-    site = a_site(
+    site = make_retention_site(
         tmp_path / "site", patients={"golden": 0.9, "golden_next": 0.0, "calibration": 0.0, "validation": 0.0}
     )
     with site.ledger() as ledger:
-        rows = scored(site, ledger, *range(1, 9))
+        rows = scored_rows(site, ledger, *range(1, 9))
         chosen = [row for row in rows if row["range"] == "golden"][:2]
         write_labels(site.root / "labels.csv", [(row["sop_uid"], FINDINGS[0], n) for n, row in enumerate(chosen)])
         labels.import_csv(site, ledger, site.root / "labels.csv", "test")
         golden_set.freeze(site, ledger, "test")
         assert retention.step(site, ledger, NOW + 31 * DAY) == len(rows) - 2
-        kept = [row["id"] for row in rows if here(site, row)]
+        kept = [row["id"] for row in rows if has_original(site, row)]
         assert kept == [row["id"] for row in chosen]
 
 
-def test_an_original_waits_until_its_results_have_reached_the_pacs(tmp_path):
-    site = a_site(tmp_path / "site", results={"sr": True, "destination": "PACS@127.0.0.1:1"})
+def test_an_original_is_kept_until_the_pacs_has_its_results(tmp_path):
+    site = make_retention_site(tmp_path / "site", results={"sr": True, "destination": "PACS@127.0.0.1:1"})
     with site.ledger() as ledger:
-        scored(site, ledger, 1)
+        scored_rows(site, ledger, 1)
         assert ledger.value("SELECT state FROM outbox") == "waiting"
         assert retention.step(site, ledger, NOW + 31 * DAY) == 0
         with ledger.transaction():
             ledger.run("UPDATE outbox SET state = 'sent', sent_at = ?", utc())
-        assert retention.step(site, ledger, NOW + 31 * DAY) == 0  # looked at once a day
+        assert retention.step(site, ledger, NOW + 31 * DAY) == 0  # checked again once a day
         assert retention.step(site, ledger, NOW + 33 * DAY) == 1
 
 
-def test_a_file_set_aside_goes_after_its_days_and_its_reason_stays(site):
+def test_a_rejected_or_quarantined_file_is_dropped_after_its_days_and_its_reason_stays(site):
     site.inbox.put(b"not DICOM at all")
     put(site, xray(1, view="LL"))
     with site.ledger() as ledger:
@@ -122,20 +122,20 @@ def test_a_file_set_aside_goes_after_its_days_and_its_reason_stays(site):
         rows = ledger.rows("SELECT * FROM image")
         assert retention.step(site, ledger, NOW + 9 * DAY) == 0
         assert retention.step(site, ledger, NOW + 11 * DAY) == 2
-        assert not any(here(site, row) for row in rows)
+        assert not any(has_original(site, row) for row in rows)
         assert {row["state"] for row in rows} == {"rejected", "quarantined"}
         after = ledger.rows("SELECT reason, sha256 FROM image")
         assert after == [{"reason": row["reason"], "sha256": row["sha256"]} for row in rows]
 
 
-def test_a_tick_drops_a_bounded_number_and_the_next_goes_on(site, monkeypatch):
+def test_a_tick_drops_a_bounded_number_and_the_next_tick_continues(site, monkeypatch):
     monkeypatch.setattr(retention, "BATCH", 3)
     with site.ledger() as ledger:
-        scored(site, ledger, *range(1, 8))
+        scored_rows(site, ledger, *range(1, 8))
         assert [retention.step(site, ledger, NOW + 31 * DAY) for _ in range(4)] == [3, 3, 1, 0]
 
 
-def test_no_step_looks_at_images_that_are_not_due(site):
+def test_no_step_reads_images_that_are_not_due(site):
     with site.ledger() as ledger:
         for sql in (
             "SELECT image FROM kept_file WHERE kind = 'original' AND since < '2026' ORDER BY since LIMIT 3",
@@ -146,11 +146,11 @@ def test_no_step_looks_at_images_that_are_not_due(site):
             assert "SCAN" not in plan and "TEMP B-TREE" not in plan
 
 
-def test_the_agent_s_housekeeping_drops_what_is_due(site):
+def test_the_agents_housekeeping_drops_due_originals(site):
     with site.ledger() as ledger:
-        (row,) = scored(site, ledger, 1)
+        (row,) = scored_rows(site, ledger, 1)
     assert housekeeping(site, NOW + 31 * DAY) == "done"
-    assert not here(site, row)
+    assert not has_original(site, row)
 
 
 def drop_until(root, k):
@@ -166,10 +166,10 @@ def recover(root):
         retention.step(site, ledger, NOW + 31 * DAY)
 
 
-def test_a_death_at_any_step_leaves_no_row_without_its_file_and_the_next_tick_ends_it(tmp_path):
-    base = a_site(tmp_path / "base")
+def test_after_a_crash_at_any_step_no_row_lacks_its_file_and_the_next_tick_finishes(tmp_path):
+    base = make_retention_site(tmp_path / "base")
     with base.ledger() as ledger:
-        scored(base, ledger, 1, 2)
+        scored_rows(base, ledger, 1, 2)
         base.inbox.put(b"not DICOM")
         take_in(base, ledger)
     for k in range(1, 30):
@@ -178,10 +178,10 @@ def test_a_death_at_any_step_leaves_no_row_without_its_file_and_the_next_tick_en
         code = in_child(drop_until, root, k)
         site = Site.open(root / "appliance.toml")
         with site.ledger() as ledger:
-            assert all(here(site, row) for row in ledger.rows("SELECT * FROM image WHERE dropped_at IS NULL"))
+            assert all(has_original(site, row) for row in ledger.rows("SELECT * FROM image WHERE dropped_at IS NULL"))
         assert in_child(recover, root) == 0
         with site.ledger() as ledger:
-            assert [here(site, row) for row in ledger.rows("SELECT * FROM image")] == [False] * 3
+            assert [has_original(site, row) for row in ledger.rows("SELECT * FROM image")] == [False] * 3
             assert ledger.value("SELECT count(*) FROM kept_file") == 0
             assert ledger.counters()["dropped"] == 3
         if code == 0:
@@ -190,50 +190,50 @@ def test_a_death_at_any_step_leaves_no_row_without_its_file_and_the_next_tick_en
     assert k > 6  # two intents, three unlinks, two confirmations
 
 
-def test_an_image_that_comes_again_is_kept_again_and_its_time_begins_anew(site):
+def test_an_image_that_is_received_again_is_kept_again_for_its_full_time(site):
     with site.ledger() as ledger:
-        (row,) = scored(site, ledger, 1)
+        (row,) = scored_rows(site, ledger, 1)
         retention.step(site, ledger, NOW + 31 * DAY)
         put(site, xray(1))
         take_in(site, ledger)
         assert ledger.value("SELECT count(*) FROM image") == 1
-        assert here(site, row)
+        assert has_original(site, row)
         assert ledger.value("SELECT dropped_at FROM image") is None
         assert retention.step(site, ledger, NOW + 29 * DAY) == 0
         assert retention.step(site, ledger, NOW + 31 * DAY) == 1
 
 
-def test_an_image_that_comes_again_between_the_intent_and_the_unlink_stays(site):
+def test_an_image_that_is_received_again_between_intent_and_removal_stays(site):
     with site.ledger() as ledger:
-        (row,) = scored(site, ledger, 1)
-        retention.intend(ledger, "original", NOW + 31 * DAY, 30 * DAY)
+        (row,) = scored_rows(site, ledger, 1)
+        retention.mark_due(ledger, "original", NOW + 31 * DAY, 30 * DAY)
         put(site, xray(1))
         take_in(site, ledger)
         assert retention.finish(site, ledger) == 0
-        assert here(site, row)
+        assert has_original(site, row)
 
 
-def test_commitment_says_failure_once_the_original_is_dropped(site):
+def test_storage_commitment_fails_after_the_original_is_dropped(site):
     with site.ledger() as ledger:
-        (row,) = scored(site, ledger, 1)
+        (row,) = scored_rows(site, ledger, 1)
         reference = (DIGITAL_XRAY_PRESENTATION, row["sop_uid"])
-        assert held_copies.held(site, [reference]) == [0]
+        assert commitment_check.check(site, [reference]) == [0]
         retention.step(site, ledger, NOW + 31 * DAY)
-        assert held_copies.held(site, [reference]) == [NO_SUCH_INSTANCE]
+        assert commitment_check.check(site, [reference]) == [NO_SUCH_INSTANCE]
 
 
-def test_a_map_is_still_drawn_from_the_plate_and_what_needs_the_original_says_so(site, tmp_path):
+def test_explain_needs_only_the_plate_and_the_original_is_reported_as_dropped(site, tmp_path):
     with site.ledger() as ledger:
-        (row,) = scored(site, ledger, 1)
+        (row,) = scored_rows(site, ledger, 1)
         retention.step(site, ledger, NOW + 31 * DAY)
         after = ledger.rows("SELECT * FROM image")[0]
-        said = explain.explain(site, ledger, row["sop_uid"], None, "heatmap", None, tmp_path / "map.png")
-        assert 0 <= said["probability"] <= 1
+        explained = explain.explain(site, ledger, row["sop_uid"], None, "heatmap", None, tmp_path / "map.png")
+        assert 0 <= explained["probability"] <= 1
         with pytest.raises(Problem, match="original was dropped on"):
-            files.original(site, after)
+            original_path(site, ImageRecord.from_row(after))
 
 
-def test_images_of_an_older_ledger_are_counted_from_their_score(tmp_path):
+def test_in_an_older_ledger_retention_counts_from_the_first_score(tmp_path):
     path = tmp_path / "ledger.db"
     connection = sqlite3.connect(path, isolation_level=None)
     schema.migrations.apply(Database(connection), stop_before="retention_and_forget")

@@ -3,7 +3,7 @@
 import re
 
 from agent.erasure import forget
-from agent.images import images
+from agent.images import listing
 from agent.service.status import status
 from tests.support.agent.images import put, take_in, xray
 
@@ -33,7 +33,7 @@ def test_forget_reads_no_rows_but_the_patients(site):
         for seed in range(3):
             put(site, xray(seed, patient="P1" if seed else "P2"), f"{seed}.dcm")
         take_in(site, ledger)
-        keys = forget.keys_of(site, "P1", ())
+        keys = forget.pseudonyms_of(site, "P1", ())
         assert walked(ledger, lambda: forget.preview(site, ledger, keys)) == []
         assert walked(ledger, lambda: forget.forget(site, ledger, keys, "Dr Osei", "asked for it", True)) == []
         assert ledger.value("SELECT count(*) FROM image WHERE reason = 'forgotten'") == 2
@@ -42,5 +42,5 @@ def test_forget_reads_no_rows_but_the_patients(site):
 def test_listing_and_status_read_no_more_rows_than_they_show(site):
     with site.ledger() as ledger:
         assert walked(ledger, lambda: status(site, ledger)) == []
-        for state in (None, *images.STATES[1:]):
-            assert walked(ledger, lambda state=state: images.ls(site, ledger, state, 50)) == []
+        for state in (None, *listing.STATES[1:]):
+            assert walked(ledger, lambda state=state: listing.newest(site, ledger, state, 50)) == []

@@ -1,4 +1,4 @@
-"""Who may speak to the node: what is refused is said and counted, and nothing listens beyond loopback unless configured."""
+"""Allow lists of the node: rejections are counted and logged, and only configured addresses are open."""
 
 import logging
 import signal
@@ -35,7 +35,7 @@ def node(tmp_path):
         listener.stop()
 
 
-def test_each_refusal_is_counted_by_its_kind(node):
+def test_each_rejected_association_is_counted_by_its_kind(node):
     listener = node(allow_aet=("CR1",))
     assert echo("127.0.0.1", listener.port, "CXRLOOP", "CR1")
     assert not echo("127.0.0.1", listener.port, "CXRLOOP", "CR9")
@@ -46,14 +46,14 @@ def test_each_refusal_is_counted_by_its_kind(node):
     assert listener.refusals.totals == {"address": 1}
 
 
-def test_a_refusal_is_logged_with_the_peers_address_and_the_list_that_it_is_not_on(node, caplog):
+def test_a_rejection_is_logged_with_the_peers_address_and_the_setting(node, caplog):
     caplog.set_level(logging.INFO)
     listener = node(allow_ip=("10.0.0.0/8",))
     echo("127.0.0.1", listener.port, "CXRLOOP")
     assert "refused address from 127.0.0.1: not in node.allow_ip" in caplog.text
 
 
-def test_an_ipv4_peer_of_an_ipv6_port_is_known_by_its_ipv4_address(node):
+def test_an_ipv4_peer_of_an_ipv6_port_is_matched_by_its_ipv4_address(node):
     listener = node(host="::", allow_ip=("127.0.0.0/8",))
     assert echo("127.0.0.1", listener.port, "CXRLOOP")
     listener = node(host="::", allow_ip=("10.0.0.0/8",))
@@ -64,7 +64,7 @@ def test_an_ipv4_peer_of_an_ipv6_port_is_known_by_its_ipv4_address(node):
     assert not echo("127.0.0.1", listener.port, "CXRLOOP")
 
 
-def test_counts_go_on_after_a_restart_and_a_flood_is_written_once_a_second(tmp_path):
+def test_counts_continue_after_a_restart_and_are_written_once_a_second(tmp_path):
     path = tmp_path / "refused.json"
     counted = Refusals(logging.getLogger("test"))
     counted.save_to(path)
@@ -78,27 +78,27 @@ def test_counts_go_on_after_a_restart_and_a_flood_is_written_once_a_second(tmp_p
     assert again.totals == {"address": 1000, "TLS": 1}
 
 
-def test_counts_that_a_power_cut_has_hit_begin_anew(tmp_path):
+def test_a_damaged_file_of_counts_starts_at_zero(tmp_path):
     (tmp_path / "refused.json").write_bytes(b"\0\0\0")
     counted = Refusals(logging.getLogger("test"))
-    counted.keep(tmp_path / "refused.json")
+    counted.save_to(tmp_path / "refused.json")
     assert counted.totals == {}
 
 
-def test_status_says_how_many_were_refused_and_lists_that_exclude_us_do_not_make_the_node_look_down(tmp_path):
+def test_status_counts_rejections_and_allow_lists_never_exclude_our_own_probe(tmp_path):
     site = make_site(tmp_path / "site", node={"allow_aet": ["CR1"], "allow_ip": ["10.0.0.0/8"]})
     with Appliance(site) as appliance:
         assert not echo("127.0.0.1", site.config.node.port, "CXRLOOP", "CR9")
         assert echo("127.0.0.1", site.config.node.port, "CXRLOOP", "CR1")
-        said = appliance.until("ingest", refused=1)
-        assert not {"node down", "not running"} & {alert["kind"] for alert in said["alerts"]}
+        answer = appliance.until("ingest", refused=1)
+        assert not {"node down", "not running"} & {alert["kind"] for alert in answer["alerts"]}
 
 
-# What listens
+# Open ports
 
 
 def descendants(pid: int) -> set[int]:
-    """A process and all below it."""
+    """Return a process and all its descendants."""
     parents = {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
@@ -106,14 +106,14 @@ def descendants(pid: int) -> set[int]:
                 parents[int(path.name)] = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
             except (FileNotFoundError, ProcessLookupError):
                 continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
+    pids = {pid}
+    while more := {child for child, parent in parents.items() if parent in pids} - pids:
+        pids |= more
+    return pids
 
 
 def listening(pids: set[int]) -> set[tuple[str, int]]:
-    """(address, port) of every TCP socket that listens, and every UDP socket that is bound, of these processes."""
+    """Return (address, port) of every TCP socket that listens, and every UDP socket that is bound, of these processes."""
     inodes = set()
     for pid in pids:
         for handle in Path(f"/proc/{pid}/fd").iterdir():
@@ -123,18 +123,18 @@ def listening(pids: set[int]) -> set[tuple[str, int]]:
                 continue
             if target.startswith("socket:["):
                 inodes.add(target[8:-1])
-    found = set()
+    sockets = set()
     for table, state in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             words = line.split()
             if words[3] == state and words[9] in inodes:
                 address, port = words[1].split(":")
-                found.add((readable(address), int(port, 16)))
-    return found
+                sockets.add((readable(address), int(port, 16)))
+    return sockets
 
 
 def readable(address: str) -> str:
-    """The kernel's hexadecimal address, whose 32-bit words are in this machine's order, as people write it."""
+    """Return an address in the usual form from the kernel's hexadecimal one (32-bit words in this machine's order)."""
     words = b"".join(bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8))
     return socket.inet_ntop(socket.AF_INET if len(words) == 4 else socket.AF_INET6, words)
 

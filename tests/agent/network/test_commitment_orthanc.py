@@ -1,4 +1,4 @@
-"""Orthanc as the asking side of storage commitment: it sends its images, asks, and believes our report."""
+"""Storage commitment asked for by Orthanc: it sends its images, requests commitment and reads our report."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ ABSENT = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "SOPInstanceUID": "1.2.3.4
 
 
 class Pair:
-    """An Orthanc and our listener, each other's peers; over mutual TLS when there is an authority."""
+    """An Orthanc and our listener, configured as peers; over mutual TLS with `hospital` as the authority."""
 
     def __init__(self, folder, hospital=None):
         self.http, self.dicom = free_port(), free_port()
@@ -66,7 +66,7 @@ class Pair:
         command = [sys.executable, "-m", "agent.cli.main", "serve", "--only", "listen", "--config", str(self.site.root)]
         with (self.site.root / "listen.log").open("ab") as log:
             self.running.append(subprocess.Popen(command, stderr=log))
-        assert wait_for(lambda: connections.answers(self.site), 30)
+        assert wait_for(lambda: connections.node_answers(self.site), 30)
         return self.running[-1]
 
     def restart_node(self):
@@ -89,29 +89,29 @@ class Pair:
             return None
 
     def send(self, folder, count):
-        """Images that Orthanc has and has sent to us: their SOP instances as its API names them."""
-        found = []
+        """Let Orthanc send so many images to us; return their SOP instances as its API names them."""
+        instances = []
         for n in range(count):
             ds = xray(n)
             self.get("/instances", save(ds, folder / f"{n}.dcm").read_bytes())
-            found.append({"SOPClassUID": ds.SOPClassUID, "SOPInstanceUID": ds.SOPInstanceUID})
+            instances.append({"SOPClassUID": ds.SOPClassUID, "SOPInstanceUID": ds.SOPInstanceUID})
         done = self.get("/modalities/node/store", self.get("/instances"))
         assert done and done["FailedInstancesCount"] == 0
-        return found
+        return instances
 
-    def ask(self, instances):
-        """The path of a new request's result."""
+    def request_commitment(self, instances):
+        """Request commitment; return the path of the result."""
         return self.get("/modalities/node/storage-commitment", {"DicomInstances": instances})["Path"]
 
     def result(self, path):
         assert wait_for(lambda: self.get(path)["Status"] != "Pending", 30)
-        said = self.get(path)
-        return said["Status"], {one["SOPInstanceUID"]: one["FailureReason"] for one in said["Failures"]}
+        answer = self.get(path)
+        return answer["Status"], {failure["SOPInstanceUID"]: failure["FailureReason"] for failure in answer["Failures"]}
 
 
 @pytest.fixture
 def pair(tmp_path):
-    """Makes a Pair with both running."""
+    """Return a function that makes a Pair with both running."""
     made = []
 
     def start(hospital=None):
@@ -121,33 +121,33 @@ def pair(tmp_path):
         return made[0]
 
     yield start
-    for one in made:
-        one.stop()
+    for started in made:
+        started.stop()
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["in the clear", "over mutual TLS"])
-def test_orthanc_hears_success_for_all_that_it_sent_and_a_reason_for_what_it_did_not(pair, tmp_path, secure):
+def test_orthanc_gets_success_for_images_it_sent_and_a_failure_reason_for_others(pair, tmp_path, secure):
     two = pair(authority(tmp_path) if secure else None)
     sent = two.send(tmp_path, 3)
-    assert two.result(two.ask(sent)) == ("Success", {})
-    assert two.result(two.ask([*sent, ABSENT])) == ("Failure", {ABSENT["SOPInstanceUID"]: 0x0112})
+    assert two.result(two.request_commitment(sent)) == ("Success", {})
+    assert two.result(two.request_commitment([*sent, ABSENT])) == ("Failure", {ABSENT["SOPInstanceUID"]: 0x0112})
     wrong = {**sent[0], "SOPClassUID": "1.2.840.10008.5.1.4.1.1.1"}
-    assert two.result(two.ask([wrong])) == ("Failure", {wrong["SOPInstanceUID"]: 0x0119})
+    assert two.result(two.request_commitment([wrong])) == ("Failure", {wrong["SOPInstanceUID"]: 0x0119})
 
 
-def test_orthanc_hears_a_failure_for_an_image_whose_bytes_were_damaged_on_disk(pair, tmp_path):
+def test_orthanc_gets_a_failure_for_an_image_that_was_damaged_on_disk(pair, tmp_path):
     two = pair()
     sent = two.send(tmp_path, 2)
     with two.site.ledger() as ledger:
         take_in(two.site, ledger)
         rows = {row["sop_uid"]: row["original"] for row in ledger.rows("SELECT * FROM image")}
-    assert two.result(two.ask(sent)) == ("Success", {})
+    assert two.result(two.request_commitment(sent)) == ("Success", {})
     uid = sent[0]["SOPInstanceUID"]
     path = two.site.root / "store" / rows[uid]
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 0xFF
     path.write_bytes(damaged)
-    assert two.result(two.ask(sent)) == ("Failure", {uid: 0x0110})
+    assert two.result(two.request_commitment(sent)) == ("Failure", {uid: 0x0110})
 
 
 def test_storing_with_commitment_is_one_job_for_orthanc(pair, tmp_path):
@@ -166,7 +166,7 @@ def test_a_crash_of_the_node_between_request_and_report_only_delays_orthancs_ans
     right = settings.read_text()
     settings.write_text(right.replace(f"localhost:{two.dicom}", f"localhost:{free_port()}"))  # nowhere to report to
     two.restart_node()
-    path = two.ask(sent)
+    path = two.request_commitment(sent)
     assert len(list((two.site.root / "node" / "commitment").glob("*.json"))) == 1
     assert two.get(path)["Status"] == "Pending"
     settings.write_text(right)

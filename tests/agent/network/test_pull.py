@@ -1,4 +1,4 @@
-"""`cxrloop pull`: what is asked, what is tried again, what ends a run; the archive is scripted."""
+"""`cxrloop pull`: queries, retries and the reasons to end a run, with a scripted archive."""
 
 import time
 from datetime import date
@@ -8,14 +8,14 @@ import pytest
 from agent.erasure import forget
 from agent.errors import Problem
 from agent.network import pull as pulling
-from agent.network.holdings import Here, patient_ids
+from agent.network.known_images import KnownImages, patient_ids
 from agent.network.pull import Order, Puller, by_day
 from dicom.client.archive import Image, Query, Study
 from dicom.errors import ArchiveBusy, ArchiveUnusable, ImageMissing
 from dicom.node.listener import Listener, Node
 from tests.conftest import make_site
 from tests.support.agent.images import take_in, xray
-from tests.support.agent.pull_command import pull, uids
+from tests.support.agent.pull_command import inbox_uids, pull
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def no_wait_for_an_intake_that_does_not_run(monkeypatch):
 # Plain values
 
 
-def test_a_span_is_asked_day_by_day_newest_first():
+def test_a_span_is_queried_day_by_day_newest_first():
     day = date(2026, 3, 1)
     assert by_day(date(2026, 2, 27), day, day) == [(date(2026, m, d),) * 2 for m, d in ((3, 1), (2, 28), (2, 27))]
     assert by_day(day, None, date(2026, 3, 2)) == [(date(2026, 3, 2),) * 2, (day, day)]
@@ -46,28 +46,28 @@ def test_a_span_is_asked_day_by_day_newest_first():
         (("--patient", "P1", "--how", "push"), "get or move"),
     ],
 )
-def test_what_is_typed_wrong_is_said_in_one_line(site, words, says):
-    said = pull(site, "--from", "X@127.0.0.1:1", *words, code=1)
-    assert says in said and len(said.strip().splitlines()) == 1
+def test_a_wrong_option_is_reported_in_one_line(site, words, says):
+    answer = pull(site, "--from", "X@127.0.0.1:1", *words, code=1)
+    assert says in answer and len(answer.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("source", ["PACS", "pacs:104", "PACS@host:99999"])
-def test_a_peer_that_is_no_peer_is_explained(site, source):
+def test_an_invalid_peer_is_reported_with_the_setting(site, source):
     assert "node.peers" in pull(site, "--from", source, "--patient", "P1", code=1)
 
 
-def test_a_peer_that_is_down_is_an_error_at_once(site):
+def test_a_peer_that_is_down_is_reported_without_retries(site):
     started = time.monotonic()
     assert "does not answer" in pull(site, "--from", "X@127.0.0.1:9", "--patient", "P1", code=1)
     assert "does not answer" in pull(site, "--from", "http://127.0.0.1:9/dicom-web", "--patient", "P1", code=1)
     assert time.monotonic() - started < 15
 
 
-def test_move_without_our_node_says_what_is_missing(site):
+def test_move_without_a_running_node_names_the_command_to_start(site):
     assert "start `cxrloop serve`" in pull(site, "--from", "X@127.0.0.1:9", "--patient", "P1", "--how", "move", code=1)
 
 
-def test_move_from_a_peer_that_our_node_would_refuse_says_which_key(tmp_path):
+def test_move_from_a_peer_that_our_node_rejects_names_the_setting(tmp_path):
     site = make_site(tmp_path / "site", node={"allow_aet": ["CR1"]})
     node = Listener(Node(port=site.config.node.port), site.inbox)
     node.start()
@@ -78,22 +78,22 @@ def test_move_from_a_peer_that_our_node_would_refuse_says_which_key(tmp_path):
     node.stop()
 
 
-def test_a_disk_under_the_watermark_is_not_filled(tmp_path):
+def test_a_pull_does_not_fill_a_disk_below_its_limit(tmp_path):
     site = make_site(tmp_path / "site", retention={"refuse_free_mb": 1 << 40})
-    said = pull(site, "--from", "X@127.0.0.1:9", "--patient", "P1", code=1)
-    assert "retention.refuse_free_mb" in said
+    answer = pull(site, "--from", "X@127.0.0.1:9", "--patient", "P1", code=1)
+    assert "retention.refuse_free_mb" in answer
 
 
-# An archive in memory that refuses as it is told: what is tried again, and what ends a run
+# A scripted archive in memory
 
 
 class Scripted:
-    """An archive of one study; `script` says for each fetch what is raised, None puts the image into the inbox."""
+    """An archive of a study; `script` holds the exception of each fetch, None puts the image into the inbox."""
 
     how = "web"
 
     def __init__(self, site, images, script):
-        self.site, self.held, self.script, self.asked = site, images, list(script), []
+        self.site, self.held, self.script, self.fetched = site, images, list(script), []
 
     def __str__(self):
         return "https://scripted"
@@ -114,15 +114,15 @@ class Scripted:
         pass
 
     def images(self, study_uid, wanted):
-        return [Image(study_uid, "1.2.3.4", str(one.SOPInstanceUID), "") for one in self.held]
+        return [Image(study_uid, "1.2.3.4", str(held.SOPInstanceUID), "") for held in self.held]
 
-    def fetch(self, one):
-        self.asked.append(one.sop_uid)
+    def fetch(self, image):
+        self.fetched.append(image.sop_uid)
         raised = self.script.pop(0) if self.script else None
         if raised:
             raise raised
-        whole = next(held for held in self.held if held.SOPInstanceUID == one.sop_uid)
-        path = self.site.root / "run" / "one.dcm"
+        whole = next(held for held in self.held if held.SOPInstanceUID == image.sop_uid)
+        path = self.site.root / "run" / "image.dcm"
         whole.save_as(path, enforce_file_format=True)
         self.site.inbox.put_file(path)
 
@@ -133,130 +133,129 @@ def run(site, archive, waits=None, **order):
         return Puller(site, ledger, archive, Order((Query(patient="P"),), **order), wait=waits.append).run()
 
 
-def test_an_archive_that_is_busy_is_asked_again_with_growing_waits(site):
+def test_a_busy_archive_is_retried_with_growing_waits(site):
     archive, waits = (
         Scripted(site, [xray(1)], [ArchiveBusy("b"), ArchiveBusy("b"), ArchiveBusy("b", after=50), None]),
         [],
     )
-    said = run(site, archive, waits)
-    assert (said["pulled"], said["failed"]) == (1, 0)
+    answer = run(site, archive, waits)
+    assert (answer["pulled"], answer["failed"]) == (1, 0)
     assert waits[:3] == [2, 4, 50]
 
 
-def test_one_image_that_stays_refused_is_given_up_and_the_next_one_comes(site):
+def test_after_all_retries_an_image_is_counted_as_failed_and_the_next_is_fetched(site):
     images = [xray(1), xray(2)]
     archive = Scripted(site, images, [ArchiveBusy("tape is away")] * 6)
-    said = run(site, archive)
-    assert (said["pulled"], said["failed"], said["reasons"]) == (1, 1, {"tape is away": 1})
-    assert uids(site) == [images[1].SOPInstanceUID]
+    answer = run(site, archive)
+    assert (answer["pulled"], answer["failed"], answer["reasons"]) == (1, 1, {"tape is away": 1})
+    assert inbox_uids(site) == [images[1].SOPInstanceUID]
 
 
-def test_an_archive_that_refuses_everything_ends_the_run(site):
+def test_an_archive_that_stays_busy_ends_the_run(site):
     with pytest.raises(Problem, match="busy, 6 times in a row"):
         run(site, Scripted(site, [xray(n) for n in range(5)], [ArchiveBusy("busy")] * 99))
 
 
-def test_what_no_retry_can_mend_ends_the_run_at_once_and_says_what_was_done(site):
+def test_an_unusable_archive_ends_the_run_and_the_message_counts_fetched_images(site):
     archive = Scripted(site, [xray(1), xray(2)], [None, ArchiveUnusable("the token ended")])
-    with pytest.raises(Problem, match="the token ended; 1 images were fetched, the same command goes on"):
+    with pytest.raises(Problem, match="the token ended; 1 images were fetched, run the same command again"):
         run(site, archive)
     assert run(site, Scripted(site, archive.held, []))["already"] == 1
 
 
-def test_a_missing_image_is_counted_and_asked_for_again_next_time(site):
+def test_a_missing_image_is_counted_and_requested_again_in_the_next_run(site):
     images = [xray(1), xray(2)]
-    said = run(site, Scripted(site, images, [ImageMissing("gone"), None]))
-    assert (said["pulled"], said["failed"], said["reasons"]) == (1, 1, {"gone": 1})
+    answer = run(site, Scripted(site, images, [ImageMissing("gone"), None]))
+    assert (answer["pulled"], answer["failed"], answer["reasons"]) == (1, 1, {"gone": 1})
     again = Scripted(site, images, [])
-    said = run(site, again)
-    assert (said["already"], said["pulled"], again.asked) == (1, 1, [images[0].SOPInstanceUID])
+    answer = run(site, again)
+    assert (answer["already"], answer["pulled"], again.fetched) == (1, 1, [images[0].SOPInstanceUID])
 
 
-def test_a_done_study_is_not_looked_through_until_the_archive_has_more_of_it(site):
+def test_a_finished_study_is_not_listed_until_the_archive_has_more_of_it(site):
     archive = Scripted(site, [xray(1)], [])
     run(site, archive)
     archive.images = None  # type: ignore[assignment]
-    said = run(site, archive)
-    assert (said["found"], said["already"], said["pulled"]) == (1, 1, 0)
+    answer = run(site, archive)
+    assert (answer["found"], answer["already"], answer["pulled"]) == (1, 1, 0)
     more = Scripted(site, [*archive.held, xray(2)], [])
-    said = run(site, more)
-    assert (said["found"], said["already"], said["pulled"]) == (2, 1, 1)
+    answer = run(site, more)
+    assert (answer["found"], answer["already"], answer["pulled"]) == (2, 1, 1)
 
 
-def test_the_limit_is_of_images_fetched_and_the_next_run_goes_on(site):
+def test_the_limit_counts_fetched_images_and_the_next_run_resumes(site):
     images = [xray(n) for n in range(5)]
     assert run(site, Scripted(site, images, []), limit=2)["pulled"] == 2
-    said = run(site, Scripted(site, images, []), limit=2)
-    assert (said["already"], said["pulled"]) == (2, 2)
+    answer = run(site, Scripted(site, images, []), limit=2)
+    assert (answer["already"], answer["pulled"]) == (2, 2)
     assert run(site, Scripted(site, images, []))["pulled"] == 1
 
 
 @pytest.mark.parametrize("held_open", [5, 0])
-def test_the_rate_is_kept_with_the_association_held_open_or_not(site, monkeypatch, held_open):
+def test_the_rate_is_kept_with_the_association_open_or_closed_between_images(site, monkeypatch, held_open):
     monkeypatch.setattr(pulling, "HOLD_S", held_open)
     archive = Scripted(site, [xray(n) for n in range(4)], [])
     with site.ledger() as ledger:
-        said = Puller(site, ledger, archive, Order((Query(patient="P"),), per_minute=300)).run()
-    assert said["pulled"] == 4 and said["seconds"] >= 0.6
+        answer = Puller(site, ledger, archive, Order((Query(patient="P"),), per_minute=300)).run()
+    assert answer["pulled"] == 4 and answer["seconds"] >= 0.6
 
 
-def test_a_full_inbox_is_waited_for_and_a_dead_intake_ends_the_run(site, monkeypatch):
+def test_a_pull_waits_for_a_full_inbox_and_ends_when_the_intake_is_dead(site, monkeypatch):
     monkeypatch.setattr(pulling, "MOST_WAITING", 2)
     with pytest.raises(Problem, match="2 images wait in the inbox"):
         run(site, Scripted(site, [xray(n) for n in range(4)], []))
-    assert len(uids(site)) == 2
+    assert len(inbox_uids(site)) == 2
     with site.ledger() as ledger:
         take_in(site, ledger)
     with pytest.raises(Problem):
         run(site, Scripted(site, [xray(n) for n in range(5)], []))
-    assert len(uids(site)) == 2
+    assert len(inbox_uids(site)) == 2
 
 
-def test_what_the_intake_made_of_it_is_told(site):
+def test_the_outcome_of_the_intake_is_reported(site):
     with site.ledger() as ledger:
         archive = Scripted(site, [xray(1), xray(2, body_part="KNEE")], [])
         puller = Puller(site, ledger, archive, Order((Query(patient="P"),)), wait=lambda s: take_in(site, ledger))
-        said = puller.run()
-    assert {key: said[key] for key in ("stored", "rejected", "quarantined", "duplicate", "waiting")} == {
+        answer = puller.run()
+    assert {key: answer[key] for key in ("stored", "rejected", "quarantined", "duplicate", "waiting")} == {
         "stored": 1, "rejected": 1, "quarantined": 0, "duplicate": 0, "waiting": 0
     }  # fmt: skip
 
 
-def test_a_pull_after_forget_and_refuse_tells_the_image_as_rejected_and_keeps_no_uid_of_it(site):
+def test_a_refused_patients_image_is_reported_as_rejected_and_leaves_no_uid(site):
     unwanted = xray(1, "FORGOTTEN")
     study = Study(str(unwanted.StudyInstanceUID), 1)
     archive = Scripted(site, [unwanted], [])
     archive.studies = lambda wanted: ([study], True)  # type: ignore[method-assign]
     with site.ledger() as ledger:
-        forget.forget(site, ledger, forget.keys_of(site, "FORGOTTEN", ()), "a test", "asked for", refuse=True)
+        forget.forget(site, ledger, forget.pseudonyms_of(site, "FORGOTTEN", ()), "a test", "asked for", refuse=True)
         order = Order((Query(patient="FORGOTTEN"),))
-        said = Puller(site, ledger, archive, order, wait=lambda s: take_in(site, ledger)).run()
-        assert (said["pulled"], said["rejected"], said["waiting"]) == (1, 1, 0)
+        answer = Puller(site, ledger, archive, order, wait=lambda s: take_in(site, ledger)).run()
+        assert (answer["pulled"], answer["rejected"], answer["waiting"]) == (1, 1, 0)
         again = Puller(site, ledger, archive, order).run()
     assert (again["already"], again["pulled"]) == (1, 0)
     for path in site.root.glob("ledger.db*"):
         assert study.uid.encode() not in path.read_bytes(), path
 
 
-def test_a_dry_run_fetches_nothing_and_remembers_nothing(site):
+def test_a_dry_run_fetches_and_stores_nothing(site):
     archive = Scripted(site, [xray(1)], [])
     for _ in range(2):
-        said = run(site, archive, dry_run=True)
-        assert (said["found"], said["already"], said["pulled"], archive.asked) == (1, 0, 0, [])
+        answer = run(site, archive, dry_run=True)
+        assert (answer["found"], answer["already"], answer["pulled"], archive.fetched) == (1, 0, 0, [])
 
 
-def test_an_image_is_here_from_the_inbox_until_the_ledger_has_it(site):
+def test_an_image_is_known_in_the_inbox_and_in_the_ledger(site):
     with site.ledger() as ledger:
-        here, one = Here(site, ledger), xray(1)
-        assert not here(one.SOPInstanceUID)
-        path = one.save_as(site.root / "run" / "one.dcm", enforce_file_format=True) or site.root / "run" / "one.dcm"
-        site.inbox.put_file(path)
-        assert here(one.SOPInstanceUID)
+        known, image = KnownImages(site, ledger), xray(1)
+        assert image.SOPInstanceUID not in known
+        site.inbox.put_file(_saved(site, image))
+        assert image.SOPInstanceUID in known
         take_in(site, ledger)
-        assert site.inbox.waiting() == [] and here(one.SOPInstanceUID)
+        assert site.inbox.waiting() == [] and image.SOPInstanceUID in known
 
 
-def test_patient_ids_come_from_the_originals_one_a_patient(site):
+def test_patient_ids_come_from_the_originals_once_per_patient(site):
     with site.ledger() as ledger:
         for n, who in enumerate(("A", "A", "B", "UNKNOWN")):
             site.inbox.put_file(_saved(site, xray(n, patient=who)))
@@ -268,6 +267,6 @@ def test_patient_ids_come_from_the_originals_one_a_patient(site):
 
 
 def _saved(site, ds):
-    path = site.root / "run" / "one.dcm"
+    path = site.root / "run" / "image.dcm"
     ds.save_as(path, enforce_file_format=True)
     return path

@@ -1,4 +1,4 @@
-"""The mark on the disk: associations are refused before it is full, and taken again once there is room."""
+"""The limit on the disk: associations are rejected before it is full, and accepted again once there is room."""
 
 import logging
 import os
@@ -27,28 +27,28 @@ class Disk:
         return self.free
 
 
-def test_the_mark_turns_once_and_back_only_with_room_to_spare(caplog):
+def test_the_limit_has_hysteresis_and_logs_each_change_once(caplog):
     disk = Disk(101 << 20)
     full = Watermark(disk, 100)
     assert full() is None
     disk.free = 99 << 20
     with caplog.at_level(logging.INFO, "cxrloop.listen"):
-        said = [full() for _ in range(5)]
+        reasons = [full() for _ in range(5)]
         disk.free = 101 << 20
         assert full() is not None
         disk.free = 107 << 20
         assert full() is None
-    assert "99 MB free" in said[0] and "under 100 MB" in said[0]
+    assert "99 MB free" in reasons[0] and "below 100 MB" in reasons[0]
     assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
 
 
-def test_a_mark_of_zero_refuses_nobody():
+def test_a_limit_of_zero_rejects_no_association():
     assert Watermark(Disk(0), 0)() is None
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 40 MB, where the system lets us have one, else a file system whose size a test can't change."""
+    """(folder, True) on a file system of 40 MB, or (folder, False) where this system allows no mount."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = (
@@ -63,7 +63,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_associations_are_refused_before_the_disk_is_full_and_taken_again_without_a_restart(small_disk):
+def test_associations_are_rejected_on_a_nearly_full_disk_and_accepted_again_without_restart(small_disk):
     place, real = small_disk
     disk = Disk(40 << 20)
     free = (lambda: free_bytes(place)) if real else disk
@@ -81,7 +81,7 @@ def test_associations_are_refused_before_the_disk_is_full_and_taken_again_withou
         assert refused.is_rejected
         assert (answer.result, answer.result_source, answer.diagnostic) == (2, 3, 1)  # transient, congestion
         assert echo("127.0.0.1", listener.port, "CXRLOOP")  # a monitor is still answered
-        assert store_raw(running, *sent) == 0  # who is in already is served
+        assert store_raw(running, *sent) == 0  # a running association is still served
         if real:
             ballast.write_bytes(bytes(38 << 20))
             assert store_raw(running, *sent) == OUT_OF_RESOURCES  # down to node.min_free_mb
@@ -93,11 +93,11 @@ def test_associations_are_refused_before_the_disk_is_full_and_taken_again_withou
         listener.stop()
 
 
-def test_status_says_that_associations_are_refused_and_is_degraded(tmp_path):
+def test_status_is_degraded_while_associations_are_rejected(tmp_path):
     free_mb = free_bytes(tmp_path) >> 20
     site = make_site(tmp_path / "site", retention={"refuse_free_mb": free_mb + 4096})
     with site.ledger() as ledger:
-        said = status(site, ledger)
-    alert = next(alert for alert in said["alerts"] if alert["kind"] == "disk")
+        answer = status(site, ledger)
+    alert = next(alert for alert in answer["alerts"] if alert["kind"] == "disk")
     assert "retention.refuse_free_mb" in alert["detail"]
-    assert said["degraded"]
+    assert answer["degraded"]

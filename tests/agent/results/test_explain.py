@@ -1,4 +1,4 @@
-"""`cxrloop explain` as a person runs it, on a site whose model was learnt there."""
+"""`cxrloop explain` as a person runs it, on a site whose model was trained there."""
 
 import csv
 import json
@@ -28,16 +28,16 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory):
-    """Commands of a site with a baseline learnt there, and the images it has."""
-    folder = tmp_path_factory.mktemp("learnt")
+def trained_site(tmp_path_factory):
+    """(commands, images) of a site with a baseline that was trained on these images."""
+    folder = tmp_path_factory.mktemp("trained_site")
     site = make_site(folder / "site", learn={"recipe": "tiny.toml", "window": ""})
     (site.root / "tiny.toml").write_text(TINY)
     images, _ = pacs.phantoms(folder / "pacs", 40, 8)
     with (folder / "labels.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("sop_uid", "finding", "value"))
-        rows.writerows((one.sop_uid, name, value) for one in images for name, value in one.truth.items())
+        rows.writerows((image.sop_uid, name, value) for image in images for name, value in image.truth.items())
     appliance = Appliance(site)
     assert appliance.ask("import", str(folder / "pacs"))["stored"] == 40
     appliance.ask("labels", "import", str(folder / "labels.csv"))
@@ -46,22 +46,24 @@ def learnt(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["heatmap", "ig", "smoothgrad"])
-def test_a_map_of_the_served_model_is_drawn_over_the_image(learnt, method):
-    appliance, images = learnt
+def test_a_map_of_the_served_model_is_drawn_over_the_image(trained_site, method):
+    appliance, images = trained_site
     picture = appliance.site.root / f"{method}.png"
-    said = appliance.ask("explain", images[0].sop_uid, "--finding", "effusion", "--method", method, "-o", str(picture))
-    assert {"bundle", "probability", "threshold", "method", "image"} <= set(said)
-    assert (said["method"], said["finding"], said["image"]) == (method, "effusion", str(picture))
+    answer = appliance.ask(
+        "explain", images[0].sop_uid, "--finding", "effusion", "--method", method, "-o", str(picture)
+    )
+    assert {"bundle", "probability", "threshold", "method", "image"} <= set(answer)
+    assert (answer["method"], answer["finding"], answer["image"]) == (method, "effusion", str(picture))
     assert Image.open(picture).size == (512, 512)
-    assert ("completeness" in said) == (method != "heatmap")
+    assert ("completeness" in answer) == (method != "heatmap")
     if method == "ig":
-        assert said["completeness"] < 0.05
+        assert answer["completeness"] < 0.05
     plain = appliance.ask("explain", images[0].sop_uid, "--finding", "effusion")
-    assert plain == {key: plain[key] if key in ("method", "image") else said[key] for key in plain}
+    assert plain == {key: plain[key] if key in ("method", "image") else answer[key] for key in plain}
 
 
-def test_attention_has_a_panel_for_each_head(learnt):
-    appliance, images = learnt
+def test_attention_has_a_panel_for_each_head(trained_site):
+    appliance, images = trained_site
     picture = appliance.site.root / "attention.png"
     appliance.ask("explain", images[1].sop_uid, "--method", "attention", "-o", str(picture))
     assert Image.open(picture).size == (1024, 1024)  # three heads in a sheet of two by two
@@ -70,8 +72,8 @@ def test_attention_has_a_panel_for_each_head(learnt):
     assert (sheet[:512, :512] != sheet[:512, 512:]).any()
 
 
-def test_only_what_speaks_for_the_finding_is_another_picture(learnt):
-    appliance, images = learnt
+def test_with_positive_only_evidence_for_the_finding_is_drawn(trained_site):
+    appliance, images = trained_site
     pictures = []
     for words in ((), ("--positive",)):
         picture = appliance.site.root / f"map{len(words)}.png"
@@ -80,26 +82,26 @@ def test_only_what_speaks_for_the_finding_is_another_picture(learnt):
     assert (pictures[0] != pictures[1]).any()
 
 
-def test_the_model_of_an_earlier_time_answers(learnt):
-    appliance, images = learnt
+def test_as_of_uses_the_model_in_service_at_that_time(trained_site):
+    appliance, images = trained_site
     words = ("explain", images[0].sop_uid, "--method", "rollout")
     now = appliance.ask(*words, "--as-of", "2099-01-01T00:00:00")
     assert now["bundle"] == appliance.ask(*words)["bundle"]
     assert "no model was in service then" in appliance.ask(*words, "--as-of", "2001-01-01T00:00:00", code=1)
 
 
-def test_what_can_not_be_drawn_is_refused_in_one_line(learnt):
-    appliance, images = learnt
-    said = appliance.ask("explain", images[0].sop_uid, "--method", "guided", code=1)
-    assert "this network has GELU" in said
-    assert "Traceback" not in said
-    said = appliance.ask("explain", images[0].sop_uid, "--method", "gradcam", code=1)
-    assert "must be one of heatmap, gradient, guided" in said
+def test_a_map_that_can_not_be_computed_is_reported_in_one_line(trained_site):
+    appliance, images = trained_site
+    answer = appliance.ask("explain", images[0].sop_uid, "--method", "guided", code=1)
+    assert "this network has GELU" in answer
+    assert "Traceback" not in answer
+    answer = appliance.ask("explain", images[0].sop_uid, "--method", "gradcam", code=1)
+    assert "must be one of heatmap, gradient, guided" in answer
 
 
-def test_weights_that_do_not_serve_are_not_explained(learnt):
-    """The state of another network under the bundle's name: the numbers tell."""
-    appliance, images = learnt
+def test_weights_other_than_the_served_ones_are_not_explained(trained_site):
+    """The training state holds the weights of another network, so its probability differs."""
+    appliance, images = trained_site
     state = next((appliance.site.rounds / "r0001" / "t0").glob("state.safetensors"))
     kept = state.read_bytes()
     try:
@@ -114,7 +116,7 @@ def test_weights_that_do_not_serve_are_not_explained(learnt):
         state.write_bytes(kept)
 
 
-def test_an_imported_model_has_the_heatmap_alone(site, tmp_path):
+def test_an_imported_model_has_only_the_heatmap(site, tmp_path):
     pacs.phantoms(tmp_path / "pacs", 1, 3)
     with site.ledger() as ledger:
         import_folder(site, ledger, tmp_path / "pacs", "PA")
@@ -155,7 +157,7 @@ def child(folder, state, method):
     )  # fmt: skip
 
 
-def test_the_learner_draws_a_convolutional_nets_guided_map_and_refuses_its_attention(tmp_path):
+def test_a_convolutional_net_has_a_guided_map_and_no_attention_map(tmp_path):
     recipe = resolve("distl", "demo", {"arch": "resnet10t", "image_size": 64, "local_size": 32, "prototypes": 8})
     torch.manual_seed(0)
     network, header = make_network({"timm": "resnet10t"}, recipe, 2), {"plan": {"timm": "resnet10t"}}

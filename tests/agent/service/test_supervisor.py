@@ -48,7 +48,7 @@ def test_a_part_stops_at_a_signal_that_did_not_interrupt_its_wait(tmp_path):
     stop, late = threading.Event(), threading.Event()
 
     def ask():
-        assert wait_for(lambda: connections.answers(site))
+        assert wait_for(lambda: connections.node_answers(site))
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # to this thread: the waiting one is not interrupted
         if not stop.wait(5):
             late.set()

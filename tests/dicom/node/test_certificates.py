@@ -84,7 +84,7 @@ def test_serve_and_status_work_with_mutual_tls(tmp_path, hospital):
     us = authority(tmp_path, "elsewhere").issue("node", ca=hospital.pem)
     site = tls_site(tmp_path, us)
     with Appliance(site) as appliance:
-        assert connections.answers(site)
+        assert connections.node_answers(site)
         message = appliance.ask("status")
         assert message["ingest"]["refused"] == 0
         assert not {"node down", "not running", "certificate"} & {alert["kind"] for alert in message["alerts"]}
@@ -100,13 +100,13 @@ def test_a_certificate_that_expires_soon_raises_an_alert(tmp_path, hospital):
 
 def test_a_peer_over_tls_needs_a_certificate_of_ours(tmp_path):
     site = make_site(tmp_path / "site", node={"peers": ["PACS@10.0.0.1:2762/tls"]})
-    with pytest.raises(Problem, match="needs our own certificate"):
-        connections.days_left(site)
+    with pytest.raises(Problem, match="needs a certificate of our own"):
+        connections.certificate_days_left(site)
 
 
 def test_certificate_paths_are_relative_to_the_site_folder(tmp_path):
     settings = make_site(tmp_path / "site").root / "appliance.toml"
     text = settings.read_text().replace('tls_cert = ""', 'tls_cert = "keys/node.crt"')
     settings.write_text(text.replace('tls_key = ""', 'tls_key = "keys/node.key"'))
-    identity = connections.identity(Site(settings.parent, load(settings)))
+    identity = connections.tls_identity(Site(settings.parent, load(settings)))
     assert identity == Identity(settings.parent / "keys/node.crt", settings.parent / "keys/node.key")

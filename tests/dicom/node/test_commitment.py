@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from agent.ledger.database import Ledger
-from agent.network import held_copies
+from agent.network import commitment_check
 from dicom.client.sender import echo, send
 from dicom.dataset.facts import COMPUTED_RADIOGRAPHY
 from dicom.node import commitment
@@ -53,7 +53,7 @@ def test_admitted_rejected_and_quarantined_images_are_committed(site):
         take_in(site, ledger)
         states = {row["state"] for row in ledger.rows("SELECT state FROM image")}
     assert states == {"stored", "rejected", "quarantined"}
-    assert held_copies.held(site, references(admitted, knee, bare)) == [SUCCESS] * 3
+    assert commitment_check.check(site, references(admitted, knee, bare)) == [SUCCESS] * 3
 
 
 def test_an_image_nested_too_deeply_is_quarantined_with_its_uid_and_committed(site):
@@ -69,7 +69,7 @@ def test_an_image_nested_too_deeply_is_quarantined_with_its_uid_and_committed(si
         row = ledger.row("SELECT * FROM image")
     assert (row["state"], row["reason"]) == ("quarantined", "data set not readable: RecursionError")
     assert row["patient_key"].startswith("p")
-    assert held_copies.held(site, references(ds)) == [SUCCESS]
+    assert commitment_check.check(site, references(ds)) == [SUCCESS]
 
 
 def test_an_image_never_sent_fails_and_the_others_are_committed(node, pacs):
@@ -93,55 +93,55 @@ def kept(site):
 
 def test_one_byte_changed_on_disk_is_a_processing_failure(kept):
     site, reference, path = kept
-    assert held_copies.held(site, [reference]) == [SUCCESS]
+    assert commitment_check.check(site, [reference]) == [SUCCESS]
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    assert held_copies.held(site, [reference]) == [PROCESSING_FAILURE]
+    assert commitment_check.check(site, [reference]) == [PROCESSING_FAILURE]
 
 
 def test_a_missing_or_truncated_file_is_not_committed(kept):
     site, reference, path = kept
     os.truncate(path, path.stat().st_size - 100)
-    assert held_copies.held(site, [reference]) == [PROCESSING_FAILURE]
+    assert commitment_check.check(site, [reference]) == [PROCESSING_FAILURE]
     path.unlink()
-    assert held_copies.held(site, [reference]) == [NO_SUCH_INSTANCE]
+    assert commitment_check.check(site, [reference]) == [NO_SUCH_INSTANCE]
 
 
 def test_a_wrong_sop_class_is_a_conflict_in_store_and_inbox(kept):
     site, (_, sop_uid), _ = kept
-    assert held_copies.held(site, [(COMPUTED_RADIOGRAPHY, sop_uid)]) == [CLASS_CONFLICT]
+    assert commitment_check.check(site, [(COMPUTED_RADIOGRAPHY, sop_uid)]) == [CLASS_CONFLICT]
     waiting = xray(7)
     put(site, waiting)
-    assert held_copies.held(site, [(COMPUTED_RADIOGRAPHY, waiting.SOPInstanceUID)]) == [CLASS_CONFLICT]
+    assert commitment_check.check(site, [(COMPUTED_RADIOGRAPHY, waiting.SOPInstanceUID)]) == [CLASS_CONFLICT]
 
 
 def test_a_truncated_image_in_the_inbox_is_not_committed(site):
     ds = xray(0)
     path = put(site, ds)
     os.truncate(path, path.stat().st_size - 1)
-    assert held_copies.held(site, references(ds)) == [PROCESSING_FAILURE]
+    assert commitment_check.check(site, references(ds)) == [PROCESSING_FAILURE]
 
 
 def test_a_good_copy_in_the_inbox_does_not_hide_a_damaged_one_in_the_store(kept):
     site, reference, path = kept
     site.inbox.put(path.read_bytes())
-    assert held_copies.held(site, [reference]) == [SUCCESS]
+    assert commitment_check.check(site, [reference]) == [SUCCESS]
     path.write_bytes(b"")
-    assert held_copies.held(site, [reference]) != [SUCCESS]
+    assert commitment_check.check(site, [reference]) != [SUCCESS]
 
 
 def test_a_damaged_image_is_repaired_when_it_is_sent_again_with_a_notice(kept, caplog):
     site, reference, path = kept
     sent = path.read_bytes()
     path.write_bytes(sent[:-7])
-    assert held_copies.held(site, [reference]) == [PROCESSING_FAILURE]
+    assert commitment_check.check(site, [reference]) == [PROCESSING_FAILURE]
     assert f"originals/{path.parent.name}/{path.name} is damaged" in caplog.text
     site.inbox.put(sent)
     with site.ledger() as ledger:
         take_in(site, ledger)
         notices = [row["kind"] for row in ledger.rows("SELECT kind FROM notice")]
-    assert held_copies.held(site, [reference]) == [SUCCESS]
+    assert commitment_check.check(site, [reference]) == [SUCCESS]
     assert notices == ["damaged"]
 
 
@@ -156,9 +156,9 @@ def test_images_are_committed_at_every_moment_of_their_intake(site):
 
     taking = threading.Thread(target=intake)
     taking.start()
-    answers = [held_copies.held(site, references(*images))]
+    answers = [commitment_check.check(site, references(*images))]
     while taking.is_alive():
-        answers.append(held_copies.held(site, references(*images)))
+        answers.append(commitment_check.check(site, references(*images)))
     assert site.inbox.waiting() == []
     assert [answer for answer in answers if answer != [SUCCESS] * 40] == []
 
@@ -169,9 +169,9 @@ def test_the_ledger_is_read_without_write_permission_in_its_folder(kept):
     for name in ("-wal", "-shm"):
         ledger.with_name(ledger.name + name).unlink(missing_ok=True)
     before = sorted(path.name for path in site.root.iterdir())
-    assert held_copies.held(site, [reference]) == [SUCCESS]
+    assert commitment_check.check(site, [reference]) == [SUCCESS]
     with Ledger(ledger):  # a running agent
-        assert held_copies.held(site, [reference]) == [SUCCESS]
+        assert commitment_check.check(site, [reference]) == [SUCCESS]
     assert sorted(path.name for path in site.root.iterdir()) == before
 
 

@@ -6,7 +6,7 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from scipy.signal import correlate2d
 
-from agent.images import images, intake
+from agent.images import intake, listing
 from dicom.intake.examine import Admission, examine
 from dicom.phantom import phantom
 from dicom.phantom.wrap import wrap
@@ -152,7 +152,7 @@ def test_the_site_keeps_a_rejected_image_and_shows_the_reason(tmp_path):
         put(site, tagged_as_chest(sample("RG3_UNCR.dcm")))
         with site.ledger() as ledger, intake.examiner(site) as pool:
             assert intake.step(site, ledger, pool) == 1
-            (row,) = images.ls(site, ledger, None, 10)
+            (row,) = listing.newest(site, ledger, None, 10)
             kept = ledger.value("SELECT original FROM image")
         assert row["state"] == state
         assert site.store.path(kept).is_file()

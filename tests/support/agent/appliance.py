@@ -49,7 +49,7 @@ class Appliance:
         return self
 
     def stop(self, how: int = signal.SIGTERM) -> float:
-        """Send a signal and wait; seconds until it was gone."""
+        """Send a signal and wait for the end; return the seconds it took."""
         assert self.process
         started = time.monotonic()
         self.process.send_signal(how)
@@ -64,7 +64,7 @@ class Appliance:
             self.stop()
 
     def ask(self, *words: str, code: int = 0) -> Any:
-        """A command's JSON document; its stderr where another exit code is expected."""
+        """Run a command; return its JSON document, or its stderr when another exit code is expected."""
         done = self.run(*words)
         assert done.returncode == code, (words, done.returncode, done.stdout, done.stderr)
         return json.loads(done.stdout) if code == 0 else done.stderr
@@ -74,19 +74,19 @@ class Appliance:
         return subprocess.run(command, capture_output=True, text=True)
 
     def until(self, what: str, **wanted: int) -> dict[str, Any]:
-        """Wait until `status` shows these numbers under `what`."""
+        """Return `status` once it shows these numbers under `what`."""
         deadline = time.monotonic() + 60
         while True:
-            said = self.ask("status")
-            if all(said[what][key] == value for key, value in wanted.items()):
-                return said
-            assert time.monotonic() < deadline, said
+            answer = self.ask("status")
+            if all(answer[what][key] == value for key, value in wanted.items()):
+                return answer
+            assert time.monotonic() < deadline, answer
             time.sleep(0.2)
 
     def children(self) -> dict[str, int]:
-        """Process ids of the supervisor's parts, by name."""
+        """Return the process ids of the supervisor's parts by name."""
         assert self.process
-        found = {}
+        pids = {}
         for path in Path("/proc").iterdir():
             if not path.name.isdigit():
                 continue
@@ -96,14 +96,14 @@ class Appliance:
             except (FileNotFoundError, ProcessLookupError):
                 continue
             if parent == self.process.pid and "agent.network.node" in words:
-                found["listen"] = int(path.name)
+                pids["listen"] = int(path.name)
             elif parent == self.process.pid and "--only" in words:
-                found[words[words.index("--only") + 1]] = int(path.name)
-        return found
+                pids[words[words.index("--only") + 1]] = int(path.name)
+        return pids
 
 
 def alive(pid: int) -> bool:
-    """True while a process runs (a zombie does not)."""
+    """Return True while a process runs (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""The straight line in one process, and a process that dies at its k-th durable step.
+"""The whole loop in one process, and a child process that dies at its k-th durable step.
 
 A durable step is a rename, a link, a removal or a commit. Run as `python -m tests.support.agent.crash_line SITE WORK`:
-for k = 1, 2, ... a fresh copy of the site is walked by a child that is gone (no `finally`, no rollback,
-no flush) just before step k; another child recovers as a start does, and the invariants are checked.
+for k = 1, 2, ... a child runs the loop on a fresh copy of the site and ends (no `finally`, no rollback, no flush) just
+before step k. Another child recovers as a start does, and the invariants are checked.
 """
 
 import csv
@@ -12,26 +12,27 @@ import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from agent.errors import Refused
 from agent.images import labels
 from agent.ledger import audit, states
 from agent.ledger.database import Ledger
 from agent.release import import_model, release
-from agent.results import scoring
+from agent.results import reporting
 from agent.rounds import golden_set, records
 from agent.service.scheduler import night_step
 from agent.site.site import Site
 from deploy.bundle import pointer
 from tests.support.agent.images import put, take_in, xray
-from tests.support.agent.models import Served
+from tests.support.agent.models import InProcessServer
 
 DIED = 9
 STEPS = ("rename", "replace", "link", "unlink")
 
 
 def count_steps(die_at: int) -> None:
-    """From now on this process ends at its `die_at`-th durable step."""
+    """Let this process end just before its `die_at`-th durable step."""
     done = 0
 
     def step() -> None:
@@ -85,12 +86,14 @@ def walk(root: Path) -> None:
 
 
 def score_all(site: Site, ledger: Ledger) -> None:
-    while release.in_service(ledger) and scoring.step(site, ledger, Served(site, ledger)):  # type: ignore[arg-type]
+    """Score until no image waits, if a model is in service."""
+    server: Any = InProcessServer(site, ledger)
+    while release.in_service(ledger) and reporting.score_waiting(site, ledger, server):
         pass
 
 
 def recover(root: Path) -> None:
-    """What starting the appliance does, run until nothing is left to do."""
+    """Do what a start of the appliance does, until nothing is left to do."""
     site = Site.open(root / "appliance.toml")
     site.inbox.sweep()
     now = datetime.now(UTC)
@@ -106,7 +109,7 @@ def recover(root: Path) -> None:
 
 
 def check(root: Path, had_served: bool) -> list[str]:
-    """The invariants that do not hold."""
+    """Return the invariants that do not hold."""
     site = Site.open(root / "appliance.toml")
     wrong = []
     acked = (root / "acknowledged").read_text().split() if (root / "acknowledged").exists() else []
@@ -120,7 +123,7 @@ def check(root: Path, had_served: bool) -> list[str]:
         serving = ledger.rows("SELECT * FROM bundle WHERE state IN ('probation', 'live')")
         signed = pointer.read(site.root)
         if had_served and not serving:
-            wrong.append("a model had served and none does")
+            wrong.append("a model was in service and none is now")
         if len(serving) > 1 or [row["id"] for row in serving] != ([signed.bundle] if signed else []):
             wrong.append(f"in service {serving}, pointer {signed}")
         for row in serving:
@@ -133,21 +136,21 @@ def check(root: Path, had_served: bool) -> list[str]:
         if records.open_round(ledger):
             wrong.append("a round is neither at its end nor resumable")
         if ledger.value("SELECT count(*) FROM look l LEFT JOIN verdict v ON v.look = l.id WHERE v.look IS NULL"):
-            wrong.append("a look was paid and never answered")
+            wrong.append("an evaluation was spent and has no verdict")
         for row in ledger.rows("SELECT state FROM bundle"):
             if row["state"] not in {*states.BUNDLE, "rejected", "refused"}:
                 wrong.append(f"unknown bundle state {row['state']}")
         counters = ledger.counters()
         if serving and counters["predicted"] != counters["stored"]:
             wrong.append(f"the backlog is not scored: {counters}")
-        said = audit.verify(ledger, site.root / "audit.heads", site.key("signing.pub"))
-        if not said["ok"]:
-            wrong.append(f"audit: {said['broken']}")
+        verified = audit.verify(ledger, site.root / "audit.heads", site.key("signing.pub"))
+        if not verified["ok"]:
+            wrong.append(f"audit: {verified['broken']}")
     return wrong
 
 
 def in_child(work, *args) -> int:
-    """Run `work(*args)` in a forked process; its exit code."""
+    """Run `work(*args)` in a forked process; return its exit code."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -174,7 +177,7 @@ def report_wrong(root: Path, had_served: bool, answer: Path) -> None:
 
 
 def copied(source: str, target: str) -> None:
-    """A copy; of the store's files, which nobody changes, a link."""
+    """Copy a file; link files of the store, which nothing changes."""
     os.link(source, target) if "/store/" in source else shutil.copy2(source, target)
 
 

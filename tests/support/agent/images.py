@@ -1,4 +1,4 @@
-"""Small real images for the agent's tests: wrapped arrays with a patient, and ways to take them in."""
+"""Small real images for the agent's tests, and the way into a site's inbox and ledger."""
 
 import os
 from pathlib import Path
@@ -14,32 +14,33 @@ from dicom.phantom.wrap import wrap
 
 
 def pixels(seed: int, side: int = 96) -> np.ndarray:
-    """uint8 [side, side]: smooth blobs, different for each seed, neither blank nor tiny."""
+    """Return uint8 [side, side]: a pattern of blocks, different for each seed, neither blank nor tiny."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(20, 235, (8, 8)).astype(np.uint8)
     return np.kron(coarse, np.ones((side // 8, side // 8), np.uint8))
 
 
 def xray(seed: int, patient: str | None = None, **facts: object) -> Dataset:
-    """A frontal image of a patient (one patient a seed by default)."""
+    """Return a frontal image; by default each seed has a patient of its own."""
     return wrap(pixels(seed), patient_id=patient or f"P{seed:04d}", **{"view": "PA", **facts})  # type: ignore[arg-type]
 
 
 def save(dataset: Dataset, path: Path) -> Path:
+    """Write a data set as a DICOM file and return its path."""
     dataset.save_as(path, enforce_file_format=True)
     return path
 
 
 def put(site: Site, dataset: Dataset, name: str = "image.dcm") -> Path:
-    """Lay a data set into the inbox, as the listener does."""
+    """Put a data set into the inbox, as the listener does; return the inbox file."""
     scratch = save(dataset, site.root / "run" / f"{os.getpid()}-{name}")
-    taken = site.inbox.put(scratch.read_bytes())
+    inbox_file = site.inbox.put(scratch.read_bytes())
     scratch.unlink()
-    return taken
+    return inbox_file
 
 
-class Here:
-    """Examines in this process; the bounded pool has its own tests, and costs a second to start."""
+class InProcessExaminer:
+    """Examines in this process: the bounded worker process takes a second to start and has tests of its own."""
 
     def __init__(self, site: Site) -> None:
         self.key, self.rules = site.key("pseudonym.key"), Admission()
@@ -49,8 +50,8 @@ class Here:
 
 
 def take_in(site: Site, ledger: Ledger) -> int:
-    """One intake step over the whole inbox."""
-    taken = 0
-    while step := intake.step(site, ledger, Here(site)):  # type: ignore[arg-type]
-        taken += step
-    return taken
+    """Run the intake until the inbox is empty; return the number of files."""
+    count = 0
+    while files := intake.step(site, ledger, InProcessExaminer(site)):  # type: ignore[arg-type]
+        count += files
+    return count

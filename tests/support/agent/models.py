@@ -1,4 +1,4 @@
-"""Agent-side helpers around small real ONNX models: import one, let one pass the gate, score without a server."""
+"""Small real ONNX models for the agent's tests: importing, passing the gate, and scoring without a server."""
 
 from pathlib import Path
 
@@ -12,25 +12,25 @@ from agent.site.site import Site
 from deploy.server.session import Session
 from tests.support.deploy.model_server import FINDINGS, write_model
 
-__all__ = ["FINDINGS", "Served", "add_model", "passed"]
+__all__ = ["FINDINGS", "InProcessServer", "add_model", "passed"]
 
 
 def add_model(site: Site, ledger: Ledger, seed: int, with_look: bool = False, **model: object) -> dict:
-    """Write a small ONNX model and take it in by `models import`."""
+    """Write a small ONNX model and import it as `models import` does; return its answer."""
     path: Path = write_model(site.root / "run" / f"model{seed}.onnx", seed, **model)  # type: ignore[arg-type]
     return import_model.adopt(site, ledger, path, "test", with_look)
 
 
 def passed(ledger: Ledger, name: str) -> str:
-    """Write a passing verdict for a round, as the gate does; the bundle."""
+    """Write a passing verdict for a round, as the gate does; return the bundle."""
     with ledger.transaction():
         records.advance(ledger, name, "scored")
         records.advance(ledger, name, "passed", "a verdict written by the test")
     return records.get(ledger, name)["bundle"]
 
 
-class Served:
-    """Answers as the model server does, from the bundle in service, in this process and without HTTP."""
+class InProcessServer:
+    """Scores plates with the bundle in service as the model server does, in this process and without HTTP."""
 
     def __init__(self, site: Site, ledger: Ledger) -> None:
         self.site, self.ledger = site, ledger

@@ -1,4 +1,4 @@
-"""`cxrloop pull` as tests run it, and what it has brought."""
+"""`cxrloop pull` as tests run it, and the images in the inbox after it."""
 
 import json
 
@@ -9,11 +9,12 @@ from agent.cli.main import app
 
 
 def pull(site, *words, code=0):
-    """The JSON of `cxrloop pull`, or its stderr where it fails."""
-    done = CliRunner().invoke(app, ["pull", *words, "--json", "--config", str(site.root / "appliance.toml")])
-    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
-    return done.stderr if code == 1 else json.loads(done.stdout)
+    """Run `cxrloop pull` and return its JSON, or its stderr for exit code 1."""
+    result = CliRunner().invoke(app, ["pull", *words, "--json", "--config", str(site.root / "appliance.toml")])
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    return result.stderr if code == 1 else json.loads(result.stdout)
 
 
-def uids(site):
+def inbox_uids(site):
+    """Return the SOP Instance UIDs of the files in the inbox, sorted."""
     return sorted(str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in site.inbox.waiting())
