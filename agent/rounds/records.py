@@ -15,7 +15,8 @@ from agent.ledger import audit, states
 from agent.ledger.database import Ledger, Row, utc, when
 from agent.site.site import Site
 from cxrloop.plate import PLATE_VERSION
-from learner.round.recipe import RECIPES, Recipe, RecipeError, resolve
+from learner.errors import RecipeError
+from learner.round.recipe import RECIPES, Recipe, resolve
 
 USABLE = "plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL"
 YEAR = timedelta(days=365)

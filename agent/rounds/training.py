@@ -26,7 +26,8 @@ from agent.site import locks
 from agent.site.site import Site
 from cxrloop.durable import write_json
 from deploy.bundle.bundle import seal
-from learner.round.folder import RoundBusy, lock_round
+from learner.errors import RoundBusy
+from learner.round.folder import lock_round
 
 POLL_S = 0.5
 MAX_CRASHES = 3  # without a step of progress between them
