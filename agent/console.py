@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 from agent.errors import Problem, Refused
+from deploy.errors import BundleRefused, KeyRefused, PointerRefused, ServerDown, ServerRefused
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -219,20 +220,6 @@ def _total(natural: list[int], least: list[int], limit: int) -> int:
     return sum(min(full, max(needed, limit)) for full, needed in zip(natural, least, strict=True))
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """Return what exits with 2. Loaded when something fails: most commands never need these modules."""
-    from deploy.errors import BundleRefused
-
-    return Refused, BundleRefused
-
-
-def _problems() -> tuple[type[Exception], ...]:
-    """Return what exits with 1."""
-    from deploy.errors import KeyRefused, PointerRefused, ServerDown, ServerRefused
-
-    return Problem, KeyRefused, PointerRefused, ServerDown, ServerRefused
-
-
 @contextmanager
 def errors() -> Iterator[None]:
     """Turn what can go wrong into one line on stderr and the right exit code."""
@@ -240,23 +227,18 @@ def errors() -> Iterator[None]:
 
     try:
         yield
-    except typer.Exit:
-        raise
-    except (Problem, OSError) as error:
+    except (Refused, BundleRefused) as error:
+        logs.print(f"refused: {error}")
+        raise typer.Exit(2) from None
+    except (Problem, KeyRefused, PointerRefused, ServerDown, ServerRefused, OSError) as error:
         logs.print(f"error: {error}")
         raise typer.Exit(1) from None
     except sqlite3.DatabaseError as error:
         if type(error) not in (sqlite3.DatabaseError, sqlite3.OperationalError):
             raise  # a fault of ours
-        hint = "" if isinstance(error, sqlite3.OperationalError) else "; restore it from the backup (docs/operating.md)"
+        hint = "" if isinstance(error, sqlite3.OperationalError) else "; restore it from the backup (docs/backup.md)"
         logs.print(f"error: ledger.db: {error}{hint}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         logs.print("interrupted; what was done is kept, and the same command resumes there")
-        raise typer.Exit(1) from None
-    except _refusals() as error:
-        logs.print(f"refused: {error}")
-        raise typer.Exit(2) from None
-    except _problems() as error:
-        logs.print(f"error: {error}")
         raise typer.Exit(1) from None

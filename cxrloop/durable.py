@@ -36,15 +36,13 @@ def write_synced(path: Path, chunks: bytes | Iterable[bytes], mode: int = MODE) 
 def write_atomic(path: Path, data: bytes, mode: int = MODE) -> None:
     """Write or replace `path`, whole or not at all; durable when this returns. Raises OSError and removes the temporary.
 
-    The temporary is `.NAME.tmp` beside it, so the next write replaces what a killed process left. Only one process at a
+    The temporary is `.NAME.tmp` beside it, so the next write removes what a killed process left. Only one process at a
     time may write a path.
     """
     temp = path.with_name(f".{path.name}.tmp")
+    temp.unlink(missing_ok=True)
     try:
-        with open(temp, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temp, data, mode)
         temp.replace(path)
     except OSError:
         temp.unlink(missing_ok=True)  # a half-written file would keep a full disk full

@@ -15,7 +15,8 @@ from agent.rounds import records
 from agent.site import locks
 from agent.site.site import Site
 from cxrloop.durable import write_json
-from learner.round.folder import RoundBusy, lock_round
+from learner.errors import RoundBusy
+from learner.round.folder import lock_round
 from learner.round.manifest import read_manifest
 
 UNFINISHED = ("planned", "training", "paused")

@@ -28,7 +28,8 @@ from agent.site import locks
 from agent.site.site import Site
 from cxrloop.durable import read_json
 from deploy.bundle.bundle import seal
-from learner.round.folder import RoundBusy, lock_round
+from learner.errors import RoundBusy
+from learner.round.folder import lock_round
 from learner.round.manifest import set_until
 
 POLL_S = 0.5

@@ -28,11 +28,11 @@ from bench.common import machine, results
 from bench.common.appliance import ROOT
 from dicom.phantom.phantom import draw
 from learner.engine.optim import Schedule
-from learner.engine.step import Losses, State, Tick
+from learner.engine.step import Losses, State, StepFunction
 from learner.networks.architecture import Plan
 from learner.round.manifest import load
 from learner.round.recipe import RECIPES, Recipe, resolve
-from learner.round.run import Run
+from learner.training.run import Run
 
 SAMPLES, LABELLED, HELD, BAR_S = 500, 100, 40, 600.0
 LEAST = 8  # steps run of each phase; the first is slower than the others
@@ -88,8 +88,13 @@ class Short(Run):
         self.phases: dict[str, dict[str, int]] = {}
         self.skipped = np.zeros(2)  # estimated seconds of the skipped steps, as `clock` does
 
-    def train(
-        self, phase: str, schedule: Schedule, start: Callable[[State], None], tick: Tick, plan: Plan | None = None
+    def train_phase(
+        self,
+        phase: str,
+        schedule: Schedule,
+        start: Callable[[State], None],
+        tick: StepFunction,
+        plan: Plan | None = None,
     ) -> State:
         """Run the phase's first epoch, at least LEAST steps; the rest is estimated from all of them but the first."""
         done, spent = min(schedule.steps, max(LEAST, schedule.steps_per_epoch)), []
@@ -100,7 +105,7 @@ class Short(Run):
             spent.append(clock() - began)
             return losses
 
-        state = super().train(phase, replace(schedule, lr=schedule.lr[:done]), start, timed, plan)
+        state = super().train_phase(phase, replace(schedule, lr=schedule.lr[:done]), start, timed, plan)
         ticks = spent[1:] or spent
         self.skipped += np.sum(ticks, 0) * (schedule.steps - done) / max(1, done - 1)
         self.phases[phase] = {"done": done, "steps": schedule.steps}
@@ -113,9 +118,9 @@ def run_short(folder: Path) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
     run = Short(folder)
     try:
         method = run.recipe.method.replace("-", "_")
-        importlib.import_module(f"learner.recipes.{method}").run(run)
+        importlib.import_module(f"learner.recipes.{method}").train(run)
     finally:
-        run.teller.close()
+        run.progress.close()
     return clock() - began + run.skipped, run.phases
 
 

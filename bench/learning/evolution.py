@@ -37,11 +37,11 @@ from bench.learning.evolution_arms import (
 from bench.learning.evolution_images import FAR, NEAR, Draw, draw, read_pool
 from bench.learning.evolution_table import report
 from bench.learning.floor_of_images import pixel_floor, view_floor
-from learner.data.token_bank import Bank
+from learner.data.token_bank import TokenBank
 from learner.evaluation.auc import auc
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
-from learner.round.run import Run
+from learner.training.run import Run
 
 DRAWS = list(range(8))
 # Sizes that two cores can train: ViT-S/14 at 140 px, eleven of its twelve blocks frozen, two augmented views of an image.
@@ -154,12 +154,12 @@ def requested(options: argparse.Namespace) -> list[tuple[str, float]]:
     ]
 
 
-def open_bank_of(samples: tuple[Sample, ...], recipe: Recipe, folder: Path) -> Bank:
+def open_bank_of(samples: tuple[Sample, ...], recipe: Recipe, folder: Path) -> TokenBank:
     """Return the tokens of these images; the product's own code makes them once."""
     folder.mkdir(parents=True, exist_ok=True)
     work = Run(RoundManifest(folder, "bank", ("abnormal",), recipe, None, None, None, samples, "bank"))
-    bank = work.bank
-    work.teller.close()
+    bank = work.token_bank
+    work.progress.close()
     return bank
 
 

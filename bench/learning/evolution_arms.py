@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.learning.evolution_images import Draw, Pool, as_samples
 from learner.data.plates import label_table
-from learner.data.token_bank import Bank
+from learner.data.token_bank import TokenBank
 from learner.engine.checkpoint import save_weights
 from learner.engine.step import State
 from learner.networks.heads import Network
@@ -25,7 +25,7 @@ from learner.objectives.pseudo_targets import kappa_labels
 from learner.recipes import distl, evolve
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
-from learner.round.run import Run
+from learner.training.run import Run
 
 FULL_PENALTY = 0.01  # ridge penalty with all labels: the best of .001 to .1 on validation patients
 
@@ -37,26 +37,26 @@ class Site:
     """What all cells share: images, token bank, the recipe's sizes and a work folder."""
 
     pool: Pool
-    bank: Bank
+    bank: TokenBank
     recipe: Recipe
     cells: Path  # folder of running rounds; removed after each cell
 
 
-class Banks(Bank):
+class Banks(TokenBank):
     """Several token banks as one; each image is read from the bank that holds it."""
 
-    def __init__(self, banks: Sequence[Bank]) -> None:
+    def __init__(self, banks: Sequence[TokenBank]) -> None:
         self.banks = banks
         self.home = {sample: number for number, bank in enumerate(banks) for sample in bank.row}
 
-    def originals(self, samples: Sequence[Sample]) -> Tensor:
-        return self._gathered(samples, lambda bank, some, at: [bank.originals(some)])[0]
+    def unaugmented(self, samples: Sequence[Sample]) -> Tensor:
+        return self._gathered(samples, lambda bank, some, at: [bank.unaugmented(some)])[0]
 
     def views(self, samples: Sequence[Sample], numbers: Tensor, local_views: int) -> list[Tensor]:
         return self._gathered(samples, lambda bank, some, at: bank.views(some, numbers[at], local_views))
 
     def _gathered(
-        self, samples: Sequence[Sample], read: Callable[[Bank, list[Sample], Tensor], list[Tensor]]
+        self, samples: Sequence[Sample], read: Callable[[TokenBank, list[Sample], Tensor], list[Tensor]]
     ) -> list[Tensor]:
         """Read each bank's own images; return the parts in the requested order."""
         bank_of = torch.tensor([self.home[sample.image] for sample in samples])
@@ -74,17 +74,17 @@ class CellRun(Run):
         self.site, self.tests, self.tell = site, tests, tell
 
     @property
-    def bank(self) -> Bank:
+    def token_bank(self) -> TokenBank:
         """The shared token bank."""
         return self.site.bank
 
     def export(self, name: str, state: State, serve: str, chosen: str | None = None, plan: object = None) -> None:
         network = state.teacher if serve == "teacher" else state.student
-        save_weights(self.round.folder / f"{name}.safetensors", state, self.plan, self.round.findings)
+        save_weights(self.manifest.folder / f"{name}.safetensors", state, self.plan, self.manifest.findings)
         self.tell(name, self.scores(network) | {"chosen": np.array(chosen or "")})
 
     def scores(self, network: Network) -> Scores:
-        places = self.tests | {"validation": np.array([f.image for f in self.round.of("validation")])}
+        places = self.tests | {"validation": np.array([f.image for f in self.manifest.of("validation")])}
         return {name: self.answers(network, [self.site.pool.samples[i] for i in at]) for name, at in places.items()}
 
     def answers(self, network: Network, samples: list[Sample]) -> np.ndarray:
@@ -103,7 +103,7 @@ def learn(
     rounds: int = 3,
 ) -> None:
     """Run T=0 and rounds 1..`rounds` of a recipe, each from the one before; images arrive cumulatively."""
-    run_of = {"distl": distl.run, "evolve": evolve.run}[method]
+    run_of = {"distl": distl.train, "evolve": evolve.train}[method]
     folder, parent = site.cells / name, None
     shutil.rmtree(folder, ignore_errors=True)
     recipe = site.recipe.override({"method": method, **overrides})
@@ -124,7 +124,7 @@ def learn(
             lambda name, scores, rounds=rounds_of_weights: tell(rounds[name], scores),
         )
         run_of(work)
-        work.teller.close()
+        work.progress.close()
         parent = here / "final.safetensors"
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -156,13 +156,13 @@ def frozen_features(site: Site) -> Frozen:
         "frozen",
     )
     work = CellRun(round_, site, {}, lambda *_: None)
-    state = evolve.begun(work, work.from_backbone)
+    state = evolve.initial_state(work, work.from_backbone)
     features = work.embeddings(state.student, site.pool.samples)
-    work.teller.close()
+    work.progress.close()
     return Frozen(features)
 
 
-def score_linear(site: Site, frozen: Frozen, draw: Draw, answer: logistic.Linear) -> Scores:
+def score_linear(site: Site, frozen: Frozen, draw: Draw, answer: logistic.LinearHead) -> Scores:
     """Return the scores of a linear head on the tests and on the validation images."""
     places = draw.tests | {"validation": draw.validation}
     return {name: answer(frozen[at]).float()[:, 0].numpy() for name, at in places.items()}
@@ -190,7 +190,7 @@ def frozen_graph(site: Site, frozen: Frozen, draw: Draw, tell: Callable[[int, Sc
             as_samples(site.pool, draw.labelled, "train", True)
             + as_samples(site.pool, places[len(draw.labelled) :], "train", False)
         )
-        head = head_refit.answer(frozen[places], labels, recipe.neighbours, recipe.components)
+        head = head_refit.fit_graph_and_labels(frozen[places], labels, recipe.neighbours, recipe.components)
         tell(number, score_linear(site, frozen, draw, head))
 
 

@@ -70,7 +70,7 @@ def measure(site: Site, frozen: Frozen, division: Draw) -> dict[tuple[float, flo
         soft = label_propagation.pseudo_labels(seen, labels, prevalence, site.recipe.neighbours, site.recipe.components)
         near = logistic.fit(seen, soft, head_refit.PENALTY)
         for share in OWN:
-            head = head_refit.mean(near, own, seen, share)
+            head = head_refit.blend_heads(near, own, seen, share)
             aucs[sharpness, share] = {
                 name: auc(head(frozen[at])[:, 0].numpy(), site.pool.truth[at].astype(float))
                 for name, at in division.tests.items()

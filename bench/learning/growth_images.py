@@ -86,7 +86,7 @@ def measure(folder: Path, number: int) -> dict[str, float]:
     import torch
 
     from learner.data.feed import ImageFeed
-    from learner.data.packed_plates import open_shard, remove_shard
+    from learner.data.packed_plates import open_packed_plates, remove_packed_plates
     from learner.round.manifest import Sample
     from learner.round.recipe import resolve
 
@@ -98,9 +98,9 @@ def measure(folder: Path, number: int) -> dict[str, float]:
         for i in range(number)
     ]
     (listed,) = memory("RssAnon")
-    _, packing, packing_peak = run_watched(lambda: open_shard(folder, samples, SIZE))
-    shard = open_shard(folder, samples, SIZE)  # opens the packed file
-    feed = ImageFeed(samples, recipe, torch.device("cpu"), "unlabelled", fixed_order=False, shard=shard)
+    _, packing, packing_peak = run_watched(lambda: open_packed_plates(folder, samples, SIZE))
+    packed = open_packed_plates(folder, samples, SIZE)  # opens the packed file
+    feed = ImageFeed(samples, recipe, torch.device("cpu"), "unlabelled", fixed_order=False, packed=packed)
     feed.batch(0, 0).views(slice(0, 4))
 
     passes = -(-LEAST // number)
@@ -123,7 +123,7 @@ def measure(folder: Path, number: int) -> dict[str, float]:
     began = time.process_time()
     feed._make_order(7)
     shuffle = (time.process_time() - began) * 1e3
-    remove_shard(folder)
+    remove_packed_plates(folder)
     each = 1e3 / number
     return {
         "images": number, "pack_ms": packing * each, "read_ms": median(reading) * 1e3, "feed_ms": median(feeding) * 1e3,

@@ -38,10 +38,10 @@ from learner.evaluation import pixel_baseline
 from learner.evaluation.auc import auc
 from learner.networks.architecture import Plan
 from learner.recipes import kd
-from learner.recipes.pseudo_label import answers
+from learner.recipes.pseudo_label import predict
 from learner.round.manifest import Sample, load
 from learner.round.recipe import resolve
-from learner.round.run import Run
+from learner.training.run import Run
 
 LABELLED, UNLABELLED, SEEDS = 300, 700, 3
 PAIR = ("mobilenetv3_small_050", "resnet18")  # .6 and 11 million weights
@@ -65,7 +65,7 @@ class Measured(Run):
     aucs: dict[str, float]
 
     def export(self, name: str, state: State, serve: str, chosen: str | None = None, plan: Plan | None = None) -> None:
-        scores = answers(self, state.student, self.test)[:, 0].numpy()
+        scores = predict(self, state.student, self.test)[:, 0].numpy()
         self.aucs[name] = auc(scores, np.array([sample.labels[0] for sample in self.test], float))
 
 
@@ -124,8 +124,8 @@ def measure(
             shutil.copy(shared, folder / "checkpoint" / f"{phase}.safetensors")
     run = Measured(load(folder))
     run.test, run.aucs = test, {}
-    kd.run(run)
-    run.teller.close()
+    kd.train(run)
+    run.progress.close()
     shutil.copy(folder / "checkpoint/t0.safetensors", work / f"{seed} {served}.safetensors")
     shutil.rmtree(folder / "shard", ignore_errors=True)
     return run.aucs["final"]

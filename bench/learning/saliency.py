@@ -30,9 +30,10 @@ from dicom.phantom.phantom import Phantom, draw
 from dicom.phantom.wrap import wrap
 from dicom.pixels.plate import to_plate
 from learner.data.augment import normalise, resize_matrix, to_image
+from learner.errors import LearnerError
 from learner.evaluation.calibrate import auc
 from learner.explain import saliency, sanity
-from learner.networks.architecture import BackboneError, plan_of
+from learner.networks.architecture import plan_of
 from learner.networks.backbone import Backbone
 from learner.networks.heads import Network, make_network
 from learner.networks.mimetic_init import mimic_trained
@@ -119,11 +120,11 @@ def candidate(network: Network, recipe: Recipe, images: torch.Tensor, finding: i
     """Return a map of one of CANDIDATES, (B, 1, h, w); the exported graph could compute it too."""
     backbone = network.backbone
     if not isinstance(backbone, Backbone):
-        raise BackboneError(f"{name}: for transformers")
+        raise LearnerError(f"{name}: for transformers")
     seen = normalise(images, recipe)
     with torch.no_grad():
         embedding, trace = backbone.trace(seen)
-        share = trace.along(network.cls_head.gradient(embedding)[:, finding : finding + 1])
+        share = trace.contributions(network.cls_head.gradient(embedding)[:, finding : finding + 1])
         if name == "share smoothed":
             return F.avg_pool2d(share, 3, 1, 1, count_include_pad=False)
         attentions = [0.5 * attention.mean(1) for attention in backbone.attentions(seen)]
@@ -187,7 +188,7 @@ def measure(network: Network, recipe: Recipe, test: tuple, per_finding: int, met
         try:
             maps = [draw_map(network, recipe, images[i : i + 1], f, method) for i, f in chosen]
             checked = sanity_check(network, recipe, images[:CHECKED], method)
-        except (saliency.SaliencyError, BackboneError) as error:
+        except LearnerError as error:
             table[method] = {"refused": str(error)}
             continue
         for name, positive in ((method, True), (f"{method}, either sign", False)):

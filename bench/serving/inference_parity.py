@@ -1,7 +1,7 @@
 """The loss by int8 of a trained network on real images: AUC, probabilities and decisions, beside the same network in fp32.
 
 The network is that of a first round before fine-tuning: pretrained backbone, class head fitted in closed form on
-labelled images, calibrated and exported by `learner.round.export`. Images are Kermany's train images
+labelled images, calibrated and exported by `learner.training.export`. Images are Kermany's train images
 (`DIR/kermany224`), divided by patient. The test images are scored once and choose nothing. A work folder keeps every
 step, so that a killed run resumes.
 """
@@ -30,9 +30,9 @@ from learner.networks.backbone import build, open_backbone
 from learner.networks.heads import ClassHead, Network
 from learner.objectives import logistic
 from learner.recipes.evolve import FEW_PENALTY, set_head
-from learner.round.export import Served, calibrate, check_parity, export_onnx, open_session
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import resolve
+from learner.training.export import ServedModel, calibrate, check_parity, export_onnx, open_session
 
 IMAGES = {"train": 400, "calibration": 120, "test": 600}  # a few minutes of one core
 SIDE = 140  # pixels, as in bench/learning/evolution.py; 224 takes three times as long
@@ -110,7 +110,7 @@ def train(data: Path, backbone: Path, work: Path, seed: int = 0) -> Trained:
     net = build(plan, recipe.pos_embed, recipe.pool)
     net.load(weights or {})
     network = Network(net, nn.Identity(), ClassHead(net.dim, 1, recipe.class_hidden))
-    served = Served(network, plan, recipe).eval()
+    served = ServedModel(network, plan, recipe).eval()
     labels = label_table(images["train"])
     seen = by_parts(images["train"], work, "train", lambda plates: run_torch(served, plates))
     set_head(network, logistic.fit(torch.from_numpy(seen), labels, FEW_PENALTY))
@@ -128,18 +128,18 @@ def train(data: Path, backbone: Path, work: Path, seed: int = 0) -> Trained:
 
 
 @torch.inference_mode()
-def run_torch(served: Served, plates: Tensor) -> np.ndarray:
+def run_torch(served: ServedModel, plates: Tensor) -> np.ndarray:
     """Return the embeddings, float [n, D]."""
     return served(plates)[1].numpy()
 
 
-def operating_point(served: Served, round_: RoundManifest) -> np.ndarray:
+def operating_point(served: ServedModel, round_: RoundManifest) -> np.ndarray:
     """Return temperature and threshold from the calibration images, as the export fits them."""
     point = calibrate(served, round_)["abnormal"]
     return np.array([point["temperature"], point["threshold"]])
 
 
-def export_error(served: Served, graph: Path, images: list[Sample]) -> np.ndarray:
+def export_error(served: ServedModel, graph: Path, images: list[Sample]) -> np.ndarray:
     """Return the largest difference in probability between torch and onnxruntime; raises above the export's limit."""
     differences = check_parity(served, open_session(graph), images)
     return np.array(max(differences["1"], differences["8"]))

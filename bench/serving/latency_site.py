@@ -29,8 +29,8 @@ from agent.site.site import Site, init
 from bench.common.appliance import free_ports, orthanc, serving
 from learner.networks.backbone import build, plan_of
 from learner.networks.heads import ClassHead, Network
-from learner.round.export import Served, export_onnx
 from learner.round.recipe import resolve
+from learner.training.export import ServedModel, export_onnx
 
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
 SYNTAXES = ("uncompressed", "JPEG-LS", "JPEG 2000 lossless")
@@ -45,14 +45,14 @@ class Place:
     port: int  # of the node
 
 
-def write_model(path: Path, image_size: int = 224) -> tuple[Served, str]:
+def write_model(path: Path, image_size: int = 224) -> tuple[ServedModel, str]:
     """Export a ViT-S/16 of random weights to `path`; return the same network in torch, and its name."""
     torch.manual_seed(0)
     recipe = resolve("distl", "gpu", {"image_size": image_size, "arch": "vit_small_patch16"})
     plan = plan_of(recipe.arch, recipe.image_size)
     backbone = build(plan, pool=recipe.pool)
     head = ClassHead(backbone.dim, len(FINDINGS), recipe.class_hidden)
-    served = Served(Network(backbone, nn.Identity(), head), plan, recipe).eval()
+    served = ServedModel(Network(backbone, nn.Identity(), head), plan, recipe).eval()
     export_onnx(served, path)
     return served, f"{recipe.arch} at {image_size}"
 

@@ -29,12 +29,12 @@ from bench.common import machine, results
 from bench.speed.matrix_products import Product, products_of_a_step, seconds_of
 from bench.speed.published_way import BATCH, Trainer, loader
 from learner.data.feed import ImageFeed
-from learner.data.packed_plates import open_shard
+from learner.data.packed_plates import open_packed_plates
 from learner.engine.optim import make_optimiser, make_schedule
 from learner.engine.step import Batch, State
 from learner.networks.backbone import plan_of
 from learner.networks.heads import make_network
-from learner.objectives.correction import distil
+from learner.objectives.correction import distil_step
 from learner.objectives.dino import DinoLoss
 from learner.round.manifest import Sample
 from learner.round.recipe import Recipe, resolve
@@ -82,8 +82,8 @@ class Learner:
             scaler=torch.amp.GradScaler(device.type, enabled=False), centres=nn.ModuleDict({"dino": dino}),
             dtype=torch.bfloat16 if device.type == "cuda" else None,
         )  # fmt: skip
-        shard = open_shard(folder, samples, recipe.image_size)
-        self.feed = ImageFeed(samples, recipe, device, "unlabelled", fixed_order=False, shard=shard)
+        packed = open_packed_plates(folder, samples, recipe.image_size)
+        self.feed = ImageFeed(samples, recipe, device, "unlabelled", fixed_order=False, packed=packed)
 
     def batches(self) -> Iterator[Batch]:
         """Yield batches without end."""
@@ -96,7 +96,7 @@ class Learner:
 
     def step(self, batch: Batch) -> None:
         """Take one optimiser step."""
-        distil(self.state, batch)
+        distil_step(self.state, batch)
         self.state.step += 1
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from learner.round.recipe import Recipe
 
 TRIES = 10  # draws of area and aspect before a crop falls back to the whole image, as torchvision does
-NUMBERS = 2 * TRIES + 8  # uniform numbers a view needs
+NUMBERS_PER_VIEW = 2 * TRIES + 8  # uniform numbers a view needs
 ASPECT = (log(3 / 4), log(4 / 3))
 BLUR = (0.1, 2.0)  # sigma in pixels
 
@@ -42,7 +42,7 @@ def normalise(images: Tensor, recipe: Recipe) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Noise:
+class Augmentation:
     """How hard a kind of view is treated."""
 
     size: int
@@ -53,20 +53,22 @@ class Noise:
 
 
 def make_views(images: Tensor, numbers: Tensor, recipe: Recipe) -> list[Tensor]:
-    """Images (B, 1, S, S), numbers (B, views - 1, NUMBERS) -> original, noised global, locals; each (B, 1, s, s).
+    """Images (B, 1, S, S), numbers (B, views - 1, NUMBERS_PER_VIEW) -> original, noised global, locals; each (B, 1, s, s).
 
     The numbers stay in host memory: what is chosen is known there without waiting for a device.
     """
-    whole = Noise(recipe.image_size, recipe.global_scale, recipe.rotate, recipe.global_noise, recipe.flip)
-    part = Noise(recipe.local_size, recipe.local_scale, recipe.rotate, recipe.local_noise, recipe.flip)
-    noised = [views_of(images, n, noise) for n, noise in ((numbers[:, :1], whole), (numbers[:, 1:], part)) if n.numel()]
+    whole = Augmentation(recipe.image_size, recipe.global_scale, recipe.rotate, recipe.global_noise, recipe.flip)
+    part = Augmentation(recipe.local_size, recipe.local_scale, recipe.rotate, recipe.local_noise, recipe.flip)
+    noised = [
+        augmented_views(images, n, noise) for n, noise in ((numbers[:, :1], whole), (numbers[:, 1:], part)) if n.numel()
+    ]
     return [normalise(v, recipe) for v in [images, *(v for views in noised for v in views)]]
 
 
-def views_of(images: Tensor, numbers: Tensor, noise: Noise) -> Tensor:
+def augmented_views(images: Tensor, numbers: Tensor, noise: Augmentation) -> Tensor:
     """V random views of each image (V, B, 1, s, s), in the published order: crop, flip, rotate, contrast, equalise, blur.
 
-    Images (B, 1, S, S), numbers (B, V, NUMBERS). All views of all images go through each operation at once; the last
+    Images (B, 1, S, S), numbers (B, V, NUMBERS_PER_VIEW). All views of all images go through each operation at once; the last
     three are done for the chosen views alone.
     """
     samples, views = numbers.shape[:2]
@@ -81,15 +83,15 @@ def views_of(images: Tensor, numbers: Tensor, noise: Noise) -> Tensor:
     rows = (down.view(samples, views * noise.size, side) @ images[:, 0]).view_as(down)
     out = (rows @ across.transpose(1, 2)).clamp(0, 1)
     if noise.flip:
-        out = changed(out, flip < 0.5, lambda chosen, _: chosen.flip(-1))
+        out = apply_where(out, flip < 0.5, lambda chosen, _: chosen.flip(-1))
     out = rotate(out, degrees)
-    out = changed(out, auto < noise.chance, lambda chosen, _: autocontrast(chosen))
-    out = changed(out, equal < noise.chance, lambda chosen, _: equalise(chosen))
-    out = changed(out, blurred < noise.chance, lambda chosen, which: blur(chosen, width[which]))
+    out = apply_where(out, auto < noise.chance, lambda chosen, _: autocontrast(chosen))
+    out = apply_where(out, equal < noise.chance, lambda chosen, _: equalise(chosen))
+    out = apply_where(out, blurred < noise.chance, lambda chosen, which: blur(chosen, width[which]))
     return out.unflatten(0, (samples, views)).transpose(0, 1)[:, :, None]
 
 
-def changed(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def apply_where(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Images (N, s, s) with `change(those, their places)` done to the chosen ones; chosen (N,) bool, in host memory."""
     which = chosen.nonzero()[:, 0].to(images.device)
     return images.index_copy(0, which, change(images[which], which)) if len(which) else images

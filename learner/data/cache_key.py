@@ -9,13 +9,13 @@ from pathlib import Path
 NOTE = "key.json"
 
 
-def seal(folder: Path, key: str) -> None:
+def write_key(folder: Path, key: str) -> None:
     """Note what the files of `folder` were made of, and their sizes."""
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / NOTE).write_text(json.dumps({"key": key, "files": sizes}) + "\n")
 
 
-def holds(folder: Path, key: str) -> bool:
+def matches(folder: Path, key: str) -> bool:
     """True when `folder` was sealed with this key and its files have their sizes."""
     try:
         note = json.loads((folder / NOTE).read_text())

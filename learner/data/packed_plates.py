@@ -31,7 +31,7 @@ LEVELS = 65535
 MIDDLE = 32768  # levels are stored as int16 around 0: torch has no arithmetic on unsigned 16 bit
 
 
-class Shard:
+class PackedPlates:
     """Packed images of images, read by image: `read(images)` on the host, `images(levels)` on any device."""
 
     def __init__(self, folder: Path, samples: Sequence[Sample], size: int) -> None:
@@ -51,13 +51,13 @@ class Shard:
         return levels.float().add_(MIDDLE).div_(LEVELS)[:, None]
 
 
-def open_shard(round_folder: Path, samples: Sequence[Sample], size: int) -> Shard | None:
+def open_packed_plates(round_folder: Path, samples: Sequence[Sample], size: int) -> PackedPlates | None:
     """The shard of these images at `size` pixels, made now unless it is there; None, with a warning, without room for it.
 
     Raises ManifestError for a missing or malformed plate. A half-made shard is never seen.
     """
     folder, key = round_folder / "shard", key_of(samples, size)
-    if not cache_key.holds(folder, key):
+    if not cache_key.matches(folder, key):
         shutil.rmtree(folder, ignore_errors=True)  # of other plates, or of another size
         needed, free = len(samples) * size * size * 2, shutil.disk_usage(round_folder).free
         if needed > free // 2:  # the other half is for checkpoints and the results
@@ -69,11 +69,11 @@ def open_shard(round_folder: Path, samples: Sequence[Sample], size: int) -> Shar
             return None
         with whole_folder(folder) as temp:
             pack(samples, size, temp / "levels.i16")
-            cache_key.seal(temp, key)
-    return Shard(folder, samples, size)
+            cache_key.write_key(temp, key)
+    return PackedPlates(folder, samples, size)
 
 
-def remove_shard(round_folder: Path) -> None:
+def remove_packed_plates(round_folder: Path) -> None:
     """After a round that ended well: its shard is of no more use."""
     shutil.rmtree(round_folder / "shard", ignore_errors=True)
 

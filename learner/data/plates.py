@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cxrloop import npy
 from cxrloop.plate import PLATE_SHAPE
-from learner.round.manifest import ManifestError, Sample
+from learner.errors import ManifestError
+from learner.round.manifest import Sample
 
 
 def read_plate(path: Path) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor
 from cxrloop.durable import whole_folder
 from learner.data import cache_key
 from learner.data.feed import ImageFeed
-from learner.data.packed_plates import remove_shard
+from learner.data.packed_plates import remove_packed_plates
 from learner.engine.step import Batch
 from learner.networks.backbone import Backbone
 from learner.round.manifest import Sample
@@ -34,7 +34,7 @@ KEYS = (  # of the recipe: what the tokens depend on
 AT_ONCE = 32  # images in one pass through the lower blocks
 
 
-class Bank:
+class TokenBank:
     """Tokens by image: float16 `whole` (images, 1 + cached_views, n, D), the original first, and `part` (images, L, m, D)."""
 
     def __init__(self, folder: Path, samples: Sequence[Sample]) -> None:
@@ -42,7 +42,7 @@ class Bank:
         self.part = np.load(folder / "part.npy", mmap_mode="r")
         self.row = {sample.image: row for row, sample in enumerate(samples)}
 
-    def originals(self, samples: Sequence[Sample]) -> Tensor:
+    def unaugmented(self, samples: Sequence[Sample]) -> Tensor:
         """Tokens of the images as they are: float32 (B, n, D)."""
         return torch.from_numpy(self.whole[[self.row[sample.image] for sample in samples], 0]).float()
 
@@ -58,26 +58,26 @@ class Bank:
         return [torch.from_numpy(view).float() for view in chosen]
 
 
-def open_bank(
+def open_token_bank(
     round_folder: Path, samples: Sequence[Sample], recipe: Recipe, lower: Backbone, feed: Callable[[Recipe, str], ImageFeed],
     dtype: torch.dtype | None, weights: str, said: Callable[[int, int], None] = lambda done, of: None,
-) -> Bank:  # fmt: skip
+) -> TokenBank:  # fmt: skip
     """The bank of these images, made now unless it is there; `weights` names what `lower` holds (part of the key)."""
     folder = round_folder / "tokens"
     made_of = {key: getattr(recipe, key) for key in KEYS} | {"crops": local_versions(recipe)}
     made_of |= {"weights": weights, "images": [f.image for f in samples]}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    if not cache_key.holds(folder, key):
+    if not cache_key.matches(folder, key):
         shutil.rmtree(folder, ignore_errors=True)
         with whole_folder(folder) as temp:
             _fill(temp, samples, recipe, lower, feed, dtype, said)
-            cache_key.seal(temp, key)
-    return Bank(folder, samples)
+            cache_key.write_key(temp, key)
+    return TokenBank(folder, samples)
 
 
 def remove_caches(round_folder: Path) -> None:
     """After a round that ended well: packed plates and tokens are of no more use."""
-    remove_shard(round_folder)
+    remove_packed_plates(round_folder)
     shutil.rmtree(round_folder / "tokens", ignore_errors=True)
 
 
@@ -134,7 +134,7 @@ def memmap(path: Path, shape: tuple[int, ...]) -> np.memmap:
 class TokenFeed:
     """A feed like `Images`, in the same order and with the same images a batch, whose views come from the bank."""
 
-    def __init__(self, samples: ImageFeed, bank: Bank) -> None:
+    def __init__(self, samples: ImageFeed, bank: TokenBank) -> None:
         self.inner, self.bank = samples, bank
         self.samples, self.labels, self.size, self.batches = (
             samples.samples,
@@ -143,18 +143,18 @@ class TokenFeed:
             samples.batches,
         )
 
-    def originals(self, chosen: np.ndarray) -> Tensor:
+    def unaugmented(self, chosen: np.ndarray) -> Tensor:
         """Tokens of these images (positions) without noise: (B, n, D)."""
-        return self.bank.originals([self.samples[i] for i in chosen]).to(self.inner.device)
+        return self.bank.unaugmented([self.samples[i] for i in chosen]).to(self.inner.device)
 
-    def batch(self, sweep: int, index: int) -> Batch:
+    def batch(self, epoch: int, index: int) -> Batch:
         """This rank's images of one step; their views are tokens (B, n, D)."""
-        chosen = self.inner.mine(sweep, index)
+        chosen = self.inner.mine(epoch, index)
         samples = [self.samples[i] for i in chosen]
 
         def views(part: slice) -> list[Tensor]:
-            draws = torch.from_numpy(np.stack([self.inner.draws(sweep, i, 2) for i in chosen[part]]))
+            draws = torch.from_numpy(np.stack([self.inner.draws(epoch, i, 2) for i in chosen[part]]))
             made = self.bank.views(samples[part], draws, self.inner.recipe.local_views)
             return [view.to(self.inner.device) for view in made]
 
-        return self.inner.pack(chosen, views, self.inner.order(sweep)[index])
+        return self.inner.pack(chosen, views, self.inner.order(epoch)[index])

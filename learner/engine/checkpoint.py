@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cxrloop.durable import write_atomic
 from learner.engine.step import State
+from learner.errors import LearnerError
 from learner.networks.backbone import Plan
 from learner.networks.heads import Network
 
@@ -21,10 +22,6 @@ CURSOR = ("phase", "step", "burst", "bursts", "micro", "watch", "notes")
 CARRIED = ("micro", "notes")  # from a phase to the next
 DISTILS = ("head.", "mask", "patch_head.")  # parts of a network that answer for self-distillation alone
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
-
-
-class CheckpointError(ValueError):
-    """A state file that doesn't belong here: says why."""
 
 
 def save_state(path: Path, state: State, header: dict[str, Any]) -> None:
@@ -75,7 +72,7 @@ def _networks(state: State) -> dict[str, Tensor]:
 
 
 def load_networks(state: State, tensors: dict[str, Tensor]) -> None:
-    """Student, teacher, centres and whatever the recipe carries along; raises CheckpointError."""
+    """Student, teacher, centres and whatever the recipe carries along; raises LearnerError."""
     _fill(state.student, tensors, "student.")
     _fill(state.teacher, tensors, "teacher.")
     _fill(state.centres, tensors, "centres.")
@@ -84,7 +81,7 @@ def load_networks(state: State, tensors: dict[str, Tensor]) -> None:
 
 
 def load_network(network: Network, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Load `prefix`ed tensors; raises CheckpointError naming the first that doesn't fit.
+    """Load `prefix`ed tensors; raises LearnerError naming the first that doesn't fit.
 
     A part that distils, and of which there is no tensor as the network's earlier recipe had no use for it, stays.
     """
@@ -99,9 +96,7 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], prefix: str, stays: tup
         saved = tensors.get(prefix + key)
         if saved is None or saved.shape != value.shape:
             had = "missing" if saved is None else f"of shape {list(saved.shape)}"
-            raise CheckpointError(
-                f"{prefix}{key} is {had}, this recipe needs {list(value.shape)}; use the parent's sizes"
-            )
+            raise LearnerError(f"{prefix}{key} is {had}, this recipe needs {list(value.shape)}; use the parent's sizes")
         value.copy_(saved)
 
 
@@ -111,20 +106,20 @@ def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -
 
 
 def read_file(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (none unless wanted) and the caller's header; raises CheckpointError for a file cut off or of another kind."""
+    """Tensors (none unless wanted) and the caller's header; raises LearnerError for a file cut off or of another kind."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "{}"))
             return {key: file.get_tensor(key) for key in (file.keys() if tensors else ())}, header
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); remove it, and what was in it is made again") from None
+        raise LearnerError(f"{path} is damaged ({error}); remove it, and what was in it is made again") from None
 
 
 def read_header(path: Path, *keys: str) -> dict[str, Any]:
-    """The caller's header; raises CheckpointError where one of these keys isn't in it."""
+    """The caller's header; raises LearnerError where one of these keys isn't in it."""
     header = read_file(path, tensors=False)[1]
     if missing := [key for key in keys if key not in header]:
-        raise CheckpointError(f"{path} is no state of a round: it has no {missing[0]}")
+        raise LearnerError(f"{path} is no state of a round: it has no {missing[0]}")
     return header
 
 

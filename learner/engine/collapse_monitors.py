@@ -30,16 +30,16 @@ def measure(teacher: Tensor, centre: Tensor, temperature: float, cls: Tensor, di
         "centre_norm": centre_norm(centre),
     }
     samples = torch.full((), len(cls), dtype=torch.float64, device=cls.device)
-    distributed.add_up([samples])
+    distributed.sum_over_ranks([samples])
     *numbers, count = torch.stack([value.double() for value in (*seen.values(), samples)]).tolist()  # one wait
     shown = {"dino_gap": dino_gap(dino, teacher.shape[1]), **dict(zip(seen, numbers, strict=True))}
     return shown if count > 1 else shown | dict.fromkeys(("teacher_kl", "max_share", "cls_std"), math.nan)
 
 
-def spread(cls: Tensor) -> dict[str, float]:
+def measure_embeddings(cls: Tensor) -> dict[str, float]:
     """The one monitor of a step without prototypes: `cls_std` of embeddings (B, D), nan for a single image."""
     samples = torch.full((), len(cls), dtype=torch.float64, device=cls.device)
-    distributed.add_up([samples])
+    distributed.sum_over_ranks([samples])
     return {"cls_std": float(cls_std(cls)) if samples > 1 else math.nan}
 
 
@@ -50,7 +50,7 @@ def dino_gap(dino: float, prototypes: int) -> float:
 
 def teacher_entropy(assigned: Tensor) -> Tensor:
     """Mean entropy of the teacher's answers (R, K), over ln K: 1 = uniform, 0 = each image on one prototype."""
-    return distributed.mean(_entropy(assigned)) / math.log(assigned.shape[1])
+    return distributed.mean_over_ranks(_entropy(assigned)) / math.log(assigned.shape[1])
 
 
 def teacher_kl(assigned: Tensor) -> Tensor:
@@ -59,12 +59,12 @@ def teacher_kl(assigned: Tensor) -> Tensor:
     Equals H(mean) - mean H, the mutual information of image and prototype; at most ln R. It falls to 0 in either kind
     of collapse, uniform or one prototype (DINO, Caron et al. 2021, section 5.3).
     """
-    return _entropy(distributed.mean(assigned)) - distributed.mean(_entropy(assigned))
+    return _entropy(distributed.mean_over_ranks(assigned)) - distributed.mean_over_ranks(_entropy(assigned))
 
 
 def max_share(assigned: Tensor) -> Tensor:
     """The largest prototype's share of the mean answer of (R, K): 1/K = evenly used, 1 = one takes all."""
-    return distributed.mean(assigned).max()
+    return distributed.mean_over_ranks(assigned).max()
 
 
 def cls_std(cls: Tensor) -> Tensor:
@@ -73,7 +73,9 @@ def cls_std(cls: Tensor) -> Tensor:
     1 = spread over the whole sphere, 0 = all images look the same.
     """
     unit = torch.nn.functional.normalize(cls.double(), dim=1)
-    return distributed.mean((unit - distributed.mean(unit)).square()).sqrt().mean() * math.sqrt(cls.shape[1])
+    return distributed.mean_over_ranks((unit - distributed.mean_over_ranks(unit)).square()).sqrt().mean() * math.sqrt(
+        cls.shape[1]
+    )
 
 
 def centre_norm(centre: Tensor) -> Tensor:

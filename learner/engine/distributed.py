@@ -1,7 +1,7 @@
 """The processes that share a round: who they are, what they add up, and what they tell each other.
 
 torchrun starts several; started plainly there is one, and every function here hands back what it was given. Numbers of
-a step go over `add_up` and `mean`, decisions over `gather`, so that all ranks decide alike. Knows no loss and no image.
+a step go over `sum_over_ranks` and `mean_over_ranks`, decisions over `gather_values`, so that all ranks decide alike. Knows no loss and no image.
 """
 
 import ctypes
@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from learner.errors import OtherRankExited
+
 # Others wait here while rank 0 packs plates, scores or exports; a rank that dies is noticed at once by torchrun and by
 # its closed connections, so the limit only ends a hang, and may be longer than any night.
 LONGEST_WAIT = timedelta(hours=24)
@@ -27,38 +29,30 @@ POLL_S = 0.05
 SET_PDEATHSIG = 1  # of prctl(2)
 
 Plain = TypeVar("Plain")
-_alone = False
+_rank_zero_only = False
 
 
-class Ended(Exception):
-    """Another rank can't or mustn't go on: `state` and `reason` are its last word, and now this rank's too."""
-
-    def __init__(self, state: str, reason: str) -> None:
-        super().__init__(reason)
-        self.state, self.reason = state, reason
-
-
-def launched() -> bool:
+def under_torchrun() -> bool:
     """Whether torchrun started this process, watches it, and takes every exit code but 0 for a crash."""
     return "RANK" in os.environ
 
 
-def local() -> tuple[int, int]:
+def local_rank_and_size() -> tuple[int, int]:
     """This process's place among those of its machine, and how many they are."""
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Be one of the processes that torchrun started: gloo for decisions and the CPU, nccl for tensors on CUDA."""
-    if not launched():
+    if not under_torchrun():
         yield
         return
     ctypes.CDLL(None).prctl(
         SET_PDEATHSIG, signal.SIGTERM
     )  # torchrun killed: checkpoint and leave, as the agent expects
     store, place, count = next(iter(rendezvous("env://", timeout=LONGEST_WAIT)))
-    store = PrefixStore(_fresh_name(store, place, count), store)
+    store = PrefixStore(_agree_on_prefix(store, place, count), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT, store=store, rank=place, world_size=count)
     try:
@@ -67,7 +61,7 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _fresh_name(store: Store, place: int, count: int) -> str:
+def _agree_on_prefix(store: Store, place: int, count: int) -> str:
     """A name that rank 0 gives this start of the workers, known to all of them when this returns.
 
     torchrun keeps its store when it starts workers again, and in it the addresses of dead ones; its count of restarts
@@ -93,31 +87,31 @@ def _fresh_name(store: Store, place: int, count: int) -> str:
     return mine
 
 
-def world() -> int:
+def world_size() -> int:
     """How many ranks share the round."""
-    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+    return dist.get_world_size() if dist.is_initialized() and not _rank_zero_only else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if world() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this rank writes the files: the lock, checkpoints, metrics, exports and the result."""
     return rank() == 0
 
 
-def share(count: int) -> slice:
+def rank_slice(count: int) -> slice:
     """This rank's part of `count` things in order; the parts differ by one at most, and may be empty."""
-    return slice(count * rank() // world(), count * (rank() + 1) // world())
+    return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 # -- numbers
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all ranks, in one exchange; all ranks give the same shapes and one dtype."""
-    if world() == 1 or not tensors:
+    if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
@@ -125,27 +119,27 @@ def add_up(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def mean(rows: Tensor) -> Tensor:
+def mean_over_ranks(rows: Tensor) -> Tensor:
     """float64 mean over the rows (n, ...) of all ranks; a rank may have none."""
     total = rows.sum(0, dtype=torch.float64)
     count = total.new_tensor(len(rows))
-    add_up([total, count])
+    sum_over_ranks([total, count])
     return total / count
 
 
-def all_rows(rows: Tensor) -> tuple[Tensor, slice]:
+def gather_rows(rows: Tensor) -> tuple[Tensor, slice]:
     """The rows (n, ...) of all ranks, in the order of ranks, and where this rank's lie; a rank may have none."""
-    counts = gather(len(rows))
+    counts = gather_values(len(rows))
     mine = slice(sum(counts[: rank()]), sum(counts[: rank() + 1]))
     table = rows.new_zeros(sum(counts), *rows.shape[1:])
     table[mine] = rows
-    add_up([table])
+    sum_over_ranks([table])
     return table, mine
 
 
-def same(tensors: Iterable[Tensor]) -> None:
+def broadcast(tensors: Iterable[Tensor]) -> None:
     """Every rank takes rank 0's values."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
@@ -153,39 +147,39 @@ def same(tensors: Iterable[Tensor]) -> None:
 # -- decisions
 
 
-def gather(value: Plain) -> list[Plain]:
-    """The plain values that the ranks gave, by rank, on every rank: also a barrier. Raises Ended (see `last_word`)."""
+def gather_values(value: Plain) -> list[Plain]:
+    """The plain values that the ranks gave, by rank, on every rank: also a barrier. Raises OtherRankExited (see `announce_exit`)."""
     said = _exchange((None, value))
     for ending, _ in said:
         if ending:
-            raise Ended(*ending)
+            raise OtherRankExited(*ending)
     return [given for _, given in said]
 
 
-def last_word(state: str, reason: str) -> tuple[str, str]:
-    """Tell the other ranks, at whatever `gather` they wait, that this one leaves; the lowest rank's word, which holds."""
+def announce_exit(state: str, reason: str) -> tuple[str, str]:
+    """Tell the other ranks, at whatever `gather_values` they wait, that this one leaves; the lowest rank's word, which holds."""
     return next(ending for ending, _ in _exchange(((state, reason), None)) if ending)
 
 
 def _exchange(value: tuple) -> list[Any]:
-    if world() == 1:
+    if world_size() == 1:
         return [value]
-    said: list[Any] = [None] * world()
+    said: list[Any] = [None] * world_size()
     dist.all_gather_object(said, value)
     return said
 
 
-def by_first(work: Callable[[], Plain]) -> Plain:
+def on_rank_zero(work: Callable[[], Plain]) -> Plain:
     """What `work` gives on rank 0, a plain value, on every rank; the others wait.
 
     Within `work` rank 0 is alone: feeds hand out whole batches and nothing is exchanged, as in a plain process.
     """
-    global _alone
+    global _rank_zero_only
     given: Any = None
-    if is_first():
-        before, _alone = _alone, True
+    if is_rank_zero():
+        before, _rank_zero_only = _rank_zero_only, True
         try:
             given = work()
         finally:
-            _alone = before
-    return gather(given)[0]
+            _rank_zero_only = before
+    return gather_values(given)[0]

@@ -16,7 +16,7 @@ SHAPES = ("pool", "class_hidden", "pos_embed")  # of the network that answers
 HEADS = ("prototypes", "head_hidden", "bottleneck")  # and of the one that distils
 
 
-def shaped_like(recipe: Recipe, parent: Mapping[str, Any]) -> Recipe:
+def keep_parent_shapes(recipe: Recipe, parent: Mapping[str, Any]) -> Recipe:
     """The recipe, going on from a network that another method's recipe made: its heads keep their shapes.
 
     Within one method a change of sizes isn't taken back, and loading the parent then says what doesn't fit.
@@ -46,7 +46,7 @@ def from_weights(weights: dict[str, Tensor] | None) -> Callable[[State], None]:
     return start
 
 
-def freeze_alike(state: State) -> None:
+def copy_frozen_weights(state: State) -> None:
     """What no step of the student changes is the same in the teacher, as both see tokens of the same frozen blocks."""
     for mine, its in zip(state.student.parameters(), state.teacher.parameters(), strict=True):
         if not mine.requires_grad:

@@ -88,7 +88,7 @@ def clip_each(model: nn.Module, limit: float) -> list[Tensor]:
     return list(norms)
 
 
-def drop_last_layer(model: nn.Module) -> None:
+def drop_prototype_gradient(model: nn.Module) -> None:
     """Throw away the gradient of the prototype layer, so that neither it nor its Adam state moves."""
     for name, parameter in model.named_parameters():
         if "last_layer" in name:
@@ -96,7 +96,7 @@ def drop_last_layer(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def move_average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- m teacher + (1 - m) student, over the parameters."""
     old: list[Tensor] = [*teacher.parameters()]
     new: list[Tensor] = [*student.parameters()]

@@ -1,4 +1,4 @@
-"""One optimiser step over one or several sources of images, and the walk over steps: what every recipe shares.
+"""One optimiser step over one or several sources of images, and the run_steps over steps: what every recipe shares.
 
 An objective says what a part of a batch costs; here the parts are summed, the gradients clipped, the step taken and the
 centres moved. Knows no loss by name, no file and no clock. When memory runs out, the parts get smaller and the result
@@ -14,15 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from learner.engine import distributed
-from learner.engine.collapse_monitors import measure, spread
-from learner.engine.optim import Schedule, clip_each, drop_last_layer, set_rates
+from learner.engine.collapse_monitors import measure, measure_embeddings
+from learner.engine.optim import Schedule, clip_each, drop_prototype_gradient, set_rates
+from learner.errors import LearnerError
 from learner.networks.heads import Network
 from learner.round import collapse_limits
 from learner.round.recipe import Recipe
-
-
-class Stopped(RuntimeError):
-    """The round can't go on; the text is its reason (non-finite, collapse, out of memory)."""
 
 
 class OutOfMemory(torch.OutOfMemoryError):
@@ -89,13 +86,13 @@ ONE_VALUE = "more than 1 value per channel"  # torch's only word for it
 SEEN = "the originals"  # the rows of `Terms.seen` among those of the centres
 Losses = dict[str, float]
 Objective = Callable[[State, Batch, slice], Terms]
-Tick = Callable[[State], Losses]
+StepFunction = Callable[[State], Losses]
 
 
-def optimise(state: State, work: Sequence[tuple[Batch, Objective]], freeze_last: bool = False) -> Losses:
+def optimiser_step(state: State, work: Sequence[tuple[Batch, Objective]], freeze_last: bool = False) -> Losses:
     """One optimiser step on the sum of all sources' objectives; then every centre moves by its rows' mean.
 
-    Forward and backward over parts that fit, sum over ranks, clip, step: every rank takes the same step. Raises Stopped
+    Forward and backward over parts that fit, sum over ranks, clip, step: every rank takes the same step. Raises LearnerError
     when a loss isn't finite: no weight has moved; OutOfMemory when some rank's part didn't fit.
     """
     set_rates(state.optimiser, state.schedule, state.step)
@@ -103,17 +100,17 @@ def optimise(state: State, work: Sequence[tuple[Batch, Objective]], freeze_last:
     try:
         told, rows = _accumulate(state, work)
     except (RuntimeError, MemoryError) as error:
-        if not memory_ran_out(error):
+        if not is_out_of_memory(error):
             raise
         told, rows = None, {}
-    told, rows = _join(state, told, rows)
+    told, rows = _sum_over_ranks(state, told, rows)
     if not np.isfinite(told["loss"]):
-        raise Stopped(f"non-finite: the loss is {told['loss']} at {state.phase} step {state.step}")
+        raise LearnerError(f"non-finite: the loss is {told['loss']} at {state.phase} step {state.step}")
     state.scaler.unscale_(state.optimiser)
     if state.recipe.clip:
         clip_each(state.student, state.recipe.clip)
     if freeze_last:
-        drop_last_layer(state.student)
+        drop_prototype_gradient(state.student)
     state.scaler.step(state.optimiser)
     state.scaler.update()
     seen = rows.pop(SEEN, None)
@@ -121,9 +118,9 @@ def optimise(state: State, work: Sequence[tuple[Batch, Objective]], freeze_last:
         dino = cast(Any, state.centres["dino"])
         told |= measure(rows["dino"], dino.centre, dino.teacher_temp, seen, told["dino"])
     elif seen is not None:
-        told |= spread(seen)
+        told |= measure_embeddings(seen)
     for key, some in rows.items():
-        cast(Any, state.centres[key]).move(distributed.mean(some).to(some.dtype)[None])
+        cast(Any, state.centres[key]).move(distributed.mean_over_ranks(some).to(some.dtype)[None])
     return told
 
 
@@ -143,7 +140,7 @@ def _accumulate(state: State, work: Sequence[tuple[Batch, Objective]]) -> tuple[
     return dict(zip(told, numbers, strict=True)), {key: torch.cat(some) for key, some in rows.items()}
 
 
-def _join(state: State, told: Losses | None, rows: dict[str, Tensor]) -> tuple[Losses, dict[str, Tensor]]:
+def _sum_over_ranks(state: State, told: Losses | None, rows: dict[str, Tensor]) -> tuple[Losses, dict[str, Tensor]]:
     """Gradients and numbers := their sums over the ranks; rows stay, none of a kind that only others have.
 
     A kind of which no rank has a row, such as patches in a step that masks none, is left out: its centre stays.
@@ -151,7 +148,7 @@ def _join(state: State, told: Losses | None, rows: dict[str, Tensor]) -> tuple[L
     """
     parameters = [*state.student.parameters()]
     has = [parameter.grad is not None for parameter in parameters]
-    given = distributed.gather((told, has, {key: some.shape[1:] for key, some in rows.items() if len(some)}))
+    given = distributed.gather_values((told, has, {key: some.shape[1:] for key, some in rows.items() if len(some)}))
     losses = [theirs for theirs, _, _ in given if theirs is not None]
     if len(losses) < len(given):
         raise OutOfMemory(f"on {len(given) - len(losses)} of {len(given)} ranks")
@@ -159,29 +156,29 @@ def _join(state: State, told: Losses | None, rows: dict[str, Tensor]) -> tuple[L
     for parameter in touched:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    distributed.add_up([cast(Tensor, parameter.grad) for parameter in touched])
+    distributed.sum_over_ranks([cast(Tensor, parameter.grad) for parameter in touched])
     shapes = {key: shape for _, _, theirs in given for key, shape in theirs.items()}
     rows = {key: rows.get(key, torch.empty(0, *shape, device=parameters[0].device)) for key, shape in shapes.items()}
     names = dict.fromkeys(name for theirs in losses for name in theirs)
     return {name: sum(theirs.get(name, 0.0) for theirs in losses) for name in names}, rows
 
 
-def memory_ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory ran out, or the machine's, of which torch tells in words alone."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def must_be_numbers(what: str, tensors: Iterable[Tensor]) -> None:
-    """Raises Stopped for a nan or an infinity: the last step of a phase has no loss after it that would tell."""
+def require_finite(what: str, tensors: Iterable[Tensor]) -> None:
+    """Raises LearnerError for a nan or an infinity: the last step of a phase has no loss after it that would tell."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise Stopped(f"non-finite: {what} aren't all numbers; a lower learning rate is the usual cure")
+        raise LearnerError(f"non-finite: {what} aren't all numbers; a lower learning rate is the usual cure")
 
 
-def watch(state: State, losses: Losses) -> None:
-    """Count how long each collapse monitor has been out of bounds; raises Stopped when one has lost patience."""
-    state.watch = collapse_limits.count(state.watch, losses)
-    if why := collapse_limits.reason(state.watch, losses):
-        raise Stopped(f"{why}, at {state.phase} step {state.step}")
+def check_collapse(state: State, losses: Losses) -> None:
+    """Count how long each collapse monitor has been out of bounds; raises LearnerError when one has lost patience."""
+    state.watch = collapse_limits.count_steps_beyond(state.watch, losses)
+    if why := collapse_limits.collapse_reason(state.watch, losses):
+        raise LearnerError(f"{why}, at {state.phase} step {state.step}")
 
 
 def parts(size: int, micro: int) -> list[slice]:
@@ -195,40 +192,40 @@ def share_of(batch: Batch, part: slice) -> float:
     return (part.stop - part.start) / batch.whole
 
 
-def full(x: Tensor) -> Tensor:
+def in_float32(x: Tensor) -> Tensor:
     """Losses are taken in float32 at least."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def walk(state: State, tick: Tick, after: Callable[[Losses], None]) -> None:
+def run_steps(state: State, tick: StepFunction, after: Callable[[Losses], None]) -> None:
     """From where the state stands to the end of its phase; calls `after` when each optimiser step is complete.
 
-    Whatever `after` raises leaves a state from which another `walk` goes on exactly.
+    Whatever `after` raises leaves a state from which another `run_steps` goes on exactly.
     """
     while state.step < state.schedule.steps:
-        after(_halving(state, tick))
+        after(_step_in_smaller_parts(state, tick))
 
 
-def _halving(state: State, tick: Tick) -> Losses:
-    """A tick; when memory runs out, the same tick again in halves, noted; raises Stopped at one image a pass."""
+def _step_in_smaller_parts(state: State, tick: StepFunction) -> Losses:
+    """A tick; when memory runs out, the same tick again in halves, noted; raises LearnerError at one image a pass."""
     while True:
         try:
             # stochastic depth draws from torch's generator: seeded by place, never saved
-            torch.manual_seed(seed_of(state))
+            torch.manual_seed(step_seed(state))
             return tick(state)
         except ValueError as error:
             if ONE_VALUE not in str(error):
                 raise
-            raise Stopped(
+            raise LearnerError(
                 f"batch norm: a pass over one image leaves one value a channel ({error}), and no statistic; use a larger "
                 "image_size, a batch of two or more, or more images in range train"
             ) from None
         except (RuntimeError, MemoryError) as error:
-            if not memory_ran_out(error) or (distributed.world() > 1 and not isinstance(error, OutOfMemory)):
+            if not is_out_of_memory(error) or (distributed.world_size() > 1 and not isinstance(error, OutOfMemory)):
                 raise  # the others don't know: a crash, and all go on from the checkpoint
-            size = state.micro or -(-state.recipe.batch // distributed.world())
+            size = state.micro or -(-state.recipe.batch // distributed.world_size())
             if size == 1:
-                raise Stopped(
+                raise LearnerError(
                     "out of memory: one image a pass doesn't fit; use smaller images or a smaller arch"
                 ) from None
             state.micro = max(1, size // 2)
@@ -240,7 +237,7 @@ def _halving(state: State, tick: Tick) -> Losses:
                 torch.cuda.empty_cache()
 
 
-def seed_of(state: State) -> int:
+def step_seed(state: State) -> int:
     """A number that depends on the place in the round alone: seed, phase, step, batch of a correction, and rank."""
     phase = int.from_bytes(state.phase.encode()[:6])
     place = [state.recipe.seed, phase, state.step, 0 if state.burst is None else 1 + state.burst]

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from learner.engine.optim import move_average
+from learner.engine.optim import ema_update
 
 Weights = dict[str, Tensor]
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def ema_update_with_buffers(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- m teacher + (1 - m) student over the parameters; the buffers are copied."""
-    move_average(teacher, student, momentum)
+    ema_update(teacher, student, momentum)
     for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
         old.copy_(new)
 
@@ -46,7 +46,7 @@ def soup(ingredients: Iterable[Weights]) -> Weights:
 
 
 @torch.no_grad()
-def settle(backbone: nn.Module, batches: Iterable[Tensor]) -> None:
+def recompute_batch_norm(backbone: nn.Module, batches: Iterable[Tensor]) -> None:
     """Batch-norm statistics := those of these images, each batch alike; a network without any looks at none.
 
     What Izmailov et al. 2018 do after averaging. All else is in eval mode meanwhile.

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from cxrloop.plate import PLATE_SHAPE
 from learner.data.augment import blur, normalise, resize_matrix, to_image
 from learner.data.plates import read_plate
-from learner.engine.checkpoint import CheckpointError, load_network, read_file
-from learner.networks.architecture import BackboneError
+from learner.engine.checkpoint import load_network, read_file
+from learner.errors import LearnerError
 from learner.networks.backbone import Backbone
 from learner.networks.convnet import ConvNet
 from learner.networks.heads import Network, make_network
-from learner.round.manifest import ManifestError
-from learner.round.recipe import Recipe, RecipeError
+from learner.round.recipe import Recipe
 
 METHODS = (
     "heatmap", "gradient", "guided", "ig", "ig-blurred", "smoothgrad", "smoothgrad-ig", "attention", "rollout",
@@ -44,10 +43,6 @@ CLIP = 0.99  # quantile shown as full strength, so that one pixel doesn't hide t
 Logit = Callable[[Tensor], Tensor]  # images (B, ...) -> one finding's logit (B,)
 
 
-class SaliencyError(ValueError):
-    """A map that can't be had of this network or image: says why and what to ask for instead."""
-
-
 def gradient(logit: Logit, images: Tensor) -> Tensor:
     """d logit / d image, of the images' shape (B, ...)."""
     images = images.detach().requires_grad_()
@@ -57,7 +52,7 @@ def gradient(logit: Logit, images: Tensor) -> Tensor:
 def guided(network: nn.Module, logit: Logit, images: Tensor) -> Tensor:
     """Guided backpropagation (Springenberg et al., ICLR workshop 2015): each ReLU passes R 1[R > 0] 1[f > 0] back.
 
-    Raises SaliencyError where something other than a ReLU bends: the rule is defined for ReLU only.
+    Raises LearnerError where something other than a ReLU bends: the rule is defined for ReLU only.
     """
     with _guiding(network):
         return gradient(logit, images)
@@ -68,7 +63,7 @@ def _guiding(network: nn.Module) -> Iterator[None]:
     bends = [part for part in network.modules() if ".activation" in type(part).__module__]
     others = sorted({type(part).__name__ for part in bends if not isinstance(part, (nn.ReLU, nn.ReLU6))})
     if others or not bends:
-        raise SaliencyError(
+        raise LearnerError(
             f"this network has {', '.join(others) or 'no ReLU'}, and guided backpropagation is defined for ReLU "
             "alone (resnet, densenet, vgg); ask for gradient, ig or smoothgrad"
         )
@@ -102,7 +97,7 @@ def completeness(logit: Logit, images: Tensor, baseline: Tensor, made: Tensor) -
 def complete(logit: Logit, images: Tensor, baseline: Tensor) -> tuple[Tensor, float]:
     """Integrated gradients with as many steps as they need, and the largest completeness error.
 
-    Raises SaliencyError when the sum is still off by COMPLETE at MOST_STEPS.
+    Raises LearnerError when the sum is still off by COMPLETE at MOST_STEPS.
     """
     steps, made, error = STEPS, images, float("inf")
     while steps <= MOST_STEPS:
@@ -111,7 +106,7 @@ def complete(logit: Logit, images: Tensor, baseline: Tensor) -> tuple[Tensor, fl
         if error < COMPLETE:
             return made, error
         steps *= 2
-    raise SaliencyError(
+    raise LearnerError(
         f"integrated gradients: the sum is {error:.0%} off after {MOST_STEPS} steps (allowed {COMPLETE:.0%}): "
         "image and baseline score alike, or the network is too kinked; ask for another baseline or for smoothgrad"
     )
@@ -169,7 +164,7 @@ def explain(network: Network, recipe: Recipe, images: Tensor, finding: int, meth
         case "heatmap":
             with torch.no_grad():
                 embedding, trace = network.backbone.trace(seen)
-                return trace.along(network.cls_head.gradient(embedding)[:, finding : finding + 1]), None
+                return trace.contributions(network.cls_head.gradient(embedding)[:, finding : finding + 1]), None
         case "gradient":
             return gradient(logit, images), None
         case "guided":
@@ -187,7 +182,7 @@ def explain(network: Network, recipe: Recipe, images: Tensor, finding: int, meth
             return attention(network.backbone, seen), None
         case "rollout":
             return rollout(network.backbone, seen), None
-    raise SaliencyError(f"method {method}: must be one of {', '.join(METHODS)}")
+    raise LearnerError(f"method {method}: must be one of {', '.join(METHODS)}")
 
 
 def blurred(images: Tensor, sigma: float = BLUR) -> Tensor:
@@ -203,15 +198,15 @@ def shown(made: Tensor, positive: bool = False) -> Tensor:
 
 
 def open_state(path: Path) -> tuple[Network, Recipe, list[str]]:
-    """The network of a round's state.safetensors that went into its bundle, in evaluation mode; raises SaliencyError."""
+    """The network of a round's state.safetensors that went into its bundle, in evaluation mode; raises LearnerError."""
     try:
         tensors, header = read_file(path)
         # a key that a later version added has its default here, which is how that older network was trained
         plan, recipe, findings = header["plan"], Recipe().override(header["recipe"]), header["findings"]
         network = make_network(plan, recipe, len(findings))
         load_network(network, tensors, f"{recipe.serve}.")
-    except (OSError, SafetensorError, KeyError, RecipeError, BackboneError, CheckpointError) as error:
-        raise SaliencyError(f"{path}: not the state of a trained round ({error})") from None
+    except (OSError, SafetensorError, KeyError, LearnerError) as error:
+        raise LearnerError(f"{path}: not the state of a trained round ({error})") from None
     return network.eval().requires_grad_(False), recipe, findings
 
 
@@ -228,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         network, recipe, findings = open_state(asked.state)
         if asked.finding not in findings:
-            raise SaliencyError(f"--finding {asked.finding}: this network knows {', '.join(findings)}")
+            raise LearnerError(f"--finding {asked.finding}: this network knows {', '.join(findings)}")
         torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
         plate = torch.from_numpy(read_plate(asked.plate))
         images = to_image(plate[None], resize_matrix(PLATE_SHAPE[0], recipe.image_size))
@@ -236,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         made, error = explain(network, recipe, images, place, asked.method)
         with torch.no_grad():
             logit = network.classify(normalise(images, recipe))[0, place].item()
-    except (SaliencyError, BackboneError, ManifestError) as error:
+    except LearnerError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     # heads of an attention are separate maps: each is shown at its own strength

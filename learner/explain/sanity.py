@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.evaluation.auc import midranks
-from learner.networks.backbone import inner
+from learner.networks.backbone import timm_network
 from learner.networks.heads import Network
 
 
@@ -40,7 +40,7 @@ def cascade(network: Network, draw: Callable[[Network], Tensor], seed: int = 0) 
 def stages(network: Network) -> Iterator[tuple[str, nn.Module]]:
     """The class head, the backbone's parts from the last to the first (sequences part by part), and all of it."""
     yield "class head", network.cls_head
-    net = inner(network.backbone)
+    net = timm_network(network.backbone)
     for name, part in reversed(list(net.named_children())):
         if isinstance(part, nn.Sequential):
             yield from ((f"{name}.{key}", piece) for key, piece in reversed(list(part.named_children())))

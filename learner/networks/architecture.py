@@ -10,17 +10,15 @@ from typing import Any
 import timm
 from torch import Tensor
 
+from learner.errors import LearnerError
+
 Plan = dict[str, Any]  # {"timm": name, ...}, or {"embed_dim": ..., "depth": ..., ...}: arguments of VisionTransformer
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # embedding width and heads
 ARCH = re.compile(r"vit_(tiny|small|base)_patch(\d+)(?:_depth(\d+))?")
 
 
-class BackboneError(ValueError):
-    """A backbone that can't be had: says which and what to do."""
-
-
-def bare(name: str) -> str:
+def timm_name(name: str) -> str:
     """A timm name without the hub's prefixes: `timm/resnet50.a1_in1k` -> `resnet50.a1_in1k`."""
     return name.removeprefix("timm/").split(":")[-1].removeprefix("timm/")
 
@@ -31,11 +29,11 @@ def plan_of(arch: str, image_size: int) -> Plan:
     if match:
         dim, heads = SIZES[match[1]]
         patch, depth = int(match[2]), int(match[3] or 12)
-        size = round_to(image_size, patch)
+        size = round_to_patch(image_size, patch)
         return {"img_size": size, "patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads}
     if not timm.is_model(arch):
         near = timm.list_models(f"*{arch.split('_')[0]}*")[:3]
-        raise BackboneError(f'arch = "{arch}": neither vit_{{tiny,small,base}}_patchN nor a timm model; near: {near}')
+        raise LearnerError(f'arch = "{arch}": neither vit_{{tiny,small,base}}_patchN nor a timm model; near: {near}')
     return {"timm": arch}
 
 
@@ -47,14 +45,14 @@ def infer_plan(weights: dict[str, Tensor], note: dict[str, str], name: str) -> P
         hidden, taken = weights["blocks.0.mlp.fc1.weight"].shape[0], weights["blocks.0.mlp.fc2.weight"].shape[1]
         places = weights["pos_embed"].shape[1]
     except KeyError as error:
-        raise BackboneError(f"backbone {name}: no tensor {error}: not a plain vision transformer") from None
+        raise LearnerError(f"backbone {name}: no tensor {error}: not a plain vision transformer") from None
     if hidden != taken:
-        raise BackboneError(f"backbone {name}: gated MLP (SwiGLU) isn't read from a file; give its timm name")
+        raise LearnerError(f"backbone {name}: gated MLP (SwiGLU) isn't read from a file; give its timm name")
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     alone = isqrt(places) ** 2 == places  # a table without places for CLS and registers
     side = isqrt(places if alone else places - 1 - registers)
     if side * side + (0 if alone else 1 + registers) != places:
-        raise BackboneError(f"backbone {name}: {places} position embeddings aren't a square grid")
+        raise LearnerError(f"backbone {name}: {places} position embeddings aren't a square grid")
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
     return {
         "img_size": side * patch, "patch_size": patch, "embed_dim": dim, "depth": depth,
@@ -65,6 +63,6 @@ def infer_plan(weights: dict[str, Tensor], note: dict[str, str], name: str) -> P
     }  # fmt: skip
 
 
-def round_to(size: int, patch: int) -> int:
+def round_to_patch(size: int, patch: int) -> int:
     """The multiple of the patch nearest to this image side, at least one patch."""
     return max(1, round(size / patch)) * patch

@@ -23,7 +23,7 @@ class Trace:
         self.vit, self.pool, self.last, self.patches = vit, pool, last, patches
         self.look, self.value, self.grid = look, value, grid
 
-    def along(self, directions: Tensor) -> Tensor:
+    def contributions(self, directions: Tensor) -> Tensor:
         """Contribution of each patch along `directions` (B, F, D) of the embedding: (B, F, h, w); + speaks for it.
 
         With the mean of patches: the patch's own share. With a class token: what the patch says to it in the last

@@ -20,9 +20,10 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from learner.networks.architecture import ARCH, BackboneError, Plan, bare, infer_plan, plan_of, round_to
+from learner.errors import LearnerError
+from learner.networks.architecture import ARCH, Plan, infer_plan, plan_of, round_to_patch, timm_name
 from learner.networks.attribution import Trace
-from learner.networks.class_token import class_token, from_heads, is_plain
+from learner.networks.class_token import class_token, finish_block, is_plain_block
 from learner.networks.convnet import ConvNet
 from learner.round.recipe import Recipe
 
@@ -77,9 +78,9 @@ class Backbone(nn.Module):
         return self.vit.blocks[: self.frozen](self.embed(images))
 
     def freeze(self, blocks: int) -> "Backbone":
-        """Leave the embedding and the first `blocks` blocks as they are; raises BackboneError for too many."""
+        """Leave the embedding and the first `blocks` blocks as they are; raises LearnerError for too many."""
         if blocks > len(self.vit.blocks):
-            raise BackboneError(f"frozen_blocks = {blocks}: this network has {len(self.vit.blocks)} blocks")
+            raise LearnerError(f"frozen_blocks = {blocks}: this network has {len(self.vit.blocks)} blocks")
         self.frozen = blocks
         above = {id(p) for part in (self.vit.blocks[blocks:], self.vit.norm) for p in part.parameters()}
         for parameter in self.vit.parameters() if blocks else ():
@@ -135,8 +136,8 @@ class Backbone(nn.Module):
         query, key, value = self._qkv(block, tokens)
         look = (query[:, :, :1] @ key.transpose(-2, -1)).softmax(-1)  # (B, heads, 1, tokens)
         # a class token doesn't need the patches behind the last block: a fourteenth of the arithmetic
-        alone = self.pool == "cls" and is_plain(block)
-        last = from_heads(block, tokens[:, :1], look @ value) if alone else block(tokens)
+        alone = self.pool == "cls" and is_plain_block(block)
+        last = finish_block(block, tokens[:, :1], look @ value) if alone else block(tokens)
         normed = self.vit.norm(last)
         patches = normed[:, self.vit.num_prefix_tokens :]
         grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
@@ -168,21 +169,21 @@ def build(plan: Plan, pos_embed: str = "dino", pool: str = "cls", drop_path: flo
 
 def _created(name: str, pretrained: bool = False, **for_vit: Any) -> nn.Module:
     """A timm network without its classifier; image size and stochastic depth are a transformer's."""
-    if is_model_in_modules(bare(name), VIT_MODULES):
+    if is_model_in_modules(timm_name(name), VIT_MODULES):
         return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **for_vit)
     return timm.create_model(name, pretrained=pretrained, num_classes=0)
 
 
 def _wrapped(net: nn.Module, name: str, pos_embed: str = "dino", pool: str = "cls") -> Backbone | ConvNet:
     # a subclass (DeiT's second token), another block or another last norm would be run and explained as what it isn't
-    plain = type(net) is VisionTransformer and is_plain(net.blocks[-1]) and isinstance(net.norm, nn.LayerNorm)
+    plain = type(net) is VisionTransformer and is_plain_block(net.blocks[-1]) and isinstance(net.norm, nn.LayerNorm)
     if isinstance(net, VisionTransformer) and plain and net.cls_token is not None and net.pos_embed is not None:
         return Backbone(net, pos_embed, pool)
     return ConvNet(net, name)
 
 
 @torch.no_grad()
-def at_size(trained: Backbone | ConvNet, plan: Plan, size: int) -> Backbone | ConvNet:
+def resized(trained: Backbone | ConvNet, plan: Plan, size: int) -> Backbone | ConvNet:
     """A copy whose native image is `size`, for the export: position embeddings, if any, resampled once."""
     if isinstance(trained, ConvNet):
         return deepcopy(trained)
@@ -194,7 +195,7 @@ def at_size(trained: Backbone | ConvNet, plan: Plan, size: int) -> Backbone | Co
 
 
 def open_backbone(recipe: Recipe) -> tuple[Plan, dict[str, Tensor] | None]:
-    """The plan, and the pretrained weights (None = start at random, with a warning); raises BackboneError."""
+    """The plan, and the pretrained weights (None = start at random, with a warning); raises LearnerError."""
     if recipe.backbone == "random":
         warnings.warn(
             f"no pretrained backbone: {recipe.arch} starts from random weights and will learn little from few images; "
@@ -208,27 +209,30 @@ def open_backbone(recipe: Recipe) -> tuple[Plan, dict[str, Tensor] | None]:
 
 
 def _from_hub(name: str) -> tuple[Plan, dict[str, Tensor]]:
-    hint, asked = "give a local file instead: --backbone FILE.safetensors", bare(name)  # timm finds its hub page itself
+    hint, asked = (
+        "give a local file instead: --backbone FILE.safetensors",
+        timm_name(name),
+    )  # timm finds its hub page itself
     if not timm.is_model(asked):
-        raise BackboneError(f'backbone = "{name}": no such file and no timm model of that name; {hint}')
+        raise LearnerError(f'backbone = "{name}": no such file and no timm model of that name; {hint}')
     try:
         net = _created(asked, pretrained=True)
     except HUB_ERRORS as error:
-        raise BackboneError(
+        raise LearnerError(
             f'backbone = "{name}": the hub can\'t be reached ({type(error).__name__}); {hint}'
         ) from error
-    return {"timm": asked}, inner(_wrapped(net, asked)).state_dict()
+    return {"timm": asked}, timm_network(_wrapped(net, asked)).state_dict()
 
 
 def weights_of(backbone: "Backbone | ConvNet", plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under timm's key names and the metadata from which `read_weights` rebuilds the network."""
-    net = inner(backbone)
+    net = timm_network(backbone)
     note = {"timm": str(plan["timm"])} if "timm" in plan else {"num_heads": str(plan["num_heads"])}
     return {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, note
 
 
 def read_weights(path: Path, arch: str = "") -> tuple[Plan, dict[str, Tensor]]:
-    """Plan and weights (float32) of a safetensors file with timm's key names; raises BackboneError.
+    """Plan and weights (float32) of a safetensors file with timm's key names; raises LearnerError.
 
     A vision transformer is read off its shapes; another net's name stands in the file's metadata (`timm`), else in `arch`.
     """
@@ -237,26 +241,26 @@ def read_weights(path: Path, arch: str = "") -> tuple[Plan, dict[str, Tensor]]:
             note = file.metadata() or {}
             weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise BackboneError(f"backbone {path}: can't be read ({error}); needs a .safetensors file") from None
+        raise LearnerError(f"backbone {path}: can't be read ({error}); needs a .safetensors file") from None
     marks = [key for key in weights if key.endswith("cls_token")]
     if marks:
         weights = _under(min(marks, key=len).removesuffix("cls_token"), weights)
         plan = infer_plan(weights, note, str(path))
     else:
-        plan = {"timm": bare(note.get("timm", arch))}
+        plan = {"timm": timm_name(note.get("timm", arch))}
         if ARCH.fullmatch(plan["timm"]) or not timm.is_model(plan["timm"]):
-            raise BackboneError(
+            raise LearnerError(
                 f"backbone {path}: no cls_token, so no vision transformer with timm's key names, and the file doesn't "
                 'say which net it is; put its timm name, such as arch = "densenet121", or save it with metadata `timm`'
             )
-    wanted = inner(build(plan)).state_dict()
+    wanted = timm_network(build(plan)).state_dict()
     if not marks:
         first = next(iter(wanted))
         ends = [key for key in weights if key.endswith(first)]
         weights = _under(min(ends, key=len, default=first).removesuffix(first), weights)
     wrong = sorted(k for k in wanted if k not in weights or weights[k].shape != wanted[k].shape)
     if wrong:
-        raise BackboneError(f"backbone {path}: {len(wrong)} tensors missing or of another shape, first {wrong[0]}")
+        raise LearnerError(f"backbone {path}: {len(wrong)} tensors missing or of another shape, first {wrong[0]}")
     return plan, {key: weights[key] for key in wanted}
 
 
@@ -264,7 +268,7 @@ def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
-def inner(backbone: Backbone | ConvNet) -> nn.Module:
+def timm_network(backbone: Backbone | ConvNet) -> nn.Module:
     """The timm network itself, whose key names weights have."""
     return backbone.vit if isinstance(backbone, Backbone) else backbone.net
 
@@ -274,7 +278,7 @@ def fit_sizes(recipe: Recipe, net: Backbone | ConvNet) -> Recipe:
 
     frozen_blocks = -1 becomes a number: all but the last where pretrained weights are named, else none; said too.
     """
-    whole, local = round_to(recipe.image_size, net.patch), round_to(recipe.local_size, net.patch)
+    whole, local = round_to_patch(recipe.image_size, net.patch), round_to_patch(recipe.local_size, net.patch)
     if (whole, local) != (recipe.image_size, recipe.local_size):
         warnings.warn(
             f"patch {net.patch}: image {recipe.image_size} -> {whole} px, local {recipe.local_size} -> {local} px",

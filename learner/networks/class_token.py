@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 def class_token(block: nn.Module, tokens: Tensor) -> Tensor:
     """Tokens (B, T, D) -> the class token behind this block (B, 1, D); any other kind of block is run in full."""
-    if not is_plain(block):
+    if not is_plain_block(block):
         return block(tokens)[:, :1]
     attention = cast(Attention, block.attn)
     seen, width = block.norm1(tokens), attention.attn_dim
@@ -25,16 +25,16 @@ def class_token(block: nn.Module, tokens: Tensor) -> Tensor:
     key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, width of a head)
     dropped = attention.attn_drop.p if attention.training else 0.0
     heads = F.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value, dropout_p=dropped)
-    return from_heads(block, tokens[:, :1], heads)
+    return finish_block(block, tokens[:, :1], heads)
 
 
-def is_plain(block: nn.Module) -> TypeGuard[Block]:
+def is_plain_block(block: nn.Module) -> TypeGuard[Block]:
     """Whether a block is timm's plain one, whose parts are known."""
     attention = getattr(block, "attn", None)
     return type(block) is Block and type(attention) is Attention and attention.gate is None
 
 
-def from_heads(block: Block, token: Tensor, heads: Tensor) -> Tensor:
+def finish_block(block: Block, token: Tensor, heads: Tensor) -> Tensor:
     """The rest of a block, from what its heads (B, heads, 1, width of a head) say to the token (B, 1, D) that came in."""
     attention = cast(Attention, block.attn)
     said = attention.proj_drop(attention.proj(attention.norm(heads.transpose(1, 2).flatten(2))))

@@ -9,7 +9,7 @@ from typing import Never, cast
 import torch
 from torch import Tensor, nn
 
-from learner.networks.architecture import BackboneError
+from learner.errors import LearnerError
 
 TRIED = 128  # px of the blank image that tells width and stride: four places a side at the usual stride of 32
 
@@ -17,7 +17,7 @@ TRIED = 128  # px of the blank image that tells width and stride: four places a 
 class ConvNet(nn.Module):
     """A convolutional net: images (B, 1 or 3, H, W) of any size above its stride -> mean feature (B, D).
 
-    Raises BackboneError for a net whose features aren't a map of channels (B, D, h, w) at every image size.
+    Raises LearnerError for a net whose features aren't a map of channels (B, D, h, w) at every image size.
     """
 
     pool = "mean"
@@ -50,12 +50,12 @@ class ConvNet(nn.Module):
 
     def attentions(self, images: Tensor) -> Never:
         """Refused: there is none."""
-        raise BackboneError(f"{self.name} is a convolutional net and has no attention; use another method")
+        raise LearnerError(f"{self.name} is a convolutional net and has no attention; use another method")
 
     def freeze(self, blocks: int) -> "ConvNet":
-        """Raises BackboneError for any: a convolutional net has no blocks of equal shape to freeze."""
+        """Raises LearnerError for any: a convolutional net has no blocks of equal shape to freeze."""
         if blocks:
-            raise BackboneError(f"frozen_blocks = {blocks}: {self.name} is no transformer; set it to 0")
+            raise LearnerError(f"frozen_blocks = {blocks}: {self.name} is no transformer; set it to 0")
         return self
 
     def load(self, weights: dict[str, Tensor]) -> None:
@@ -69,7 +69,7 @@ class ConvTrace:
     def __init__(self, features: Tensor) -> None:
         self.features = features
 
-    def along(self, directions: Tensor) -> Tensor:
+    def contributions(self, directions: Tensor) -> Tensor:
         """Share of each place along `directions` (B, F, D): (B, F, h, w), which sums to direction . embedding.
 
         The class activation map (Zhou et al., CVPR 2016) with the head's own slope as its weights.
@@ -97,8 +97,8 @@ def _keep_what_runs(net: nn.Module) -> torch.Size:
     return cast(Tensor, features).shape
 
 
-def _no_features(name: str) -> BackboneError:
-    return BackboneError(
+def _no_features(name: str) -> LearnerError:
+    return LearnerError(
         f'backbone = "{name}": needs a plain vision transformer with one class token, learned positions and a last norm, '
         "or a convolutional net that takes any image size"
     )

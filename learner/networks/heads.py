@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learner.networks.architecture import BackboneError, Plan
+from learner.errors import LearnerError
+from learner.networks.architecture import Plan
 from learner.networks.backbone import Backbone, build
 from learner.networks.convnet import ConvNet
 from learner.round.recipe import Recipe
@@ -119,7 +120,7 @@ def make_network(plan: Plan, recipe: Recipe, findings: int, drop_path: float = 0
     network = Network(backbone, head, ClassHead(backbone.dim, findings, recipe.class_hidden))
     if recipe.ibot:
         if not isinstance(backbone, Backbone):
-            raise BackboneError(f"ibot = {recipe.ibot}: {backbone.name} has no patches to mask; set it to 0")
+            raise LearnerError(f"ibot = {recipe.ibot}: {backbone.name} has no patches to mask; set it to 0")
         width = backbone.vit.embed_dim
         network.mask = nn.Parameter(torch.zeros(width))
         network.patch_head = DinoHead(width, recipe.prototypes, recipe.head_hidden, recipe.bottleneck)

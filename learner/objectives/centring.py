@@ -3,7 +3,7 @@
 from torch import nn
 
 from learner.objectives.dino import DinoLoss
-from learner.objectives.pseudo_targets import MeanAnswer
+from learner.objectives.pseudo_targets import MeanPrediction
 from learner.objectives.self_supervised import PatchLoss
 from learner.round.recipe import Recipe
 
@@ -19,5 +19,5 @@ def make_centres(recipe: Recipe, findings: int) -> nn.ModuleDict:
     if recipe.ibot:
         centres["ibot"] = PatchLoss(*shape)
     if recipe.align:
-        centres["answer"] = MeanAnswer(findings)
+        centres["answer"] = MeanPrediction(findings)
     return centres

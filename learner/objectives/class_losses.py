@@ -66,7 +66,7 @@ def effective_weights(labels: Tensor, beta: float = 0.999) -> Tensor:
     return weights.to(labels.dtype)
 
 
-def balanced(labels: Tensor) -> Balance:
+def class_balance(labels: Tensor) -> Balance:
     """`effective_weights` of the positives of labels (N, F), and findings weighed so that each keeps its own sum.
 
     A finding's known labels weigh 1 on average as without balance: a rare one isn't louder than the others, and a

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from learner.engine.step import Batch, Objective, State, Terms, full, share_of
+from learner.engine.step import Batch, Objective, State, Terms, in_float32, share_of
 from learner.objectives.class_losses import Balance, label_loss, self_training_loss
 
 
@@ -46,7 +46,7 @@ class DinoLoss(nn.Module):
         self.centre.mul_(self.momentum).add_(mean_teacher, alpha=1 - self.momentum)
 
 
-def distilling(lam: float, class_weight: float) -> Objective:
+def self_distillation(lam: float, class_weight: float) -> Objective:
     """lam L_dino + class_weight L_self: the student's noised view against the teacher's soft answer on the original."""
 
     def objective(state: State, batch: Batch, part: slice) -> Terms:
@@ -58,7 +58,7 @@ def distilling(lam: float, class_weight: float) -> Objective:
     return objective
 
 
-def correcting(lam: float, class_weight: float, balance: Balance | None = None) -> Objective:
+def correction(lam: float, class_weight: float, balance: Balance | None = None) -> Objective:
     """lam L_dino + class_weight L_label on labelled images; with lam = 0 only the noised view is looked at."""
 
     def objective(state: State, batch: Batch, part: slice) -> Terms:
@@ -74,7 +74,7 @@ def correcting(lam: float, class_weight: float, balance: Balance | None = None) 
             return _both(state, batch, part, lam, class_weight, hard)
         views = batch.views(part)
         with autocast(state, views[0]):
-            logits = full(state.student.classify(views[1]))
+            logits = in_float32(state.student.classify(views[1]))
         classes = hard(logits, logits)
         return Terms(class_weight * classes, {"classes": classes})
 
@@ -95,10 +95,13 @@ def _both(
     with autocast(state, views[0]):
         with torch.no_grad():
             seen = state.teacher.encode(views[:2])
-            teacher_head, teacher_class = full(state.teacher.head(seen)), full(state.teacher.cls_head(seen[:samples]))
+            teacher_head, teacher_class = (
+                in_float32(state.teacher.head(seen)),
+                in_float32(state.teacher.cls_head(seen[:samples])),
+            )
         student_head, student_class = state.student(views)
-    classes = cost(full(student_class)[samples:], teacher_class)  # class logits of the noised view
-    dino = state.centres["dino"](full(student_head), teacher_head) * share_of(batch, part)
+    classes = cost(in_float32(student_class)[samples:], teacher_class)  # class logits of the noised view
+    dino = state.centres["dino"](in_float32(student_head), teacher_head) * share_of(batch, part)
     shown = {"dino": dino, "classes": classes}
     return Terms(
         lam * dino + class_weight * classes, shown, {"dino": teacher_head}, seen[:samples] if watched else None

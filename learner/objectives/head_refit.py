@@ -13,19 +13,21 @@ from learner.objectives.pseudo_targets import shrunk_prevalence
 
 PENALTY = 0.02  # ridge of a head fitted on many soft answers
 FEW_PENALTY = 0.1  # and of one fitted on the labelled images alone
-OWN = 1 / 3  # the labels' own share of the mean
-TRAINED = 1 / 2  # and, of both beside a head that was trained, that head's
+LABEL_SHARE = 1 / 3  # the labels' own share of the mean
+TRAINED_SHARE = 1 / 2  # and, of both beside a head that was trained, that head's
 
 
-def answer(
+def fit_graph_and_labels(
     seen: Tensor, labels: Tensor, neighbours: int, components: int, weights: Tensor | None = None
-) -> logistic.Linear:
+) -> logistic.LinearHead:
     """The head for features (N, D) and labels (N, F), nan = unknown, from all images; weights (N, F) of labels or None."""
     soft = pseudo_labels(seen, labels, shrunk_prevalence(labels), neighbours, components)
-    return mean(logistic.fit(seen, soft, PENALTY), logistic.fit(seen, labels, FEW_PENALTY, weights), seen)
+    return blend_heads(logistic.fit(seen, soft, PENALTY), logistic.fit(seen, labels, FEW_PENALTY, weights), seen)
 
 
-def mean(first: logistic.Linear, second: logistic.Linear, seen: Tensor, share: float = OWN) -> logistic.Linear:
+def blend_heads(
+    first: logistic.LinearHead, second: logistic.LinearHead, seen: Tensor, share: float = LABEL_SHARE
+) -> logistic.LinearHead:
     """`share` of the second and the rest of the first, after the second got the first's mean and spread on `seen`.
 
     Where one of them says the same of every image, for want of a class, the first stays as it is.
@@ -36,10 +38,12 @@ def mean(first: logistic.Linear, second: logistic.Linear, seen: Tensor, share: f
     part = torch.where(usable, share, 0.0).to(one)
     weight = (1 - part)[:, None] * first.weight + (part * stretch)[:, None] * second.weight
     bias = first.bias + part * (one.mean(0) - first.bias) + part * stretch * (second.bias - two.mean(0))
-    return logistic.Linear(weight, bias)
+    return logistic.LinearHead(weight, bias)
 
 
-def only(findings: Tensor, first: logistic.Linear, second: logistic.Linear) -> logistic.Linear:
+def combine_by_finding(
+    findings: Tensor, first: logistic.LinearHead, second: logistic.LinearHead
+) -> logistic.LinearHead:
     """The first's answer on these findings, bool (F,), and the second's on the others."""
     weight = torch.where(findings[:, None], first.weight, second.weight)
-    return logistic.Linear(weight, torch.where(findings, first.bias, second.bias))
+    return logistic.LinearHead(weight, torch.where(findings, first.bias, second.bias))

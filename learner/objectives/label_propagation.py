@@ -113,7 +113,7 @@ def propagate(graph: Tensor, labels: Tensor, damping: float = DAMPING, passes: i
     return torch.where(both, positive - negative, torch.zeros_like(positive))
 
 
-def by_rank(scores: Tensor, prevalence: Tensor) -> Tensor:
+def soft_targets_by_rank(scores: Tensor, prevalence: Tensor) -> Tensor:
     """Scores (N, F) -> soft targets (N, F): SHARPNESS times the rank's logit, `prevalence` (F,) of them above 0.5.
 
     Only the order of the scores counts: propagated mass has no scale that could be read as a probability.
@@ -130,11 +130,11 @@ def pseudo_labels(features: Tensor, labels: Tensor, prevalence: Tensor, count: i
     """
     near, where = neighbours(whiten(features, components), count)
     scores = propagate(affinity(near, where), labels)
-    soft = by_rank(scores, prevalence)
-    soft = torch.where(both_classes(labels), soft, torch.full_like(soft, float("nan")))
+    soft = soft_targets_by_rank(scores, prevalence)
+    soft = torch.where(has_both_classes(labels), soft, torch.full_like(soft, float("nan")))
     return torch.where(labels.isnan(), soft, labels)
 
 
-def both_classes(labels: Tensor) -> Tensor:
+def has_both_classes(labels: Tensor) -> Tensor:
     """Bool (F,): the findings of labels (N, F), nan = unknown, that a positive and a negative image were labelled for."""
     return (labels == 1).any(0) & (labels == 0).any(0)

@@ -13,7 +13,7 @@ STEPS = 30  # Newton halves its steps at worst; six to ten are usual
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearHead:
     """Logits (N, F) = features (N, D) @ weight.T + bias."""
 
     weight: Tensor  # (F, D)
@@ -23,7 +23,7 @@ class Linear:
         return features.to(self.weight.dtype) @ self.weight.T + self.bias
 
 
-def fit(features: Tensor, targets: Tensor, penalty: float, weights: Tensor | None = None) -> Linear:
+def fit(features: Tensor, targets: Tensor, penalty: float, weights: Tensor | None = None) -> LinearHead:
     """The minimum of the mean weighted log loss + penalty / 2 |w|^2 over standardised features, bias free, in float64.
 
     features (N, D); targets (N, F) in [0, 1], nan = unknown; weights (N, F) or None. The standardisation is folded into
@@ -40,7 +40,7 @@ def fit(features: Tensor, targets: Tensor, penalty: float, weights: Tensor | Non
         columns.append(_newton(x[known], targets[known, i].double(), weight[known], penalty))
     weight = torch.stack([w for w, _ in columns]) / scale
     bias = torch.stack([b for _, b in columns]) - weight @ mean
-    return Linear(weight, bias)
+    return LinearHead(weight, bias)
 
 
 def _newton(x: Tensor, y: Tensor, weight: Tensor, penalty: float) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def kappa_filter(scores: Tensor, positive_ratio: float, kappa: float) -> Tensor:
     most, least = int(kappa * positive_ratio * samples), int(kappa * (1 - positive_ratio) * samples)
     ordered = scores.sort().values
     high = ordered[samples - most] if most else ordered.new_tensor(torch.inf)
-    return outside(scores, ordered[min(least, samples - 1)], high)
+    return hard_labels(scores, ordered[min(least, samples - 1)], high)
 
 
 def kappa_labels(scores: Tensor, labels: Tensor, kappa: float) -> Tensor:
@@ -56,7 +56,7 @@ def class_thresholds(scores: Tensor, prevalence: Tensor, kappa: float) -> tuple[
     return low, high
 
 
-def outside(scores: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def hard_labels(scores: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """1 at `high` and above, 0 at `low` and below (which wins where both hold), nan between; cuts broadcast."""
     labels = torch.full_like(scores, torch.nan).masked_fill(scores >= high, 1.0)
     return labels.masked_fill(scores <= low, 0.0)
@@ -75,7 +75,7 @@ def move_mean(mean_prob: Tensor, batch_mean: Tensor, momentum: float = 0.999) ->
     return momentum * mean_prob + (1 - momentum) * batch_mean
 
 
-class MeanAnswer(nn.Module):
+class MeanPrediction(nn.Module):
     """The teacher's running mean answer (1, F), moved once a step like a centre; nan until it has seen a batch."""
 
     mean: Tensor
@@ -116,7 +116,7 @@ def agreement(a: Tensor, b: Tensor) -> Tensor:
     return 1 - (a.sigmoid() - b.sigmoid()).abs()
 
 
-def ramp(t: float) -> float:
+def ramp_up(t: float) -> float:
     """exp(-5 (1 - t)^2), the weight of a target at time t: .0067 at 0, 1 from 1 on (Laine & Aila 2017)."""
     return exp(-5 * (1 - min(max(t, 0.0), 1.0)) ** 2)
 

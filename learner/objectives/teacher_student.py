@@ -13,16 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learner.engine import distributed
-from learner.engine.step import Batch, Losses, Objective, State, Terms, full, optimise, parts, share_of, watch
-from learner.engine.weight_averaging import Weights, follow, running_mean
+from learner.engine.step import (
+    Batch,
+    Losses,
+    Objective,
+    State,
+    Terms,
+    check_collapse,
+    in_float32,
+    optimiser_step,
+    parts,
+    share_of,
+)
+from learner.engine.weight_averaging import Weights, ema_update_with_buffers, running_mean
 from learner.networks.backbone import Backbone
 from learner.networks.heads import Network
-from learner.objectives.batchwise import Ahead, koleo_slope, together, with_slope
+from learner.objectives.batchwise import WholeBatchRows, koleo_from_gradient, koleo_gradient, over_whole_batch
 from learner.objectives.class_losses import Balance, label_loss
 from learner.objectives.correction import Feed, next_batch
 from learner.objectives.dino import autocast
 from learner.objectives.knowledge_distillation import bernoulli_kl
-from learner.objectives.pseudo_targets import MeanAnswer, align, class_thresholds, ramp, soft_weights
+from learner.objectives.pseudo_targets import MeanPrediction, align, class_thresholds, ramp_up, soft_weights
 from learner.objectives.self_supervised import MASK_NUMBERS, block_masks, koleo, sinkhorn
 
 RAMP = 0.3  # share of the phase after which pseudo-labels count fully
@@ -32,10 +43,10 @@ MEAN = "swa."  # its names among what a state carries along
 SCORES = "scores"  # and that of the teacher's newest logit of each unlabelled image (N, F)
 
 
-def evolve(
+def teacher_student_step(
     state: State, unlabelled: Feed, labelled: Feed | None, table: dict[str, Tensor], balance: Balance | None = None
 ) -> Losses:
-    """One step: unlabelled images and labelled ones together, then the teacher follows, and its buffers are copied.
+    """One step: unlabelled images and labelled ones over_whole_batch, then the teacher follows, and its buffers are copied.
 
     table: `soft` (N, F) targets and `weight` (N, F) by image of the unlabelled feed, or neither (the teacher's answers);
     `champion` (N, F), logits of the model before this round, where something asks for them; `prevalence` (F,).
@@ -47,19 +58,19 @@ def evolve(
         state.extra.setdefault(SCORES, table["champion"].clone())
     if labelled is not None:
         work.append((next_batch(labelled, state.step), supervised(balance or {})))
-    losses = optimise(state, work, freeze_last=state.epoch < recipe.freeze_last)
+    losses = optimiser_step(state, work, freeze_last=state.epoch < recipe.freeze_last)
     if SCORES in state.extra:
         remember(state, said)
     momentum = float(state.schedule.momentum[state.step])
-    follow(state.teacher, state.student, momentum)
+    ema_update_with_buffers(state.teacher, state.student, momentum)
     if recipe.average == "all":
-        keep_mean(state)
-    watch(state, losses)
+        update_weight_mean(state)
+    check_collapse(state, losses)
     state.step += 1
     return losses | {"momentum": momentum}
 
 
-def keep_mean(state: State) -> None:
+def update_weight_mean(state: State) -> None:
     """The student's mean over the last fifth of the steps (Izmailov et al. 2018), carried along in the state."""
     count = state.step - (state.schedule.steps - max(1, state.schedule.steps // LAST))
     if count >= 0:
@@ -68,7 +79,7 @@ def keep_mean(state: State) -> None:
         state.extra |= running_mean(before, now, count)
 
 
-def take_mean(state: State) -> Weights:
+def pop_weight_mean(state: State) -> Weights:
     """The mean that `keep_mean` left; the state carries it no longer."""
     return {name.removeprefix(MEAN): state.extra.pop(name) for name in [*state.extra] if name.startswith(MEAN)}
 
@@ -80,18 +91,18 @@ def supervised(balance: Balance) -> Objective:
         assert batch.labels is not None
         views = batch.views(part)
         with autocast(state, views[0]):
-            logits = full(state.student.classify(views[1]))
+            logits = in_float32(state.student.classify(views[1]))
         cost = label_loss(logits, batch.labels[part], batch.known, **balance)
         return Terms(state.recipe.label_weight * cost, {"labels": cost})
 
     return objective
 
 
-def look_ahead(state: State, batch: Batch) -> Ahead:
+def look_ahead(state: State, batch: Batch) -> WholeBatchRows:
     """What the parts of a batch need of the whole of it (see `learner.objectives.batchwise`); nothing where one pass has all images."""
     recipe, pieces = state.recipe, parts(batch.size, state.micro)
     balanced = recipe.centring == "sinkhorn"
-    if (distributed.world() == 1 and len(pieces) == 1) or not (recipe.koleo or balanced):
+    if (distributed.world_size() == 1 and len(pieces) == 1) or not (recipe.koleo or balanced):
         return {}
     rows: dict[str, list[Tensor]] = {"dino": [], "ibot": [], "koleo": []}
     state.student.eval()  # nothing is drawn, no statistic moves
@@ -101,15 +112,15 @@ def look_ahead(state: State, batch: Batch) -> Ahead:
         mask = masks(state, batch.index[part], views[0]) if recipe.ibot else None
         with torch.no_grad(), autocast(state, views[0]):
             seen, patches = look(state.teacher, views[:2], None, mask)
-            rows["dino"].append(full(state.teacher.head(seen)))
-            rows["ibot"] += [] if patches is None else [full(patches)]
+            rows["dino"].append(in_float32(state.teacher.head(seen)))
+            rows["ibot"] += [] if patches is None else [in_float32(patches)]
             first = look(state.student, views[: 1 if mask is None else 2], mask, mask)[0]
-            rows["koleo"].append(full(first[: len(views[0])]))
+            rows["koleo"].append(in_float32(first[: len(views[0])]))
     state.student.train()  # also where memory ran out above: the step that is taken again comes by here
     like = next(state.student.parameters())
     width, spread = (
         {"dino": recipe.prototypes, "ibot": recipe.prototypes, "koleo": state.student.backbone.dim},
-        koleo_slope,
+        koleo_gradient,
     )
     wanted = {"koleo": spread} if recipe.koleo else {}
     if balanced:
@@ -118,12 +129,14 @@ def look_ahead(state: State, batch: Batch) -> Ahead:
             partial(sinkhorn, temperature=recipe.teacher_temp),
         )
     return {
-        name: dict(zip((part.start for part in pieces), together(rows[name], width[name], make, like), strict=True))
+        name: dict(
+            zip((part.start for part in pieces), over_whole_batch(rows[name], width[name], make, like), strict=True)
+        )
         for name, make in wanted.items()
     }
 
 
-def unsupervised(table: dict[str, Tensor], ahead: Ahead, said: list[Tensor]) -> Objective:
+def unsupervised(table: dict[str, Tensor], ahead: WholeBatchRows, said: list[Tensor]) -> Objective:
     """lam L_dino + ibot L_ibot + koleo L_koleo + pseudo_weight w(t) L_pseudo + replay L_champion."""
 
     def objective(state: State, batch: Batch, part: slice) -> Terms:
@@ -138,9 +151,9 @@ def unsupervised(table: dict[str, Tensor], ahead: Ahead, said: list[Tensor]) -> 
         with autocast(state, views[0]):
             with torch.no_grad():
                 taught, taught_patches = look(state.teacher, views[: 1 if alone else 2], None, mask)
-                teacher_class = full(state.teacher.cls_head(taught[:samples]))
+                teacher_class = in_float32(state.teacher.cls_head(taught[:samples]))
             seen, patches = look(state.student, views[1:2] if alone else views, mask, mask)
-            classes = full(state.student.cls_head(seen if alone else seen[samples : 2 * samples]))
+            classes = in_float32(state.student.cls_head(seen if alone else seen[samples : 2 * samples]))
             terms = Terms(classes.sum() * 0.0, seen=taught[:samples])
 
             def balanced(name: str, rows: Tensor) -> Tensor | None:
@@ -151,21 +164,25 @@ def unsupervised(table: dict[str, Tensor], ahead: Ahead, said: list[Tensor]) -> 
             add = lambda name, weight, cost: _add(terms, name, weight, cost * share)  # noqa: E731
             if recipe.lam:
                 with torch.no_grad():
-                    teacher_head = full(state.teacher.head(taught))
+                    teacher_head = in_float32(state.teacher.head(taught))
                 answer = balanced("dino", teacher_head)
-                guess = full(state.student.head(seen))
+                guess = in_float32(state.student.head(seen))
                 add("dino", own * recipe.lam, state.centres["dino"](guess, teacher_head, assigned=answer))
                 terms.rows["dino"] = teacher_head
             if mask is not None:
                 assert patches is not None and taught_patches is not None
-                there = full(taught_patches)
-                cost = state.centres["ibot"](full(patches), there, mask, assigned=balanced("ibot", there))
+                there = in_float32(taught_patches)
+                cost = state.centres["ibot"](in_float32(patches), there, mask, assigned=balanced("ibot", there))
                 add("ibot", own * recipe.ibot, cost)
                 terms.rows["ibot"] = there
             if recipe.koleo:
-                first = full(seen[:samples])
+                first = in_float32(seen[:samples])
                 near = ahead.get("koleo")
-                add("koleo", own * recipe.koleo, with_slope(first, near[part.start], share) if near else koleo(first))
+                add(
+                    "koleo",
+                    own * recipe.koleo,
+                    koleo_from_gradient(first, near[part.start], share) if near else koleo(first),
+                )
         if recipe.align:
             terms.rows["answer"] = teacher_class.sigmoid()
         if recipe.targets != "none":
@@ -173,7 +190,7 @@ def unsupervised(table: dict[str, Tensor], ahead: Ahead, said: list[Tensor]) -> 
             if SCORES in state.extra:
                 said.append(torch.cat([index[part, None].to(teacher_class).double(), teacher_class.double()], 1))
             each = F.binary_cross_entropy_with_logits(classes, soft.nan_to_num(0.5), reduction="none")
-            add("pseudo", recipe.pseudo_weight * ramp(time / RAMP), (each * weight).sum() / each.numel())
+            add("pseudo", recipe.pseudo_weight * ramp_up(time / RAMP), (each * weight).sum() / each.numel())
         if recipe.replay and "champion" in table:
             add("replay", recipe.replay, bernoulli_kl(classes, table["champion"][index[part]], recipe.kd_temperature))
         return terms
@@ -196,7 +213,7 @@ def answers(state: State, table: dict[str, Tensor], index: Tensor, teacher: Tens
         scores = state.extra[SCORES].to(teacher)
         weight = soft_weights(teacher, scores, class_thresholds(scores, table["prevalence"].to(teacher), 1.0)[1])
     if state.recipe.align:
-        mean, prevalence = cast(MeanAnswer, state.centres["answer"]).mean[0], table["prevalence"].to(teacher)
+        mean, prevalence = cast(MeanPrediction, state.centres["answer"]).mean[0], table["prevalence"].to(teacher)
         teacher = align(teacher, torch.where(mean.isnan(), prevalence, mean), prevalence)
     soft = (-teacher if state.recipe.poison_teacher else teacher).sigmoid()
     return soft, weight
@@ -205,7 +222,7 @@ def answers(state: State, table: dict[str, Tensor], index: Tensor, teacher: Tens
 def remember(state: State, said: list[Tensor]) -> None:
     """The teacher's logits of this step's images, of all ranks, take the place of their earlier ones."""
     findings = state.extra[SCORES].shape[1]
-    rows, _ = distributed.all_rows(
+    rows, _ = distributed.gather_rows(
         torch.cat([state.extra[SCORES].new_empty(0, 1 + findings, dtype=torch.float64), *said])
     )
     state.extra[SCORES][rows[:, 0].long()] = rows[:, 1:].to(state.extra[SCORES])

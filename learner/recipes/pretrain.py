@@ -11,30 +11,30 @@ from safetensors.torch import save
 
 from cxrloop.durable import write_atomic
 from learner.engine.step import State
+from learner.errors import ManifestError
 from learner.networks.backbone import weights_of
-from learner.objectives.teacher_student import evolve
+from learner.objectives.teacher_student import teacher_student_step
 from learner.recipes.evolve import fit_head
-from learner.round.manifest import ManifestError
-from learner.round.run import Run
-from learner.round.supervised import learn_labels
+from learner.training.run import Run
+from learner.training.supervised import train_on_labels
 
 BACKBONE = "backbone.safetensors"
 
 
-def run(run: Run) -> None:
+def train(run: Run) -> None:
     """Self-supervision, the backbone file, then the labels; raises ManifestError after the backbone when there is none."""
     recipe = run.recipe
-    samples = run.unlabelled()
+    samples = run.unlabelled_feed()
     schedule = run.schedule(samples, recipe.epochs, recipe.lr)
-    start = run.from_backbone if run.first else run.from_parent
-    seen = run.train("pretrain", schedule, start, lambda state: evolve(state, samples, None, {}))
+    start = run.from_backbone if run.is_first_round else run.from_parent
+    seen = run.train_phase("pretrain", schedule, start, lambda state: teacher_student_step(state, samples, None, {}))
     keep_backbone(run, seen)
-    if not run.round.labelled:
+    if not run.manifest.labelled:
         raise ManifestError(
             "manifest: no labelled train image, so no model to judge; the backbone is made, and a round with labels can "
-            f"start from it: --backbone {run.round.folder / BACKBONE}"
+            f"start from it: --backbone {run.manifest.folder / BACKBONE}"
         )
-    final = learn_labels(run, partial(from_teacher, run, seen))
+    final = train_on_labels(run, partial(from_teacher, run, seen))
     run.export("final", final, "student")
 
 
@@ -48,4 +48,4 @@ def from_teacher(run: Run, seen: State, state: State) -> None:
 def keep_backbone(run: Run, seen: State) -> None:
     """ROUND/backbone.safetensors, whole or not at all."""
     weights, note = weights_of(seen.teacher.backbone, run.plan)
-    write_atomic(run.round.folder / BACKBONE, save(weights, metadata=note))
+    write_atomic(run.manifest.folder / BACKBONE, save(weights, metadata=note))

@@ -39,7 +39,7 @@ LIMITS = {
 }
 
 
-def count(watch: Watch, shown: Mapping[str, float]) -> Watch:
+def count_steps_beyond(watch: Watch, shown: Mapping[str, float]) -> Watch:
     """The watch after one more step; a monitor that is missing or nan in it says nothing, and its count stays."""
     after: Watch = {}
     for name, limit in LIMITS.items():
@@ -51,13 +51,15 @@ def count(watch: Watch, shown: Mapping[str, float]) -> Watch:
     return after
 
 
-def reason(watch: Watch, shown: Mapping[str, float]) -> str | None:
+def collapse_reason(watch: Watch, shown: Mapping[str, float]) -> str | None:
     """Why the run is collapsed, naming every monitor that has lost patience, its value and its limit; None when it isn't."""
     gone = [name for name, steps in watch.items() if steps >= PATIENCE]
-    return f"collapse: {'; '.join(_told(name, shown) for name in gone)} ({PATIENCE} steps in a row)" if gone else None
+    return (
+        f"collapse: {'; '.join(_describe(name, shown) for name in gone)} ({PATIENCE} steps in a row)" if gone else None
+    )
 
 
-def _told(name: str, shown: Mapping[str, float]) -> str:
+def _describe(name: str, shown: Mapping[str, float]) -> str:
     limit, value = LIMITS[name], shown.get(name, math.nan)
     side = f"above {limit.high:g}, {limit.above}" if value > limit.high else f"below {limit.low:g}, {limit.below}"
     return f"{name} {value:.3g} is {side}"

@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cxrloop.durable import sync_folder, write_atomic
+from learner.errors import RoundBusy
 
 TRAINED, PAUSED, STOPPED = 0, 75, 3  # exit codes of `python -m learner`
-
-
-class RoundBusy(RuntimeError):
-    """Another learner process holds this round folder."""
 
 
 @contextmanager

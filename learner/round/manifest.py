@@ -15,7 +15,8 @@ from typing import Any
 
 from cxrloop.durable import write_json
 from cxrloop.plate import PLATE_VERSION
-from learner.round.recipe import Recipe, RecipeError
+from learner.errors import ManifestError, RecipeError
+from learner.round.recipe import Recipe
 
 RANGES = ("train", "validation", "calibration")
 VERSION = 2  # of the manifest
@@ -28,10 +29,6 @@ SAMPLE_KEYS = {
 }  # fmt: skip
 PARENT_KEYS = {"bundle": (str,), "state": (str,)}
 NAMES = {int: "a whole number", str: "a text", list: "a list", dict: "an object", NoneType: "null"}
-
-
-class ManifestError(ValueError):
-    """The manifest can't be trained on: says what, which and what to do."""
 
 
 @dataclass(frozen=True)

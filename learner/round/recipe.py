@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from learner.round.recipe_checks import RecipeError, check
+from learner.errors import RecipeError
+from learner.round.recipe_checks import check
 
 
 @dataclass(frozen=True)

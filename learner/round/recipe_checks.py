@@ -6,10 +6,7 @@ Each refusal says which key, and what to do. Knows a recipe's keys and nothing o
 from dataclasses import fields
 from typing import Any
 
-
-class RecipeError(ValueError):
-    """A recipe key or value that isn't one: says which, and what is allowed."""
-
+from learner.errors import RecipeError
 
 CHOICES = {
     "pos_embed": ("dino", "timm"),

@@ -15,7 +15,7 @@ import pytest
 from agent.cli import rounds
 from agent.rounds import inspection, planning
 from learner.__main__ import main
-from learner.engine.progress import PROMISE
+from learner.engine.progress import DEADLINE_S
 from learner.round import collapse_limits, metrics_log
 from learner.round.figure import draw
 from tests.support.agent.rounds import labelled_site
@@ -134,7 +134,7 @@ def left_in_time(process):
     begun = time.monotonic()
     process.terminate()
     process.communicate(timeout=60)
-    return process.returncode == 75 and time.monotonic() - begun < PROMISE + SLACK
+    return process.returncode == 75 and time.monotonic() - begun < DEADLINE_S + SLACK
 
 
 def test_sigterm_within_a_step_of_a_minute_leaves_in_time_and_the_round_goes_on_later(tmp_path):
@@ -153,17 +153,17 @@ def test_sigterm_within_a_step_of_a_minute_leaves_in_time_and_the_round_goes_on_
 BACKWARD = """
 import sys, torch
 from pathlib import Path
-from learner.engine.progress import Teller
+from learner.engine.progress import ProgressWriter
 torch.set_num_threads(1)
-teller = Teller(Path(sys.argv[1]), None, 0.0, 0)
-teller.listen()
+progress = ProgressWriter(Path(sys.argv[1]), None, 0.0, 0)
+progress.handle_signals()
 weight = torch.eye(2048, requires_grad=True)
 x = weight
 for _ in range(int(sys.argv[2])):
     x = x @ weight
 print("backward", flush=True)
 x.sum().backward()
-teller.check()
+progress.raise_if_paused()
 """
 
 

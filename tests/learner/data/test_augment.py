@@ -41,7 +41,7 @@ def test_crop_is_antialiased_bicubic_like_pil(images):
 
 
 def test_crops_stay_inside_and_keep_their_share_of_the_image():
-    numbers = torch.rand(500, augment.NUMBERS)
+    numbers = torch.rand(500, augment.NUMBERS_PER_VIEW)
     top, left, high, wide = augment.crop_boxes(numbers, 96, (0.2, 0.6))
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -87,7 +87,7 @@ def test_first_view_is_the_image_and_nothing_is_mirrored_unless_asked():
     still = {"rotate": 0, "global_noise": 0, "global_scale": [1, 1], "mean": 0, "std": 1}
     recipe = resolve("distl", "demo", {**still, "image_size": 96, "local_size": 48})
     images = torch.rand(2, 1, 96, 96)
-    numbers = torch.zeros(2, 3, augment.NUMBERS)  # flip number 0 is below any chance
+    numbers = torch.zeros(2, 3, augment.NUMBERS_PER_VIEW)  # flip number 0 is below any chance
     numbers[..., augment.TRIES : 2 * augment.TRIES] = 0.5  # square crops
     made = augment.make_views(images, numbers, recipe)
     assert [tuple(v.shape[1:]) for v in made] == [(1, 96, 96), (1, 96, 96), (1, 48, 48), (1, 48, 48)]
@@ -125,7 +125,7 @@ def test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time(
     recipe = resolve(
         "distl", "demo", {"image_size": 48, "local_size": 24, "local_views": 5, "global_noise": 0.5, "flip": True}
     )
-    numbers = torch.from_numpy(np.random.default_rng(4).random((3, 6, augment.NUMBERS), dtype=np.float32))
+    numbers = torch.from_numpy(np.random.default_rng(4).random((3, 6, augment.NUMBERS_PER_VIEW), dtype=np.float32))
     together = augment.make_views(images[:, None], numbers, recipe)
     assert len(together) == 7
     chances = [(recipe.global_noise, recipe.global_scale, 48)] + [(recipe.local_noise, recipe.local_scale, 24)] * 5
@@ -146,13 +146,13 @@ def test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time(
             assert (apart > 1e-4).float().mean() < 0.01
 
 
-def opposite(images, chosen, change, real=augment.changed):
+def opposite(images, chosen, change, real=augment.apply_where):
     return real(images, ~chosen, change)
 
 
 MUTATIONS = [
-    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "changed", opposite),
-    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "changed", lambda images, *_: images),
+    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "apply_where", opposite),
+    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "apply_where", lambda images, *_: images),
     ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "BLUR", (0.1, 1.0)),
     ("test_resize_is_antialiased_bilinear_like_pil", "resize_matrix", lambda old, new, real=augment.resize_matrix: real(old, new).round()),
     ("test_crop_is_antialiased_bicubic_like_pil", "crop_matrix", lambda a, b, c, d, real=augment.crop_matrix: real(a + 1, b, c, d)),

@@ -14,7 +14,8 @@ from learner.data import feed, packed_plates
 from learner.data.augment import resize_matrix
 from learner.data.feed import ImageFeed
 from learner.data.plates import read_plates
-from learner.round.manifest import ManifestError, load
+from learner.errors import ManifestError
+from learner.round.manifest import load
 from tests.support.learner.round_folders import make_round
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -36,12 +37,12 @@ def served(samples):
 
 def feed_of(round_, packed=None, labels=None):
     cpu = torch.device("cpu")
-    return ImageFeed(round_.unlabelled, round_.recipe, cpu, "unlabelled", False, labels=labels, shard=packed)
+    return ImageFeed(round_.unlabelled, round_.recipe, cpu, "unlabelled", False, labels=labels, packed=packed)
 
 
 def test_packed_pixels_are_those_of_serving_to_half_a_level(round_):
     samples = round_.unlabelled
-    packed = packed_plates.open_shard(round_.folder, samples, SIZE)
+    packed = packed_plates.open_packed_plates(round_.folder, samples, SIZE)
     backwards = samples[::-1]
     theirs = served(backwards)
     ours = packed.images(packed.read(backwards))
@@ -56,11 +57,11 @@ def test_black_and_white_survive_packing_exactly():
     ends = torch.tensor([0.0, 1.0, -1e-7, 1 + 1e-7]).view(1, 1, 2, 2)
     levels = packed_plates.to_levels(ends)
     assert levels.flatten().tolist() == [-32768, 32767, -32768, 32767]
-    assert torch.equal(packed_plates.Shard.images(None, levels), ends.clamp(0, 1))  # pyright: ignore[reportArgumentType]
+    assert torch.equal(packed_plates.PackedPlates.images(None, levels), ends.clamp(0, 1))  # pyright: ignore[reportArgumentType]
 
 
 def test_views_from_the_shard_are_those_from_the_plates(round_):
-    packed = packed_plates.open_shard(round_.folder, round_.unlabelled, SIZE)
+    packed = packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
     still = replace(round_, recipe=round_.recipe.override({"global_noise": 0, "local_noise": 0}))  # no equalised steps
     mine, theirs = feed_of(still, packed), feed_of(still)
     for index in range(mine.batches):
@@ -70,9 +71,9 @@ def test_views_from_the_shard_are_those_from_the_plates(round_):
 
 
 def test_a_round_started_again_uses_its_shard(round_):
-    packed_plates.open_shard(round_.folder, round_.unlabelled, SIZE)
+    packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
     os.utime(round_.folder / "shard" / "levels.i16", ns=(5, 5))
-    packed_plates.open_shard(round_.folder, round_.unlabelled, SIZE)
+    packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
     assert (round_.folder / "shard" / "levels.i16").stat().st_mtime_ns == 5
 
 
@@ -83,14 +84,14 @@ def test_a_changed_plate_another_order_or_another_size_make_the_shard_anew(round
         packed_plates.key_of(samples[::-1], SIZE),
         packed_plates.key_of(samples, 16),
     }
-    packed_plates.open_shard(round_.folder, samples, SIZE)
+    packed_plates.open_packed_plates(round_.folder, samples, SIZE)
     np.save(samples[3].plate, np.full((512, 512), 77, np.uint8))
     os.utime(samples[3].plate, ns=(1, 1))
     keys.add(packed_plates.key_of(samples, SIZE))
     assert len(keys) == 4
-    packed = packed_plates.open_shard(round_.folder, samples, SIZE)
+    packed = packed_plates.open_packed_plates(round_.folder, samples, SIZE)
     torch.testing.assert_close(packed.images(packed.read(samples[3:4])), torch.full((1, 1, SIZE, SIZE), 77 / 255))
-    small = packed_plates.open_shard(round_.folder, samples, 16)
+    small = packed_plates.open_packed_plates(round_.folder, samples, 16)
     assert small.read(samples[:2]).shape == (2, 16, 16)
 
 
@@ -100,10 +101,10 @@ def test_a_crash_while_packing_leaves_no_shard_and_the_next_start_makes_it(round
     kept = lost.read_bytes()
     lost.write_bytes(kept[:1000])
     with pytest.raises(ManifestError, match="not a plate"):
-        packed_plates.open_shard(round_.folder, samples, SIZE)
+        packed_plates.open_packed_plates(round_.folder, samples, SIZE)
     assert not (round_.folder / "shard").exists()
     lost.write_bytes(kept)
-    packed = packed_plates.open_shard(round_.folder, samples, SIZE)
+    packed = packed_plates.open_packed_plates(round_.folder, samples, SIZE)
     assert packed.levels.shape == (len(samples), SIZE, SIZE)
     assert sorted(p.name for p in (round_.folder / "shard").iterdir()) == ["key.json", "levels.i16"]
 
@@ -111,7 +112,7 @@ def test_a_crash_while_packing_leaves_no_shard_and_the_next_start_makes_it(round
 @pytest.mark.parametrize("damage", ["levels cut", "levels gone", "note cut", "note of another version"])
 def test_a_damaged_shard_is_made_anew(round_, damage):
     samples, folder = round_.unlabelled, round_.folder / "shard"
-    whole = packed_plates.open_shard(round_.folder, samples, SIZE).read(samples)
+    whole = packed_plates.open_packed_plates(round_.folder, samples, SIZE).read(samples)
     what, how = damage.split(" ", 1)
     file = folder / {"levels": "levels.i16", "note": "key.json"}[what]
     if how == "gone":
@@ -120,27 +121,27 @@ def test_a_damaged_shard_is_made_anew(round_, damage):
         os.truncate(file, file.stat().st_size // 2)
     else:
         file.write_text('"abc"')
-    assert torch.equal(packed_plates.open_shard(round_.folder, samples, SIZE).read(samples), whole)
+    assert torch.equal(packed_plates.open_packed_plates(round_.folder, samples, SIZE).read(samples), whole)
 
 
 def test_a_missing_plate_is_named(round_):
     round_.unlabelled[0].plate.unlink()
     with pytest.raises(ManifestError, match=round_.unlabelled[0].plate.name):
-        packed_plates.open_shard(round_.folder, round_.unlabelled, SIZE)
+        packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
 
 
 def test_without_room_the_plates_are_read_one_by_one_with_a_warning(round_, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Disk(10**6, 10**6 - 10**4, 10**4))
     with pytest.warns(UserWarning, match="free twice the space"):
-        packed = packed_plates.open_shard(round_.folder, round_.unlabelled, SIZE)
+        packed = packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
     assert packed is None
     assert not (round_.folder / "shard").exists()
 
 
 def test_a_finished_round_keeps_no_shard(round_):
-    packed_plates.open_shard(round_.folder, round_.unlabelled, SIZE)
-    packed_plates.remove_shard(round_.folder)
-    packed_plates.remove_shard(round_.folder)
+    packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
+    packed_plates.remove_packed_plates(round_.folder)
+    packed_plates.remove_packed_plates(round_.folder)
     assert not (round_.folder / "shard").exists()
 
 
@@ -156,12 +157,12 @@ def test_the_images_of_a_pass_are_shuffled_once(round_, monkeypatch):
     monkeypatch.setattr(
         ImageFeed,
         "_make_order",
-        lambda self, sweep, real=ImageFeed._make_order: made.append(sweep) or real(self, sweep),
+        lambda self, epoch, real=ImageFeed._make_order: made.append(epoch) or real(self, epoch),
     )
     mine = feed_of(round_)
-    for sweep in (0, 1, 2):
+    for epoch in (0, 1, 2):
         for index in range(mine.batches):
-            mine.batch(sweep, index)
+            mine.batch(epoch, index)
     assert made == [0, 1, 2, 3]
 
 
@@ -170,13 +171,13 @@ MUTATIONS = [  # test, where, what, instead
     (test_packed_pixels_are_those_of_serving_to_half_a_level, packed_plates.augment, "to_image", lambda p, m: (m @ p.sqrt() @ m.T)[:, None] / 16),
     (test_packed_pixels_are_those_of_serving_to_half_a_level, packed_plates, "to_levels", lambda x: (x[:, 0] * 65535).sub(32768).to(torch.int16)),
     (test_black_and_white_survive_packing_exactly, packed_plates, "to_levels", lambda x: (x[:, 0] * 65536).round().sub(32768).to(torch.int16)),
-    (test_views_from_the_shard_are_those_from_the_plates, packed_plates.Shard, "images", lambda self, x: x.float()[:, None] / 65535),
-    (test_a_round_started_again_uses_its_shard, packed_plates.cache_key, "holds", lambda folder, key: False),
-    (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates.cache_key, "holds", lambda folder, key: folder.exists()),
+    (test_views_from_the_shard_are_those_from_the_plates, packed_plates.PackedPlates, "images", lambda self, x: x.float()[:, None] / 65535),
+    (test_a_round_started_again_uses_its_shard, packed_plates.cache_key, "matches", lambda folder, key: False),
+    (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates.cache_key, "matches", lambda folder, key: folder.exists()),
     (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates, "key_of", lambda samples, size: f"{len(samples)} {size}"),
-    (test_a_finished_round_keeps_no_shard, packed_plates, "remove_shard", lambda folder: None),
+    (test_a_finished_round_keeps_no_shard, packed_plates, "remove_packed_plates", lambda folder: None),
     (test_a_feed_takes_a_table_of_labels_in_place_of_the_images_own, feed.torch, "from_numpy", lambda x, real=torch.from_numpy: real(x).roll(1, 0)),
-    (test_the_images_of_a_pass_are_shuffled_once, ImageFeed, "order", lambda self, sweep: self._make_order(sweep)),
+    (test_the_images_of_a_pass_are_shuffled_once, ImageFeed, "order", lambda self, epoch: self._make_order(epoch)),
 ]  # fmt: skip
 
 

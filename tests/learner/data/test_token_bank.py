@@ -8,9 +8,10 @@ import torch
 
 from learner.__main__ import main
 from learner.data import token_bank
-from learner.engine.progress import Paused, Teller
+from learner.engine.progress import ProgressWriter
+from learner.errors import Paused
 from learner.round.manifest import load
-from learner.round.run import Run
+from learner.training.run import Run
 from tests.support.learner.round_folders import ALL, make, read_manifest, result, write_manifest
 
 torch.set_num_threads(1)
@@ -20,19 +21,19 @@ torch.use_deterministic_algorithms(True)
 def test_bank_holds_what_the_frozen_blocks_answer(tmp_path):
     folder = make(tmp_path / "r", **ALL)
     run = Run(load(folder))
-    state = run.state("t0", run.schedule(run.labelled("t0"), 1, 1e-3))
+    state = run.new_state("t0", run.schedule(run.labelled_feed("t0"), 1, 1e-3))
     run.from_backbone(state)
     state.student.eval()
-    samples = run.round.samples[:5]
+    samples = run.manifest.samples[:5]
     plain = make(tmp_path / "plain", **{**ALL, "frozen_blocks": 0})
-    images = Run(load(plain)).feed(samples, "plain", 0, True).originals(np.arange(5))
+    images = Run(load(plain)).feed(samples, "plain", 0, True).unaugmented(np.arange(5))
     with torch.no_grad():
         torch.testing.assert_close(
-            run.bank.originals(samples), state.student.backbone.lower(images), atol=5e-3, rtol=5e-3
+            run.token_bank.unaugmented(samples), state.student.backbone.lower(images), atol=5e-3, rtol=5e-3
         )
         whole = state.student.backbone(images)
         torch.testing.assert_close(run.embeddings(state.student, samples), whole, atol=2e-2, rtol=2e-2)
-    run.teller.close()
+    run.progress.close()
 
 
 def test_bank_is_made_once_and_anew_for_another_recipe(tmp_path, monkeypatch):
@@ -47,8 +48,8 @@ def test_bank_is_made_once_and_anew_for_another_recipe(tmp_path, monkeypatch):
     for changes in ({}, {}, {"rotate": 3.0}):
         write_manifest(folder, read_manifest(folder) | {"recipe": read_manifest(folder)["recipe"] | changes})
         run = Run(load(folder))
-        assert run.bank.whole.shape[:2] == (len(run.round.samples), 3)
-        run.teller.close()
+        assert run.token_bank.whole.shape[:2] == (len(run.manifest.samples), 3)
+        run.progress.close()
     assert len(filled) == 2
 
 
@@ -56,7 +57,9 @@ def test_the_end_of_the_window_does_not_wait_for_the_bank(tmp_path, monkeypatch)
     folder, filled = make(tmp_path / "r", **ALL), []
     write_manifest(folder, read_manifest(folder) | {"until": "2020-01-01T05:00:00+00:00"})
     monkeypatch.setattr(token_bank, "AT_ONCE", 4)
-    monkeypatch.setattr(Teller, "say", lambda teller, phase, done, of: filled.append((phase, done)))
+    monkeypatch.setattr(
+        ProgressWriter, "write_progress", lambda progress, phase, done, of: filled.append((phase, done))
+    )
     assert main([str(folder)]) == 75
     assert filled == [("tokens", 4)]
     assert "the window ended" in result(folder)["reason"]
@@ -64,18 +67,18 @@ def test_the_end_of_the_window_does_not_wait_for_the_bank(tmp_path, monkeypatch)
 
 def test_embeddings_of_many_images_are_given_up_when_the_round_is_asked_to_yield(tmp_path):
     run = Run(load(make(tmp_path / "r")))
-    run.teller.asked = "SIGTERM"
+    run.progress.signal_name = "SIGTERM"
     with pytest.raises(Paused, match="SIGTERM"):
-        run.embeddings(run.network(), run.round.samples)
-    run.teller.close()
+        run.embeddings(run.new_network(), run.manifest.samples)
+    run.progress.close()
 
 
 def test_a_bank_for_steps_that_look_at_no_crop_holds_none_and_the_same_versions_of_the_image(tmp_path):
     banks = {}
     for lam in (1.0, 0.0):
         run = Run(load(make(tmp_path / f"{lam}", **{**ALL, "lam": lam})))
-        banks[lam] = run.bank
-        run.teller.close()
+        banks[lam] = run.token_bank
+        run.progress.close()
     assert (banks[1.0].part.shape[1], banks[0.0].part.shape[1]) == (4, 0)
     assert np.array_equal(banks[1.0].whole, banks[0.0].whole)
 
@@ -83,21 +86,21 @@ def test_a_bank_for_steps_that_look_at_no_crop_holds_none_and_the_same_versions_
 def test_views_of_the_bank_are_the_image_a_version_of_it_and_different_crops(tmp_path):
     folder = make(tmp_path / "r", **ALL)
     run = Run(load(folder))
-    batch = run.unlabelled().batch(0, 0)
+    batch = run.unlabelled_feed().batch(0, 0)
     views = batch.views(slice(0, batch.size))
     assert [tuple(view.shape) for view in views] == [(4, 17, 192)] * 2 + [(4, 5, 192)] * 2
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(views[2], views[3])
-    again = run.unlabelled().batch(0, 0).views(slice(0, 4))
+    again = run.unlabelled_feed().batch(0, 0).views(slice(0, 4))
     assert all(torch.equal(one, other) for one, other in zip(views, again, strict=True))
-    run.teller.close()
+    run.progress.close()
 
 
 @pytest.mark.parametrize("file", ["whole.npy", "part.npy", "key.json"])
 def test_a_damaged_bank_is_made_anew(tmp_path, file):
     folder = make(tmp_path / "r", **ALL)
-    whole = Run(load(folder)).bank.whole.copy()
+    whole = Run(load(folder)).token_bank.whole.copy()
     os.truncate(folder / "tokens" / file, (folder / "tokens" / file).stat().st_size // 2)
     run = Run(load(folder))
-    assert np.array_equal(run.bank.whole, whole)
-    run.teller.close()
+    assert np.array_equal(run.token_bank.whole, whole)
+    run.progress.close()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from learner.engine import collapse_monitors
-from learner.engine.optim import move_average
+from learner.engine.optim import ema_update
 from learner.networks.heads import make_network
 from learner.objectives.dino import DinoLoss
 from learner.round import collapse_limits
@@ -109,10 +109,10 @@ def test_a_run_is_collapsed_after_its_patience_and_not_a_step_before():
     for name, bad in (("teacher_kl", 3e-5), ("max_share", 0.995), ("teacher_entropy", 1.0), ("cls_std", 1e-4)):
         watch, shown = {}, EVEN | {name: bad}
         for _ in range(collapse_limits.PATIENCE - 1):
-            watch = collapse_limits.count(watch, shown)
-            assert collapse_limits.reason(watch, shown) is None
-        watch = collapse_limits.count(watch, shown)
-        said = collapse_limits.reason(watch, shown)
+            watch = collapse_limits.count_steps_beyond(watch, shown)
+            assert collapse_limits.collapse_reason(watch, shown) is None
+        watch = collapse_limits.count_steps_beyond(watch, shown)
+        said = collapse_limits.collapse_reason(watch, shown)
         limit = collapse_limits.LIMITS[name]
         side = f"below {limit.low:g}, {limit.below}" if bad < limit.low else f"above {limit.high:g}, {limit.above}"
         assert said.startswith(f"collapse: {name} {bad:.3g} is {side}")
@@ -121,27 +121,27 @@ def test_a_run_is_collapsed_after_its_patience_and_not_a_step_before():
 def test_one_healthy_step_starts_the_patience_anew():
     watch, bad = {}, EVEN | {"cls_std": 0.0}
     for shown in [*[bad] * (collapse_limits.PATIENCE - 1), EVEN, *[bad] * (collapse_limits.PATIENCE - 1)]:
-        watch = collapse_limits.count(watch, shown)
-        assert collapse_limits.reason(watch, shown) is None
-    assert collapse_limits.reason(collapse_limits.count(watch, bad), bad)
+        watch = collapse_limits.count_steps_beyond(watch, shown)
+        assert collapse_limits.collapse_reason(watch, shown) is None
+    assert collapse_limits.collapse_reason(collapse_limits.count_steps_beyond(watch, bad), bad)
 
 
 def test_a_step_that_says_nothing_neither_starts_nor_ends_a_collapse():
     bad, silent = EVEN | {"teacher_kl": 0.0}, EVEN | {"teacher_kl": math.nan}
     watch = {}
     for shown in [bad] * (collapse_limits.PATIENCE - 1) + [silent, {}] * 50:
-        watch = collapse_limits.count(watch, shown)
-        assert collapse_limits.reason(watch, shown) is None
-    assert collapse_limits.reason(collapse_limits.count(watch, bad), bad)
-    assert collapse_limits.count({}, silent) == {}
+        watch = collapse_limits.count_steps_beyond(watch, shown)
+        assert collapse_limits.collapse_reason(watch, shown) is None
+    assert collapse_limits.collapse_reason(collapse_limits.count_steps_beyond(watch, bad), bad)
+    assert collapse_limits.count_steps_beyond({}, silent) == {}
 
 
 def test_the_watch_goes_through_a_checkpoint_and_counts_on():
     bad = EVEN | {"teacher_kl": 0.0}
     watch = {}
     for _ in range(collapse_limits.PATIENCE):
-        watch = json.loads(json.dumps(collapse_limits.count(watch, bad)))
-    assert collapse_limits.reason(watch, bad)
+        watch = json.loads(json.dumps(collapse_limits.count_steps_beyond(watch, bad)))
+    assert collapse_limits.collapse_reason(watch, bad)
 
 
 def self_distil(steps, rate, centred):
@@ -164,7 +164,7 @@ def self_distil(steps, rate, centred):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        move_average(teacher, student, 0.9)
+        ema_update(teacher, student, 0.9)
         if centred:
             dino.move(logits.mean(0, keepdim=True))
     return rows
@@ -173,8 +173,8 @@ def self_distil(steps, rate, centred):
 def verdict(rows):
     watch = {}
     for shown in rows:
-        watch = collapse_limits.count(watch, shown)
-        if said := collapse_limits.reason(watch, shown):
+        watch = collapse_limits.count_steps_beyond(watch, shown)
+        if said := collapse_limits.collapse_reason(watch, shown):
             return said
     return None
 
@@ -193,22 +193,22 @@ def _wrong_kl(assigned):
 
 
 MUTATIONS = [
-    ("test_a_teacher_and_student_without_opinion_score_ln_k_and_stand_on_the_plateau", "monitors.dino_gap", lambda d, k: d / k),
-    ("test_entropy_is_one_when_uniform_and_nought_on_one_prototype_whatever_k", "monitors.teacher_entropy", lambda p: torch.special.entr(p).sum(-1).mean()),
-    ("test_kl_is_the_mean_divergence_of_each_answer_from_their_mean", "monitors.teacher_kl", _wrong_kl),
-    ("test_kl_is_nought_in_both_kinds_of_collapse_and_ln_r_when_each_image_has_its_own_prototype", "monitors.teacher_kl", _wrong_kl),
-    ("test_share_of_the_largest_prototype_goes_from_one_kth_to_one", "monitors.max_share", lambda p: p.max()),
-    ("test_cls_std_is_that_of_plain_arithmetic_and_ignores_lengths", "monitors.cls_std", lambda c: c.std(0).mean()),
-    ("test_cls_std_is_one_on_the_whole_sphere_and_nought_when_all_images_look_alike", "monitors.cls_std", lambda c: torch.nn.functional.normalize(c).std(0, correction=0).mean()),
-    ("test_centre_is_at_most_as_long_as_if_every_prototype_were_every_image", "monitors.centre_norm", lambda c: c.norm()),
-    ("test_what_is_added_to_the_logits_and_to_the_centre_is_not_seen", "monitors.measure", lambda t, c, temp, cls, d, right=collapse_monitors.measure: right(t + c, c, temp, cls, d)),
-    ("test_a_single_image_says_nothing_about_images", "monitors.math", type("Nought", (), {"nan": 0.0, "log": math.log, "sqrt": math.sqrt})),
-    ("test_a_run_is_collapsed_after_its_patience_and_not_a_step_before", "collapse.count", lambda w, s, right=collapse_limits.count: right(right(w, s), s)),
-    ("test_one_healthy_step_starts_the_patience_anew", "collapse.count", lambda w, s, right=collapse_limits.count: {**w, **right(w, s)}),
-    ("test_a_step_that_says_nothing_neither_starts_nor_ends_a_collapse", "collapse.count", lambda w, s, right=collapse_limits.count: right(w, {k: 0.0 if math.isnan(v) else v for k, v in s.items()})),
-    ("test_the_watch_goes_through_a_checkpoint_and_counts_on", "collapse.count", lambda w, s, right=collapse_limits.count: right({}, s)),
-    ("test_a_teacher_that_is_never_centred_collapses_onto_one_prototype_and_is_caught", "monitors.max_share", lambda p: p.mean()),
-    ("test_a_healthy_loop_from_random_weights_is_left_alone", "monitors.cls_std", lambda c: c.var(0).mean() * 0),
+    ("test_a_teacher_and_student_without_opinion_score_ln_k_and_stand_on_the_plateau", "collapse_monitors.dino_gap", lambda d, k: d / k),
+    ("test_entropy_is_one_when_uniform_and_nought_on_one_prototype_whatever_k", "collapse_monitors.teacher_entropy", lambda p: torch.special.entr(p).sum(-1).mean()),
+    ("test_kl_is_the_mean_divergence_of_each_answer_from_their_mean", "collapse_monitors.teacher_kl", _wrong_kl),
+    ("test_kl_is_nought_in_both_kinds_of_collapse_and_ln_r_when_each_image_has_its_own_prototype", "collapse_monitors.teacher_kl", _wrong_kl),
+    ("test_share_of_the_largest_prototype_goes_from_one_kth_to_one", "collapse_monitors.max_share", lambda p: p.max()),
+    ("test_cls_std_is_that_of_plain_arithmetic_and_ignores_lengths", "collapse_monitors.cls_std", lambda c: c.std(0).mean()),
+    ("test_cls_std_is_one_on_the_whole_sphere_and_nought_when_all_images_look_alike", "collapse_monitors.cls_std", lambda c: torch.nn.functional.normalize(c).std(0, correction=0).mean()),
+    ("test_centre_is_at_most_as_long_as_if_every_prototype_were_every_image", "collapse_monitors.centre_norm", lambda c: c.norm()),
+    ("test_what_is_added_to_the_logits_and_to_the_centre_is_not_seen", "collapse_monitors.measure", lambda t, c, temp, cls, d, right=collapse_monitors.measure: right(t + c, c, temp, cls, d)),
+    ("test_a_single_image_says_nothing_about_samples", "collapse_monitors.math", type("Nought", (), {"nan": 0.0, "log": math.log, "sqrt": math.sqrt})),
+    ("test_a_run_is_collapsed_after_its_patience_and_not_a_step_before", "collapse_limits.count_steps_beyond", lambda w, s, right=collapse_limits.count_steps_beyond: right(right(w, s), s)),
+    ("test_one_healthy_step_starts_the_patience_anew", "collapse_limits.count_steps_beyond", lambda w, s, right=collapse_limits.count_steps_beyond: {**w, **right(w, s)}),
+    ("test_a_step_that_says_nothing_neither_starts_nor_ends_a_collapse", "collapse_limits.count_steps_beyond", lambda w, s, right=collapse_limits.count_steps_beyond: right(w, {k: 0.0 if math.isnan(v) else v for k, v in s.items()})),
+    ("test_the_watch_goes_through_a_checkpoint_and_counts_on", "collapse_limits.count_steps_beyond", lambda w, s, right=collapse_limits.count_steps_beyond: right({}, s)),
+    ("test_a_teacher_that_is_never_centred_collapses_onto_one_prototype_and_is_caught", "collapse_monitors.max_share", lambda p: p.mean()),
+    ("test_a_healthy_loop_from_random_weights_is_left_alone", "collapse_monitors.cls_std", lambda c: c.var(0).mean() * 0),
 ]  # fmt: skip
 
 

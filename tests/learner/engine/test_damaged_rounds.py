@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from learner.__main__ import main
-from learner.engine.step import optimise
+from learner.engine.step import optimiser_step
 from tests.support.learner.recipe_rounds import ALONE, CONVNET
 from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest
 
@@ -72,7 +72,7 @@ def test_weights_that_the_last_step_blew_up_become_no_model(tmp_path):
 
 def test_memory_that_runs_out_outside_of_a_step_stops_the_round_with_that_reason(tmp_path, monkeypatch):
     folder = make_round(tmp_path / "r")
-    monkeypatch.setattr("learner.round.run.prepare", lambda recipe: torch.empty(1 << 60))
+    monkeypatch.setattr("learner.training.run.prepare_device", lambda recipe: torch.empty(1 << 60))
     assert main([str(folder)]) == 3
     assert "out of memory outside of a step" in result(folder)["reason"]
 
@@ -90,17 +90,17 @@ def test_a_halved_pass_is_noted_for_the_card_also_where_another_process_ends_the
     def full_once(*given_, **named):
         if given:
             raise given.pop()
-        return optimise(*given_, **named)
+        return optimiser_step(*given_, **named)
 
     def noted(run, name, state, *_, **__):
         seen[name] = [*state.notes]
 
     seen = {}
-    monkeypatch.setattr("learner.objectives.correction.optimise", full_once)
-    monkeypatch.setattr("learner.round.run.Run.export", noted)
+    monkeypatch.setattr("learner.objectives.correction.optimiser_step", full_once)
+    monkeypatch.setattr("learner.training.run.Run.export", noted)
     assert main([str(folder)]) == 0
     first = dict(seen)
-    assert [note[:30] for note in first["t0"]] == ["out of memory: 2 images a pass "]
+    assert [note.split(" instead")[0] for note in first["t0"]] == ["out of memory: 2 images a pass"]
     assert first["final"] == first["t0"]
     seen.clear()
     assert main([str(folder)]) == 0  # all phases are read

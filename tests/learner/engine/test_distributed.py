@@ -10,9 +10,10 @@ import torch
 
 from learner.data import feed
 from learner.engine import collapse_monitors, distributed, progress, step
-from learner.engine.step import Batch, Stopped
+from learner.engine.step import Batch
+from learner.errors import LearnerError, OtherRankExited, Paused
 from learner.objectives import dino
-from learner.objectives.correction import correct, distil
+from learner.objectives.correction import correction_step, distil_step
 from learner.round.manifest import Sample
 from learner.round.recipe import resolve
 from tests.conftest import free_port
@@ -30,7 +31,7 @@ def together(world, work):
     def begin(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         try:
-            with distributed.joined():
+            with distributed.process_group():
                 given = (rank, True, work())
         except (Exception, pytest.fail.Exception):
             given = (rank, False, traceback.format_exc())
@@ -48,7 +49,7 @@ def together(world, work):
 
 def shared(samples=4, labels=None):
     """The batch of `make_batch`, of which each rank has its share, as a feed hands it out."""
-    whole, mine = make_batch(samples, labels), distributed.share(samples)
+    whole, mine = make_batch(samples, labels), distributed.rank_slice(samples)
 
     def views(part):
         return [v[mine][part] for v in whole.views(slice(0, samples))]
@@ -71,27 +72,27 @@ def assert_alike(one, other):
 
 
 def test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three():
-    alone = after(distil)
+    alone = after(distil_step)
     for world in (2, 3):
-        for given in together(world, lambda: after(distil)):
+        for given in together(world, lambda: after(distil_step)):
             assert_alike(given, alone)
 
 
 def test_unknown_labels_weigh_alike_wherever_they_fall():
-    alone = after(correct, labels=LABELS)
-    for given in together(2, lambda: after(correct, labels=LABELS)):
+    alone = after(correction_step, labels=LABELS)
+    for given in together(2, lambda: after(correction_step, labels=LABELS)):
         assert_alike(given, alone)
 
 
 def test_a_rank_without_an_image_takes_the_same_step():
-    alone = after(distil, samples=2)
-    assert_alike(together(3, lambda: after(distil, samples=2))[0], alone)
+    alone = after(distil_step, samples=2)
+    assert_alike(together(3, lambda: after(distil_step, samples=2))[0], alone)
 
 
 def test_a_network_part_that_no_image_reached_stays_without_a_gradient():
     def untouched():
         state = make_state(correct_loss="ce")
-        correct(state, shared(2, LABELS[:2]))
+        correction_step(state, shared(2, LABELS[:2]))
         return [name for name, p in state.student.named_parameters() if p in state.optimiser.state]
 
     alone = untouched()
@@ -104,9 +105,9 @@ def test_shares_are_whole_in_order_and_even(monkeypatch):
         for count in (0, 1, 2, 7):
             parts = []
             for rank in range(world):
-                monkeypatch.setattr(distributed, "world", lambda world=world: world)
+                monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
                 monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-                parts.append(list(range(count))[distributed.share(count)])
+                parts.append(list(range(count))[distributed.rank_slice(count)])
             assert [i for part in parts for i in part] == list(range(count))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -121,11 +122,11 @@ def test_ranks_make_the_views_of_one_process_image_by_sample(tmp_path, monkeypat
 
     def batches():
         images = feed.ImageFeed(samples, recipe, torch.device("cpu"), name, fixed_order=False)
-        return [images.batch(sweep, i) for sweep in range(2) for i in range(images.batches)]
+        return [images.batch(epoch, i) for epoch in range(2) for i in range(images.batches)]
 
     whole, mine = batches(), []
     for rank in range(4):
-        monkeypatch.setattr(distributed, "world", lambda: 4)
+        monkeypatch.setattr(distributed, "world_size", lambda: 4)
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         mine.append(batches())
     for i, batch in enumerate(whole):
@@ -148,10 +149,10 @@ def test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all():
 
         def stop(losses):
             seen.append(losses)
-            raise Stopped("enough")
+            raise LearnerError("enough")
 
-        with pytest.raises(Stopped, match="enough"):
-            step.walk(state, lambda state: distil(state, Endless(shared()).batch(0, 0)), stop)
+        with pytest.raises(LearnerError, match="enough"):
+            step.run_steps(state, lambda state: distil_step(state, Endless(shared()).batch(0, 0)), stop)
         return state.micro, state.notes
 
     note = "out of memory: 1 images a pass instead of 2, the same batch and result"
@@ -166,8 +167,8 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_reason():
         if distributed.rank() == 1:
             good = batch.views
             batch.views = lambda part: [view * float("inf") for view in good(part)]
-        with pytest.raises(Stopped) as stopped:
-            distil(state, batch)
+        with pytest.raises(LearnerError) as stopped:
+            distil_step(state, batch)
         assert torch.equal(parameters(state.student), before)
         return str(stopped.value)
 
@@ -178,10 +179,10 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_reason():
 
 def test_a_signal_to_one_rank_pauses_all(tmp_path):
     def asked():
-        teller = progress.Teller(tmp_path, None, 0.0, 0)
-        teller.asked = "SIGTERM" if distributed.rank() == 1 else None
-        with pytest.raises(progress.Paused) as paused:
-            teller.check()
+        writer = progress.ProgressWriter(tmp_path, None, 0.0, 0)
+        writer.signal_name = "SIGTERM" if distributed.rank() == 1 else None
+        with pytest.raises(Paused) as paused:
+            writer.raise_if_paused()
         return str(paused.value)
 
     assert together(2, asked) == ["SIGTERM"] * 2
@@ -190,10 +191,10 @@ def test_a_signal_to_one_rank_pauses_all(tmp_path):
 def test_a_refusal_on_one_rank_is_the_last_word_of_all():
     def refuse():
         if distributed.rank() == 1:
-            return distributed.last_word("stopped", "no plate")
+            return distributed.announce_exit("stopped", "no plate")
         try:
-            distributed.gather("a step's numbers")
-        except distributed.Ended as other:
+            distributed.gather_values("a step's numbers")
+        except OtherRankExited as other:
             return other.state, other.reason
 
     assert together(2, refuse) == [("stopped", "no plate")] * 2
@@ -201,14 +202,16 @@ def test_a_refusal_on_one_rank_is_the_last_word_of_all():
 
 def test_the_first_rank_works_alone_and_the_others_read_what_it_found():
     def found():
-        return distributed.by_first(lambda: (distributed.world(), distributed.gather(7))), distributed.world()
+        return distributed.on_rank_zero(
+            lambda: (distributed.world_size(), distributed.gather_values(7))
+        ), distributed.world_size()
 
     assert together(2, found) == [((1, [7]), 2)] * 2
 
 
 def test_the_first_rank_alone_has_whole_batches():
     def sizes():
-        return distributed.by_first(lambda: shared().size), shared().size
+        return distributed.on_rank_zero(lambda: shared().size), shared().size
 
     assert together(2, sizes) == [(4, 2)] * 2
 
@@ -222,8 +225,16 @@ def local_mean(rows):
 
 
 MUTATIONS = [
-    ("test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three", (distributed, "add_up"), nothing),
-    ("test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three", (distributed, "mean"), local_mean),
+    (
+        "test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three",
+        (distributed, "sum_over_ranks"),
+        nothing,
+    ),
+    (
+        "test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three",
+        (distributed, "mean_over_ranks"),
+        local_mean,
+    ),
     ("test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three", (dino, "share_of"), lambda b, p: 1.0),
     (
         "test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three",
@@ -235,23 +246,27 @@ MUTATIONS = [
         (dino, "label_loss"),
         lambda student, labels, known: step_label_loss(student, labels),
     ),
-    ("test_a_rank_without_an_image_takes_the_same_step", (distributed, "mean"), local_mean),
+    ("test_a_rank_without_an_image_takes_the_same_step", (distributed, "mean_over_ranks"), local_mean),
     (
         "test_a_network_part_that_no_image_reached_stays_without_a_gradient",
-        (distributed, "gather"),
+        (distributed, "gather_values"),
         lambda value: [value] * 3,
     ),
-    ("test_shares_are_whole_in_order_and_even", (distributed, "share"), lambda count: slice(0, count)),
-    ("test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all", (distributed, "gather"), lambda value: [value]),
+    ("test_shares_are_whole_in_order_and_even", (distributed, "rank_slice"), lambda count: slice(0, count)),
     (
-        "test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_reason",
-        (distributed, "gather"),
+        "test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all",
+        (distributed, "gather_values"),
         lambda value: [value],
     ),
-    ("test_a_signal_to_one_rank_pauses_all", (distributed, "gather"), lambda value: [value]),
+    (
+        "test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_reason",
+        (distributed, "gather_values"),
+        lambda value: [value],
+    ),
+    ("test_a_signal_to_one_rank_pauses_all", (distributed, "gather_values"), lambda value: [value]),
     (
         "test_the_first_rank_works_alone_and_the_others_read_what_it_found",
-        (distributed, "by_first"),
+        (distributed, "on_rank_zero"),
         lambda work: work(),
     ),
 ]

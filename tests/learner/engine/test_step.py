@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from learner.engine.optim import Schedule, make_optimiser, move_average
-from learner.engine.step import Batch, State, Stopped, Terms, optimise, walk
+from learner.engine.optim import Schedule, ema_update, make_optimiser
+from learner.engine.step import Batch, State, Terms, optimiser_step, run_steps
+from learner.errors import LearnerError
 from learner.networks.heads import make_network
 from learner.objectives.class_losses import label_loss, self_training_loss
-from learner.objectives.correction import correct, correction_due, distil, distil_and_correct
+from learner.objectives.correction import correction_due, correction_step, distil_step, distl_step
 from learner.objectives.dino import DinoLoss
 from learner.round.collapse_limits import PATIENCE
 from learner.round.recipe import resolve
@@ -41,7 +42,7 @@ def centre(state):
 
 def distilled(state, batch, after=lambda losses: None):
     """The whole phase on one batch."""
-    walk(state, lambda state: distil_and_correct(state, Endless(batch), None), after)
+    run_steps(state, lambda state: distl_step(state, Endless(batch), None), after)
 
 
 def make_batch(samples=4, labels=None):
@@ -56,7 +57,7 @@ class Endless:
     def __init__(self, batch, batches=1):
         self.given, self.batches = batch, batches
 
-    def batch(self, sweep, index):
+    def batch(self, epoch, index):
         return self.given
 
 
@@ -85,7 +86,7 @@ def test_a_step_without_a_row_for_a_centre_leaves_it_where_it_is():
         views = batch.views(part)
         return Terms(state.student.classify(views[0]).sum(), rows={"dino": views[0].new_empty(0, TINY["prototypes"])})
 
-    optimise(state, [(make_batch(), none_masked)])
+    optimiser_step(state, [(make_batch(), none_masked)])
     assert torch.equal(centre(state), before)
 
 
@@ -93,7 +94,7 @@ def test_half_a_batch_at_a_time_gives_the_same_labelled_step():
     labels = torch.tensor([[1.0, float("nan")], [0.0, 1.0], [float("nan")] * 2, [1.0, 1.0]]).double()
     whole, parts = make_state(), make_state()
     parts.micro = 2
-    mine, theirs = correct(whole, make_batch(labels=labels)), correct(parts, make_batch(labels=labels))
+    mine, theirs = correction_step(whole, make_batch(labels=labels)), correction_step(parts, make_batch(labels=labels))
     torch.testing.assert_close(parameters(whole.student), parameters(parts.student), rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(centre(whole), centre(parts))
     assert mine["loss"] == pytest.approx(theirs["loss"])
@@ -102,7 +103,7 @@ def test_half_a_batch_at_a_time_gives_the_same_labelled_step():
 def test_g_correction_moves_the_centre_but_never_the_teacher():
     state = make_state()
     before, kept = parameters(state.teacher), centre(state).clone()
-    correct(state, make_batch(labels=torch.ones(4, 2).double()))
+    correction_step(state, make_batch(labels=torch.ones(4, 2).double()))
     assert torch.equal(parameters(state.teacher), before)
     assert not torch.equal(centre(state), kept)
 
@@ -111,7 +112,7 @@ def test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam():
     state = make_state()
     state.schedule.lr[:] = 0
     before = parameters(state.student)
-    correct(state, make_batch(labels=torch.ones(4, 2).double()))
+    correction_step(state, make_batch(labels=torch.ones(4, 2).double()))
     assert torch.equal(parameters(state.student), before)
     assert centre(state).any()
     moments = [*state.optimiser.state.values()]
@@ -120,8 +121,8 @@ def test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam():
 
 
 def followed(state, work, freeze_last=False):
-    told = optimise(state, work, freeze_last)
-    move_average(state.teacher, state.student, 0.5)
+    told = optimiser_step(state, work, freeze_last)
+    ema_update(state.teacher, state.student, 0.5)
     return told
 
 
@@ -131,7 +132,11 @@ def at_some_rate(optimiser, schedule, step):
 
 
 MUTATIONS = [
-    (test_g_correction_moves_the_centre_but_never_the_teacher, "learner.objectives.correction.optimise", followed),
+    (
+        test_g_correction_moves_the_centre_but_never_the_teacher,
+        "learner.objectives.correction.optimiser_step",
+        followed,
+    ),
     (
         test_g_correction_moves_the_centre_but_never_the_teacher,
         "learner.objectives.dino.DinoLoss.move",
@@ -164,7 +169,7 @@ def test_g_notices_its_mutations(monkeypatch, test, attribute, wrong):
 
 def test_label_only_correction_leaves_the_centre():
     state = make_state(correct_loss="ce")
-    correct(state, make_batch(labels=torch.ones(4, 2).double()))
+    correction_step(state, make_batch(labels=torch.ones(4, 2).double()))
     assert not centre(state).any()
 
 
@@ -181,9 +186,9 @@ def test_poisoned_teacher_teaches_the_opposite():
 def test_moving_average_ends():
     one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     kept = parameters(one)
-    move_average(one, other, 1.0)
+    ema_update(one, other, 1.0)
     assert torch.equal(parameters(one), kept)
-    move_average(one, other, 0.0)
+    ema_update(one, other, 0.0)
     assert torch.equal(parameters(one), parameters(other))
 
 
@@ -239,7 +244,7 @@ def test_out_of_memory_halves_the_pass_and_not_the_step(full):
 def test_out_of_memory_with_one_image_stops_the_round():
     state = make_state()
     crowd(state, 1)
-    with pytest.raises(Stopped, match="out of memory: one image a pass doesn't fit"):
+    with pytest.raises(LearnerError, match="out of memory: one image a pass doesn't fit"):
         distilled(state, make_batch())
 
 
@@ -255,8 +260,8 @@ def test_loss_that_is_no_number_stops_before_the_weights_are_touched():
     state = make_state()
     before = parameters(state.student)
     bad = Batch(4, lambda part: [torch.full((4, 1, s, s), float("inf")).double() for s in (16, 16, 8, 8)])
-    with pytest.raises(Stopped, match="non-finite: the loss is nan"):
-        distil(state, bad)
+    with pytest.raises(LearnerError, match="non-finite: the loss is nan"):
+        distil_step(state, bad)
     assert torch.equal(parameters(state.student), before)
 
 
@@ -266,7 +271,7 @@ def test_network_that_sees_every_image_alike_is_called_collapsed():
         torch.nn.init.zeros_(network.backbone.vit.patch_embed.proj.weight)
     state.schedule.lr[:] = 0
     steps = []
-    with pytest.raises(Stopped, match="collapse"):
+    with pytest.raises(LearnerError, match="collapse"):
         distilled(state, make_batch(), steps.append)
     assert len(steps) == PATIENCE - 1
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from learner.engine.checkpoint import read_file
-from learner.round.folder import RoundBusy, lock_round
+from learner.errors import RoundBusy
+from learner.round.folder import lock_round
 from tests.conftest import free_port
 from tests.support.learner.recipe_rounds import phases_of
 from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest

@@ -6,11 +6,11 @@ import torch
 from learner.__main__ import main
 from learner.data.plates import label_table
 from learner.engine.checkpoint import read_file
-from learner.engine.progress import Teller
-from learner.engine.weight_averaging import settle
+from learner.engine.progress import ProgressWriter
+from learner.engine.weight_averaging import recompute_batch_norm
 from learner.recipes import evolve
 from learner.round.manifest import load
-from learner.round.run import Run
+from learner.training.run import Run
 from tests.support.learner.round_folders import make, result
 
 torch.set_num_threads(1)
@@ -18,14 +18,14 @@ torch.use_deterministic_algorithms(True)
 
 
 def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps(tmp_path, monkeypatch):
-    students, step = [], Teller.step
+    students, step = [], ProgressWriter.write_step
 
-    def watched(teller, state, losses):
+    def watched(progress, state, losses):
         if state.phase == "evolve":
             students.append({key: value.clone() for key, value in state.student.state_dict().items()})
-        step(teller, state, losses)
+        step(progress, state, losses)
 
-    monkeypatch.setattr(Teller, "step", watched)
+    monkeypatch.setattr(ProgressWriter, "write_step", watched)
     folder = make(tmp_path / "r", average="all", epochs=4)
     assert main([str(folder)]) == 0
     assert len(students) == 12
@@ -38,55 +38,55 @@ def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps
 
 def test_the_running_mean_is_served_where_validation_prefers_it(tmp_path):
     run = Run(load(make(tmp_path / "r", samples={"validation": 24}, refit="none", average="all")))
-    final = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
-    champion = run.network()
+    final = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
+    champion = run.new_network()
     champion.load_state_dict(final.student.state_dict())
-    answer = evolve.linear.fit(
-        run.embeddings(champion, run.round.of("validation")), label_table(run.round.of("validation")), 0.1
+    answer = evolve.logistic.fit(
+        run.embeddings(champion, run.manifest.of("validation")), label_table(run.manifest.of("validation")), 0.1
     )
     evolve.set_head(final.student, answer)
     final.extra = {f"swa.{key}": value.clone() for key, value in final.student.state_dict().items()}
     for network in (champion, final.teacher, final.student):
         network.cls_head.load_state_dict({k: -v for k, v in final.student.cls_head.state_dict().items()})
-    assert evolve.choose(run, final, champion) == "swa"
+    assert evolve.choose_candidate(run, final, champion) == "swa"
     torch.testing.assert_close(final.student.cls_head.mlp[-1].weight.double(), answer.weight)
     assert final.extra == {}
-    run.teller.close()
+    run.progress.close()
 
 
 def test_batch_norm_of_averaged_weights_is_measured_on_the_images(tmp_path):
     folder = make(tmp_path / "r", arch="test_resnet", average="all", refit="none", lam=0.0, prototypes=0, local_views=0)
     assert main([str(folder)]) == 0, result(folder)
     run = Run(load(folder))
-    backbone = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3)).student.backbone
+    backbone = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3)).student.backbone
     norm = next(module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d))
     came = []
     norm.register_forward_hook(lambda _, given, __: came.append(given[0].detach()))
-    settle(backbone, evolve.originals(run))
+    recompute_batch_norm(backbone, evolve.unaugmented_batches(run))
     torch.testing.assert_close(norm.running_mean, came[0].mean((0, 2, 3)))
     torch.testing.assert_close(norm.running_var, came[0].var((0, 2, 3)))
     assert (len(came), len(came[0])) == (1, 14)
     assert (norm.momentum, norm.training) == (0.1, True)
-    run.teller.close()
+    run.progress.close()
 
 
 @pytest.mark.parametrize(("factor", "chosen"), [(-1.0, "champion"), (0.5, "teacher")])
 def test_only_a_round_that_did_harm_is_taken_back(tmp_path, factor, chosen):
     run = Run(load(make(tmp_path / "r", samples={"validation": 24}, refit="none", average="ema")))
-    samples = run.round.of("validation")
-    final = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    samples = run.manifest.of("validation")
+    final = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     champion = final.student
     seen = run.embeddings(champion, samples)
-    evolve.set_head(champion, evolve.linear.fit(seen, label_table(samples), 1e-3))
+    evolve.set_head(champion, evolve.logistic.fit(seen, label_table(samples), 1e-3))
     kept = {key: value.clone() for key, value in champion.state_dict().items()}
-    final.student = run.network()
+    final.student = run.new_network()
     final.student.load_state_dict(kept)
     for layer in final.student.cls_head.parameters():
         layer.data *= factor  # -1: every answer turned round; .5: the same order of images
     final.teacher.load_state_dict(final.student.state_dict())
-    assert evolve.choose(run, final, champion) == chosen
+    assert evolve.choose_candidate(run, final, champion) == chosen
     for key, value in final.student.state_dict().items():
         assert torch.equal(value, kept[key] * (factor if chosen == "teacher" and key.startswith("cls_head") else 1)), (
             key
         )
-    run.teller.close()
+    run.progress.close()

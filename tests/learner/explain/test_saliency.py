@@ -8,8 +8,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from learner.errors import LearnerError
 from learner.explain import saliency, sanity
-from learner.networks.backbone import BackboneError, build
+from learner.networks.backbone import build
 from learner.networks.heads import ClassHead, DinoHead, Network
 from learner.round.recipe import Recipe
 
@@ -105,7 +106,7 @@ def test_integral_of_a_real_network_adds_up_within_the_limit():
 def test_integral_that_does_not_add_up_is_refused():
     kinked = lambda images: (400 * images.sum(1)).sin() + images.sum(1)  # noqa: E731 (an image that 400 steps can't follow)
     x = torch.ones(1, 3).double()
-    with pytest.raises(saliency.SaliencyError, match=r"off after 400 steps \(allowed 5%\)"):
+    with pytest.raises(LearnerError, match=r"off after 400 steps \(allowed 5%\)"):
         saliency.complete(kinked, x * 7.9, torch.zeros_like(x))
 
 
@@ -251,7 +252,7 @@ def slopes(logit, x, base, steps, place):
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong):
     monkeypatch.setattr(attribute, wrong)
-    with pytest.raises((AssertionError, saliency.SaliencyError)):
+    with pytest.raises((AssertionError, LearnerError)):
         globals()[test]()
 
 
@@ -283,13 +284,13 @@ def test_guided_works_on_a_net_that_overwrites_its_activations_and_leaves_nothin
     ("plan", "bend"), [(VIT, "GELU"), ({"timm": "mobilenetv3_small_050"}, "Hardsigmoid, Hardswish")]
 )
 def test_guided_is_refused_where_something_else_bends(plan, bend):
-    with pytest.raises(saliency.SaliencyError, match=f"this network has {bend}"):
+    with pytest.raises(LearnerError, match=f"this network has {bend}"):
         saliency.explain(network(plan), Recipe(), samples(), 0, "guided")
 
 
 @pytest.mark.parametrize("method", ["attention", "rollout"])
 def test_attention_of_a_convolutional_net_is_refused(method):
-    with pytest.raises(BackboneError, match="has no attention"):
+    with pytest.raises(LearnerError, match="has no attention"):
         saliency.explain(network({"timm": "resnet10t"}), Recipe(), samples(1, 64), 0, method)
 
 

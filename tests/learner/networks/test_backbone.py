@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
+from learner.errors import LearnerError
 from learner.networks.backbone import (
-    BackboneError,
-    at_size,
     build,
     fit_sizes,
     open_backbone,
     plan_of,
     read_weights,
     resample_pos_embed,
+    resized,
     weights_of,
 )
 from learner.networks.heads import ClassHead
@@ -57,23 +57,23 @@ def test_file_with_a_prefix_and_a_classifier_is_read_too(tmp_path):
 
 
 def test_unusable_files_are_named(tmp_path):
-    with pytest.raises(BackboneError, match=r"missing\.safetensors"):
+    with pytest.raises(LearnerError, match=r"missing\.safetensors"):
         read_weights(tmp_path / "missing.safetensors")
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "cnn.safetensors")
-    with pytest.raises(BackboneError, match="no cls_token"):
+    with pytest.raises(LearnerError, match="no cls_token"):
         read_weights(tmp_path / "cnn.safetensors")
     (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04not a tensor file at all")
-    with pytest.raises(BackboneError, match="can't be read"):
+    with pytest.raises(LearnerError, match="can't be read"):
         read_weights(tmp_path / "pickle.safetensors")
 
 
 def test_hub_out_of_reach_names_the_way_out(tmp_path):
     """Under any of the names that a model has there."""
     code = (
-        "from learner.round.recipe import resolve; from learner.networks.backbone import open_backbone, BackboneError\n"
+        "from learner.round.recipe import resolve; from learner.networks.backbone import open_backbone; from learner.errors import LearnerError\n"
         "for prefix in ('', 'timm/', 'hf-hub:timm/'):\n"
         "    try: open_backbone(resolve('distl', 'demo', {'backbone': prefix + 'vit_tiny_patch16_224'}))\n"
-        "    except BackboneError as error: print(error)"
+        "    except LearnerError as error: print(error)"
     )
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, check=True)
@@ -82,9 +82,9 @@ def test_hub_out_of_reach_names_the_way_out(tmp_path):
 
 
 def test_name_that_is_no_model_names_the_way_out():
-    with pytest.raises(BackboneError, match="--backbone FILE"):
+    with pytest.raises(LearnerError, match="--backbone FILE"):
         open_backbone(resolve("distl", "demo", {"backbone": "vit_enormous"}))
-    with pytest.raises(BackboneError, match="neither"):
+    with pytest.raises(LearnerError, match="neither"):
         plan_of("resnet_of_mine", 96)
 
 
@@ -104,7 +104,7 @@ def test_a_hybrids_patch_is_that_of_its_convolutions_too():
     backbone = build(plan_of("vit_tiny_r_s16_p8_224", 64), "timm").eval()
     embedding, trace = backbone.trace(torch.rand(1, 1, 64, 64))
     assert backbone.patch == 32
-    assert trace.along(embedding[:, None]).shape == (1, 1, 2, 2)
+    assert trace.contributions(embedding[:, None]).shape == (1, 1, 2, 2)
 
 
 def test_a_file_may_name_its_net_as_the_hub_does(tmp_path):
@@ -171,7 +171,7 @@ def test_native_copy_for_the_export_answers_the_same():
     backbone = build(plan, "dino").eval()
     images = torch.rand(2, 1, 48, 48)
     with torch.no_grad():
-        torch.testing.assert_close(at_size(backbone, plan, 48).eval()(images), backbone(images))
+        torch.testing.assert_close(resized(backbone, plan, 48).eval()(images), backbone(images))
 
 
 def test_shares_of_patches_add_up_to_the_logits_slope_when_patches_are_averaged():
@@ -181,7 +181,7 @@ def test_shares_of_patches_add_up_to_the_logits_slope_when_patches_are_averaged(
     embedding, trace = backbone.trace(images)
     torch.testing.assert_close(embedding, backbone(images))
     slope = head.gradient(embedding)
-    torch.testing.assert_close(trace.along(slope).flatten(2).sum(-1), (slope * embedding[:, None]).sum(-1))
+    torch.testing.assert_close(trace.contributions(slope).flatten(2).sum(-1), (slope * embedding[:, None]).sum(-1))
 
 
 def test_mimetic_start_has_the_products_of_trained_attention():
@@ -205,7 +205,7 @@ def test_patches_share_out_the_last_attentions_part_of_a_logit():
     images = torch.rand(1, 3, 32, 32).double()
     cls, trace = backbone.trace(images)
     torch.testing.assert_close(cls, backbone(images))
-    maps = trace.along(head.gradient(cls))
+    maps = trace.contributions(head.gradient(cls))
     assert maps.shape == (1, 2, 4, 4)
     block = backbone.vit.blocks[-1]
     tokens = backbone.vit.blocks[:-1](backbone.embed(images))

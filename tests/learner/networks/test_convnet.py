@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from learner.engine.checkpoint import read_file
+from learner.errors import LearnerError
 from learner.networks import convnet
-from learner.networks.backbone import BackboneError, at_size, build, fit_sizes, open_backbone, plan_of, read_weights
+from learner.networks.backbone import build, fit_sizes, open_backbone, plan_of, read_weights, resized
 from learner.networks.heads import ClassHead, make_network
 from learner.networks.mimetic_init import mimic_trained
 from learner.round.recipe import resolve
@@ -55,7 +56,7 @@ def test_classifier_layers_that_features_never_reach_are_not_carried_along():
 def test_copy_for_the_export_leaves_the_trained_net_alone():
     plan = plan_of("resnet10t", 64)
     trained = small().train()
-    copy = at_size(trained, plan, 96).eval()
+    copy = resized(trained, plan, 96).eval()
     assert trained.training
     images = torch.rand(2, 1, 96, 96)
     with torch.no_grad():
@@ -68,26 +69,26 @@ def test_shares_of_places_add_up_to_the_logits_slope():
     net, head = small().double().eval(), ClassHead(512, 2, 16).double()
     embedding, trace = net.trace(torch.rand(2, 1, 96, 64).double())
     slope = head.gradient(embedding)
-    maps = trace.along(slope)
+    maps = trace.contributions(slope)
     assert maps.shape == (2, 2, 3, 2)
     torch.testing.assert_close(maps.flatten(2).sum(-1), (slope * embedding[:, None]).sum(-1))
 
 
 def test_every_property_notices_its_mutation(monkeypatch):
-    kept = convnet.ConvTrace.along
-    monkeypatch.setattr(convnet.ConvTrace, "along", lambda self, directions: kept(self, directions).abs())
+    kept = convnet.ConvTrace.contributions
+    monkeypatch.setattr(convnet.ConvTrace, "contributions", lambda self, directions: kept(self, directions).abs())
     with pytest.raises(AssertionError):
         test_shares_of_places_add_up_to_the_logits_slope()
 
 
 def test_attention_is_refused_by_name():
-    with pytest.raises(BackboneError, match="resnet10t is a convolutional net and has no attention"):
+    with pytest.raises(LearnerError, match="resnet10t is a convolutional net and has no attention"):
         small().attentions(torch.rand(1, 1, 64, 64))
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mixer_s16_224"])
 def test_other_nets_are_refused(name):
-    with pytest.raises(BackboneError, match="or a convolutional net that takes any image size"):
+    with pytest.raises(LearnerError, match="or a convolutional net that takes any image size"):
         build(plan_of(name, 64))
 
 
@@ -100,7 +101,7 @@ def test_other_nets_are_refused(name):
     ],
 )
 def test_a_transformer_that_is_not_the_plain_one_is_refused(name):
-    with torch.device("meta"), pytest.raises(BackboneError, match="needs a plain vision transformer"):  # no weights
+    with torch.device("meta"), pytest.raises(LearnerError, match="needs a plain vision transformer"):  # no weights
         build(plan_of(name, 64))
 
 
@@ -136,19 +137,19 @@ def test_file_says_by_its_metadata_which_net_it_is(tmp_path):
 def test_file_without_metadata_needs_the_name(tmp_path):
     file = tmp_path / "w.safetensors"
     save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), file)
-    with pytest.raises(BackboneError, match='put its timm name, such as arch = "densenet121"'):
+    with pytest.raises(LearnerError, match='put its timm name, such as arch = "densenet121"'):
         read_weights(file, "vit_tiny_patch16")
     plan, _ = open_backbone(resolve("distl", "demo", {"backbone": str(file), "arch": "resnet10t"}))
     assert plan == {"timm": "resnet10t"}
-    with pytest.raises(BackboneError, match="of another shape"):
+    with pytest.raises(LearnerError, match="of another shape"):
         read_weights(file, "resnet50")
 
 
 def test_hub_out_of_reach_names_the_way_out(tmp_path):
     code = (
-        "from learner.round.recipe import resolve; from learner.networks.backbone import open_backbone, BackboneError\n"
+        "from learner.round.recipe import resolve; from learner.networks.backbone import open_backbone; from learner.errors import LearnerError\n"
         "try: open_backbone(resolve('distl', 'demo', {'backbone': 'resnet50.a1_in1k'}))\n"
-        "except BackboneError as error: print(error)"
+        "except LearnerError as error: print(error)"
     )
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, check=True)

@@ -15,15 +15,15 @@ from learner.engine.optim import (
     alpha_ramp,
     clip_each,
     cosine_schedule,
+    ema_update,
     make_optimiser,
-    move_average,
     param_groups,
 )
-from learner.engine.step import Batch, State, walk
+from learner.engine.step import Batch, State, run_steps
 from learner.networks.backbone import Backbone
 from learner.networks.heads import ClassHead, DinoHead, Network
 from learner.objectives.class_losses import label_loss, self_training_loss
-from learner.objectives.correction import distil_and_correct
+from learner.objectives.correction import distl_step
 from learner.objectives.dino import DinoLoss
 from learner.round.recipe import Recipe
 from tests.support.learner.golden_vectors import close, golden
@@ -138,7 +138,7 @@ def test_moving_average_recursion():
     for i in range(len(g["momentum"])):
         with torch.no_grad():
             student.weight.copy_(g["student"][i][None])
-        move_average(teacher, student, float(g["momentum"][i]))
+        ema_update(teacher, student, float(g["momentum"][i]))
         close(teacher.weight[0].detach(), g["teacher"][i + 1])
     close(cosine_schedule(0.9995, 1.0, 2, 4), g["momentum"])
 
@@ -193,13 +193,13 @@ class Given:
             self.groups.append(([g[f"{mark}{i}.v{v}"] for v in range(5)], labels))
         self.batches = len(self.groups)
 
-    def batch(self, sweep, index):
+    def batch(self, epoch, index):
         views, labels = self.groups[index]
         return Batch(len(views[0]), lambda part: [v[part] for v in views], labels)
 
 
 def published_epochs(g, micro=0, alpha=True):
-    """Two epochs through the product's own walk; yields the state after each."""
+    """Two epochs through the product's own run_steps; yields the state after each."""
     student, teacher = tiny_network(), tiny_network()
     student.load_state_dict(weights(g, "init."))
     teacher.load_state_dict(weights(g, "init."))
@@ -221,7 +221,7 @@ def published_epochs(g, micro=0, alpha=True):
             }
 
     unlabelled, labelled = Given(g, "u"), Given(g, "l")
-    walk(state, lambda state: distil_and_correct(state, unlabelled, labelled), after)
+    run_steps(state, lambda state: distl_step(state, unlabelled, labelled), after)
     return ends, seen
 
 

@@ -28,8 +28,8 @@ def of(head, seen, truth):
 def test_the_mean_is_each_answer_in_its_share_once_both_spread_alike():
     seen, _, labels = samples()
     first = logistic.fit(seen, labels, 0.02)
-    second = logistic.Linear(40 * torch.roll(first.weight, 1, 1), first.bias - 7)
-    mixed = head_refit.mean(first, second, seen, 0.25)(seen)
+    second = logistic.LinearHead(40 * torch.roll(first.weight, 1, 1), first.bias - 7)
+    mixed = head_refit.blend_heads(first, second, seen, 0.25)(seen)
     one, two = first(seen), second(seen)
     alike = (two - two.mean(0)) / two.std(0) * one.std(0) + one.mean(0)
     torch.testing.assert_close(mixed, 0.75 * one + 0.25 * alike)
@@ -39,10 +39,10 @@ def test_a_finding_of_which_one_answer_knows_nothing_keeps_the_other():
     seen, _, labels = samples()
     first = logistic.fit(seen, torch.cat([labels, labels], 1), 0.02)
     second = logistic.fit(seen, torch.cat([labels, torch.where(labels == 1, NAN, labels)], 1), 0.02)  # no positive
-    mixed = head_refit.mean(first, second, seen)
+    mixed = head_refit.blend_heads(first, second, seen)
     torch.testing.assert_close(mixed.weight[1], first.weight[1])
     torch.testing.assert_close(mixed.bias[1], first.bias[1])
-    swapped = head_refit.mean(second, first, seen)
+    swapped = head_refit.blend_heads(second, first, seen)
     torch.testing.assert_close(swapped.weight[1], second.weight[1])
 
 
@@ -52,7 +52,7 @@ def test_the_mean_errs_less_at_its_worst_than_neighbours_or_labels_alone():
         seen, truth, labels = samples(seed)
         soft = head_refit.pseudo_labels(seen, labels, head_refit.shrunk_prevalence(labels), 5, 6)
         near, own = logistic.fit(seen, soft, head_refit.PENALTY), logistic.fit(seen, labels, head_refit.FEW_PENALTY)
-        both = head_refit.answer(seen, labels, 5, 6)
+        both = head_refit.fit_graph_and_labels(seen, labels, 5, 6)
         found.append([of(head, seen, truth) for head in (near, own, both)])
     near, own, both = torch.tensor(found).min(0).values
     assert both > min(near, own)
@@ -63,13 +63,14 @@ def test_weights_of_labels_reach_the_labels_own_fit():
     seen, _, labels = samples()
     weights = torch.where(labels == 1, 5.0, 1.0)
     assert not torch.allclose(
-        head_refit.answer(seen, labels, 5, 6).weight, head_refit.answer(seen, labels, 5, 6, weights).weight
+        head_refit.fit_graph_and_labels(seen, labels, 5, 6).weight,
+        head_refit.fit_graph_and_labels(seen, labels, 5, 6, weights).weight,
     )
 
 
 MUTATIONS = [
     (test_the_mean_is_each_answer_in_its_share_once_both_spread_alike, lambda a, b, seen, share=0.25: a),
-    (test_a_finding_of_which_one_answer_knows_nothing_keeps_the_other, lambda a, b, seen: logistic.Linear(
+    (test_a_finding_of_which_one_answer_knows_nothing_keeps_the_other, lambda a, b, seen: logistic.LinearHead(
         (a.weight + b.weight) / 2, (a.bias + b.bias) / 2)),
     (test_the_mean_errs_less_at_its_worst_than_neighbours_or_labels_alone, lambda a, b, seen: a),
     (test_weights_of_labels_reach_the_labels_own_fit, lambda a, b, seen: a),
@@ -78,6 +79,6 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("test", "wrong"), MUTATIONS)
 def test_mutations_are_noticed(monkeypatch, test, wrong):
-    monkeypatch.setattr(head_refit, "mean", wrong)
+    monkeypatch.setattr(head_refit, "blend_heads", wrong)
     with pytest.raises(AssertionError):
         test()

@@ -151,7 +151,11 @@ MUTATIONS = [
         "propagate",
         lambda g, labels, **_: labels.nan_to_num(0.5) - 0.5,
     ),
-    (test_targets_follow_the_rank_and_the_prevalence_and_keep_known_labels, "by_rank", lambda s, p, *_: s.sigmoid()),
+    (
+        test_targets_follow_the_rank_and_the_prevalence_and_keep_known_labels,
+        "soft_targets_by_rank",
+        lambda s, p, *_: s.sigmoid(),
+    ),
     (test_whitened_features_have_variance_one_and_no_correlation, "whiten", lambda x, c: x[:, :c]),
     (test_graph_is_symmetric_and_its_largest_eigenvalue_is_one, "affinity", lambda near, where: torch.rand(100, 100)),
 ]

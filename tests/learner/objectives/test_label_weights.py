@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from learner.data.plates import label_table
-from learner.objectives.class_losses import balanced, label_loss, weight_table
-from learner.objectives.correction import supervise
-from learner.objectives.dino import correcting
+from learner.errors import RecipeError
+from learner.objectives.class_losses import class_balance, label_loss, weight_table
+from learner.objectives.correction import supervised_step
+from learner.objectives.dino import correction
 from learner.objectives.teacher_student import supervised
 from learner.recipes import evolve
-from learner.recipes.kd import teaching
+from learner.recipes.kd import kd_objective
 from learner.round.manifest import load
-from learner.round.recipe import RecipeError, resolve
-from learner.round.run import Run
-from learner.round.supervised import balance_of
+from learner.round.recipe import resolve
+from learner.training.run import Run
+from learner.training.supervised import label_balance
 from tests.learner.engine.test_step import make_batch, make_state
 from tests.support.learner.recipe_rounds import opened
 from tests.support.learner.round_folders import read_manifest, write_manifest
@@ -25,10 +26,10 @@ RARE = torch.tensor([[1.0, 0.0, 1.0, UNKNOWN]] + [[0.0, 0.0, 1.0, UNKNOWN]] * 8 
 SOME = torch.tensor([[1.0, UNKNOWN], [0.0, 1.0], [UNKNOWN, UNKNOWN], [1.0, 1.0]]).double()
 BALANCE = {"class_weights": torch.tensor([0.5, 2.0]).double(), "positive_weights": torch.tensor([3.0, 0.1]).double()}
 OBJECTIVES = {
-    "t0, pseudo-label": lambda state, balance: correcting(0.0, 1.0, balance),
-    "distl": lambda state, balance: correcting(0.5, 0.5, balance),
+    "t0, pseudo-label": lambda state, balance: correction(0.0, 1.0, balance),
+    "distl": lambda state, balance: correction(0.5, 0.5, balance),
     "evolve, pretrain": lambda state, balance: supervised(balance),
-    "kd": lambda state, balance: teaching(state.teacher, 1.0, balance),
+    "kd": lambda state, balance: kd_objective(state.teacher, 1.0, balance),
 }
 
 
@@ -59,7 +60,7 @@ def test_known_labels_pull_alike_whatever_stands_beside_them():
 
 
 def test_a_rare_positive_gets_the_weight_and_its_finding_no_more_than_before():
-    balance = balanced(RARE)
+    balance = class_balance(RARE)
     rare = (1 - 0.999**8) / (1 - 0.999)  # over 1 positive
     torch.testing.assert_close(balance["positive_weights"][0], torch.tensor(rare).float())
     weights = weight_table(RARE, balance)
@@ -70,12 +71,12 @@ def test_a_rare_positive_gets_the_weight_and_its_finding_no_more_than_before():
 @pytest.mark.parametrize("finding", [1, 2, 3], ids=["no positive", "no negative", "nobody labelled it"])
 def test_a_finding_without_two_classes_is_as_it_was(finding):
     labels, logits = RARE[:, [finding]], torch.linspace(-2, 2, 12)[:, None]
-    plain, weighed = label_loss(logits, labels), label_loss(logits, labels, **balanced(labels))
+    plain, weighed = label_loss(logits, labels), label_loss(logits, labels, **class_balance(labels))
     torch.testing.assert_close(weighed, plain)
 
 
 def test_the_loss_is_that_of_its_table_of_weights():
-    logits, balance = torch.randn(12, 4), balanced(RARE)
+    logits, balance = torch.randn(12, 4), class_balance(RARE)
     each = torch.nn.functional.binary_cross_entropy_with_logits(logits, RARE.nan_to_num(0), reduction="none")
     known = ~RARE.isnan()
     expected = (each * weight_table(RARE, balance) * known).sum() / known.sum()
@@ -85,46 +86,46 @@ def test_the_loss_is_that_of_its_table_of_weights():
 
 def test_weights_are_counted_on_train_labels_alone(tmp_path):
     one = opened(tmp_path / "one", balance="effective", method="evolve")
-    mine = balance_of(one)
-    manifest = read_manifest(one.round.folder)
+    mine = label_balance(one)
+    manifest = read_manifest(one.manifest.folder)
     for sample in manifest["images"]:
         if sample["range"] != "train":
             sample["labels"] = [1, 1]
-    opened(tmp_path / "other").teller.close()
+    opened(tmp_path / "other").progress.close()
     write_manifest(tmp_path / "other", manifest | {"seed": 4})
     other = Run(load(tmp_path / "other"))
-    assert any(sample.labels == (1, 1) for sample in other.round.of("validation"))
-    for name, value in balance_of(other).items():
+    assert any(sample.labels == (1, 1) for sample in other.manifest.of("validation"))
+    for name, value in label_balance(other).items():
         assert torch.equal(value, mine[name])
     assert {name: value.tolist() for name, value in mine.items()} == {
-        name: value.tolist() for name, value in balanced(label_table(one.round.labelled)).items()
+        name: value.tolist() for name, value in class_balance(label_table(one.manifest.labelled)).items()
     }
 
 
 def test_a_balanced_step_is_another_than_a_plain_one_by_the_weights(tmp_path):
     run = opened(tmp_path / "r", method="pseudo-label", balance="effective", train=(7, 0))
-    feed, losses = run.labelled("t0"), {}
-    for kind, balance in {"plain": {}, "balanced": balance_of(run)}.items():
-        state = run.state("t0", run.schedule(feed, 2, 1e-3))
+    feed, losses = run.labelled_feed("t0"), {}
+    for kind, balance in {"plain": {}, "balanced": label_balance(run)}.items():
+        state = run.new_state("t0", run.schedule(feed, 2, 1e-3))
         state.student.eval()
-        losses[kind] = supervise(state, feed, balance)["classes"]
+        losses[kind] = supervised_step(state, feed, balance)["classes"]
         batch = feed.batch(0, 0)
         with torch.no_grad():
-            fresh = run.state("t0", run.schedule(feed, 2, 1e-3)).student.eval()
+            fresh = run.new_state("t0", run.schedule(feed, 2, 1e-3)).student.eval()
             expected = label_loss(fresh.classify(batch.views(slice(0, batch.size))[1]), batch.labels, **balance)
         assert losses[kind] == pytest.approx(expected.item(), rel=1e-5)
     assert losses["plain"] != pytest.approx(losses["balanced"], rel=1e-6)
-    run.teller.close()
+    run.progress.close()
 
 
 def test_the_first_class_head_of_evolve_is_fitted_on_the_same_weights(tmp_path, monkeypatch):
     run = opened(tmp_path / "r", method="evolve", class_hidden=0, balance="effective")
-    fit, given = evolve.linear.fit, []
-    monkeypatch.setattr(evolve.linear, "fit", lambda *words: given.append(words) or fit(*words))
-    evolve.fit_head(run, run.network())
-    labels = label_table(run.round.labelled)
-    torch.testing.assert_close(given[0][3], weight_table(labels, balanced(labels)))
-    run.teller.close()
+    fit, given = evolve.logistic.fit, []
+    monkeypatch.setattr(evolve.logistic, "fit", lambda *words: given.append(words) or fit(*words))
+    evolve.fit_head(run, run.new_network())
+    labels = label_table(run.manifest.labelled)
+    torch.testing.assert_close(given[0][3], weight_table(labels, class_balance(labels)))
+    run.progress.close()
 
 
 def test_recipes_say_what_their_labels_weigh():

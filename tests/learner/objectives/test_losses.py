@@ -245,7 +245,7 @@ MUTATIONS = [
         "learner.objectives.self_supervised.sinkhorn",
         overflowing,
     ),
-    ("test_kappa_filter_labels_the_published_images", "learner.objectives.pseudo_targets.outside", high_rule_wins),
+    ("test_kappa_filter_labels_the_published_images", "learner.objectives.pseudo_targets.hard_labels", high_rule_wins),
     (
         "test_distillation_loss_and_gradient_are_the_closed_forms",
         "learner.objectives.knowledge_distillation.bernoulli_kl",

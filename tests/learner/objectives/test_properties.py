@@ -97,7 +97,7 @@ def test_e_self_training_pulls_the_noised_view_alone(seed, samples, findings):
 def test_f_the_average_keeps_copies_or_blends(seed, momentum):
     for m in (0.0, momentum, 1.0):
         teacher, student = linear(seed), linear(seed + 10)
-        weight_averaging.follow(teacher, student, m)
+        weight_averaging.ema_update_with_buffers(teacher, student, m)
         for ours, old, new in zip(
             teacher.parameters(), linear(seed).parameters(), linear(seed + 10).parameters(), strict=True
         ):
@@ -159,7 +159,7 @@ def test_l_kappa_one_labels_every_image_at_the_prevalence(seed, samples, part):
     positives = min(max(1, round(part * samples)), samples - 1)
     scores = torch.stack([shuffled(seed, samples), shuffled(seed + 1, samples)], 1)
     prevalence = torch.tensor([positives, samples - positives]).double() / samples
-    labels = pseudo_targets.outside(scores, *pseudo_targets.class_thresholds(scores, prevalence, 1.0))
+    labels = pseudo_targets.hard_labels(scores, *pseudo_targets.class_thresholds(scores, prevalence, 1.0))
     assert not labels.isnan().any()
     assert labels.sum(0).tolist() == [positives, samples - positives]
 
@@ -218,11 +218,11 @@ def swallow(loss, mean):
 
 
 def buffers_forgotten(teacher, student, momentum):
-    weight_averaging.move_average(teacher, student, momentum)
+    weight_averaging.ema_update(teacher, student, momentum)
 
 
 def fixed_cut(scores, ratio, kappa):
-    return pseudo_targets.outside(scores, torch.tensor(3.0), torch.tensor(8.0))
+    return pseudo_targets.hard_labels(scores, torch.tensor(3.0), torch.tensor(8.0))
 
 
 def squared(student, teacher, t):
@@ -258,10 +258,14 @@ MUTATIONS = [
         "learner.objectives.class_losses.self_training_loss",
         lambda student, teacher: (student.sigmoid() - teacher.sigmoid()).square().mean(),
     ),
-    ("test_f_the_average_keeps_copies_or_blends", "learner.engine.weight_averaging.follow", buffers_forgotten),
     (
         "test_f_the_average_keeps_copies_or_blends",
-        "learner.engine.weight_averaging.move_average",
+        "learner.engine.weight_averaging.ema_update_with_buffers",
+        buffers_forgotten,
+    ),
+    (
+        "test_f_the_average_keeps_copies_or_blends",
+        "learner.engine.weight_averaging.ema_update",
         lambda teacher, student, m: teacher.load_state_dict(student.state_dict()),
     ),
     (

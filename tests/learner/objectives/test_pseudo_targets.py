@@ -95,7 +95,7 @@ def test_thresholds_are_quantiles_of_a_part_filled_buffer():
 
 
 def test_low_rule_wins_ties_and_the_middle_is_dropped():
-    labels = pseudo_targets.outside(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(2.0), torch.tensor(4.0))
+    labels = pseudo_targets.hard_labels(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(2.0), torch.tensor(4.0))
     assert labels.nan_to_num(-1).tolist() == [0, 0, -1, 1]
     assert pseudo_targets.kappa_filter(torch.ones(6), 0.5, 1.0).tolist() == [0.0] * 6
 
@@ -141,7 +141,7 @@ def test_two_heads_agree_where_they_say_the_same():
 
 
 def test_the_ramp_rises_to_one_and_stays():
-    assert [pseudo_targets.ramp(t) for t in (-9, 0, 0.5, 1, 7)] == [exp(-5), exp(-5), exp(-1.25), 1, 1]
+    assert [pseudo_targets.ramp_up(t) for t in (-9, 0, 0.5, 1, 7)] == [exp(-5), exp(-5), exp(-1.25), 1, 1]
 
 
 def test_ten_crops_are_torchvisions():
@@ -242,7 +242,11 @@ MUTATIONS = [
         "learner.objectives.pseudo_targets.class_thresholds",
         unfilled_counts_as_zero,
     ),
-    ("test_low_rule_wins_ties_and_the_middle_is_dropped", "learner.objectives.pseudo_targets.outside", high_rule_wins),
+    (
+        "test_low_rule_wins_ties_and_the_middle_is_dropped",
+        "learner.objectives.pseudo_targets.hard_labels",
+        high_rule_wins,
+    ),
     (
         "test_aligned_answers_come_near_the_prevalence",
         "learner.objectives.pseudo_targets.align",
@@ -262,7 +266,7 @@ MUTATIONS = [
     ),
     (
         "test_the_ramp_rises_to_one_and_stays",
-        "learner.objectives.pseudo_targets.ramp",
+        "learner.objectives.pseudo_targets.ramp_up",
         lambda t: exp(-5 * (1 - t) ** 2),
     ),
     ("test_ten_crops_are_torchvisions", "learner.objectives.pseudo_targets.ten_crop", other_order),

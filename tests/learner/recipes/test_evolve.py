@@ -9,13 +9,13 @@ import torch
 from learner.__main__ import main
 from learner.data.plates import label_table
 from learner.engine.checkpoint import read_file
-from learner.engine.progress import Teller
+from learner.engine.progress import ProgressWriter
 from learner.networks.backbone import read_weights
 from learner.networks.heads import make_network
 from learner.objectives import teacher_student as steps
 from learner.recipes import evolve
 from learner.round.manifest import load
-from learner.round.run import Run
+from learner.training.run import Run
 from tests.support.learner.round_folders import ALL, card, make, read_manifest, result, write_manifest
 
 torch.set_num_threads(1)
@@ -53,10 +53,10 @@ def test_what_is_said_of_pseudo_labels_outlives_a_crash_before_the_first_checkpo
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
-        patched.setattr("learner.recipes.evolve.evolve", crash)
+        patched.setattr("learner.recipes.evolve.teacher_student_step", crash)
         main([str(folder)])
     assert (folder / "checkpoint/targets.safetensors").exists()
-    monkeypatch.setattr("learner.round.run.Run.export", lambda *_: None)
+    monkeypatch.setattr("learner.training.run.Run.export", lambda *_: None)
     assert main([str(folder)]) == 0
     assert len([row for row in rows(folder) if row.get("kind") == "pseudo"]) == 1
 
@@ -85,13 +85,13 @@ def test_caches_are_gone_after_the_round(evolved):
 def test_h_stopping_after_every_single_step_changes_no_bit(tmp_path, monkeypatch, overrides):
     whole, folder = make(tmp_path / "whole", **overrides), make(tmp_path / "r", **overrides)
     assert main([str(whole)]) == 0
-    step = Teller.step
+    step = ProgressWriter.write_step
 
-    def step_and_ask(teller, state, losses):
-        step(teller, state, losses)
-        teller.asked = "one step"
+    def step_and_ask(progress, state, losses):
+        step(progress, state, losses)
+        progress.signal_name = "one step"
 
-    monkeypatch.setattr(Teller, "step", step_and_ask)
+    monkeypatch.setattr(ProgressWriter, "write_step", step_and_ask)
     starts = 0
     while (code := main([str(folder)])) == 75:
         starts += 1
@@ -111,13 +111,13 @@ def test_a_step_in_parts_equals_the_whole_only_by_looking_ahead(tmp_path, monkey
         monkeypatch.setattr(steps, "look_ahead", lambda state, batch: {})
     told, states = [], []
     for micro in (0, 3):
-        state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+        state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
         run.from_backbone(state)
         state.micro = micro
         table = {"champion": torch.randn(14, 2, generator=torch.Generator().manual_seed(0))}
-        told.append(steps.evolve(state, run.unlabelled(), None, table | {"prevalence": torch.tensor([0.4, 0.4])}))
+        told.append(steps.evolve(state, run.unlabelled_feed(), None, table | {"prevalence": torch.tensor([0.4, 0.4])}))
         states.append(state)
-    run.teller.close()
+    run.progress.close()
     same = all(
         torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-6)
         for one, other in zip(*(state.student.parameters() for state in states), strict=True)
@@ -130,24 +130,24 @@ def test_a_step_in_parts_equals_the_whole_only_by_looking_ahead(tmp_path, monkey
 
 def test_scores_are_the_teachers_newest_and_those_of_other_images_stay(tmp_path):
     run = Run(load(make(tmp_path / "r", **SOFT)))
-    state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     run.from_backbone(state)
     before = torch.randn(14, 2)
-    batch = run.unlabelled().batch(0, 0)
+    batch = run.unlabelled_feed().batch(0, 0)
     with torch.no_grad():
         newest = state.teacher.classify(batch.views(slice(0, 4))[0])
-    steps.evolve(state, run.unlabelled(), None, {"champion": before, "prevalence": torch.tensor([0.4, 0.4])})
+    steps.evolve(state, run.unlabelled_feed(), None, {"champion": before, "prevalence": torch.tensor([0.4, 0.4])})
     expected = before.clone()
     expected[batch.index] = newest
     torch.testing.assert_close(state.extra["scores"], expected)
-    run.teller.close()
+    run.progress.close()
 
 
 def test_soft_weights_of_the_graph_grow_with_the_distance_from_the_cut(tmp_path):
     folder = make(tmp_path / "r", targets="graph", agree="soft")
     run = Run(load(folder))
-    table = evolve.targets(run, evolve.begun(run, run.from_backbone))
-    hidden = label_table(run.round.unlabelled).isnan()[:, 0]
+    table = evolve.pseudo_label_table(run, evolve.initial_state(run, run.from_backbone))
+    hidden = label_table(run.manifest.unlabelled).isnan()[:, 0]
     far = (torch.logit(table["soft"][hidden, 0])).abs()
     weight = table["weight"][hidden, 0]
     assert ((weight >= 0) & (weight <= 1)).all()
@@ -155,7 +155,7 @@ def test_soft_weights_of_the_graph_grow_with_the_distance_from_the_cut(tmp_path)
     for side in (table["soft"][hidden, 0] > 0.5, table["soft"][hidden, 0] < 0.5):
         order = far[side].argsort()
         assert (weight[side][order].diff() >= 0).all()
-    run.teller.close()
+    run.progress.close()
 
 
 @pytest.mark.parametrize("agree", ["none", "teacher", "heads", "soft"])
@@ -166,18 +166,18 @@ def test_a_finding_of_one_class_has_no_pseudo_label_and_weighs_nothing_whoever_h
         sample["labels"] = [sample["labels"][0], None if sample["labels"][0] is None else 0]
     write_manifest(folder, manifest)
     run = Run(load(folder))
-    table = evolve.targets(run, evolve.begun(run, run.from_backbone))
-    hidden = label_table(run.round.unlabelled).isnan()
+    table = evolve.pseudo_label_table(run, evolve.initial_state(run, run.from_backbone))
+    hidden = label_table(run.manifest.unlabelled).isnan()
     assert table["soft"][hidden[:, 1], 1].isnan().all()
     assert (table["weight"][hidden[:, 1], 1] == 0).all()
     assert (table["weight"][~hidden] == 1).all()
     assert not table["weight"].isnan().any()
-    run.teller.close()
+    run.progress.close()
 
 
 def test_halves_share_no_image_and_hold_both_classes():
     labels = torch.tensor([[1.0, 0.0], [1.0, float("nan")], [0.0, 1.0], [0.0, 1.0], [float("nan"), 0.0]])
-    one, other = evolve.halves(labels)
+    one, other = evolve.split_labels(labels)
     assert not (~one.isnan() & ~other.isnan()).any()
     assert torch.equal(torch.where(one.isnan(), other, one).nan_to_num(9), labels.nan_to_num(9))
     assert all({0.0, 1.0} <= set(half[:, 0].tolist()) for half in (one, other))
@@ -188,7 +188,7 @@ def test_linear_head_answers_as_the_regression_it_was_given(evolved):
     torch.manual_seed(0)
     network = make_network(read_file(evolved / "t0/state.safetensors")[1]["plan"], replace(round_.recipe, ibot=0.0), 2)
     seen = torch.randn(30, network.backbone.dim)
-    answer = evolve.linear.fit(seen, (seen[:, :2] > 0).float(), 0.1)
+    answer = evolve.logistic.fit(seen, (seen[:, :2] > 0).float(), 0.1)
     evolve.set_head(network, answer)
     torch.testing.assert_close(network.cls_head(seen).double(), answer(seen), atol=1e-5, rtol=1e-4)
     directions = network.cls_head.gradient(seen)

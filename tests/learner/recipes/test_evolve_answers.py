@@ -9,7 +9,7 @@ from learner.objectives import head_refit
 from learner.objectives import teacher_student as steps
 from learner.recipes import evolve
 from learner.round.manifest import load
-from learner.round.run import Run
+from learner.training.run import Run
 from tests.learner.recipes.test_evolve import rows
 from tests.support.learner.round_folders import card, make, result
 
@@ -21,13 +21,13 @@ torch.use_deterministic_algorithms(True)
 def run(tmp_path):
     run = Run(load(make(tmp_path / "r", samples={"validation": 24}, lam=0.0)))
     yield run
-    run.teller.close()
+    run.progress.close()
 
 
 def fitted(run, network):
     """What neighbours and labels say on the features of this network."""
-    samples = run.round.unlabelled
-    return head_refit.answer(run.embeddings(network, samples), label_table(samples), 3, 4)
+    samples = run.manifest.unlabelled
+    return head_refit.fit_graph_and_labels(run.embeddings(network, samples), label_table(samples), 3, 4)
 
 
 def weight(network):
@@ -37,9 +37,9 @@ def weight(network):
 def test_a_step_looks_at_the_original_and_one_noised_view_alone(run, monkeypatch):
     seen, look = [], steps.look
     monkeypatch.setattr(steps, "look", lambda net, views, *rest: seen.append(len(views)) or look(net, views, *rest))
-    state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     run.from_backbone(state)
-    losses = steps.evolve(state, run.unlabelled(), None, evolve.targets(run, state))
+    losses = steps.evolve(state, run.unlabelled_feed(), None, evolve.pseudo_label_table(run, state))
     assert seen == [1, 1]
     assert {"pseudo", "cls_std"} <= losses.keys()
     assert not {"dino", "ibot", "koleo", "labels", "teacher_kl"} & losses.keys()
@@ -48,7 +48,8 @@ def test_a_step_looks_at_the_original_and_one_noised_view_alone(run, monkeypatch
 def test_no_crop_is_made_for_a_step_that_looks_at_none(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "learner.recipes.evolve.evolve", lambda _, feed, *__: made.append(feed.recipe.local_views) or 1 / 0
+        "learner.recipes.evolve.teacher_student_step",
+        lambda _, feed, *__: made.append(feed.recipe.local_views) or 1 / 0,
     )
     for lam in (0.0, 1.0):
         with pytest.raises(ZeroDivisionError):
@@ -57,29 +58,31 @@ def test_no_crop_is_made_for_a_step_that_looks_at_none(tmp_path, monkeypatch):
 
 
 def test_the_first_teacher_is_the_model_before_with_neighbours_and_labels_in_its_head(run):
-    state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     run.from_backbone(state)
-    evolve.teach(run, state)
+    evolve.refit_first_teacher(run, state)
     torch.testing.assert_close(weight(state.teacher), fitted(run, state.teacher).weight, rtol=1e-5, atol=1e-7)
     for key, value in state.student.state_dict().items():
         assert torch.equal(value, state.teacher.state_dict()[key]), key
 
 
 def test_a_trained_head_keeps_its_half_when_neighbours_have_their_say(run):
-    network = run.network()
+    network = run.new_network()
     torch.nn.init.normal_(network.cls_head.mlp[-1].weight, generator=torch.Generator().manual_seed(1))
     own, near = evolve.head_of(network), fitted(run, network)
-    seen = run.embeddings(network, run.round.unlabelled)
+    seen = run.embeddings(network, run.manifest.unlabelled)
     evolve.refit(run, network, 0.5)
-    torch.testing.assert_close(weight(network), head_refit.mean(near, own, seen, 0.5).weight, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        weight(network), head_refit.blend_heads(near, own, seen, 0.5).weight, rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(("average", "kept"), [("trained", "teacher"), ("least", "refit")])
 def test_where_validation_tells_nothing_apart_the_order_of_candidates_decides(run, average, kept):
-    final = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    final = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     run.from_backbone(final)
     run.recipe = run.recipe.override({"average": average, "refit": "none"})
-    assert evolve.choose(run, final, final.teacher) == kept
+    assert evolve.choose_candidate(run, final, final.teacher) == kept
 
 
 def test_a_round_says_that_every_image_was_answered(tmp_path):

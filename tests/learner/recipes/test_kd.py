@@ -9,10 +9,10 @@ import torch
 
 from learner.__main__ import main
 from learner.engine.checkpoint import read_file
-from learner.engine.progress import Teller
+from learner.engine.progress import ProgressWriter
 from learner.engine.step import Batch
 from learner.objectives.class_losses import label_loss
-from learner.objectives.correction import supervise
+from learner.objectives.correction import supervised_step
 from learner.objectives.knowledge_distillation import bernoulli_kl
 from learner.recipes import kd
 from learner.round.recipe import resolve
@@ -84,15 +84,15 @@ def test_kd_goes_on_from_a_parent(whole, tmp_path, strategy):
     state = whole("standard") / "final/state.safetensors"
     parent, begun = {"bundle": "abc", "state": str(state)}, []
     folder = make_round(tmp_path / "r", parent=parent, **KD, kd_strategy=strategy)
-    step = Teller.step
+    step = ProgressWriter.write_step
 
-    def watched(teller, state, losses):
+    def watched(progress, state, losses):
         if state.phase == "kd" and state.step == 1:  # the first step has a learning rate of 0
             begun.append(copy_of(state.student))
-        step(teller, state, losses)
+        step(progress, state, losses)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Teller, "step", watched)
+        patch.setattr(ProgressWriter, "write_step", watched)
         phases_of(folder)
     served = {k.removeprefix("student."): v for k, v in read_file(state)[0].items() if k.startswith("student.")}
     assert same(begun[0], served) == (strategy != "self")
@@ -124,7 +124,7 @@ def test_the_recipe_carries_no_prototypes_and_no_crops_at_any_size(profile):
 
 def test_teacher_of_kd_stands_still_in_eval_mode(tmp_path):
     folder, seen = make_round(tmp_path / "r", **KD, validation=0, calibration=0), []
-    step = kd.be_taught
+    step = kd.kd_step
 
     def watched(state, teacher, feeds, balance):
         before = copy_of(teacher)
@@ -141,18 +141,18 @@ def test_teacher_of_kd_stands_still_in_eval_mode(tmp_path):
 def kd_step(run, feeds, teacher=None, **recipe):
     """One step of a student beside its own copy as teacher; the losses, and the student after it."""
     run.recipe = replace(run.recipe, drop_path=0.0, **recipe)
-    state = run.state("kd", run.schedule(feeds[0], 2, 1e-3))
+    state = run.new_state("kd", run.schedule(feeds[0], 2, 1e-3))
     run.from_weights(None)(state)
     state.step = 1  # at step 0 the learning rate is 0
     teacher = (teacher or state.teacher).eval()
-    return kd.be_taught(state, teacher, feeds), state
+    return kd.kd_step(state, teacher, feeds), state
 
 
 def test_images_without_a_label_bring_answers_only(tmp_path):
     run = opened(tmp_path / "r", **KD)
-    teacher = run.network()
+    teacher = run.new_network()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
-    labelled, rest = run.labelled("t0"), run.feed(without_label(run), "unlabelled", 0, False)
+    labelled, rest = run.labelled_feed("t0"), run.feed(without_label(run), "unlabelled", 0, False)
     both, _ = kd_step(run, [labelled, rest], teacher)
     alone, _ = kd_step(run, [labelled], teacher)
     none, _ = kd_step(run, [rest], teacher)
@@ -162,14 +162,14 @@ def test_images_without_a_label_bring_answers_only(tmp_path):
     mean = (alone["taught"] * sizes[0] + none["taught"] * sizes[1]) / sum(sizes)
     assert both["taught"] == pytest.approx(mean, rel=1e-5)
     assert alone["loss"] == pytest.approx(0.5 * alone["classes"] + 0.5 * alone["taught"], rel=1e-6)
-    run.teller.close()
+    run.progress.close()
 
 
 def test_step_in_parts_costs_what_the_whole_costs(tmp_path):
     run = opened(tmp_path / "r", **KD)
-    teacher = run.network()
+    teacher = run.new_network()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
-    feeds = [run.labelled("t0"), run.feed(without_label(run), "unlabelled", 0, False)]
+    feeds = [run.labelled_feed("t0"), run.feed(without_label(run), "unlabelled", 0, False)]
     whole, one = kd_step(run, feeds, teacher)
     parts, other = kd_step(run, feeds, teacher, micro_batch=1)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
@@ -177,48 +177,48 @@ def test_step_in_parts_costs_what_the_whole_costs(tmp_path):
     for mine, theirs in zip(one.student.parameters(), other.student.parameters(), strict=True):
         if mine.grad is not None and theirs.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)
-    run.teller.close()
+    run.progress.close()
 
 
 def test_loss_is_the_bernoulli_form_on_the_same_view(tmp_path):
     run = opened(tmp_path / "r", **KD)
-    teacher = run.network().eval()
+    teacher = run.new_network().eval()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
-    feed = run.labelled("t0")
-    state = run.state("kd", run.schedule(feed, 2, 1e-3))
+    feed = run.labelled_feed("t0")
+    state = run.new_state("kd", run.schedule(feed, 2, 1e-3))
     state.student.eval()
     batch: Batch = feed.batch(0, 0)
     everything = slice(0, batch.size)
-    terms = kd.teaching(teacher, 1.0, {})(state, batch, everything)
+    terms = kd.kd_objective(teacher, 1.0, {})(state, batch, everything)
     view = batch.views(everything)[1]
     guess, told = state.student.classify(view), teacher.classify(view)
     expected = 0.5 * label_loss(guess, batch.labels) + 0.5 * bernoulli_kl(guess, told, 2.0)
     torch.testing.assert_close(terms.loss, expected)
     assert expected - 0.5 * label_loss(guess, batch.labels) > 0.1
-    run.teller.close()
+    run.progress.close()
 
 
 def test_without_the_teachers_share_a_step_is_one_on_labels(tmp_path):
     run = opened(tmp_path / "r", **KD)
-    feed = run.labelled("t0")
+    feed = run.labelled_feed("t0")
     _, taught = kd_step(run, [feed], kd_alpha=0.0)
-    alone = run.state("kd", run.schedule(feed, 2, 1e-3))
+    alone = run.new_state("kd", run.schedule(feed, 2, 1e-3))
     run.from_weights(None)(alone)
     alone.step = 1
-    supervise(alone, feed)
+    supervised_step(alone, feed)
     for mine, theirs in zip(taught.student.parameters(), alone.student.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-5)
-    run.teller.close()
+    run.progress.close()
 
 
 def test_defective_teacher_has_a_quarter_of_the_epochs_at_their_own_rates(tmp_path):
     run = opened(tmp_path / "r", **KD)
-    whole = run.schedule(run.labelled("t0"), 8, 1e-3)
-    short = kd.defective(whole)
+    whole = run.schedule(run.labelled_feed("t0"), 8, 1e-3)
+    short = kd.first_quarter(whole)
     assert short.steps == whole.steps // 4
     np.testing.assert_array_equal(short.lr, whole.lr[: short.steps])
-    assert kd.defective(run.schedule(run.labelled("t0"), 3, 1e-3)).steps == whole.steps_per_epoch
-    run.teller.close()
+    assert kd.first_quarter(run.schedule(run.labelled_feed("t0"), 3, 1e-3)).steps == whole.steps_per_epoch
+    run.progress.close()
 
 
 def in_train_mode(network, mode=True):
@@ -229,10 +229,10 @@ def unshared(teacher, share, balance):
     return TEACHING(teacher, 1.0, balance)
 
 
-TEACHING = kd.teaching
+TEACHING = kd.kd_objective
 MUTATIONS = [
     ("test_teacher_of_kd_stands_still_in_eval_mode", "torch.nn.Module.eval", in_train_mode),
-    ("test_images_without_a_label_bring_answers_only", "learner.recipes.kd.teaching", unshared),
+    ("test_images_without_a_label_bring_answers_only", "learner.recipes.kd.kd_objective", unshared),
     ("test_step_in_parts_costs_what_the_whole_costs", "learner.recipes.kd.share_of", lambda batch, part: 1.0),
     (
         "test_loss_is_the_bernoulli_form_on_the_same_view",
@@ -244,7 +244,7 @@ MUTATIONS = [
         "learner.objectives.knowledge_distillation.label_loss",
         lambda guess, labels, known: label_loss(guess, 1 - labels, known),
     ),
-    ("test_defective_teacher_has_a_quarter_of_the_epochs_at_their_own_rates", "learner.recipes.kd.defective", lambda whole: whole),
+    ("test_defective_teacher_has_a_quarter_of_the_epochs_at_their_own_rates", "learner.recipes.kd.first_quarter", lambda whole: whole),
 ]  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from learner.engine.checkpoint import CheckpointError, load_network, save_weights
+from learner.engine.checkpoint import load_network, save_weights
+from learner.errors import LearnerError, ManifestError
 from learner.recipes import evolve
-from learner.round.manifest import ManifestError, load
-from learner.round.run import Run
+from learner.round.manifest import load
+from learner.training.run import Run
 from tests.support.learner.round_folders import make, read_manifest, write_manifest
 
 torch.set_num_threads(1)
@@ -36,7 +37,7 @@ def opened(tmp_path):
 
     yield open_round
     for run in runs:
-        run.teller.close()
+        run.progress.close()
 
 
 def without_labels(manifest):
@@ -53,9 +54,9 @@ def without_a_positive_mass(manifest):
 @pytest.mark.parametrize(("edit", "kept"), [(without_labels, [True, True]), (without_a_positive_mass, [False, True])])
 def test_a_finding_that_no_label_tells_of_keeps_the_parents_head(opened, edit, kept, refit):
     run = opened(edit, refit=refit)
-    state = evolve.begun(run, run.from_parent)
+    state = evolve.initial_state(run, run.from_parent)
     before = evolve.head_of(state.student)
-    evolve.teach(run, state)
+    evolve.refit_first_teacher(run, state)
     for network in (state.student, state.teacher):
         after = evolve.head_of(network)
         same = (after.weight == before.weight).all(1) & (after.bias == before.bias)
@@ -64,20 +65,20 @@ def test_a_finding_that_no_label_tells_of_keeps_the_parents_head(opened, edit, k
 
 def test_the_anchor_is_what_the_parent_serves(opened):
     run = opened(replay=0.25)
-    table = evolve.targets(run, evolve.begun(run, run.from_parent))
-    samples = run.round.unlabelled
+    table = evolve.pseudo_label_table(run, evolve.initial_state(run, run.from_parent))
+    samples = run.manifest.unlabelled
     torch.testing.assert_close(table["champion"], evolve.logits_of(run, run.champion(), samples))
 
 
 def test_a_round_after_a_served_teacher_begins_with_it(opened):
     run = opened(parent={"method": "distl", "lam": 0.5, "serve": "teacher"})
-    state, served = evolve.begun(run, run.from_parent), run.champion().state_dict()
+    state, served = evolve.initial_state(run, run.from_parent), run.champion().state_dict()
     assert all(torch.equal(value, served[key]) for key, value in state.student.state_dict().items())
 
 
 def test_frozen_blocks_that_a_parent_trained_are_the_same_in_both_networks(opened):
     run = opened(parent={"arch": "vit_tiny_patch8_depth2"}, frozen_blocks=1)
-    state = evolve.begun(run, run.from_parent)
+    state = evolve.initial_state(run, run.from_parent)
     images = torch.randn(2, 1, 32, 32)
     lower = [network.backbone.lower(images) for network in (state.student, state.teacher)]
     assert torch.equal(*lower)
@@ -87,7 +88,7 @@ def test_frozen_blocks_that_a_parent_trained_are_the_same_in_both_networks(opene
 def test_a_round_in_which_neighbours_have_no_label_to_pass_on_is_refused(opened, targets):
     run = opened(without_labels, targets=targets)
     with pytest.raises(ManifestError, match='leave targets = "teacher"'):
-        evolve.run(run)
+        evolve.train(run)
 
 
 ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0}  # a network of `kd` or `pseudo-label`
@@ -103,7 +104,7 @@ ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0}  # a network of `k
 )
 def test_a_head_that_the_parents_recipe_had_no_use_for_begins_anew_and_alike(opened, parent, child, begins_anew):
     run = opened(parent=parent, **child)
-    state = run.state("evolve", run.schedule(run.unlabelled(), 1, 1e-3))
+    state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     fresh = {name: value.clone() for name, value in state.student.state_dict().items()}
     run.from_parent(state)
     student, teacher = state.student.state_dict(), state.teacher.state_dict()
@@ -116,5 +117,5 @@ def test_a_head_that_the_parents_recipe_had_no_use_for_begins_anew_and_alike(ope
 def test_a_class_head_that_is_missing_is_refused_as_ever(opened):
     run = opened()
     tensors = {name: value for name, value in run._parent()[0].items() if "cls_head" not in name}
-    with pytest.raises(CheckpointError, match=r"student\.cls_head\.mlp\.0\.weight is missing"):
-        load_network(run.network(), tensors, "student.")
+    with pytest.raises(LearnerError, match=r"student\.cls_head\.mlp\.0\.weight is missing"):
+        load_network(run.new_network(), tensors, "student.")

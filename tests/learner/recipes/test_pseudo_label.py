@@ -14,7 +14,7 @@ from learner.engine.checkpoint import read_file
 from learner.objectives import pseudo_targets
 from learner.recipes import pseudo_label
 from learner.round.recipe import resolve
-from learner.round.run import Run
+from learner.training.run import Run
 from tests.support.learner.recipe_rounds import (
     ALONE,
     CONVNET,
@@ -113,23 +113,23 @@ def test_the_recipe_carries_no_prototypes_and_no_crops_at_any_size(profile):
 
 def test_teacher_labels_in_eval_mode_and_keeps_its_statistics(tmp_path):
     run = opened(tmp_path / "r", **PSEUDO)
-    teacher = run.network()
+    teacher = run.new_network()
     before, samples = copy_of(teacher), without_label(run)
-    answers = pseudo_label.answers(run, teacher, samples)
+    answers = pseudo_label.predict(run, teacher, samples)
     assert same(before, copy_of(teacher))
     assert teacher.training
-    alone = pseudo_label.answers(run, teacher, samples[:1])  # batch norm would see the company in train mode
+    alone = pseudo_label.predict(run, teacher, samples[:1])  # batch norm would see the company in train mode
     torch.testing.assert_close(alone, answers[:1])
-    run.teller.close()
+    run.progress.close()
 
 
 def test_true_labels_of_unlabelled_images_change_no_pseudo_label(tmp_path):
     run = opened(tmp_path / "r", train=(6, 20), **PSEUDO)
-    teacher, samples = run.network(), without_label(run)
+    teacher, samples = run.new_network(), without_label(run)
     hidden = [replace(sample, labels=(1, 1)) for sample in samples]
     blind, told = (pseudo_label.pseudo_labels(run, teacher, given) for given in (samples, hidden))
     torch.testing.assert_close(blind, told, equal_nan=True)
-    run.teller.close()
+    run.progress.close()
 
 
 def test_student_learns_pseudo_labels_alone_and_of_unlabelled_images_alone(tmp_path):
@@ -154,27 +154,27 @@ def test_student_learns_pseudo_labels_alone_and_of_unlabelled_images_alone(tmp_p
 @pytest.mark.parametrize("flip", [False, True])
 def test_answers_are_the_mean_over_crops_that_are_mirrored_only_where_images_are(tmp_path, flip):
     run = opened(tmp_path / "r", flip=flip, **{**PSEUDO, "arch": "vit_tiny_patch8_depth1"})
-    teacher, samples = run.network().eval(), without_label(run)
+    teacher, samples = run.new_network().eval(), without_label(run)
     images = normalise(to_image(read_plates(samples), resize_matrix(512, 32)), run.recipe)
     side = 24  # 7/8 of 32 in whole patches of 8
     boxes = [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]
     views = [image[..., y : y + side, x : x + side] for image in (images, images.flip(-1)) for y, x in boxes]
     with torch.no_grad():
         each = [teacher.classify(view).sigmoid() for view in (views if flip else views[:5])]
-    mine = pseudo_label.answers(run, teacher, samples, pseudo_label.crop_side(teacher, 32))
+    mine = pseudo_label.predict(run, teacher, samples, pseudo_label.crop_side(teacher, 32))
     torch.testing.assert_close(mine, torch.stack(each).mean(0))
-    run.teller.close()
+    run.progress.close()
 
 
 def test_best_epoch_is_kept_and_the_first_of_equals(tmp_path):
     run = opened(tmp_path / "r", **PSEUDO)
-    state = run.state("t0", run.schedule(run.labelled("t0"), 1, 1e-3))
+    state = run.new_state("t0", run.schedule(run.labelled_feed("t0"), 1, 1e-3))
     for epoch, value in enumerate([0.6, 0.8, 0.8, 0.7]):
         torch.nn.init.constant_(state.student.cls_head.mlp[-1].bias, epoch)
         pseudo_label.keep_best(run, state, value)
     assert state.extra["auc"].item() == 0.8
     assert state.extra["best.cls_head.mlp.4.bias"].tolist() == [1.0, 1.0]
-    run.teller.close()
+    run.progress.close()
 
 
 def test_macro_auc_is_the_mean_over_findings_with_both_classes():
@@ -190,7 +190,7 @@ def in_train_mode(network, mode=True):
 
 
 def prevalence_of_the_scored(run, teacher, samples):
-    scores = pseudo_label.answers(run, teacher, samples)
+    scores = pseudo_label.predict(run, teacher, samples)
     labels = label_table(samples)
     return pseudo_targets.kappa_labels(scores, labels, run.recipe.kappa)
 
@@ -213,7 +213,7 @@ MUTATIONS = [
     ),
     (
         "test_student_learns_pseudo_labels_alone_and_of_unlabelled_images_alone",
-        "learner.recipes.pseudo_label.taught",
+        "learner.recipes.pseudo_label.labelled_rows",
         lambda labels: list(range(len(labels))),
     ),
     ("test_answers_are_the_mean_over_crops_that_are_mirrored_only_where_images_are", "learner.recipes.pseudo_label.ten_crop", always_ten),

@@ -9,10 +9,11 @@ import pytest
 
 from cxrloop.durable import whole_folder, write_json
 from learner.data.plates import read_plate
+from learner.errors import ManifestError, RecipeError, RoundBusy
 from learner.round import manifest
-from learner.round.folder import RoundBusy, lock_round
-from learner.round.manifest import ManifestError, load
-from learner.round.recipe import RECIPES, Recipe, RecipeError, resolve
+from learner.round.folder import lock_round
+from learner.round.manifest import load
+from learner.round.recipe import RECIPES, Recipe, resolve
 from tests.support.learner.round_folders import make_round, read_manifest, write_manifest
 
 

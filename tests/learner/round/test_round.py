@@ -15,7 +15,7 @@ import torch
 
 from learner.__main__ import main
 from learner.engine.checkpoint import load_state, read_file
-from learner.engine.progress import Teller
+from learner.engine.progress import ProgressWriter
 from tests.support.learner.round_folders import FINDINGS, card, make_round, read_manifest, result, write_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -131,13 +131,13 @@ def test_parent_of_another_size_is_refused(trained, tmp_path):
 def test_h_stopping_after_every_single_step_changes_no_bit(trained, tmp_path, monkeypatch):
     """Through the feeds, the corrections and stochastic depth; bitwise, on the CPU."""
     folder, starts = make_round(tmp_path / "r"), 0
-    step = Teller.step
+    step = ProgressWriter.write_step
 
-    def step_and_ask(teller, state, losses):
-        step(teller, state, losses)
-        teller.asked = "one step"
+    def step_and_ask(progress, state, losses):
+        step(progress, state, losses)
+        progress.signal_name = "one step"
 
-    monkeypatch.setattr(Teller, "step", step_and_ask)
+    monkeypatch.setattr(ProgressWriter, "write_step", step_and_ask)
     while (code := main([str(folder)])) == 75:
         starts += 1
         assert result(folder)["reason"] == "one step"  # a signal from outside would be a pause too
@@ -160,17 +160,17 @@ def forget_the_burst(saved, state):
 @pytest.mark.parametrize("wrong", [forget_moments, forget_the_burst])
 def test_h_notices_a_resume_that_forgets(trained, tmp_path, monkeypatch, wrong):
     """Stopped once, within a correction: going on without Adam's moments, or without the rest of the burst."""
-    folder, step = make_round(tmp_path / "r"), Teller.step
+    folder, step = make_round(tmp_path / "r"), ProgressWriter.write_step
 
-    def step_and_ask(teller, state, losses):
-        step(teller, state, losses)
+    def step_and_ask(progress, state, losses):
+        step(progress, state, losses)
         if state.burst == 1:
-            teller.asked = "one step"
+            progress.signal_name = "one step"
 
     with monkeypatch.context() as patch:
-        patch.setattr(Teller, "step", step_and_ask)
+        patch.setattr(ProgressWriter, "write_step", step_and_ask)
         assert main([str(folder)]) == 75
-    monkeypatch.setattr("learner.round.run.load_state", wrong)
+    monkeypatch.setattr("learner.training.run.load_state", wrong)
     assert main([str(folder)]) == 0
     assert not same_weights(trained / "final/state.safetensors", folder / "final/state.safetensors")
 

@@ -15,14 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-import learner.round.run
+import learner.training.run
 from learner.__main__ import main
 from learner.data.augment import normalise, resize_matrix, to_image
-from learner.engine.device import prepare
+from learner.engine.device import prepare_device
+from learner.errors import LearnerError
 from learner.explain import saliency
-from learner.round.export import probe_plates
 from learner.round.manifest import load
-from learner.round.run import Run
+from learner.training.export import probe_plates
+from learner.training.run import Run
 from tests.support.learner.recipe_rounds import phases_of
 
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index"}  # by the host's integers too
@@ -146,23 +147,23 @@ def explained(folder: Path) -> None:
     work = Run(load(folder))
     try:
         recipe = work.recipe
-        network = work.network().eval()
+        network = work.new_network().eval()
         images = normalise(
             to_image(torch.from_numpy(probe_plates())[:2], resize_matrix(512, recipe.image_size)), recipe
         )
         for method in saliency.METHODS:
             try:
                 made, _ = saliency.explain(network, recipe, images.to(DEVICE), 0, method)
-            except saliency.SaliencyError as error:
+            except LearnerError as error:
                 assert "ReLU" in str(error) or "attention" in str(error), error
             else:
                 assert made.device == DEVICE, method
     finally:
-        work.teller.close()
+        work.progress.close()
 
 
 if __name__ == "__main__":
-    learner.round.run.prepare = lambda recipe: (prepare(recipe), (DEVICE, None))[1]
+    learner.training.run.prepare_device = lambda recipe: (prepare_device(recipe), (DEVICE, None))[1]
     with Made():
         device_refuses()
         first, *others = map(Path, sys.argv[1:])

@@ -11,9 +11,9 @@ import torch
 
 from learner.__main__ import main
 from learner.engine import distributed
-from learner.engine.progress import Teller
+from learner.engine.progress import ProgressWriter
 from learner.round.manifest import load
-from learner.round.run import Run
+from learner.training.run import Run
 from tests.learner.round.test_round import same_weights, start, wait_for
 from tests.support.learner.round_folders import card, make_round, result
 
@@ -47,7 +47,7 @@ class Bare(Run):
         pass
 
     def state(self, *given, **named):
-        state = super().state(*given, **named)
+        state = super().new_state(*given, **named)
         for group in state.optimiser.param_groups:
             group["eps"] = EPS
         return state
@@ -58,9 +58,9 @@ def phases_of(folder):
     round_ = load(folder)
     run = Bare(round_)
     try:
-        importlib.import_module(f"learner.recipes.{round_.recipe.method.replace('-', '_')}").run(run)
+        importlib.import_module(f"learner.recipes.{round_.recipe.method.replace('-', '_')}").train(run)
     finally:
-        run.teller.close()
+        run.progress.close()
 
 
 def rows_of(folder):
@@ -74,7 +74,7 @@ def opened(folder, **overrides):
 
 
 def without_label(run):
-    return [sample for sample in run.round.unlabelled if not sample.labelled]
+    return [sample for sample in run.manifest.unlabelled if not sample.labelled]
 
 
 def copy_of(network):
@@ -98,13 +98,13 @@ def check_phases(folder, phases):
 
 def check_stopping_after_every_step(reference, folder, steps, monkeypatch):
     """Through batch norm's statistics, the best epoch so far and a teacher of another kind; bitwise, on the CPU."""
-    starts, step = 0, Teller.step
+    starts, step = 0, ProgressWriter.write_step
 
-    def step_and_ask(teller, state, losses):
-        step(teller, state, losses)
-        teller.asked = "one step"
+    def step_and_ask(progress, state, losses):
+        step(progress, state, losses)
+        progress.signal_name = "one step"
 
-    monkeypatch.setattr(Teller, "step", step_and_ask)
+    monkeypatch.setattr(ProgressWriter, "write_step", step_and_ask)
     while (code := main([str(folder)])) == 75:
         starts += 1
         assert result(folder)["reason"] == "one step"  # a signal from outside would be a pause too
@@ -129,6 +129,6 @@ def check_killed_and_restarted(reference, folder):
 
 
 if __name__ == "__main__":  # under torchrun: the phases of several rounds, one after the other
-    with distributed.joined():
+    with distributed.process_group():
         for name in sys.argv[1:]:
             phases_of(Path(name))

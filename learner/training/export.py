@@ -26,9 +26,10 @@ from cxrloop.plate import PLATE_SHAPE, PLATE_VERSION
 from learner.data.augment import normalise, resize_matrix, to_image
 from learner.data.plates import label_table, read_plates
 from learner.engine.checkpoint import save_weights
-from learner.engine.step import State, Stopped, must_be_numbers
+from learner.engine.step import State, require_finite
+from learner.errors import LearnerError
 from learner.evaluation.calibrate import auc, temperature, threshold
-from learner.networks.backbone import Plan, at_size
+from learner.networks.backbone import Plan, resized
 from learner.networks.heads import Network
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
@@ -39,7 +40,7 @@ PARITY_SAMPLES = 32
 PROBES = 8
 
 
-class Served(nn.Module):
+class ServedModel(nn.Module):
     """What a site runs: uint8 plates (N, 512, 512) -> logits (N, F), embedding (N, D), heatmap (N, F, g, g).
 
     The heatmap is each patch's contribution to the logit through the last attention, in logits; its sign matters.
@@ -50,7 +51,7 @@ class Served(nn.Module):
 
     def __init__(self, network: Network, plan: Plan, recipe: Recipe) -> None:
         super().__init__()
-        self.backbone = at_size(network.backbone, plan, recipe.image_size)
+        self.backbone = resized(network.backbone, plan, recipe.image_size)
         self.cls_head = network.cls_head
         self.recipe = recipe
         self.register_buffer("matrix", resize_matrix(PLATE_SHAPE[0], recipe.image_size))
@@ -59,25 +60,31 @@ class Served(nn.Module):
     def forward(self, plates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = normalise(to_image(plates, self.matrix), self.recipe)
         cls, trace = self.backbone.trace(images)
-        heat = trace.along(self.cls_head.gradient(cls))
+        heat = trace.contributions(self.cls_head.gradient(cls))
         return self.cls_head(cls) / self.temperatures, cls, heat / self.temperatures[:, None, None]
 
 
 def write_parts(
-    target: Path, state: State, plan: Plan, round_: RoundManifest, now: datetime, serve: str, chosen: str | None = None
+    target: Path,
+    state: State,
+    plan: Plan,
+    manifest: RoundManifest,
+    now: datetime,
+    serve: str,
+    chosen: str | None = None,
 ) -> None:
-    """Measure, calibrate, export and check; `target` appears whole or not at all. Raises Stopped when parity fails."""
+    """Measure, calibrate, export and check; `target` appears whole or not at all. Raises LearnerError when parity fails."""
     device = next(state.student.parameters()).device
-    model = Served(state.teacher if serve == "teacher" else state.student, plan, state.recipe).to(device).eval()
+    model = ServedModel(state.teacher if serve == "teacher" else state.student, plan, state.recipe).to(device).eval()
     with torch.no_grad():
-        must_be_numbers("answers to the probe", model(torch.from_numpy(probe_plates()).to(device)))
+        require_finite("answers to the probe", model(torch.from_numpy(probe_plates()).to(device)))
     metrics = {}
-    validation = round_.of("validation")
+    validation = manifest.of("validation")
     logits, labels = score(model, validation), label_table(validation).numpy() if validation else None
-    for i, finding in enumerate(round_.findings):
+    for i, finding in enumerate(manifest.findings):
         known = 0 if labels is None else int((~np.isnan(labels[:, i])).sum())
         metrics[finding] = {"auc": None if labels is None else auc(logits[:, i], labels[:, i]), "n": known}
-    thresholds = calibrate(model, round_)
+    thresholds = calibrate(model, manifest)
     model = model.cpu()
     with whole_folder(target) as folder:
         export_onnx(model, folder / "model.onnx")
@@ -87,20 +94,20 @@ def write_parts(
         np.savez(folder / "probe.npz", plates=plates, logits=np.asarray(session.run(["logits"], {"plates": plates})[0]))
         write_json(folder / "thresholds.json", thresholds)
         write_json(
-            folder / "card.json", card(state, round_, metrics, parity, model, now, serve) | {"candidate": chosen}
+            folder / "card.json", make_card(state, manifest, metrics, parity, model, now, serve) | {"candidate": chosen}
         )
-        save_weights(folder / "state.safetensors", state, plan, round_.findings)
+        save_weights(folder / "state.safetensors", state, plan, manifest.findings)
 
 
-def card(
-    state: State, round_: RoundManifest, metrics: dict, parity: dict, model: Served, now: datetime, serve: str
+def make_card(
+    state: State, manifest: RoundManifest, metrics: dict, parity: dict, model: ServedModel, now: datetime, serve: str
 ) -> dict[str, Any]:
     """What anyone should know before using these weights."""
     return {
-        "findings": list(round_.findings), "round": round_.name, "parent": round_.parent, "phase": state.phase,
+        "findings": list(manifest.findings), "round": manifest.name, "parent": manifest.parent, "phase": state.phase,
         "plate_version": PLATE_VERSION, "made_at": now.isoformat(timespec="seconds"),
         "metrics": metrics, "parity": parity, "temperatures": model.temperatures.tolist(), "serve": serve,
-        "train_images": len(round_.unlabelled), "labelled": len(round_.labelled),
+        "train_images": len(manifest.unlabelled), "labelled": len(manifest.labelled),
         "poison": state.recipe.poison_teacher, "seed": state.recipe.seed, "notes": state.notes,
         "recipe": state.recipe.to_dict(),
         "versions": {
@@ -111,7 +118,7 @@ def card(
 
 
 @torch.no_grad()
-def score(model: Served, samples: Sequence[Sample]) -> np.ndarray:
+def score(model: ServedModel, samples: Sequence[Sample]) -> np.ndarray:
     """Logits (images, F) in torch, on the model's device."""
     device, rows = model.matrix.device, [np.empty((0, len(model.temperatures)), np.float32)]
     for low in range(0, len(samples), 16):
@@ -119,13 +126,13 @@ def score(model: Served, samples: Sequence[Sample]) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def calibrate(model: Served, round_: RoundManifest) -> dict[str, Any]:
+def calibrate(model: ServedModel, manifest: RoundManifest) -> dict[str, Any]:
     """Fit the temperatures (kept in the model) and thresholds on calibration patients; defaults are named as such."""
-    samples = round_.of("calibration")
+    samples = manifest.of("calibration")
     logits = score(model, samples)
-    labels = label_table(samples).numpy() if samples else np.empty((0, len(round_.findings)))
+    labels = label_table(samples).numpy() if samples else np.empty((0, len(manifest.findings)))
     result = {}
-    for i, finding in enumerate(round_.findings):
+    for i, finding in enumerate(manifest.findings):
         fitted = temperature(logits[:, i], labels[:, i])
         model.temperatures[i] = fitted
         scores = 1 / (1 + np.exp(-logits[:, i].astype(np.float64) / fitted))
@@ -133,7 +140,7 @@ def calibrate(model: Served, round_: RoundManifest) -> dict[str, Any]:
     return result
 
 
-def export_onnx(model: Served, path: Path) -> None:
+def export_onnx(model: ServedModel, path: Path) -> None:
     """One file, dynamic batch, static height and width."""
     example = torch.zeros((2, *PLATE_SHAPE), dtype=torch.uint8)
     with _quiet():
@@ -153,7 +160,9 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
 
 
 @torch.no_grad()
-def check_parity(model: Served, session: onnxruntime.InferenceSession, samples: Sequence[Sample]) -> dict[str, float]:
+def check_parity(
+    model: ServedModel, session: onnxruntime.InferenceSession, samples: Sequence[Sample]
+) -> dict[str, float]:
     """Largest difference in probability at batch 1 and 8, on validation plates, else on the probes (images = 0)."""
     plates = read_plates(samples[:PARITY_SAMPLES]) if samples else torch.from_numpy(probe_plates())
     worst = {"1": 0.0, "8": 0.0}
@@ -164,7 +173,7 @@ def check_parity(model: Served, session: onnxruntime.InferenceSession, samples: 
             gap = (theirs.sigmoid() - model(part)[0].sigmoid()).abs().max().item()
             worst[str(size)] = float(np.maximum(worst[str(size)], gap))  # Python's max would drop a nan
     if not max(worst.values()) <= PARITY:
-        raise Stopped(
+        raise LearnerError(
             f"parity: onnxruntime and torch differ by {max(worst.values()):.2g} in probability (> {PARITY:g})"
         )
     return worst | {"images": min(len(samples), PARITY_SAMPLES)}
