@@ -19,8 +19,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from agent.release import import_model
 from agent.results import outbox
+from agent.rounds import import_model
 from agent.site import config
 from agent.site.site import init
 from bench.common import results

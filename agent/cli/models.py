@@ -82,7 +82,7 @@ def models_import(
 ) -> None:
     """Import a model made elsewhere: as the baseline when the site has none, else as a candidate."""
     from agent.cli.rounds import evaluate_or_look
-    from agent.release.import_model import import_file
+    from agent.rounds.import_model import import_file
 
     with console.errors(), open_site(settings) as (site, ledger):
         imported = import_file(site, ledger, file, by, evaluate_or_look(evaluate, look))

@@ -23,7 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from agent.release import import_model
+from agent.rounds import import_model
 from agent.site import config
 from agent.site.site import Site, init
 from bench.common.appliance import free_ports, orthanc, serving

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from agent.ledger.database import Ledger
-from agent.release import import_model, models
-from agent.rounds import records
+from agent.rounds import import_model, models, records
 from agent.site import files
 from agent.site.site import Site
 from deploy.server.session import Session
