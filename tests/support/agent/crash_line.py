@@ -19,8 +19,9 @@ from agent.errors import Refused
 from agent.images import labels
 from agent.ledger import audit, states
 from agent.ledger.database import Ledger
+from agent.release import models, release
 from agent.results import reporting
-from agent.rounds import golden_set, import_model, models, records, release
+from agent.rounds import golden_set, import_model, records
 from agent.service.scheduler import night_step
 from agent.site.site import Site
 from deploy.bundle import pointer

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from agent.ledger.database import Ledger
-from agent.rounds import import_model, models, records
+from agent.release import models
+from agent.rounds import import_model, records
 from agent.site import files
 from agent.site.site import Site
 from deploy.server.session import Session
