@@ -72,20 +72,6 @@ def echo(
         connection.close()
 
 
-def is_running(
-    host: str, port: int, called_aet: str, calling_aet: str = "CXRSEND", tls: ssl.SSLContext | None = None
-) -> bool:
-    """Return whether the node at host:port is running: it answers C-ECHO, or rejects at its association limit."""
-    connection = _Connection(host, port, called_aet, calling_aet, [(VERIFICATION, IMPLICIT_LE)], tls)
-    try:
-        answer = connection.association.acceptor.primitive
-        if connection.association.is_rejected and answer is not None:
-            return answer.result == REJECTED_TRANSIENT
-        return connection.is_open and connection.association.send_c_echo().get("Status") == 0
-    finally:
-        connection.close()
-
-
 def send(
     items: Iterable[Path | Dataset],
     host: str,
