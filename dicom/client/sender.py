@@ -25,7 +25,6 @@ from dicom.dataset.facts import COMMITMENT_INSTANCE, STORAGE_COMMITMENT, VERIFIC
 from dicom.dataset.part10 import EXPLICIT_LE, HOSTILE, IMPLICIT_LE, open_envelope, read_header
 from dicom.errors import Unreadable
 
-REJECTED_TRANSIENT = 2  # result of an A-ASSOCIATE-RJ (PS3.8 table 9-21)
 MAX_CONTEXTS = 128  # PS3.8: odd identifiers from 1 to 255
 TIMEOUT = 30  # seconds for an answer
 TRANSFER = "Sta6"  # PS3.8 9.2.1: association established, ready for data transfer
