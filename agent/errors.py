@@ -1,12 +1,16 @@
-"""The two ways a command can fail: something is wrong (exit 1), or a policy refuses (exit 2).
+"""The errors of the agent: something is wrong (exit 1), or a policy refuses (exit 2).
 
-Both carry one line that says what, which and what to do.
+A message is one line: what happened, to which object, what to do next.
 """
 
 
-class Problem(Exception):
-    """Something is wrong with the input, the settings or the machine: exit 1."""
+class AgentError(Exception):
+    """Base of every error that the agent raises on purpose."""
 
 
-class Refused(Exception):
-    """The verdict or the site's policy says no: exit 2."""
+class Problem(AgentError):
+    """The input, the settings or the machine is wrong: exit 1."""
+
+
+class Refused(AgentError):
+    """The verdict, the state of an object or the site's policy forbids the act: exit 2."""

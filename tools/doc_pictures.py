@@ -19,8 +19,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from agent.release import import_model
 from agent.results import outbox
+from agent.rounds import import_model
 from agent.site import config
 from agent.site.site import init
 from bench.common import results
@@ -53,7 +53,7 @@ def main() -> None:
         site = init(folder / "site", config.checked(values))
         linear_model(folder / "linear.onnx")
         with site.ledger() as ledger:
-            import_model.adopt(site, ledger, folder / "linear.onnx", "bench", False)
+            import_model.import_file(site, ledger, folder / "linear.onnx", "bench", False)
         chosen = next(
             phantom for phantom in draw(60, seed=77, strength=(0.9, 1.0), repeat=0) if phantom.labels["effusion"]
         )

@@ -1,4 +1,4 @@
-"""Commands about an image's way out: studies export (de-identified), forget (for good)."""
+"""Commands by which images leave the site: images export (de-identified copies), forget (erase a patient)."""
 
 import re
 import sys
@@ -8,94 +8,101 @@ from typing import Annotated, Any
 import typer
 
 from agent import console
-from agent.cli.images import studies_app
-from agent.cli.options import By, Config, Json, opened
-from agent.erasure import forget as forgetting
+from agent.cli.images import images_app
+from agent.cli.options import By, Config, Json, open_site
 from agent.errors import Problem
-from agent.images import export
 
 
 def register(app: typer.Typer) -> None:
-    """Hang these commands on the root and beside the other `studies`."""
-    studies_app.command("export")(studies_export)
+    """Add `forget` to the root and `export` to the commands about images."""
+    images_app.command("export")(images_export)
     app.command("forget")(forget_command)
 
 
-def studies_export(
+def images_export(
     uids: Annotated[
         list[str], typer.Argument(metavar="UID...", help="SOP Instance UIDs, Study Instance UIDs or image numbers")
     ],
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="a new or empty folder")],
-    with_labels: Annotated[bool, typer.Option("--with-labels", help="a labels.csv, keyed by file")] = False,
-    by: By = "studies export",
+    with_labels: Annotated[bool, typer.Option("--with-labels", help="also write labels.csv, keyed by file")] = False,
+    by: By = "images export",
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """De-identified copies of images, for use outside the site. Pixels are not inspected. Exit 2 when some must stay."""
-    with console.errors(), opened(settings) as (site, ledger):
-        said = export.export(site, ledger, uids, folder, with_labels, by)
+    """Write de-identified copies of images, for use outside the site. Pixels are not inspected.
+
+    Exit 2 when an image may not leave.
+    """
+    from agent.images import export
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        result = export.export(site, ledger, uids, folder, with_labels, by)
         if json_out:
-            console.as_json(said)
+            console.as_json(result)
         else:
             console.people.print(
-                f"{len(said['exported'])} images in {folder}; nobody has looked for names in their pixels"
+                f"{len(result['exported'])} images in {folder}; nobody has checked their pixels for burned-in names"
             )
-            console.table(("image", "stays because"), [(one["image"], one["reason"]) for one in said["refused"]])
-    if said["refused"]:
+            refused = [(image["image"], image["reason"]) for image in result["refused"]]
+            if refused:
+                console.table(("image", "not exported because"), refused)
+    if result["refused"]:
         raise typer.Exit(2)
 
 
 def forget_command(
     patient: Annotated[
         str | None,
-        typer.Argument(metavar="PATIENT", help='the patient id as the hospital knows it; "-" reads it from stdin'),
+        typer.Argument(metavar="PATIENT", help='the patient id that the hospital uses; "-" reads it from stdin'),
     ] = None,
-    by: Annotated[str, typer.Option(help="who does this; kept in the audit")] = "",
-    reason: Annotated[str, typer.Option(help="why, without a word of the patient; kept in the audit")] = "",
-    key: Annotated[str | None, typer.Option(help="the pseudonym instead, as studies ls --json prints it")] = None,
+    by: Annotated[str, typer.Option(help="who does this; kept in the audit log")] = "",
+    reason: Annotated[str, typer.Option(help="reason for the audit log; must not identify the patient")] = "",
+    key: Annotated[
+        str | None, typer.Option(help="the pseudonym instead of the id, as images ls --json prints it")
+    ] = None,
     issuer: Annotated[
         list[str] | None, typer.Option(help="issuer of the patient id, where images name one; repeat it")
     ] = None,
-    and_refuse: Annotated[bool, typer.Option("--and-refuse", help="refuse this patient's images from now on")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    and_refuse: Annotated[bool, typer.Option("--and-refuse", help="also refuse later images of this patient")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="change nothing; print what would be erased")] = False,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Remove every trace of a patient from the site folder. Models that learnt from the images are named, not changed."""
+    """Erase a patient from the site folder. Models that learnt from the images are listed, not changed."""
+    from agent.erasure import forget
+
     if (patient is None) == (key is None):
         raise typer.BadParameter("name the patient by id, or by --key", param_hint="PATIENT")
     if patient == "-":
         patient = sys.stdin.readline()
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         if patient and re.search(rf"(?<!\w){re.escape(patient.strip())}(?!\w)", f"{by}\n{reason}", re.IGNORECASE):
             raise Problem("forget: --by and --reason are kept for good; don't name the patient in them")
-        keys = [forgetting.checked_key(key)] if key else forgetting.pseudonyms_of(site, patient or "", issuer or ())
+        keys = [forget.checked_key(key)] if key else forget.pseudonyms_of(site, patient or "", issuer or ())
         if dry_run:
-            said = {"state": "dry run", **forgetting.preview(site, ledger, keys)}
+            result = {"state": "dry run", **forget.preview(site, ledger, keys)}
         else:
-            said = forgetting.forget(site, ledger, keys, by, reason, and_refuse)
-        console.as_json(said) if json_out else _print(said)
-    if said["state"] == "pending":
+            result = forget.forget(site, ledger, keys, by, reason, and_refuse)
+        console.as_json(result) if json_out else _print(result)
+    if result["state"] == "pending":
         raise typer.Exit(3)
 
 
-def _print(said: dict[str, Any]) -> None:
-    golden = ", ".join(f"{one['images']} of version {one['version']}" for one in said["golden"])
-    direct = [one["bundle"] for one in said["bundles"] if one["directly"]]
-    descend = [one["bundle"] for one in said["bundles"] if not one["directly"]]
+def _print(result: dict[str, Any]) -> None:
+    golden = ", ".join(f"{loss['images']} of version {loss['version']}" for loss in result["golden"])
+    trained_on_them = [bundle["bundle"] for bundle in result["bundles"] if bundle["directly"]]
+    descendants = [bundle["bundle"] for bundle in result["bundles"] if not bundle["directly"]]
+    set_aside = f"{result['originals']} originals, {result['aside']} set aside"
     console.pairs(
         [
-            ("state", said["state"] + (f": {said['pending']}" if said.get("pending") else "")),
-            (
-                "images",
-                f"{said['images']} ({said['originals']} originals, {said['aside']} set aside), {said['waiting']} waiting",
-            ),
-            ("rows", f"{said['predictions']} scores, {said['labels']} labels"),
+            ("state", result["state"] + (f": {result['pending']}" if result.get("pending") else "")),
+            ("images", f"{result['images']} ({set_aside}), {result['waiting']} waiting"),
+            ("rows", f"{result['predictions']} scores, {result['labels']} labels"),
             ("golden sets", golden or "none"),
-            ("rounds", ", ".join(said["rounds"]) or "none"),
-            ("cancelled", ", ".join(said["cancels"]) or "none"),
-            ("learnt from them", ", ".join(direct) or "no model"),
-            ("descend from those", ", ".join(descend) or "no model"),
-            ("later images", said.get("later_images")),
+            ("rounds", ", ".join(result["rounds"]) or "none"),
+            ("cancelled", ", ".join(result["cancels"]) or "none"),
+            ("models trained on them", ", ".join(trained_on_them) or "none"),
+            ("descendants of those", ", ".join(descendants) or "none"),
+            ("later images", result.get("later_images")),
         ]
     )

@@ -1,4 +1,6 @@
-"""Commands about images: import, studies, labels, golden."""
+"""Commands about images, labels and the golden set: import, images, labels, golden."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,24 +8,28 @@ from typing import Annotated, Any
 import typer
 
 from agent import console
-from agent.cli.options import MOST, By, Config, Json, opened
+from agent.cli import completion
+from agent.cli.completion import RERUN_STATES, STATES
+from agent.cli.options import MOST, By, Config, Json, open_site
 from agent.errors import Problem
-from agent.images import labels, listing
-from agent.images.importer import import_folder
-from agent.results.rerun import rerun
-from agent.rounds import golden_set, power
 
-studies_app = typer.Typer(no_args_is_help=True, help="Images and their states.")
+images_app = typer.Typer(no_args_is_help=True, help="Images and their states.")
 labels_app = typer.Typer(no_args_is_help=True, help="Labels.")
-golden_app = typer.Typer(no_args_is_help=True, help="The golden set: judged on, never learnt from.")
+golden_app = typer.Typer(no_args_is_help=True, help="The golden set: evaluates models, never trains them.")
 
 
 def register(app: typer.Typer) -> None:
-    """Hang these commands on the root."""
+    """Add these commands to the root."""
     app.command("import")(import_command)
-    app.add_typer(studies_app, name="studies")
+    app.add_typer(images_app, name="images")
+    app.add_typer(images_app, name="studies", hidden=True, callback=_old_name)
     app.add_typer(labels_app, name="labels")
     app.add_typer(golden_app, name="golden")
+
+
+def _old_name() -> None:
+    """Warn that version 0.1 called `images` so."""
+    console.logs.print("`studies` is now `images`; the old name goes away in the next version")
 
 
 def import_command(
@@ -32,10 +38,12 @@ def import_command(
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Take in every image under a folder, through the same intake as the node."""
+    """Import every image under a folder, through the same intake as the node."""
+    from agent.images.importer import import_folder
+
     if view not in ("PA", "AP"):
         raise typer.BadParameter("PA or AP", param_hint="--view")
-    with console.errors(), opened(settings) as (site, ledger):
+    with console.errors(), open_site(settings) as (site, ledger):
         with console.logs.status("importing") as line:
             counts = import_folder(site, ledger, folder, view, lambda done: line.update(f"importing: {done} files"))
         if json_out:
@@ -43,17 +51,22 @@ def import_command(
         console.people.print(", ".join(f"{n} {what}" for what, n in counts.items()))
 
 
-@studies_app.command("ls")
-def studies_ls(
-    state: Annotated[str | None, typer.Option(help=f"one of {', '.join(listing.STATES)}")] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MOST)] = 100,
+@images_app.command("ls")
+def images_ls(
+    state: Annotated[
+        str | None,
+        typer.Option(help=f"only images in this state: {', '.join(STATES)}", autocompletion=completion.states),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MOST, help="at most this many")] = 100,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Images, newest first, with state, reason and scores."""
-    with console.errors(), opened(settings) as (site, ledger):
-        if state and state not in listing.STATES:
-            raise Problem(f"--state {state}: must be one of {', '.join(listing.STATES)}")
+    """List images, newest first, with state, reason and scores."""
+    from agent.images import listing
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        if state and state not in STATES:
+            raise Problem(f"--state {state}: must be one of {', '.join(STATES)}")
         rows = listing.newest(site, ledger, state, limit)
         if json_out:
             return console.as_json(rows)
@@ -69,24 +82,31 @@ def studies_ls(
         )  # fmt: skip
 
 
-@studies_app.command("rerun")
-def studies_rerun(
+@images_app.command("rerun")
+def images_rerun(
     uid: Annotated[str | None, typer.Argument(metavar="UID", help="SOP Instance UID or image number")] = None,
-    state: Annotated[str | None, typer.Option(help=f"all images in one of {', '.join(listing.SCORABLE)}")] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help=f"all images in this state: {', '.join(RERUN_STATES)}", autocompletion=completion.rerun_states
+        ),
+    ] = None,
     failed: Annotated[
-        bool, typer.Option("--failed", help="results that the PACS refused, sent again as they are")
+        bool, typer.Option("--failed", help="send the results again that the PACS refused, unchanged")
     ] = False,
-    by: By = "studies rerun",
+    by: By = "images rerun",
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Score images again with the model in service and send their results (if [results] says so)."""
-    with console.errors(), opened(settings) as (_, ledger):
-        said = rerun(ledger, uid, state, failed, by)
+    """Score images again with the model in service, and send their results where the settings ask for it."""
+    from agent.results.rerun import rerun
+
+    with console.errors(), open_site(settings) as (_, ledger):
+        counts = rerun(ledger, uid, state, failed, by)
         if json_out:
-            return console.as_json(said)
+            return console.as_json(counts)
         console.people.print(
-            f"{said['images']} images to be scored again, {said['results']} refused results to be sent again"
+            f"{counts['images']} images to be scored again, {counts['results']} refused results to be sent again"
         )
 
 
@@ -97,49 +117,59 @@ def labels_import(
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Add labels from a CSV: all of it, or nothing."""
-    with console.errors(), opened(settings) as (site, ledger):
-        said = labels.import_csv(site, ledger, file, by)
+    """Add labels from a CSV file: all rows, or none when one is wrong."""
+    from agent.images import labels
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        counts = labels.import_csv(site, ledger, file, by)
         if json_out:
-            return console.as_json(said)
-        console.people.print(", ".join(f"{n} {what.replace('_', ' ')}" for what, n in said.items()))
+            return console.as_json(counts)
+        console.people.print(", ".join(f"{n} {what.replace('_', ' ')}" for what, n in counts.items()))
 
 
 @golden_app.command("freeze")
 def golden_freeze(by: By = "golden freeze", settings: Config = None, json_out: Json = False) -> None:
     """Freeze the labelled images of the golden patients as a new version."""
-    with console.errors(), opened(settings) as (site, ledger):
+    from agent.rounds import golden_set
+
+    with console.errors(), open_site(settings) as (site, ledger):
         _print_golden(golden_set.freeze(site, ledger, by), json_out)
 
 
 @golden_app.command("show")
 def golden_show(settings: Config = None, json_out: Json = False) -> None:
-    """Size and hash of the frozen set."""
-    with console.errors(), opened(settings) as (site, ledger):
+    """Show the size and the hash of the frozen set."""
+    from agent.rounds import golden_set
+
+    with console.errors(), open_site(settings) as (site, ledger):
         _print_golden(golden_set.show(site, ledger), json_out)
 
 
-def _print_golden(said: dict[str, Any], json_out: bool) -> None:
+def _print_golden(golden: dict[str, Any], json_out: bool) -> None:
     if json_out:
-        return console.as_json(said)
-    console.people.print(
-        f"golden set version {said['version']}: {said['images']} images of {said['patients']} patients, {said['sha256'][:12]}"
-    )
+        return console.as_json(golden)
+    size = f"{golden['images']} images of {golden['patients']} patients"
+    console.people.print(f"golden set version {golden['version']}: {size}, {golden['sha256'][:12]}")
     console.table(
         ("finding", "positives", "negatives"),
-        [(f, said["positives"][f], said["negatives"][f]) for f in said["positives"]],
+        [(finding, golden["positives"][finding], golden["negatives"][finding]) for finding in golden["positives"]],
     )
 
 
 @golden_app.command("power")
 def golden_power(settings: Config = None, json_out: Json = False) -> None:
-    """How likely a look is to decide, per finding, at the correlation measured on this site's scores."""
-    with console.errors(), opened(settings) as (site, ledger):
-        said = power.power(site, ledger)
+    """Show the statistical power of the next evaluation, per finding, at the correlation of this site's scores."""
+    from agent.rounds import power
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        findings = power.power(site, ledger)
         if json_out:
-            return console.as_json(said)
-        columns = ("positives", "negatives", "correlation", "power_per_look", "looks_left")
-        console.table(("finding", *columns), [(f, *(_short(row[c]) for c in columns)) for f, row in said.items()])
+            return console.as_json(findings)
+        keys = ("positives", "negatives", "correlation", "power_per_look", "looks_left")
+        console.table(
+            ("finding", "positives", "negatives", "correlation", "power", "evaluations left"),
+            [(finding, *(_short(row[key]) for key in keys)) for finding, row in findings.items()],
+        )
 
 
 def _short(value: float | int | None) -> str:

@@ -1,4 +1,6 @@
-"""Commands about models: the gate, approving, rolling back, importing, explaining."""
+"""Commands about models: verdict, evaluate, approve, reject, roll back, list, import, explain."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,21 +8,25 @@ from typing import Annotated, Any
 import typer
 
 from agent import console
-from agent.cli.options import By, Config, Json, opened
-from agent.ledger.database import Row
-from agent.release import import_model, release
-from agent.results import explain
-from agent.rounds import evaluation, records
-from agent.site import files
+from agent.cli import completion
+from agent.cli.options import By, Config, Json, open_site
 
 models_app = typer.Typer(no_args_is_help=True, help="Models (bundles).")
 Reason = Annotated[str, typer.Option(help="why; kept in the audit")]
+BundleName = Annotated[
+    str, typer.Argument(metavar="BUNDLE", autocompletion=completion.bundles, help="a bundle, or the round that made it")
+]
+RoundName = Annotated[
+    str, typer.Argument(metavar="ROUND", autocompletion=completion.rounds, help="a round, such as r0007, or its bundle")
+]
 
 
 def register(app: typer.Typer) -> None:
-    """Hang these commands on the root."""
+    """Add these commands to the root."""
     app.add_typer(models_app, name="models")
-    app.command("gate")(gate)
+    app.command("verdict")(verdict)
+    app.command("gate", hidden=True)(gate)
+    app.command("evaluate")(evaluate)
     app.command("approve")(approve)
     app.command("reject")(reject)
     app.command("rollback")(rollback)
@@ -29,82 +35,104 @@ def register(app: typer.Typer) -> None:
 
 @models_app.command("ls")
 def models_ls(settings: Config = None, json_out: Json = False) -> None:
-    """All models, newest first."""
-    with console.errors(), opened(settings) as (_, ledger):
-        said = [_model(row) for row in ledger.rows("SELECT * FROM bundle ORDER BY created_at DESC, rowid DESC")]
+    """List all models, newest first."""
+    from agent.release import models
+
+    with console.errors(), open_site(settings) as (_, ledger):
+        rows = [model.to_json() for model in models.newest_first(ledger)]
         if json_out:
-            return console.as_json(said)
+            return console.as_json(rows)
         columns = ("bundle", "state", "is_baseline", "round", "created_at", "approved_by")
-        console.table(columns, [[r[c] for c in columns] for r in said])
-
-
-def _model(row: Row) -> dict[str, Any]:
-    return {
-        "bundle": row["id"],
-        "state": row["state"],
-        "is_baseline": bool(row["is_baseline"]),
-        "round": row["round"],
-        "created_at": row["created_at"],
-        "approved_by": row["approved_by"],
-    }
+        console.table(columns, [[row[column] for column in columns] for row in rows])
 
 
 @models_app.command("show")
-def models_show(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a bundle, or the round that made it")],
-    settings: Config = None,
-    json_out: Json = False,
-) -> None:
-    """One model: its card, and what became of it."""
-    with console.errors(), opened(settings) as (site, ledger):
-        row = release.find(ledger, bundle)
-        sealed = files.open_sealed(site, row["id"])
-        history = ledger.rows("SELECT state, by, reason, at FROM deployment WHERE bundle = ? ORDER BY id", row["id"])
-        said = {**_model(row), "card": sealed.card, "thresholds": sealed.thresholds, "deployments": history}
+def models_show(bundle: BundleName, settings: Config = None, json_out: Json = False) -> None:
+    """Show one model: its card, its state and its deployments."""
+    from agent.release import models
+    from agent.site.files import open_sealed
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        model = models.get(ledger, bundle)
+        sealed = open_sealed(site, model.id)
+        history = [
+            {"state": row.state, "by": row.by, "reason": row.reason, "at": row.at}
+            for row in models.deployments(ledger, model.id)
+        ]
         if json_out:
-            return console.as_json(said)
-        console.pairs(
-            [*_model(row).items(), ("findings", ", ".join(sealed.findings)), ("metrics", sealed.card.get("metrics"))]
-        )
-        console.table(("at", "state", "by", "reason"), [(h["at"], h["state"], h["by"], h["reason"]) for h in history])
+            return console.as_json(
+                {**model.to_json(), "card": sealed.card, "thresholds": sealed.thresholds, "deployments": history}
+            )
+        findings = ", ".join(sealed.findings)
+        console.pairs([*model.to_json().items(), ("findings", findings), ("metrics", sealed.card.get("metrics"))])
+        columns = ("at", "state", "by", "reason")
+        console.table(columns, [[row[column] for column in columns] for row in history])
 
 
 @models_app.command("import")
 def models_import(
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
     by: By = "models import",
-    with_look: Annotated[bool, typer.Option("--look", help="spend a look on it when another model serves")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="spend an evaluation on it, even when none is due")
+    ] = False,
+    look: Annotated[bool, typer.Option("--look", hidden=True, help="the name of --evaluate in version 0.1")] = False,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Take in a model made elsewhere: the baseline when none serves, else a candidate for the gate."""
-    with console.errors(), opened(settings) as (site, ledger):
-        said = import_model.adopt(site, ledger, file, by, with_look)
-        console.as_json(said) if json_out else console.pairs(said.items())
+    """Import a model made elsewhere: as the baseline when the site has none, else as a candidate."""
+    from agent.cli.rounds import evaluate_or_look
+    from agent.rounds.import_model import import_file
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        imported = import_file(site, ledger, file, by, evaluate_or_look(evaluate, look))
+        console.as_json(imported) if json_out else console.pairs(imported.items())
 
 
-def gate(
-    name: Annotated[str, typer.Argument(metavar="ROUND", help="a round, such as r0007, or its bundle")],
+def verdict(name: RoundName, settings: Config = None, json_out: Json = False) -> None:
+    """Print the newest stored verdict of a round; reading it spends nothing."""
+    from agent.rounds import inspection, records
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        stored = inspection.verdict(site, ledger, records.get(ledger, name))
+        console.as_json(stored) if json_out else _print_verdict(stored)
+
+
+def gate(name: RoundName, settings: Config = None, json_out: Json = False) -> None:
+    """Print the stored verdict of a round: the name of `verdict` in version 0.1."""
+    console.logs.print("`gate` is now `verdict`; the old name goes away in the next version")
+    verdict(name, settings, json_out)
+
+
+def evaluate(
+    bundle: BundleName,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """The stored verdict of a round; reading it spends nothing."""
-    with console.errors(), opened(settings) as (site, ledger):
-        said = evaluation.stored(site, ledger, records.get(ledger, name))
-        if json_out:
-            return console.as_json(said)
-        columns = ("check", "finding", "reference", "candidate", "observed", "interval", "required", "answer")
-        console.table(columns, [_row(check) for check in said["checks"]])
-        console.people.print(f"\n{said['line']}")
-        console.people.print(
-            f"alpha spent in the last year {said['budget']['spent']:.4f}, left {said['budget']['left']:.4f}"
-        )
+    """Spend one evaluation on an existing candidate.
+
+    The same comparison (champion, baseline, golden set, rules) is paid once; later calls print its stored verdict.
+    """
+    from agent.rounds.evaluation import evaluate as spend_evaluation
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        evaluated = spend_evaluation(site, ledger, bundle)
+        console.as_json(evaluated) if json_out else _print_verdict(evaluated["verdict"])
 
 
-def _row(check: dict[str, Any]) -> tuple[str, ...]:
-    """A check for people: AUCs and their difference, or the one number that was looked at."""
+def _print_verdict(stored: dict[str, Any]) -> None:
+
+    columns = ("check", "finding", "reference", "candidate", "observed", "interval", "required", "outcome")
+    console.table(columns, [_check_row(check) for check in stored["checks"]])
+    console.people.print(f"\n{stored['line']}")
+    budget = stored["budget"]
+    console.people.print(f"alpha spent in the last year {budget['spent']:.4f}, left {budget['left']:.4f}")
+
+
+def _check_row(check: dict[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a check: two AUCs and their difference, or the number that was measured."""
     compared = check["reference"] is not None
-    note = f" ({check['note']})" if check["note"] and check["outcome"] in ("not_shown", "fail") else ""
+    note = f" ({check['note']})" if check["note"] and check["outcome"] in ("inconclusive", "fail") else ""
     return (
         check["name"],
         check["finding"] or "",
@@ -117,66 +145,70 @@ def _row(check: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def approve(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a bundle, or the round that made it")],
-    by: By,
-    reason: Reason,
-    settings: Config = None,
-    json_out: Json = False,
-) -> None:
-    """Put a bundle that passed the gate into service. Exit 2 when the verdict or the policy refuses."""
-    with console.errors(), opened(settings) as (site, ledger):
-        said = release.approve(site, ledger, bundle, by, reason)
-        console.as_json(said) if json_out else console.pairs(said.items())
+def approve(bundle: BundleName, by: By, reason: Reason, settings: Config = None, json_out: Json = False) -> None:
+    """Put a bundle that passed its evaluation into service. Exit 2 when the verdict or the policy forbids it."""
+    from agent.release import release
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        approved = release.approve(site, ledger, bundle, by, reason)
+        console.as_json(approved) if json_out else console.pairs(approved.items())
 
 
-def reject(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a bundle, or the round that made it")],
-    by: By,
-    reason: Reason,
-    settings: Config = None,
-    json_out: Json = False,
-) -> None:
-    """Close the door on a candidate."""
-    with console.errors(), opened(settings) as (_, ledger):
-        said = release.reject(ledger, bundle, by, reason)
-        console.as_json(said) if json_out else console.pairs(said.items())
+def reject(bundle: BundleName, by: By, reason: Reason, settings: Config = None, json_out: Json = False) -> None:
+    """Reject a candidate; it can no longer be approved."""
+    from agent.release import release
+
+    with console.errors(), open_site(settings) as (_, ledger):
+        rejected = release.reject(ledger, bundle, by, reason)
+        console.as_json(rejected) if json_out else console.pairs(rejected.items())
 
 
 def rollback(
     by: By,
     reason: Reason,
     to: Annotated[
-        str | None, typer.Option(metavar="BUNDLE", help="a model that served; the previous one by default")
+        str | None,
+        typer.Option(
+            metavar="BUNDLE",
+            autocompletion=completion.bundles,
+            help="a model that served before; the previous one by default",
+        ),
     ] = None,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Put an earlier model straight back into service; always possible, never gated."""
-    with console.errors(), opened(settings) as (site, ledger):
-        said = release.rollback(site, ledger, to, by, reason)
-        console.as_json(said) if json_out else console.pairs(said.items())
+    """Put an earlier model straight back into service; needs no verdict."""
+    from agent.release import release
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        restored = release.rollback(site, ledger, to, by, reason)
+        console.as_json(restored) if json_out else console.pairs(restored.items())
 
 
 def explain_command(
     uid: Annotated[str, typer.Argument(metavar="UID", help="SOP Instance UID, or the number of the image")],
-    finding: Annotated[str | None, typer.Option(help="the first of the vocabulary by default")] = None,
+    finding: Annotated[str | None, typer.Option(help="the site's first finding by default")] = None,
     method: Annotated[
         str,
         typer.Option(
-            help="heatmap, which the served model draws itself; or, from the weights of the round that made it (needs the "
-            f"training install): {', '.join(explain.METHODS[1:])}"
+            autocompletion=completion.methods,
+            help="heatmap, which the served model computes itself; or, from the weights of the round that made it (needs "
+            f"the training install): {', '.join(completion.METHODS[1:])}",
         ),
     ] = "heatmap",
-    positive: Annotated[bool, typer.Option("--positive", help="show only what speaks for the finding")] = False,
+    positive: Annotated[
+        bool, typer.Option("--positive", help="show only the evidence for the finding, not against it")
+    ] = False,
     as_of: Annotated[
-        str | None, typer.Option(metavar="TIME", help="the model that was in service then (ISO 8601)")
+        str | None, typer.Option(metavar="TIME", help="use the model that was in service then (ISO 8601)")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", help="write the overlay here, as PNG")] = None,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """What a model said of an image, and where it looked."""
-    with console.errors(), opened(settings) as (site, ledger):
-        said = explain.explain(site, ledger, uid, finding, method, as_of, output, positive)
-        console.as_json(said) if json_out else console.pairs(said.items())
+    """Print a model's probability for an image, and draw which regions it rests on."""
+    from agent.results import explain
+
+    with console.errors(), open_site(settings) as (site, ledger):
+        explained = explain.explain(site, ledger, uid, finding, method, as_of, output, positive)
+        console.as_json(explained) if json_out else console.pairs(explained.items())

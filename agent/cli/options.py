@@ -1,14 +1,17 @@
 """Options that several commands share, and opening the site that they name."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.ledger.database import Ledger
-from agent.site.site import Site
+if TYPE_CHECKING:
+    from agent.ledger.database import Ledger
+    from agent.site.site import Site
 
 Config = Annotated[
     Path | None, typer.Option("--config", help="appliance.toml; else $CXRLOOP_CONFIG, else ./appliance.toml")
@@ -19,8 +22,10 @@ By = Annotated[str, typer.Option(help="who does this; kept in the audit")]
 
 
 @contextmanager
-def opened(settings: Path | None) -> Iterator[tuple[Site, Ledger]]:
-    """The site and its ledger."""
+def open_site(settings: Path | None) -> Iterator[tuple[Site, Ledger]]:
+    """Open the site of a settings file and its ledger, for one command."""
+    from agent.site.site import Site
+
     site = Site.open(settings)
     with site.ledger() as ledger:
         yield site, ledger

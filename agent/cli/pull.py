@@ -1,59 +1,64 @@
-"""`cxrloop pull`: what was typed becomes an archive and an order; `agent.network.pull` does the rest."""
+"""`cxrloop pull`: turns its options into an archive and an order; `agent.network.pull` fetches the images."""
+
+from __future__ import annotations
 
 import ipaddress
 import os
 import re
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from agent import console
-from agent.cli.options import Config, Json, opened
+from agent.cli.options import Config, Json, open_site
 from agent.errors import Problem
-from agent.ledger.database import Ledger
-from agent.network import connections
-from agent.network.known_images import patient_ids
-from agent.network.pull import Order, Puller, Tally, by_day
-from agent.site import locks, peer_address
-from agent.site.config import zone
-from agent.site.site import Site
-from dicom.client.archive import Query
-from dicom.client.association import Peer
-from dicom.client.dicomweb import LOOPBACK, Web
-from dicom.client.dimse import Pacs
-from dicom.dataset.part10 import is_uid
-from dicom.errors import ArchiveUnusable
+
+if TYPE_CHECKING:
+    from agent.ledger.database import Ledger
+    from agent.network.pull import Tally
+    from agent.site.site import Site
+    from dicom.client.archive import Query
+    from dicom.client.association import Peer
+    from dicom.client.dicomweb import Web
+    from dicom.client.dimse import Pacs
 
 TOKEN = "CXRLOOP_PULL_TOKEN"  # environment variable: a token in an argument would show in the list of processes
 
 
 def register(app: typer.Typer) -> None:
-    """Hang this command on the root."""
+    """Add this command to the root."""
     app.command("pull")(pull_command)
 
 
 def pull_command(
     source: Annotated[
-        str, typer.Option("--from", help="AET@host:port[/tls], an AE title of node.peers, or https://...")
+        str,
+        typer.Option("--from", help="AET@host:port or AET@host:port/tls, an AE title of node.peers, or https://..."),
     ],
     patient: Annotated[list[str] | None, typer.Option(help="a patient id; repeat it")] = None,
     study: Annotated[list[str] | None, typer.Option(help="a Study Instance UID; repeat it")] = None,
-    priors: Annotated[bool, typer.Option("--priors", help="of every patient who has an original in the store")] = False,
+    priors: Annotated[
+        bool, typer.Option("--priors", help="fetch priors of every patient with an original in the store")
+    ] = False,
     since: Annotated[str, typer.Option(help="first study date, YYYY-MM-DD")] = "",
     until: Annotated[str, typer.Option(help="last study date, YYYY-MM-DD")] = "",
     modality: Annotated[str, typer.Option(help="modalities, by comma")] = "CR,DX",
-    limit: Annotated[int, typer.Option(min=0, help="fetch at most so many images in this run; 0: all")] = 0,
-    per_minute: Annotated[int, typer.Option(min=0, help="fetch at most so many images a minute; 0: no limit")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="fetch at most this many images in this run; 0 = all")] = 0,
+    per_minute: Annotated[int, typer.Option(min=0, help="fetch at most this many images a minute; 0 = no limit")] = 0,
     how: Annotated[str, typer.Option(help="get (C-GET) or move (C-MOVE to our own node)")] = "get",
-    ca: Annotated[Path | None, typer.Option(help="authorities (PEM) to trust for https")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only look what is there")] = False,
+    ca: Annotated[Path | None, typer.Option(help="certificates (PEM) of the authorities to trust for https")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only count the images that the archive has")] = False,
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Fetch priors or a back-catalogue from a PACS or a DICOMweb server. Exit 3 when an image could not be had."""
-    with console.errors(), opened(settings) as (site, ledger):
+    """Fetch priors or older studies from a PACS or a DICOMweb server. Exit 3 when an image could not be fetched."""
+    from agent.network.pull import Order, Puller
+    from agent.site import locks
+    from dicom.client.dimse import Pacs
+
+    with console.errors(), open_site(settings) as (site, ledger):
         modalities = _modalities(modality)
         questions, unknown = _questions(site, ledger, patient or [], study or [], priors, since, until, modalities)
         archive = _archive(site, source, how, ca)
@@ -62,17 +67,17 @@ def pull_command(
         order = Order(tuple(questions), limit, per_minute, dry_run)
         try:
             with locks.hold(site, "pull"), console.logs.status("asking") as line:
-                said = Puller(site, ledger, archive, order, lambda tally: line.update(_line(tally))).run()
+                result = Puller(site, ledger, archive, order, lambda tally: line.update(_line(tally))).run()
         except locks.Busy:
             raise Problem("another `cxrloop pull` runs on this site; wait for it, or stop it") from None
         if priors:
-            said["patients_without_original"] = unknown
+            result["patients_without_original"] = unknown
         if json_out:
-            console.as_json(said)
+            console.as_json(result)
         else:
-            console.pairs((name, value) for name, value in said.items() if name != "reasons")
-            console.pairs((f"failed: {reason}", times) for reason, times in said["reasons"].items())
-    if said["failed"]:
+            console.pairs((name, value) for name, value in result.items() if name != "reasons")
+            console.pairs((f"failed: {reason}", times) for reason, times in result["reasons"].items())
+    if result["failed"]:
         raise typer.Exit(3)
 
 
@@ -93,30 +98,36 @@ def _questions(
     site: Site, ledger: Ledger, patient: list[str], study: list[str], priors: bool,
     since: str, until: str, modalities: tuple[str, ...],
 ) -> tuple[list[Query], int]:  # fmt: skip
-    """What the archive is asked, one question after the other; and how many patients of --priors have no original."""
+    """Return the queries to the archive, in order, and how many patients of --priors have no original."""
+    from agent.network.known_images import patient_ids
+    from agent.network.pull import by_day
+    from agent.site.config import zone
+    from dicom.client.archive import Query
+    from dicom.dataset.part10 import is_uid
+
     first, last = _day("--since", since), _day("--until", until)
     if first and last and last < first:
         raise Problem(f"--until {until} is before --since {since}")
     if priors and (patient or study):
-        raise Problem("--priors goes without --patient and --study")
-    for one in patient:
-        if not one.strip() or len(one) > 64 or re.search(r"[*?\\]", one):
-            raise Problem(f"--patient {one}: one patient id of 1 to 64 characters, without wildcards")
-    for one in study:
-        if not is_uid(one):
-            raise Problem(f"--study {one}: not a Study Instance UID")
-    ids = list(patient_ids(site, ledger)) if priors else [one.strip() for one in patient] or [""]
+        raise Problem("--priors excludes --patient and --study")
+    for patient_id in patient:
+        if not patient_id.strip() or len(patient_id) > 64 or re.search(r"[*?\\]", patient_id):
+            raise Problem(f"--patient {patient_id}: one patient id of 1 to 64 characters, without wildcards")
+    for uid in study:
+        if not is_uid(uid):
+            raise Problem(f"--study {uid}: not a Study Instance UID")
+    ids = list(patient_ids(site, ledger)) if priors else [patient_id.strip() for patient_id in patient] or [""]
     if not (priors or patient or study or first or last):
-        raise Problem("pull what? Name --patient, --study, --priors, --since or --until")
+        raise Problem("pull: give at least one of --patient, --study, --priors, --since and --until")
     if study or priors or patient:
         days = [(first, last)]
     else:
         days = by_day(first, last, datetime.now(UTC).astimezone(zone(site.config)).date())
-    asked = [
-        Query(modalities, patient=one, study=uid, since=a, until=b)
-        for one in ids if one is not None for uid in study or [""] for a, b in days
+    queries = [
+        Query(modalities, patient=patient_id, study=uid, since=start, until=end)
+        for patient_id in ids if patient_id is not None for uid in study or [""] for start, end in days
     ]  # fmt: skip
-    return asked, sum(one is None for one in ids)
+    return queries, sum(patient_id is None for patient_id in ids)
 
 
 def _day(option: str, text: str) -> date | None:
@@ -127,6 +138,13 @@ def _day(option: str, text: str) -> date | None:
 
 
 def _archive(site: Site, source: str, how: str, ca: Path | None) -> Pacs | Web:
+    from agent.network import connections
+    from agent.site import peer_address
+    from dicom.client.association import Peer
+    from dicom.client.dicomweb import Web
+    from dicom.client.dimse import Pacs
+    from dicom.errors import ArchiveUnusable
+
     if how not in ("get", "move"):
         raise Problem(f"--how {how}: get or move")
     if source.startswith(("http://", "https://")):
@@ -150,7 +168,10 @@ def _archive(site: Site, source: str, how: str, ca: Path | None) -> Pacs | Web:
 
 
 def _reachable(site: Site, peer: Peer) -> None:
-    """Raise Problem, saying what is missing, when images that the peer moves to us can't arrive."""
+    """Raise Problem, naming the setting to change, when images that the peer moves to our node can't arrive."""
+    from agent.network import connections
+    from dicom.client.dicomweb import LOOPBACK
+
     keys = site.config.node
     if not connections.node_answers(site):
         raise Problem(
@@ -161,8 +182,8 @@ def _reachable(site: Site, peer: Peer) -> None:
     if keys.host in LOOPBACK and peer.host not in LOOPBACK:
         raise Problem(f"--how move: node.host = {keys.host} can't be reached from {peer.host}; set it to 0.0.0.0")
     try:
-        allowed = [ipaddress.ip_network(one, strict=False) for one in keys.allow_ip]
-        if allowed and not any(ipaddress.ip_address(peer.host) in network_ for network_ in allowed):
+        allowed = [ipaddress.ip_network(address, strict=False) for address in keys.allow_ip]
+        if allowed and not any(ipaddress.ip_address(peer.host) in network for network in allowed):
             raise Problem(f"--how move: node.allow_ip lacks {peer.host}, which will send us the images")
-    except ValueError:  # a host name: its addresses are the network's matter
+    except ValueError:  # a host name: allow_ip is checked when it connects
         return

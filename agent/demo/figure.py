@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from agent.ledger.database import Ledger
-from agent.rounds import evaluation, golden_set, records
+from agent.rounds import evaluation, golden_set, planning
 from agent.site.site import Site
 from learner.evaluation.auc import NORMAL, curve, macro
 from learner.evaluation.gate import Golden
@@ -78,7 +78,7 @@ def raw_pixels(site: Site, ledger: Ledger, plates: list[str]) -> np.ndarray:
     """Return probabilities of a logistic regression on 24 x 24 pixels, trained with the labels that the learner had."""
     train = [
         image
-        for image in records.training_images(site, ledger)
+        for image in planning.training_images(site, ledger)
         if image["range"] == "train" and any(value is not None for value in image["labels"])
     ]
     labels = np.array([[np.nan if v is None else v for v in image["labels"]] for image in train], float)

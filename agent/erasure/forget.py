@@ -17,7 +17,7 @@ from agent.errors import Problem
 from agent.images.retention import remove_files
 from agent.ledger import audit
 from agent.ledger.database import Ledger, Row, canonical, utc
-from agent.ledger.schema import FORGOTTEN
+from agent.ledger.states import FORGOTTEN
 from agent.site import locks
 from agent.site.site import Site
 from dicom.pseudonyms import PLACEHOLDERS, patient_key, refusal, study_mark

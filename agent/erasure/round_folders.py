@@ -4,7 +4,6 @@ A round that is learning from them is cancelled. Trained weights can't be undone
 hold no image, so they stay as they are.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Collection
@@ -15,9 +14,10 @@ from agent.ledger.database import Ledger, Row
 from agent.rounds import records
 from agent.site import locks
 from agent.site.site import Site
-from cxrloop.durable import read_json, write_json
+from cxrloop.durable import write_json
 from learner.errors import RoundBusy
 from learner.round.folder import lock_round
+from learner.round.manifest import read_manifest
 
 UNFINISHED = ("planned", "training", "paused")
 LEAVE_S = 60  # a cancelled learner learns of it within a second and ends within 25
@@ -39,21 +39,20 @@ def rounds_with(site: Site, ledger: Ledger, images: Collection[int]) -> list[Row
 
 def _listed_images(folder: Path) -> set[int]:
     """Return the images that a round's manifest lists; none without a manifest (skipped, imported, not written yet)."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-    except FileNotFoundError:
-        return set()
-    return {sample["image"] for sample in manifest[_samples_key(manifest)]}
-
-
-def _samples_key(manifest: dict[str, Any]) -> str:
-    """Return the manifest's key of the samples, which version 1 (of cxrloop 0.1.0) calls otherwise."""
-    return "images" if "images" in manifest else "films"
+    return {sample["image"] for sample in _manifest(folder).get("images", [])}
 
 
 def _round_of_backbone(folder: Path) -> str:
     """Return the name of the folder that holds a round's initial backbone: the round that made it, if a round did."""
-    return Path(read_json(folder / "manifest.json").get("recipe", {}).get("backbone", "")).parent.name
+    return Path(_manifest(folder).get("recipe", {}).get("backbone", "")).parent.name
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return a round's manifest with today's keys; empty without one."""
+    try:
+        return read_manifest(folder)
+    except FileNotFoundError:
+        return {}
 
 
 def affected_models(site: Site, ledger: Ledger, images: Collection[int]) -> dict[str, Any]:
@@ -92,8 +91,9 @@ def clear_rounds(site: Site, ledger: Ledger, images: Collection[int]) -> bool:
         return False
     for row in rounds_with(site, ledger, images):
         with ledger.transaction():
-            if records.get(ledger, row["name"])["state"] in UNFINISHED:
-                records.advance(ledger, row["name"], "cancelled", "one of its images was forgotten")
+            unfinished = records.get(ledger, row["name"])
+            if unfinished.state in UNFINISHED:
+                records.advance(ledger, unfinished, "cancelled", "one of its images was forgotten")
         if not _clear_when_free(site.rounds / row["name"], images):
             return False
     return True
@@ -101,8 +101,10 @@ def clear_rounds(site: Site, ledger: Ledger, images: Collection[int]) -> bool:
 
 def _being_planned(site: Site, ledger: Ledger) -> bool:
     """Return True while a planner holds the lock and its round has no manifest: the manifest may list the images."""
-    row = records.open_round(ledger)
-    return bool(row and not (site.rounds / row["name"] / "manifest.json").exists() and locks.is_held(site, "round"))
+    planned = records.open_round(ledger)
+    return bool(
+        planned and not (site.rounds / planned.name / "manifest.json").exists() and locks.is_held(site, "round")
+    )
 
 
 def _clear_when_free(folder: Path, images: Collection[int]) -> bool:
@@ -128,12 +130,11 @@ def _clear(folder: Path, images: Collection[int]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    key = _samples_key(manifest)
-    forgotten = [sample for sample in manifest[key] if sample["image"] in images]
+    manifest = read_manifest(folder)
+    forgotten = [sample for sample in manifest["images"] if sample["image"] in images]
     words = {str(sample[name]).encode() for sample in forgotten for name in ("patient", "plate")}
     log = folder / "learner.log"
     if log.exists() and any(word in log.read_bytes() for word in words):  # a message about one of the images
         log.unlink()
-    manifest[key] = [sample for sample in manifest[key] if sample["image"] not in images]
+    manifest["images"] = [sample for sample in manifest["images"] if sample["image"] not in images]
     write_json(folder / "manifest.json", manifest)  # last: after a crash the manifest still lists what is to be cleared

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from agent.errors import Problem
 from agent.ledger.database import Row
-from agent.ledger.schema import FORGOTTEN
+from agent.ledger.states import FORGOTTEN
 from agent.site.site import Site
 
 if TYPE_CHECKING:

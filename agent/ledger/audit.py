@@ -1,8 +1,8 @@
-"""The audit: who did what, why, from what to what; a hash chain that shows any edit.
+"""The audit: who did what and why, with the state before and after; a hash chain that shows any edit.
 
-`append` is called inside the transaction of the act. After the commit the head of the chain is signed
-and appended to a file outside the database (`anchor`): a chain alone cannot see its tail cut off, or
-all of it rewritten. Pseudonyms only; no names of patients.
+`append` runs inside the transaction of the act. After the commit, `anchor` signs the newest hash into a file outside the
+database: the chain alone does not show that its end was cut off, or that all of it was rewritten.
+Entries hold pseudonyms, never names of patients.
 """
 
 import fcntl
@@ -12,9 +12,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
 from agent.ledger.database import Ledger, canonical, utc
 
 GENESIS = "0" * 64
@@ -22,7 +19,7 @@ FIELDS = ("seq", "at", "who", "what", "why", "before", "after", "previous")
 
 
 def append(ledger: Ledger, who: str, what: str, why: str, before: Any = None, after: Any = None) -> None:
-    """Add one entry inside the caller's transaction."""
+    """Add one entry inside the caller's transaction. `before` and `after` are stored as JSON."""
     last = ledger.row("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1")
     entry = {
         "seq": (last["seq"] if last else 0) + 1,
@@ -38,12 +35,12 @@ def append(ledger: Ledger, who: str, what: str, why: str, before: Any = None, af
 
 
 def digest(entry: dict[str, Any]) -> str:
-    """SHA-256 over the canonical JSON of an entry's fields, the previous hash among them."""
+    """Return the SHA-256 of an entry's fields, including the previous hash, as canonical JSON."""
     return hashlib.sha256(canonical({key: entry[key] for key in FIELDS}).encode()).hexdigest()
 
 
 def anchor(ledger: Ledger, heads: Path, signing_key: bytes) -> None:
-    """Sign the newest entry's hash into `heads`, once; called after each act and at every start."""
+    """Sign the newest entry's hash into the file `heads`, once. Runs after each act and at every start."""
     last = ledger.row("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1")
     if not last:
         return
@@ -54,6 +51,8 @@ def anchor(ledger: Ledger, heads: Path, signing_key: bytes) -> None:
         if lines and lines[-1].startswith(f"{last['seq']} "):
             return
         file.truncate(sum(len(line) + 1 for line in lines))
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # most commands sign nothing
+
         message = f"{last['seq']} {last['hash']}"
         signature = Ed25519PrivateKey.from_private_bytes(signing_key).sign(message.encode()).hex()
         file.write(f"{message} {signature}\n")
@@ -62,19 +61,19 @@ def anchor(ledger: Ledger, heads: Path, signing_key: bytes) -> None:
 
 
 def whole_lines(heads: str) -> list[str]:
-    """The lines of the file of heads but one that a full disk or a power cut broke off: it is signed anew."""
+    """Return the complete lines of the file of heads; `anchor` signs a line again that a power cut broke off."""
     return heads[: heads.rfind("\n") + 1].splitlines()
 
 
 def verify(ledger: Ledger, heads: Path, public_key: bytes, head: str | None = None) -> dict[str, Any]:
-    """`{"entries", "ok", "head", "broken"}`: `broken` names the first broken link, or is None.
+    """Return `{"entries", "ok", "head", "broken"}`; `broken` names the first broken link, or is None.
 
-    Finds an edit, a deletion, an insertion, a change of order, and (by the signed heads) a chain that
-    was cut or rewritten as a whole. `head` is a hash kept elsewhere that the chain must contain.
+    Detects an edited, deleted, inserted or moved entry and, by the signed heads, a chain that was cut or rewritten as a
+    whole. `head` is a hash noted elsewhere that the chain must contain.
     """
     previous, hashes = GENESIS, {}
     broken: str | None = None
-    for place, entry in enumerate(ledger.db.query("SELECT * FROM audit ORDER BY seq"), start=1):
+    for place, entry in enumerate(ledger.each("SELECT * FROM audit ORDER BY seq"), start=1):
         if entry["seq"] != place:
             broken = broken or f"entry {place} is missing (found {entry['seq']})"
         elif entry["previous"] != previous:
@@ -90,9 +89,12 @@ def verify(ledger: Ledger, heads: Path, public_key: bytes, head: str | None = No
 
 
 def _check_heads(heads: Path, hashes: dict[int, str], public_key: bytes) -> str | None:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     lines = whole_lines(heads.read_text()) if heads.exists() else []
     if hashes and not lines:
-        return f"{heads.name} is missing: nothing vouches for the chain"
+        return f"{heads.name} is missing, so the chain cannot be verified; restore it from the backup"
     key = Ed25519PublicKey.from_public_bytes(public_key)
     for number, line in enumerate(lines, start=1):
         try:
@@ -108,6 +110,6 @@ def _check_heads(heads: Path, hashes: dict[int, str], public_key: bytes) -> str 
 
 
 def tail(ledger: Ledger, limit: int) -> list[dict[str, Any]]:
-    """The newest entries, oldest first."""
+    """Return the newest `limit` entries, oldest first."""
     rows = ledger.rows("SELECT * FROM audit ORDER BY seq DESC LIMIT ?", limit)
     return [{**row, "before": json.loads(row["before"]), "after": json.loads(row["after"])} for row in reversed(rows)]

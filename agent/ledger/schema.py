@@ -1,198 +1,126 @@
-"""The only DDL: tables, triggers and indexes of the ledger.
+"""The ledger's migrations in their order, and the tables that version 0.2 changes.
 
-Append-only tables are held by triggers. Counters and the state of an image are kept by triggers too,
-so that no status ever scans. Knows nothing of who writes.
+Only this file and `schema_0_1` hold table definitions. Append-only tables are protected by triggers; triggers also keep
+the counters and the state of an image, so that `status` scans no table.
 """
 
+import json
 import sqlite3
 
 from sqlite_utils import Database, Migrations
 
+from agent.ledger import schema_0_1
+from agent.ledger.schema_0_1 import append_only, only_forgotten
+from agent.ledger.states import FORGOTTEN
+
 migrations = Migrations("cxrloop")
-
-FORGOTTEN = "forgotten"  # the reason of a row whose film was forgotten; nothing else of it is left
-APPEND_ONLY = (
-    "prediction",
-    "label",
-    "deployment",
-    "golden_film",
-    "golden_set",
-    "look",
-    "verdict",
-    "approval",
-    "audit",
-)
-
-TABLES = """
-CREATE TABLE site (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-
--- One row a film, whatever became of it. Aside films (rejected, quarantined) keep their reason.
-CREATE TABLE image (
-  id INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, state TEXT NOT NULL, reason TEXT,
-  sop_uid TEXT, study_uid TEXT, patient_key TEXT, range TEXT, view TEXT,
-  acquired_at TEXT, received_at TEXT NOT NULL, stored_at TEXT NOT NULL,
-  sex TEXT, age_years REAL, scanner TEXT, transfer_syntax TEXT,
-  pixel_sha256 TEXT, plate TEXT, plate_version INTEGER, original TEXT NOT NULL,
-  file TEXT, heartbeat INTEGER NOT NULL DEFAULT 0,
-  superseded_by INTEGER REFERENCES image(id),
-  CHECK (state IN ('stored','predicted','returned','labelled','rejected','quarantined'))
-) STRICT;
-CREATE INDEX image_sop ON image(sop_uid);
-CREATE INDEX image_file ON image(file) WHERE file IS NOT NULL;
-CREATE INDEX image_state ON image(state, id);
-CREATE INDEX image_patient ON image(patient_key);
-CREATE INDEX image_pool ON image(range, id) WHERE plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL;
-
--- What became of each inbox file: makes taking it in twice harmless.
-CREATE TABLE receipt (name TEXT PRIMARY KEY, image INTEGER REFERENCES image(id), outcome TEXT NOT NULL, at TEXT NOT NULL) STRICT;
-
--- Films that wait for a score; filled and emptied by triggers.
-CREATE TABLE unscored (image INTEGER PRIMARY KEY) STRICT;
-
-CREATE TABLE prediction (
-  id INTEGER PRIMARY KEY, image INTEGER NOT NULL REFERENCES image(id), bundle TEXT NOT NULL,
-  probabilities TEXT NOT NULL, at TEXT NOT NULL, UNIQUE (image, bundle)
-) STRICT;
-
-CREATE TABLE label (
-  id INTEGER PRIMARY KEY, image INTEGER NOT NULL REFERENCES image(id), finding TEXT NOT NULL,
-  value INTEGER CHECK (value IN (0, 1)), source TEXT NOT NULL CHECK (source IN ('report','radiologist','adjudicated')),
-  by TEXT NOT NULL, at TEXT NOT NULL
-) STRICT;
-CREATE INDEX label_image ON label(image, finding);
--- The label that counts: adjudicated > radiologist > report, then the newest.
-CREATE VIEW label_now AS
-  SELECT image, finding, value, source FROM (
-    SELECT *, row_number() OVER (PARTITION BY image, finding ORDER BY
-      CASE source WHEN 'adjudicated' THEN 2 WHEN 'radiologist' THEN 1 ELSE 0 END DESC, id DESC) AS place FROM label)
-  WHERE place = 1;
-
-CREATE TABLE golden_set (version INTEGER PRIMARY KEY, sha256 TEXT NOT NULL, by TEXT NOT NULL, at TEXT NOT NULL) STRICT;
--- The labels are frozen with the films: a later correction makes a new version, never a moved bar.
-CREATE TABLE golden_film (
-  version INTEGER NOT NULL, image INTEGER NOT NULL REFERENCES image(id), finding TEXT NOT NULL, value INTEGER,
-  PRIMARY KEY (version, image, finding)
-) STRICT;
-
-CREATE TABLE round (
-  id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, state TEXT NOT NULL, reason TEXT, why TEXT NOT NULL,
-  recipe TEXT NOT NULL, parent TEXT, bundle TEXT, unlabelled INTEGER, labelled INTEGER, seconds REAL NOT NULL DEFAULT 0,
-  look INTEGER NOT NULL DEFAULT 0, until TEXT, crashes INTEGER NOT NULL DEFAULT 0, last_image INTEGER NOT NULL DEFAULT 0,
-  planned_at TEXT NOT NULL, ended_at TEXT
-) STRICT;
-
-CREATE TABLE bundle (
-  id TEXT PRIMARY KEY, round TEXT, state TEXT NOT NULL, is_baseline INTEGER NOT NULL DEFAULT 0,
-  training_state TEXT, created_at TEXT NOT NULL, approved_by TEXT
-) STRICT;
-
-CREATE UNIQUE INDEX one_in_service ON bundle((1)) WHERE state IN ('probation', 'live');
-
-CREATE TABLE deployment (
-  id INTEGER PRIMARY KEY, bundle TEXT NOT NULL REFERENCES bundle(id), state TEXT NOT NULL, previous TEXT,
-  by TEXT NOT NULL, reason TEXT NOT NULL, at TEXT NOT NULL
-) STRICT;
-CREATE TABLE approval (id INTEGER PRIMARY KEY, bundle TEXT NOT NULL REFERENCES bundle(id), by TEXT NOT NULL, reason TEXT NOT NULL, at TEXT NOT NULL) STRICT;
-
--- A look spends alpha when its row is written, before any golden score is read.
-CREATE TABLE look (
-  id INTEGER PRIMARY KEY, round TEXT NOT NULL UNIQUE, bundle TEXT NOT NULL, golden INTEGER NOT NULL, alpha REAL NOT NULL, at TEXT NOT NULL
-) STRICT;
-CREATE TABLE verdict (look INTEGER PRIMARY KEY REFERENCES look(id), outcome TEXT NOT NULL, json TEXT NOT NULL, at TEXT NOT NULL) STRICT;
-
-CREATE TABLE notice (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, detail TEXT NOT NULL, at TEXT NOT NULL) STRICT;
-
-CREATE TABLE audit (
-  seq INTEGER PRIMARY KEY, at TEXT NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL, why TEXT NOT NULL,
-  before TEXT NOT NULL, after TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL
-) STRICT;
-
-CREATE TABLE counter (name TEXT PRIMARY KEY, n INTEGER NOT NULL) STRICT;
-INSERT INTO counter VALUES ('stored',0), ('predicted',0), ('returned',0), ('labelled',0), ('rejected',0), ('quarantined',0);
-
-CREATE TRIGGER image_counted AFTER INSERT ON image BEGIN
-  UPDATE counter SET n = n + 1 WHERE name = NEW.state;
-  INSERT INTO unscored SELECT NEW.id WHERE NEW.state = 'stored';
-END;
-CREATE TRIGGER image_predicted AFTER INSERT ON prediction
-  WHEN (SELECT count(*) FROM prediction WHERE image = NEW.image) = 1 BEGIN
-  UPDATE counter SET n = n + 1 WHERE name = 'predicted';
-  DELETE FROM unscored WHERE image = NEW.image;
-  UPDATE image SET state = 'predicted' WHERE id = NEW.image AND state = 'stored';
-END;
-CREATE TRIGGER image_labelled AFTER INSERT ON label
-  WHEN (SELECT count(*) FROM label WHERE image = NEW.image) = 1 BEGIN
-  UPDATE counter SET n = n + 1 WHERE name = 'labelled';
-  UPDATE image SET state = 'labelled' WHERE id = NEW.image;
-END;
-"""
 
 
 @migrations()
 def first(db: Database) -> None:
-    """Version 0.1: everything."""
-    run(db, TABLES)
-    for table in APPEND_ONLY:
-        for verb in ("UPDATE", "DELETE"):
-            db.execute(
-                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-                f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-            )
-
-
-KEEPING = """
--- When the film's file was dropped (retention, forget); set before the unlink: what a reader sees is always safe.
-ALTER TABLE image ADD COLUMN dropped_at TEXT;
--- Files that may be dropped, and since when their time runs: originals since their score, others since they came.
--- `dropping` is the intent row of an unlink; the row is gone when the file is.
-CREATE TABLE kept_file (
-  image INTEGER PRIMARY KEY REFERENCES image(id), kind TEXT NOT NULL CHECK (kind IN ('original','aside','dropping')),
-  since TEXT NOT NULL
-) STRICT;
-CREATE INDEX kept_file_since ON kept_file(kind, since);
-INSERT INTO kept_file SELECT id, 'aside', stored_at FROM image WHERE plate IS NULL;
-INSERT INTO kept_file SELECT image, 'original', min(at) FROM prediction GROUP BY image;
-CREATE TRIGGER aside_kept AFTER INSERT ON image WHEN NEW.plate IS NULL BEGIN
-  INSERT INTO kept_file VALUES (NEW.id, 'aside', NEW.stored_at);
-END;
-CREATE TRIGGER original_kept AFTER INSERT ON prediction BEGIN
-  INSERT OR IGNORE INTO kept_file SELECT id, 'original', NEW.at FROM image WHERE id = NEW.image AND dropped_at IS NULL;
-END;
-INSERT INTO counter VALUES ('dropped', 0);
-"""
-
-FORGETTING = """
--- One row a `forget`; the pseudonyms (JSON) go with the films. files: something may still be on disk, bytes: only in
--- the database's own free space, done: nowhere.
-CREATE TABLE forget (
-  id INTEGER PRIMARY KEY, state TEXT NOT NULL CHECK (state IN ('files','bytes','done')), patient_keys TEXT NOT NULL,
-  sop_uids TEXT NOT NULL, by TEXT NOT NULL, reason TEXT NOT NULL, at TEXT NOT NULL, done_at TEXT
-) STRICT;
--- The films of an open `forget` and where their files are; only their rows may leave the append-only tables.
-CREATE TABLE forgetting (image INTEGER PRIMARY KEY, forget INTEGER NOT NULL REFERENCES forget(id), original TEXT NOT NULL, plate TEXT) STRICT;
--- Keyed hashes of patients whose later films are refused.
-CREATE TABLE refused_patient (hash TEXT PRIMARY KEY, at TEXT NOT NULL) STRICT;
--- A frozen golden set that lost films says so.
-CREATE TABLE golden_loss (version INTEGER NOT NULL, films INTEGER NOT NULL, at TEXT NOT NULL) STRICT;
-"""
+    """Create the tables of version 0.1."""
+    run(db, schema_0_1.TABLES)
+    for table in schema_0_1.APPEND_ONLY:
+        for statement in append_only(table):
+            db.execute(statement)
 
 
 @migrations()
 def retention_and_forget(db: Database) -> None:
-    """Files that may go after their time, and films that may go at all."""
-    run(db, KEEPING + FORGETTING)
+    """Add what retention and `forget` need, and let rows of forgotten images leave the append-only tables."""
+    run(db, schema_0_1.KEEPING + schema_0_1.FORGETTING)
     for table in ("prediction", "label", "golden_film"):
-        db.execute(f"DROP TRIGGER {table}_no_delete")
-        db.execute(
-            f"CREATE TRIGGER {table}_no_delete BEFORE DELETE ON {table} "
-            f"WHEN OLD.image NOT IN (SELECT image FROM forgetting) "
-            f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-        )
-        # a score or label that was under way when its film was forgotten
-        db.execute(
-            f"CREATE TRIGGER {table}_forgotten BEFORE INSERT ON {table} "
-            f"WHEN (SELECT reason FROM image WHERE id = NEW.image) = '{FORGOTTEN}' BEGIN SELECT RAISE(IGNORE); END"
-        )
+        for statement in only_forgotten(table, FORGOTTEN):
+            db.execute(statement)
+
+
+@migrations()
+def pulled_studies(db: Database) -> None:
+    """Add the studies that `cxrloop pull` has finished, so that a restart skips them."""
+    db.execute(schema_0_1.PULLED)
+
+
+@migrations()
+def answers_to_the_pacs(db: Database) -> None:
+    """Add the outbox of results, and the time at which an image was returned."""
+    run(db, schema_0_1.OUTBOX)
+
+
+@migrations()
+def what_is_said_of_a_film(db: Database) -> None:
+    """Add the indexes by which `forget` reads the rows of one image only."""
+    run(db, schema_0_1.IMAGE_INDEXES)
+
+
+@migrations()
+def pulled_studies_by_mark(db: Database) -> None:
+    """Key pulled studies by `privacy.study_mark`: a study UID of the archive could lead to the patient."""
+    run(db, schema_0_1.PULLED_BY_MARK)
+
+
+GOLDEN_IMAGE = """
+DROP TRIGGER golden_film_no_update;
+DROP TRIGGER golden_film_no_delete;
+DROP TRIGGER golden_film_forgotten;
+DROP INDEX golden_film_image;
+ALTER TABLE golden_film RENAME TO golden_image;
+CREATE INDEX golden_image_image ON golden_image(image);
+ALTER TABLE golden_loss RENAME COLUMN films TO images;
+ALTER TABLE pulled RENAME COLUMN films TO images;
+"""
+
+EVALUATION = """
+ALTER TABLE round RENAME COLUMN look TO evaluate;
+UPDATE round SET state = 'inconclusive' WHERE state = 'not_shown';
+UPDATE round SET state = 'not_evaluated' WHERE state = 'no_look';
+-- One row an evaluation, written before any golden score is read: the row spends alpha. `rules`: hash of the gate's rules,
+-- empty for an evaluation of version 0.1, which did not record them.
+CREATE TABLE evaluation (
+  id INTEGER PRIMARY KEY, round TEXT NOT NULL, bundle TEXT NOT NULL, champion TEXT NOT NULL, baseline TEXT NOT NULL,
+  golden INTEGER NOT NULL, rules TEXT NOT NULL, alpha REAL NOT NULL, at TEXT NOT NULL,
+  UNIQUE (round, champion, baseline, golden, rules)
+) STRICT;
+INSERT INTO evaluation SELECT id, round, bundle,
+  coalesce((SELECT d.bundle FROM deployment d WHERE d.state IN ('probation', 'live') AND d.at <= look.at
+            ORDER BY d.id DESC LIMIT 1), ''),
+  coalesce((SELECT b.id FROM bundle b WHERE b.is_baseline = 1), ''), golden, '', alpha, at FROM look;
+CREATE TABLE verdict_0_2 (
+  evaluation INTEGER PRIMARY KEY REFERENCES evaluation(id), outcome TEXT NOT NULL, json TEXT NOT NULL, at TEXT NOT NULL
+) STRICT;
+"""
+
+# What version 0.1 wrote into a verdict, and what version 0.2 writes.
+OUTCOMES = {"not_shown": "inconclusive"}
+LINE = (("not shown: ", "inconclusive: "), ("; NOT SHOWN, not required: ", "; INCONCLUSIVE, not required: "))
+
+
+@migrations()
+def names_of_0_2(db: Database) -> None:
+    """Rename films to images, looks to evaluations, and the states `not_shown` and `no_look`; allow a second evaluation."""
+    run(db, GOLDEN_IMAGE)
+    for statement in (*append_only("golden_image"), *only_forgotten("golden_image", FORGOTTEN)):
+        db.execute(statement)
+    run(db, EVALUATION)
+    for look, outcome, text, at in db.execute("SELECT look, outcome, json, at FROM verdict").fetchall():
+        row = (look, OUTCOMES.get(outcome, outcome), verdict_of_0_2(text), at)
+        db.execute("INSERT INTO verdict_0_2 VALUES (?, ?, ?, ?)", row)
+    run(db, "DROP TABLE verdict;\nDROP TABLE look;\nALTER TABLE verdict_0_2 RENAME TO verdict;")
+    for table in ("evaluation", "verdict"):
+        for statement in append_only(table):
+            db.execute(statement)
+
+
+def verdict_of_0_2(text: str) -> str:
+    """Return a verdict's JSON of version 0.1 with the outcome names of version 0.2."""
+    verdict = json.loads(text)
+    verdict["outcome"] = OUTCOMES.get(verdict["outcome"], verdict["outcome"])
+    for check in verdict["checks"]:
+        check["outcome"] = OUTCOMES.get(check["outcome"], check["outcome"])
+    old, new = LINE[0]
+    if verdict["line"].startswith(old):
+        verdict["line"] = new + verdict["line"].removeprefix(old)
+    verdict["line"] = verdict["line"].replace(*LINE[1])
+    return json.dumps(verdict, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def run(db: Database, text: str) -> None:
@@ -201,118 +129,6 @@ def run(db: Database, text: str) -> None:
     for line in text.splitlines():
         if not line.strip().startswith("--"):
             statement += line + "\n"
-        if complete(statement):
+        if statement.strip() and sqlite3.complete_statement(statement):  # a trigger holds several semicolons
             db.execute(statement)
             statement = ""
-
-
-def complete(statement: str) -> bool:
-    """True when `statement` is one whole SQL statement (a trigger holds several semicolons)."""
-
-    return bool(statement.strip()) and sqlite3.complete_statement(statement)
-
-
-@migrations()
-def pulled_studies(db: Database) -> None:
-    """Which studies of which archive `cxrloop pull` is done with, so that a restart need not look through them again."""
-    db.execute(
-        "CREATE TABLE pulled (source TEXT NOT NULL, study_uid TEXT NOT NULL, modalities TEXT NOT NULL, "
-        "instances INTEGER NOT NULL, films INTEGER NOT NULL, at TEXT NOT NULL, "
-        "PRIMARY KEY (source, study_uid, modalities)) STRICT"
-    )
-
-
-OUTBOX = """
--- What is to be sent to the PACS, one row a result, written with the score. A row stays; its heatmap until Success.
-CREATE TABLE outbox (
-  id INTEGER PRIMARY KEY, image INTEGER NOT NULL REFERENCES image(id), bundle TEXT NOT NULL,
-  kind TEXT NOT NULL CHECK (kind IN ('sr','sc')), heatmap BLOB,
-  state TEXT NOT NULL CHECK (state IN ('waiting','sent','failed','withdrawn')), attempts INTEGER NOT NULL DEFAULT 0,
-  due TEXT NOT NULL, why TEXT, at TEXT NOT NULL, sent_at TEXT, UNIQUE (image, bundle, kind)
-) STRICT;
-CREATE INDEX outbox_due ON outbox(due, id) WHERE state = 'waiting';
-CREATE INDEX outbox_state ON outbox(state, at);
--- Films that a person wants scored once more; new films go first.
-CREATE TABLE score_again (image INTEGER PRIMARY KEY REFERENCES image(id)) STRICT;
-ALTER TABLE image ADD COLUMN returned_at TEXT;
-INSERT INTO counter VALUES ('outbox waiting',0), ('outbox sent',0), ('outbox failed',0), ('outbox withdrawn',0);
-CREATE TRIGGER outbox_in AFTER INSERT ON outbox BEGIN
-  UPDATE counter SET n = n + 1 WHERE name = 'outbox ' || NEW.state;
-END;
-CREATE TRIGGER outbox_out AFTER DELETE ON outbox BEGIN
-  UPDATE counter SET n = n - 1 WHERE name = 'outbox ' || OLD.state;
-END;
-CREATE TRIGGER outbox_moved AFTER UPDATE OF state ON outbox WHEN OLD.state != NEW.state BEGIN
-  UPDATE counter SET n = n + 1 WHERE name = 'outbox ' || NEW.state;
-  UPDATE counter SET n = n - 1 WHERE name = 'outbox ' || OLD.state;
-  -- Returned: every result of the film had its Success.
-  UPDATE image SET returned_at = NEW.sent_at, state = CASE state WHEN 'predicted' THEN 'returned' ELSE state END
-    WHERE NEW.state = 'sent' AND id = NEW.image AND returned_at IS NULL
-    AND NOT EXISTS (SELECT 1 FROM outbox WHERE image = NEW.image AND state IN ('waiting','failed'));
-END;
-CREATE TRIGGER image_returned AFTER UPDATE OF returned_at ON image WHEN OLD.returned_at IS NULL AND NEW.returned_at IS NOT NULL BEGIN
-  UPDATE counter SET n = n + 1 WHERE name = 'returned';
-END;
--- A result under a corrected header's old name must not reach the PACS any more; a forgotten film has no results.
-CREATE TRIGGER outbox_withdrawn AFTER UPDATE OF superseded_by ON image WHEN NEW.superseded_by IS NOT NULL BEGIN
-  UPDATE outbox SET state = 'withdrawn', heatmap = NULL WHERE image = NEW.id AND state IN ('waiting','failed');
-END;
-CREATE TRIGGER outbox_forgotten AFTER UPDATE OF reason ON image WHEN NEW.reason = 'forgotten' BEGIN
-  DELETE FROM outbox WHERE image = NEW.id;
-  DELETE FROM score_again WHERE image = NEW.id;
-END;
-"""
-
-
-@migrations()
-def answers_to_the_pacs(db: Database) -> None:
-    """The outbox of results, and what makes a film `returned`."""
-    run(db, OUTBOX)
-
-
-@migrations()
-def what_is_said_of_a_film(db: Database) -> None:
-    """Indexes by which `forget` finds every row that says something of a film, without reading the others'."""
-    db.execute("CREATE INDEX receipt_image ON receipt(image)")
-    db.execute("CREATE INDEX golden_film_image ON golden_film(image)")
-    db.execute("CREATE INDEX pulled_study ON pulled(study_uid)")
-
-
-@migrations()
-def pulled_studies_by_mark(db: Database) -> None:
-    """Which studies were pulled, by `privacy.study_mark`: an archive's UID of a patient who is not here led to the patient."""
-    db.execute("DROP TABLE pulled")
-    db.execute(
-        "CREATE TABLE pulled (source TEXT NOT NULL, study TEXT NOT NULL, modalities TEXT NOT NULL, "
-        "instances INTEGER NOT NULL, films INTEGER NOT NULL, at TEXT NOT NULL, "
-        "PRIMARY KEY (source, study, modalities)) STRICT"
-    )
-    db.execute("CREATE INDEX pulled_study ON pulled(study)")
-
-
-@migrations()
-def names_of_0_2(db: Database) -> None:
-    """Rename what 0.1 called films to images."""
-    for name in ("no_update", "no_delete", "forgotten"):
-        db.execute(f"DROP TRIGGER golden_film_{name}")
-    db.execute("DROP INDEX golden_film_image")
-    db.execute("ALTER TABLE golden_film RENAME TO golden_image")
-    db.execute("CREATE INDEX golden_image_image ON golden_image(image)")
-    db.execute("ALTER TABLE golden_loss RENAME COLUMN films TO images")
-    db.execute("ALTER TABLE pulled RENAME COLUMN films TO images")
-    run(db, GOLDEN_IMAGE_TRIGGERS)
-
-
-GOLDEN_IMAGE_TRIGGERS = f"""
-CREATE TRIGGER golden_image_no_update BEFORE UPDATE ON golden_image BEGIN
-  SELECT RAISE(ABORT, 'golden_image is append-only');
-END;
-CREATE TRIGGER golden_image_no_delete BEFORE DELETE ON golden_image
-  WHEN OLD.image NOT IN (SELECT image FROM forgetting) BEGIN
-  SELECT RAISE(ABORT, 'golden_image is append-only');
-END;
-CREATE TRIGGER golden_image_forgotten BEFORE INSERT ON golden_image
-  WHEN (SELECT reason FROM image WHERE id = NEW.image) = '{FORGOTTEN}' BEGIN
-  SELECT RAISE(IGNORE);
-END;
-"""

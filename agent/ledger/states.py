@@ -1,17 +1,24 @@
-"""The states of rounds and bundles as tables of legal moves.
+"""The states of rounds and bundles, as tables of allowed moves.
 
-An image has no table here: its state follows from its rows, and the triggers of `schema` keep it.
+An image has no table here: triggers of `schema` derive its state from its rows.
 """
+
+from agent.errors import Refused
 
 ROUND: dict[str, tuple[str, ...]] = {
     "planned": ("training", "skipped", "cancelled"),
     "training": ("paused", "trained", "stopped", "cancelled", "gave_up"),
     "paused": ("training", "cancelled"),
-    "trained": ("scored", "no_look", "cancelled"),
-    "no_look": ("scored",),  # a person may spend a look on it later
-    "scored": ("passed", "failed", "not_shown"),
+    "trained": ("scored", "not_evaluated", "cancelled"),
+    # `scored`: alpha is spent, the verdict is due. A crash here is finished at the next start.
+    "scored": ("passed", "failed", "inconclusive"),
+    # `cxrloop evaluate` evaluates a candidate later, or again against another champion, golden set or set of rules.
+    "not_evaluated": ("scored",),
+    "passed": ("scored",),
+    "failed": ("scored",),
+    "inconclusive": ("scored",),
 }
-OPEN_ROUNDS = ("planned", "training", "paused", "trained", "scored")  # reconcile takes these up again
+OPEN_ROUNDS = ("planned", "training", "paused", "trained", "scored")  # the next start resumes these
 
 BUNDLE: dict[str, tuple[str, ...]] = {
     "candidate": ("requested", "rejected"),
@@ -24,13 +31,11 @@ BUNDLE: dict[str, tuple[str, ...]] = {
 }
 IN_SERVICE = ("probation", "live")
 
-
-class IllegalMove(Exception):
-    """A state was asked to go where its table has no way."""
+FORGOTTEN = "forgotten"  # the reason of the row of a forgotten image; the row holds nothing else of the image
 
 
 def check(table: dict[str, tuple[str, ...]], what: str, old: str, new: str) -> None:
-    """Raise IllegalMove, naming both states, unless `table` has the move."""
+    """Raise Refused, naming both states, unless `table` allows the move from `old` to `new`."""
     if new not in table.get(old, ()):
-        ways = ", ".join(table.get(old, ())) or "nowhere"
-        raise IllegalMove(f"{what}: {old} cannot become {new}; from {old} it goes to {ways}")
+        moves = ", ".join(table.get(old, ())) or "no state"
+        raise Refused(f"{what}: {old} cannot become {new}; from {old} it can become {moves}")

@@ -3,19 +3,24 @@
 Turns settings into the values that `dicom` takes. Opens no port and reads no image.
 """
 
+from __future__ import annotations
+
 import ipaddress
 import logging
 import ssl
-
-from pydicom import Dataset
+from typing import TYPE_CHECKING
 
 from agent.errors import Problem
 from agent.site.peer_address import PeerAddress, parse
 from agent.site.site import Site
-from dicom.client import sender
+from dicom.client import echo
 from dicom.errors import BadCertificate
-from dicom.node import tls
-from dicom.node.listener import Node
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+    from dicom.node import tls
+    from dicom.node.listener import Node
 
 log = logging.getLogger("cxrloop")
 
@@ -27,6 +32,8 @@ def tls_identity(site: Site) -> tls.Identity | None:
     keys = site.config.node
     if not keys.tls_cert:
         return None
+    from dicom.node import tls
+
     return tls.Identity(
         site.root / keys.tls_cert, site.root / keys.tls_key, site.root / keys.tls_ca if keys.tls_ca else None
     )
@@ -38,8 +45,12 @@ def certificate_days_left(site: Site) -> int | None:
     with_tls = next((text for text in (*keys.peers, site.config.results.destination) if text.endswith("/tls")), None)
     if with_tls and not identity:
         raise Problem(f"{with_tls}: TLS needs a certificate of our own; set node.tls_cert and node.tls_key")
+    if identity is None:
+        return None
+    from dicom.node import tls
+
     try:
-        return tls.check(identity) if identity else None
+        return tls.check(identity)
     except BadCertificate as error:
         raise Problem(f"TLS: {error}") from None
 
@@ -49,6 +60,9 @@ def node_settings(site: Site) -> Node:
 
     Our own AE title and loopback are always allowed: `status` and the supervisor send C-ECHO to the node.
     """
+    from dicom.node import tls
+    from dicom.node.listener import Node
+
     keys, identity = site.config.node, tls_identity(site)
     certificate_days_left(site)
     return Node(
@@ -79,11 +93,15 @@ def node_address(site: Site) -> str:
 def node_answers(site: Site) -> bool:
     """Return True when our own node answers C-ECHO or is at its association limit; over TLS where it uses TLS."""
     keys, identity = site.config.node, tls_identity(site)
-    try:
-        context = tls.own_node_context(identity) if identity else None
-    except (BadCertificate, OSError):  # an ssl.SSLError is an OSError: the files were damaged since the start
-        return False
-    return sender.is_running(node_address(site), keys.port, keys.aet, calling_aet=keys.aet, tls=context)
+    context = None
+    if identity:
+        from dicom.node import tls
+
+        try:
+            context = tls.own_node_context(identity)
+        except (BadCertificate, OSError):  # an ssl.SSLError is an OSError: the files were damaged since the start
+            return False
+    return echo.is_running(node_address(site), keys.port, keys.aet, keys.aet, context)
 
 
 def configured_peers(site: Site) -> dict[str, PeerAddress]:
@@ -98,6 +116,8 @@ def tls_context_to(site: Site, peer: PeerAddress) -> ssl.SSLContext | None:
         return None
     if identity is None:
         raise Problem(f"{peer.aet}: TLS needs a certificate of our own; set node.tls_cert and node.tls_key")
+    from dicom.node import tls
+
     try:
         return tls.peer_context(identity)
     except (BadCertificate, ssl.SSLError) as error:
@@ -106,6 +126,8 @@ def tls_context_to(site: Site, peer: PeerAddress) -> ssl.SSLContext | None:
 
 def send_commitment_report(site: Site, aet: str, information: Dataset, event_type: int) -> bool:
     """Send a storage commitment report to a configured peer; return True when the peer accepted it."""
+    from dicom.client import sender
+
     peer = configured_peers(site).get(aet)
     if peer is None:
         return False

@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.errors import Problem
 from agent.ledger.database import Ledger, image_number, utc, when
-from agent.release import release
+from agent.release import models
 from agent.results import attribution
 from agent.results.heatmap import overlay, sheet
 from agent.site import files
@@ -64,10 +64,10 @@ def explain(
 def _bundle_in_service(ledger: Ledger, as_of: str | None) -> str:
     """Return the id of the bundle in service, now or at the time `as_of` (ISO 8601); raises Problem."""
     if as_of is None:
-        current = release.in_service(ledger)
+        current = models.in_service(ledger)
         if not current:
             raise Problem("explain: no model is in service")
-        return current["id"]
+        return current.id
     try:
         at = utc(when(as_of) if when(as_of).tzinfo else when(as_of + "+00:00"))
     except ValueError:

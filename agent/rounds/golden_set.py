@@ -1,18 +1,20 @@
-"""The golden set: images of the golden patients with their labels, frozen; judged on, never learnt from.
+"""The golden set: the labelled images of the golden patients, frozen. Models are evaluated on it, never trained on it.
 
-Freezing again makes a new version; it never gives back alpha that was spent.
+Freezing again makes a new version; alpha that was spent stays spent.
 """
 
-import hashlib
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
+import hashlib
+from typing import TYPE_CHECKING, Any
 
 from agent.errors import Problem
 from agent.ledger import audit
 from agent.ledger.database import Ledger, canonical, utc
 from agent.site.site import Site
-from learner.evaluation.gate import Golden
+
+if TYPE_CHECKING:
+    from learner.evaluation.gate import Golden
 
 POOL = """
   FROM image JOIN label_now ON label_now.image = image.id
@@ -21,13 +23,13 @@ POOL = """
 
 
 def freeze(site: Site, ledger: Ledger, by: str) -> dict[str, Any]:
-    """Freeze the labelled images of the golden range; the same images and labels give the same version back."""
+    """Freeze the labelled images of the golden range and return `show`; unchanged images and labels keep their version."""
     rows = ledger.rows(f"SELECT image.id AS image, image.sha256, finding, value {POOL} ORDER BY image.id, finding")
     rows = [row for row in rows if row["finding"] in site.findings]
     if not rows:
         raise Problem(
             "golden freeze: no labelled image in the golden range yet; import labels (`cxrloop labels import FILE.csv`) "
-            "for images whose `range` in `cxrloop studies ls --json` is golden"
+            "for images whose `range` in `cxrloop images ls --json` is golden"
         )
     content = canonical([[row["sha256"], row["finding"], row["value"]] for row in rows])
     sha256 = hashlib.sha256(content.encode()).hexdigest()
@@ -48,12 +50,15 @@ def freeze(site: Site, ledger: Ledger, by: str) -> dict[str, Any]:
 
 
 def current(ledger: Ledger) -> int | None:
-    """The newest frozen version, or None."""
+    """Return the newest frozen version, or None."""
     return ledger.value("SELECT max(version) FROM golden_set")
 
 
 def show(site: Site, ledger: Ledger) -> dict[str, Any]:
-    """Version, hash and sizes of the frozen set, and how many images it lost to `forget`; raises Problem before there is one."""
+    """Return version, hash and sizes of the frozen set, and how many images it lost to `forget`.
+
+    Raises Problem before there is one.
+    """
     version = current(ledger)
     if version is None:
         raise Problem("no golden set is frozen: label images of the golden range, then `cxrloop golden freeze`")
@@ -71,12 +76,19 @@ def show(site: Site, ledger: Ledger) -> dict[str, Any]:
 
 
 def lost(ledger: Ledger, version: int) -> int:
-    """Images that a frozen set lost to `forget`: its hash is that of the whole, what it judges is the rest."""
+    """Return how many images a frozen set lost to `forget`; its hash still covers them."""
     return ledger.value("SELECT coalesce(sum(images), 0) FROM golden_loss WHERE version = ?", version)
 
 
 def load(site: Site, ledger: Ledger, version: int) -> tuple[Golden, list[str]]:
-    """The frozen labels float [N, F] (nan = unknown) with patient keys, and the N plates' paths in the store."""
+    """Return the frozen labels float [N, F] (nan = unknown) with patient keys, and the N plates' paths in the store.
+
+    Raises Problem when `forget` has removed every image.
+    """
+    import numpy as np
+
+    from learner.evaluation.gate import Golden
+
     rows = ledger.rows(
         "SELECT g.image, g.finding, g.value, i.patient_key, i.plate FROM golden_image g JOIN image i ON i.id = g.image "
         "WHERE g.version = ? ORDER BY g.image",

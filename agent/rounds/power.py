@@ -1,43 +1,46 @@
-"""`golden power`: how likely one look is to decide, per finding, at the correlation of this site's own scores."""
+"""`golden power`: the statistical power of the next evaluation, per finding, at the correlation of the site's own scores."""
 
 from datetime import UTC, datetime
 from typing import Any
 
 from agent.errors import Problem
 from agent.ledger.database import Ledger
-from agent.release import release
-from agent.rounds import evaluation, golden_set, records
+from agent.release import models
+from agent.rounds import evaluation, golden_set
+from agent.rounds.evaluation_budget import alpha_of_evaluation, budget
 from agent.site.site import Site
 from learner.evaluation.gate import golden_power
 
 
 def power(site: Site, ledger: Ledger) -> dict[str, Any]:
-    """`{finding: {"positives", "negatives", "correlation", "power_per_look", "looks_left"}}`.
+    """Return, per finding, `positives`, `negatives`, `auc`, `correlation`, `power_per_evaluation` and `evaluations_left`.
 
-    Measured on the model in service and the newest other bundle that has had its look; before there is one,
-    correlation and power are null. Raises Problem before there are golden labels or a model.
+    `power_per_look` and `looks_left` repeat the last two under their names of version 0.1. Measured on the model in service
+    and the bundle that was evaluated last; before there is one, correlation and power are None. Raises Problem before there
+    is a golden set or a model.
     """
     version = golden_set.current(ledger)
     if version is None:
         raise Problem("golden power: no golden set is frozen; label golden images, then `cxrloop golden freeze`")
-    champion = release.in_service(ledger)
+    champion = models.in_service(ledger)
     if not champion:
         raise Problem("golden power: no model is in service whose scores could be measured")
-    reference, plates = golden_set.load(site, ledger, version)
-    scores = evaluation.score(site, champion["id"], plates)
-    other = ledger.value("SELECT bundle FROM look WHERE bundle != ? ORDER BY id DESC LIMIT 1", champion["id"])
-    gate = site.config.gate
-    rules, alpha = evaluation.rules(site), gate.alpha / gate.looks_per_year
-    found = golden_power(evaluation.score(site, other, plates) if other else scores, scores, reference, rules, alpha)
-    left = records.budget(site, ledger, datetime.now(UTC))["looks_left"]
+    golden, plates = golden_set.load(site, ledger, version)
+    scores = evaluation.score(site, champion.id, plates)
+    second = ledger.value("SELECT bundle FROM evaluation WHERE bundle != ? ORDER BY id DESC LIMIT 1", champion.id)
+    second_scores = evaluation.score(site, second, plates) if second else scores
+    rows = golden_power(second_scores, scores, golden, evaluation.rules(site), alpha_of_evaluation(site))
+    left = budget(site, ledger, datetime.now(UTC)).evaluations_left
     return {
         row.finding: {
             "positives": row.positives,
             "negatives": row.negatives,
             "auc": row.auc,
-            "correlation": row.correlation if other else None,
-            "power_per_look": row.power if other else None,
+            "correlation": row.correlation if second else None,
+            "power_per_evaluation": row.power if second else None,
+            "power_per_look": row.power if second else None,
+            "evaluations_left": left,
             "looks_left": left,
         }
-        for row in found
+        for row in rows
     }

@@ -1,7 +1,7 @@
-"""The agent's day and night: intake and scoring all the time, a round in the window.
+"""The agent's loops: intake, scoring and sending run all the time, a round in the nightly window.
 
-Every job is a `step` that can be called at any moment and decides from the ledger; APScheduler and the
-threads below only call them. Starting is recovery: the first tick of `reconcile` is not special.
+Every job is a `step` that can be called at any moment and decides from the ledger; APScheduler and the threads below
+only call the steps. A start needs no recovery of its own: the first step finds what a crash left unfinished.
 """
 
 import logging
@@ -18,7 +18,9 @@ from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
 from agent.release import release
 from agent.results import reporting
-from agent.rounds import records, training
+from agent.rounds import planning, records, training
+from agent.rounds.evaluation_budget import evaluation_due
+from agent.rounds.records import Round
 from agent.site import locks
 from agent.site.config import zone
 from agent.site.site import Site
@@ -29,24 +31,24 @@ from dicom.store.drop_folder import DropFolder
 
 log = logging.getLogger("cxrloop")
 
-IDLE_S = 0.2  # how long a loop that found nothing waits, where nobody in this process wakes it
-FAILED_S = 1  # how long a loop that failed waits: a full disk is not the fuller for it
-STOP_S = 5  # a step at hand may finish in this time; after that stopping is a crash like any other
-TICK_S = 15  # how often the night and the reconciliation look at the ledger
+IDLE_S = 0.2  # wait of a loop that had nothing to do, unless another loop of this process wakes it
+FAILED_S = 1  # wait of a loop whose step failed, for example on a full disk
+STOP_S = 5  # time to finish the current step when stopping; then the process ends, and the next start recovers
+TICK_S = 15  # seconds between two ticks of the night and of the housekeeping
 
 
 def night_step(site: Site, now: datetime) -> str:
-    """Take up an interrupted round, or start tonight's; says what was done."""
+    """Resume an unfinished round or start tonight's; returns the state it reached, or why nothing was done."""
     span = window_at(now, site.config.learn.window, zone(site.config))
     with site.ledger() as ledger:
         try:
             with locks.hold(site, "round"):
-                sweep(site.models)  # what a crash in the middle of sealing left; nobody seals without the lock
-                row = records.open_round(ledger)
-                if row and (span or _goes_on_by_day(row)):
-                    until = span[1] if span and row["why"] == "night" else None
-                    return training.carry_on(site, ledger, row, until)["state"]
-                if row or not span:
+                sweep(site.models)  # remove what a crash left while sealing; sealing needs this lock
+                unfinished = records.open_round(ledger)
+                if unfinished and (span or _resumes_by_day(unfinished)):
+                    until = span[1] if span and unfinished.why == "night" else None
+                    return training.carry_on(site, ledger, unfinished, until).state
+                if unfinished or not span:
                     return "waiting"
                 if ledger.value("SELECT 1 FROM round WHERE why = 'night' AND planned_at >= ?", utc(span[0])):
                     return "done for tonight"
@@ -55,33 +57,35 @@ def night_step(site: Site, now: datetime) -> str:
             return "running"
 
 
-def _goes_on_by_day(row: dict) -> bool:
-    """A round that a person started, and that did not rest in good order, goes on at once; so does a finished one."""
-    return row["state"] in ("trained", "scored") or (row["why"] == "now" and row["state"] in ("planned", "training"))
+def _resumes_by_day(unfinished: Round) -> bool:
+    """Return True for a round that resumes outside the window.
+
+    Those are a round that a person started and that neither ended nor was paused, and one that only lacks its evaluation.
+    """
+    by_hand = unfinished.why == "now" and unfinished.state in ("planned", "training")
+    return by_hand or unfinished.state in ("trained", "scored")
 
 
 def _tonight(site: Site, ledger: Ledger, now: datetime, until: datetime) -> str:
     if not ledger.value("SELECT 1 FROM image LIMIT 1"):
-        return "waiting"  # a new site has nothing that could be skipped
+        return "waiting"  # a new site: no round to skip
     reason = _too_little(site, ledger)
     if reason:
         with ledger.transaction():
-            number = (ledger.value("SELECT max(id) FROM round") or 0) + 1
-            ledger.insert(
-                "round", id=number, name=f"r{number:04d}", state="skipped", why="night", reason=reason,
-                recipe=site.config.learn.recipe, planned_at=utc(now), ended_at=utc(now),
+            skipped = records.add(
+                ledger, now, "skipped", "night", site.config.learn.recipe, reason=reason, ended_at=utc(now),
                 last_image=ledger.value("SELECT max(last_image) FROM round") or 0,
             )  # fmt: skip
-            audit.append(ledger, "cxrloop", "round skipped", reason, after=f"r{number:04d}")
+            audit.append(ledger, "cxrloop", "round skipped", reason, after=skipped.name)
         return "skipped"
-    row = records.plan(site, ledger, "night", now, look=records.look_due(site, ledger, now))
-    return training.carry_on(site, ledger, row, until)["state"]
+    planned = planning.plan(site, ledger, "night", now, evaluate=evaluation_due(site, ledger, now))
+    return training.carry_on(site, ledger, planned, until).state
 
 
 def _too_little(site: Site, ledger: Ledger) -> str | None:
-    """Why tonight is not worth a round, or None."""
+    """Return why tonight's round is skipped, or None."""
     since = ledger.value("SELECT max(last_image) FROM round WHERE state != 'skipped'") or 0
-    new = ledger.value(f"SELECT count(*) FROM image WHERE {records.USABLE} AND range = 'train' AND id > ?", since)
+    new = ledger.value(f"SELECT count(*) FROM image WHERE {planning.USABLE} AND range = 'train' AND id > ?", since)
     if new < site.config.learn.min_new:
         return f"{new} new images in the train range, fewer than learn.min_new = {site.config.learn.min_new}"
     labelled = "SELECT 1 FROM label JOIN image ON image.id = label.image WHERE range = 'train' LIMIT 1"
@@ -89,7 +93,7 @@ def _too_little(site: Site, ledger: Ledger) -> str | None:
 
 
 def tick(site: Site, now: datetime) -> str:
-    """What the scheduler calls: finish what a crash left, then see to the night; says what was done, or what is wrong."""
+    """Finish a deployment that a crash interrupted, then run `night_step`; returns its result, or "error: ..."."""
     try:
         with site.ledger() as ledger:
             release.reconcile(site, ledger, now)
@@ -99,37 +103,34 @@ def tick(site: Site, now: datetime) -> str:
 
 
 def housekeeping(site: Site, now: datetime) -> str:
-    """What the scheduler calls beside the night: finish what was to be forgotten, drop what is past its time."""
+    """Drop files past their retention and finish what `forget` began; returns "done" or "error: ..."."""
     try:
         with site.ledger() as ledger:
             retention.step(site, ledger, now)
-            waits = forget.finish(site, ledger)
-        return f"error: forget: {waits}" if waits else "done"
+            pending = forget.finish(site, ledger)
+        return f"error: forget: {pending}" if pending else "done"
     except (Problem, OSError) as error:
         return f"error: {error}"
 
 
 class Agent:
-    """Intake, scoring and the night, each in a thread of its own, until `stop`."""
+    """Intake, scoring, sending and the nightly round, each in its own thread, until `stop`."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.stopping = threading.Event()
-        self.said: dict[Callable[[Site, datetime], str], str] = {}
+        self.results: dict[Callable[[Site, datetime], str], str] = {}
         self.drop = DropFolder(site.root / "drop", site.inbox)
         self.scheduler = BackgroundScheduler(timezone=UTC)
-        self.to_score, self.to_answer = (
-            threading.Event(),
-            threading.Event(),
-        )  # the loop before has something for this one
-        self.threads = [threading.Thread(target=work) for work in (self._intake, self._scores, self._answers)]
+        self.to_score, self.to_send = threading.Event(), threading.Event()  # set when the loop before has work for it
+        self.threads = [threading.Thread(target=work) for work in (self._intake, self._score, self._send)]
 
     def start(self) -> None:
-        """Start everything; returns at once."""
+        """Start all loops and return at once."""
         self.drop.start()
         for thread in self.threads:
             thread.start()
-        for step in (tick, housekeeping):  # apart: a night lasts hours
+        for step in (tick, housekeeping):  # apart: a round lasts hours
             self.scheduler.add_job(
                 self._tick, "interval", (step,), seconds=TICK_S, next_run_time=datetime.now(UTC),
                 coalesce=True, max_instances=1, misfire_grace_time=None,
@@ -137,8 +138,8 @@ class Agent:
         self.scheduler.start()
 
     def stop(self) -> None:
-        """Finish the steps at hand and stop; a round that runs is left to the lock and the next start."""
-        for event in (self.stopping, self.to_score, self.to_answer):
+        """Finish the current steps and stop; a running round resumes at the next start."""
+        for event in (self.stopping, self.to_score, self.to_send):
             event.set()
         self.scheduler.shutdown(wait=False)
         self.drop.stop()
@@ -146,56 +147,58 @@ class Agent:
             thread.join(STOP_S)
 
     def _tick(self, step: Callable[[Site, datetime], str]) -> None:
-        said = step(self.site, datetime.now(UTC))
-        if said != self.said.get(step) and said.startswith("error"):
-            log.error("%s", said)  # once, not every few seconds
-        self.said[step] = said
+        result = step(self.site, datetime.now(UTC))
+        if result != self.results.get(step) and result.startswith("error"):
+            log.error("%s", result)  # once, not at every tick
+        self.results[step] = result
 
     def _intake(self) -> None:
         with intake.examiner(self.site) as pool:
             self._loop("intake", lambda ledger: intake.step(self.site, ledger, pool), then=self.to_score)
 
-    def _scores(self) -> None:
+    def _score(self) -> None:
         with Client(self.site.infer_url) as client:
             self._loop(
                 "scoring",
                 lambda ledger: reporting.score_waiting(self.site, ledger, client),
                 self.to_score,
-                self.to_answer,
+                self.to_send,
             )
 
-    def _answers(self) -> None:
+    def _send(self) -> None:
         link = reporting.PacsLink()
         self._loop(
-            "answering", lambda ledger: reporting.send_due(self.site, ledger, link, datetime.now(UTC)), self.to_answer
+            "sending results",
+            lambda ledger: reporting.send_due(self.site, ledger, link, datetime.now(UTC)),
+            self.to_send,
         )
 
     def _loop(
         self,
-        what: str,
+        name: str,
         step: Callable[[Ledger], int],
         woken: threading.Event | None = None,
         then: threading.Event | None = None,
     ) -> None:
-        """Step until `stopping`; after one that did nothing wait for `woken`, after one that did something set `then`.
+        """Call `step` until `stopping`: set `then` after a step that did something, wait for `woken` after one that did not.
 
-        What fails, opening the ledger too (a full disk), is said once and tried again on a fresh connection.
+        A failure, of opening the ledger too (a full disk), is logged once and retried on a fresh connection.
         """
         woken = woken or threading.Event()
-        said = ""
+        logged = ""
         while not self.stopping.is_set():
             try:
                 with self.site.ledger() as ledger:
                     while not self.stopping.is_set():
-                        woken.clear()  # before the look, so that what comes during it isn't missed
-                        idle, said = not step(ledger), ""
+                        woken.clear()  # before the step, so that work that arrives during the step isn't missed
+                        idle, logged = not step(ledger), ""
                         if not idle:
                             if then:
                                 then.set()
                         elif not self.stopping.is_set():  # `stop` may have come before the clear
                             woken.wait(IDLE_S)
             except Exception as error:  # the one broad except of this process: log, wait, go on
-                if repr(error) != said:
-                    log.exception("%s failed; trying again", what)
-                said = repr(error)
+                if repr(error) != logged:
+                    log.exception("%s failed; retrying", name)
+                logged = repr(error)
                 self.stopping.wait(FAILED_S)

@@ -1,4 +1,4 @@
-"""What `cxrloop status` says: read from counters and single rows, never by scanning."""
+"""The content of `cxrloop status`, read from counters and single rows; no table that grows is scanned."""
 
 import shutil
 from datetime import UTC, datetime, timedelta
@@ -8,9 +8,10 @@ from agent.errors import Problem
 from agent.ledger.database import Ledger, utc
 from agent.network import connections
 from agent.network.watermark import disk_full_reason
-from agent.release import release
+from agent.release import models
+from agent.release.models import Model
 from agent.results import latency, outbox
-from agent.rounds import golden_set, records
+from agent.rounds import evaluation_budget, golden_set
 from agent.site.config import zone
 from agent.site.site import Site
 from agent.site.window import next_window
@@ -19,17 +20,16 @@ from deploy.client import Client
 from deploy.errors import PointerRefused
 from dicom.node import refusals
 
-RENEW_DAYS = 30  # a hospital's certificate authority takes its time
-NOTICE_DAYS = 7  # how long a notice stays in the alerts
+RENEW_DAYS = 30  # days of warning: a hospital's certificate authority takes weeks
+NOTICE_DAYS = 7  # days that a notice stays among the alerts
 
 
 def status(site: Site, ledger: Ledger) -> dict[str, Any]:
-    """The JSON of `status`; `degraded` tells the command to exit 3."""
+    """Return the JSON of `status`; where `degraded` is true the command exits with 3."""
     now = datetime.now(UTC)
     counters = ledger.counters()
     p50, p95 = latency.received_to_scored(ledger)
     free = shutil.disk_usage(site.root).free
-    budget = records.budget(site, ledger, now)
     with Client(site.infer_url) as client:
         server = client.state()
     alerts, degraded = _alerts(site, ledger, now, free, server)
@@ -55,7 +55,7 @@ def status(site: Site, ledger: Ledger) -> dict[str, Any]:
             "next": utc(upcoming) if upcoming else None,
             "last": {"round": last["name"], "state": last["state"], "reason": last["reason"]} if last else None,
         },
-        "gate": {"looks_left": budget["looks_left"], "alpha_left": budget["left"]},
+        "gate": evaluation_budget.for_status(site, ledger, now),
         "disk": {"free_bytes": free},
         "release": {"promote": site.config.release.promote, "approvers": site.config.release.approvers},
         "alerts": alerts,
@@ -64,96 +64,103 @@ def status(site: Site, ledger: Ledger) -> dict[str, Any]:
 
 
 def _serving(ledger: Ledger, server: dict | None) -> dict[str, Any] | None:
-    current = release.in_service(ledger)
+    current = models.in_service(ledger)
     if not current:
         return None
     since = ledger.value(
-        "SELECT max(at) FROM deployment WHERE bundle = ? AND state IN ('probation', 'live')", current["id"]
+        "SELECT max(at) FROM deployment WHERE bundle = ? AND state IN ('probation', 'live')", current.id
     )
-    same = server is not None and server.get("bundle") == current["id"]
+    same = server is not None and server.get("bundle") == current.id
     return {
-        "bundle": current["id"],
+        "bundle": current.id,
         "provider": server.get("provider") if server and same else None,
         "since": since,
-        "state": current["state"],
-        "is_baseline": bool(current["is_baseline"]),
+        "state": current.state,
+        "is_baseline": current.is_baseline,
     }
 
 
 def _alerts(
     site: Site, ledger: Ledger, now: datetime, free: int, server: dict | None
 ) -> tuple[list[dict[str, str]], bool]:
-    """What a person should know, and whether something that should work does not."""
-    found: list[tuple[str, str, bool]] = []
+    """Return the alerts, and whether one of them means that the appliance is degraded."""
+    alerts: list[tuple[str, str, bool]] = []
     keys = site.config.node
     if free < keys.min_free_mb << 20:
-        found.append(("disk", f"{free >> 20} MB free, images are refused under {keys.min_free_mb} MB", True))
+        detail = f"{free >> 20} MB free on {site.root}: images are refused below {keys.min_free_mb} MB; free some space"
+        alerts.append(("disk", detail, True))
     elif full := disk_full_reason(free, site.config.retention.refuse_free_mb):
-        found.append(("disk", full, True))
-    found += _forgotten(ledger)
+        alerts.append(("disk", f"{full}; free some space", True))
+    alerts += _forgotten(ledger)
     host, node_up = connections.node_address(site), connections.node_answers(site)
     if not node_up and server is None:
-        found.append(("not running", "neither the node nor the model server answers: `cxrloop serve`", False))
+        detail = "neither the node nor the model server answers; start both with `cxrloop serve`"
+        alerts.append(("not running", detail, False))
     elif not node_up:
-        found.append(("node down", f"no C-ECHO from {keys.aet}@{host}:{keys.port}", True))
+        detail = (
+            f"{keys.aet}@{host}:{keys.port} does not answer C-ECHO, no image can arrive; see the log of `cxrloop serve`"
+        )
+        alerts.append(("node down", detail, True))
     elif server is None:
-        found.append(("server down", f"no answer from {site.infer_url}; images wait unscored", True))
-    found += _certificate(site)
-    found += outbox.alerts(site, ledger, now)
-    current = release.in_service(ledger)
+        detail = f"{site.infer_url} does not answer, images wait for their scores; see the log of `cxrloop serve`"
+        alerts.append(("server down", detail, True))
+    alerts += _certificate(site)
+    alerts += outbox.alerts(site, ledger, now)
+    current = models.in_service(ledger)
     if not current:
-        found.append(("no model", "images are stored and wait; label some, then `cxrloop round run --now`", False))
-    found += _pointer(site, current, server)
+        detail = "images wait for a first model; import labels, then run `cxrloop round run --now`"
+        alerts.append(("no model", detail, False))
+    alerts += _pointer(site, current, server)
     if site.config.release.approvers == 1:
-        found.append(("solo", "one person approves alone (release.approvers = 1)", False))
+        detail = "one person can approve a model alone; with a second approver set release.approvers = 2"
+        alerts.append(("solo", detail, False))
     week = utc(now - timedelta(days=NOTICE_DAYS))
     for row in ledger.rows("SELECT * FROM notice WHERE at > ? ORDER BY id DESC LIMIT 20", week):
-        found.append((row["kind"], row["detail"], False))
-    return [{"kind": kind, "detail": detail} for kind, detail, _ in found], any(bad for *_, bad in found)
+        alerts.append((row["kind"], row["detail"], False))
+    return [{"kind": kind, "detail": detail} for kind, detail, _ in alerts], any(degraded for *_, degraded in alerts)
 
 
 def _forgotten(ledger: Ledger) -> list[tuple[str, str, bool]]:
-    """A `forget` that is not done yet, and what the frozen golden set has lost to one."""
-    found: list[tuple[str, str, bool]] = []
+    """Return an alert for a `forget` that is not finished, and one for a golden set that lost images to `forget`."""
+    alerts: list[tuple[str, str, bool]] = []
     since = ledger.value("SELECT min(at) FROM forget WHERE state != 'done'")
     if since:
-        found.append(("forget", f"begun {since}, not done yet; the agent goes on by itself (`cxrloop serve`)", True))
+        detail = f"the `forget` of {since} is not finished; the agent finishes it while `cxrloop serve` runs"
+        alerts.append(("forget", detail, True))
     version = golden_set.current(ledger)
     if version and (lost := golden_set.lost(ledger, version)):
-        detail = f"version {version} lost {lost} images to `forget`; verdicts are on the rest: `cxrloop golden freeze`"
-        found.append(("golden set", detail, False))
-    return found
+        detail = f"version {version} lost {lost} images to `forget`; freeze a new version with `cxrloop golden freeze`"
+        alerts.append(("golden set", detail, False))
+    return alerts
 
 
 def _certificate(site: Site) -> list[tuple[str, str, bool]]:
-    """Whether the node's certificate ends soon, or can't be used any more."""
+    """Return an alert when the node's certificate ends soon or can't be used."""
     try:
         days = connections.certificate_days_left(site)
     except Problem as wrong:
         return [("certificate", str(wrong), True)]
     if days is None or days > RENEW_DAYS:
         return []
-    return [("certificate", f"node.tls_cert ends in {days} days; renew it and restart the node", False)]
+    return [("certificate", f"node.tls_cert ends in {days} days; renew it, then restart the node", False)]
 
 
-def _pointer(site: Site, current: dict | None, server: dict | None) -> list[tuple[str, str, bool]]:
-    """Whether the ledger, the signed pointer and the server name the same bundle, on the provider asked for."""
+def _pointer(site: Site, current: Model | None, server: dict | None) -> list[tuple[str, str, bool]]:
+    """Return alerts where ledger, signed pointer and server name different bundles, or the server runs on the CPU."""
     try:
         signed = pointer.read(site.root)
     except PointerRefused as error:
         return [("pointer", str(error), True)]
-    named, wanted = signed.bundle if signed else None, current["id"] if current else None
-    found: list[tuple[str, str, bool]] = []
+    named, wanted = signed.bundle if signed else None, current.id if current else None
+    alerts: list[tuple[str, str, bool]] = []
     if named != wanted:
-        found.append(("pointer", f"the pointer names {named}, the ledger {wanted}; `cxrloop serve` settles it", True))
+        detail = f"the pointer names {named}, the ledger {wanted}; `cxrloop serve` makes the pointer follow the ledger"
+        alerts.append(("pointer", detail, True))
     if server and wanted and server.get("bundle") != wanted:
-        found.append(
-            (
-                "server",
-                f"answers with {server.get('bundle')}: {server.get('refused') or server.get('error') or 'not yet reloaded'}",
-                True,
-            )
-        )
+        why = server.get("refused") or server.get("error") or "it has not reloaded the pointer yet"
+        detail = f"the model server answers with {server.get('bundle')}, not with {wanted}: {why}"
+        alerts.append(("server", detail, True))
     if server and site.config.infer.provider == "auto" and server.get("provider") == "cpu":
-        found.append(("provider", "scoring runs on the CPU", False))
-    return found
+        detail = 'scoring runs on the CPU; infer.provider = "cpu" confirms that, "cuda" makes it an error'
+        alerts.append(("provider", detail, False))
+    return alerts

@@ -1,7 +1,7 @@
 """`cxrloop serve`: one process for each part, started together, restarted when one dies.
 
-Each part is also its own systemd unit (`--only`); this supervisor is for the demo, a container, a small site.
-Parts die with it; it knows nothing of what they do.
+Each part can also run as a systemd unit (`--only`); this supervisor is for the demo, a container, a small site.
+The parts end when the supervisor ends.
 """
 
 import logging
@@ -30,25 +30,25 @@ log = logging.getLogger("cxrloop")
 PARTS = ("listen", "infer", "learn")
 STOP_S = 8  # SIGTERM must stop everything within 10 s
 BACKOFF_S = (0.2, 1, 2, 5, 10, 30)  # between restarts of a part that keeps dying
-STEADY_S = 60  # a part that lived this long starts again at the first back-off
+STEADY_S = 60  # a part that ran this long restarts after the first back-off
 
 
 @dataclass
 class Part:
-    """One child process and how often it died lately."""
+    """One child process and its recent restarts."""
 
     name: str
     command: list[str]
     child: subprocess.Popen | None = None
     deaths: int = 0
-    born: float = 0.0
+    started: float = 0.0
     due: float = field(default=0.0)
 
 
 def serve(site: Site, settings: Path | None, only: tuple[str, ...], parent: int | None = None) -> None:
-    """Run the parts named (all by default) until SIGTERM or SIGINT; raises Problem when one cannot start.
+    """Run the named parts (all by default) until SIGTERM or SIGINT; raises Problem when one cannot start.
 
-    `parent` is the supervisor's process id when this process is one of its parts: they die together.
+    `parent` is the supervisor's process id when this process is one of its parts: it ends with the supervisor.
     """
     if parent:
         die_with_parent(parent)
@@ -57,9 +57,7 @@ def serve(site: Site, settings: Path | None, only: tuple[str, ...], parent: int 
         signal.signal(number, lambda *_: stop.set())
     parts = only or PARTS
     if "listen" in parts:
-        connections.certificate_days_left(
-            site
-        )  # a certificate that can't be used is said now, not by a part that keeps dying
+        connections.certificate_days_left(site)  # raises now: a part with a bad certificate would only keep restarting
     if "infer" in parts:
         check_runtime(site)
     if parts == ("listen",):
@@ -67,6 +65,12 @@ def serve(site: Site, settings: Path | None, only: tuple[str, ...], parent: int 
     if len(parts) == 1:
         return run_part(site, parts[0], stop)
     _supervise(site, [Part(name, command(name, settings, os.getpid())) for name in parts], stop)
+
+
+def check_part(name: str) -> None:
+    """Raise Problem unless `name` is a part of the appliance."""
+    if name not in PARTS:
+        raise Problem(f"--only {name}: the parts are {', '.join(PARTS)} (this version has no web console)")
 
 
 def check_runtime(site: Site) -> None:
@@ -78,7 +82,7 @@ def check_runtime(site: Site) -> None:
 
 
 def command(name: str, settings: Path | None, parent: int) -> list[str]:
-    """The command line of one part; it ends with the process `parent`, if there is one."""
+    """Return the command line of one part, which ends with the process `parent` (0: with none)."""
     where = config_path(settings)
     if name == "listen":
         return node.command(where, parent)
@@ -100,13 +104,13 @@ def run_part(site: Site, name: str, stop: threading.Event) -> None:
         while not stop.wait(node.POLL_S):
             pass
         agent.stop()
-        os._exit(0)  # a round may run in a thread for hours: its learner is told to checkpoint by our death
+        os._exit(0)  # a round may run in a thread for hours; its learner writes a checkpoint when we are gone
     else:
-        raise Problem(f"--only {name}: parts are {', '.join(PARTS)} (the web console is not in this version)")
+        check_part(name)
 
 
-def _ready(name: str, what: str) -> None:
-    sys.stderr.write(f"{name} ready on {what}\n")  # one write: four processes share this stream
+def _ready(name: str, place: str) -> None:
+    sys.stderr.write(f"{name} ready on {place}\n")  # one write: four processes share this stream
 
 
 def _supervise(site: Site, parts: list[Part], stop: threading.Event) -> None:
@@ -136,16 +140,16 @@ def _keep_alive(part: Part) -> None:
     if part.child and part.child.poll() is None:
         return
     if part.child:
-        part.deaths = 1 if now - part.born > STEADY_S else part.deaths + 1
+        part.deaths = 1 if now - part.started > STEADY_S else part.deaths + 1
         wait = BACKOFF_S[min(part.deaths, len(BACKOFF_S)) - 1]
-        log.warning("%s ended with code %s; starting it again in %s s", part.name, part.child.returncode, wait)
+        log.warning("%s ended with code %s; restarting it in %s s", part.name, part.child.returncode, wait)
         part.child, part.due = None, now + wait
     if now >= part.due:
-        part.child, part.born = subprocess.Popen(part.command), now
+        part.child, part.started = subprocess.Popen(part.command), now
 
 
 def _answers(site: Site, names: set[str]) -> bool:
-    """True when the port answers C-ECHO and the model server is up (with or without a model)."""
+    """Return True when the node answers C-ECHO and the model server answers, with or without a model."""
     if "listen" in names and not connections.node_answers(site):
         return False
     if "infer" in names:

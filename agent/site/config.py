@@ -1,11 +1,11 @@
-"""The settings of a site: strict TOML, read whole or refused with the key that is wrong.
+"""The settings of a site: strict TOML, read whole or rejected with the key that is wrong.
 
-What each key means stands in `agent.site.settings`. Knows nothing of the ledger.
+`agent.site.settings` says what each key means. Must not import the ledger.
 """
 
 import difflib
 import json
-import os
+import logging
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,14 @@ from agent.site.settings import (
     Section,
     SiteKeys,
 )
+from agent.site.settings_file import config_path
+
+log = logging.getLogger("cxrloop")
+
+# Keys of an earlier version and their names now: still read for one version, with a warning.
+RENAMED = {"gate.looks_per_year": "gate.evaluations_per_year"}
+
+__all__ = ["Config", "checked", "config_path", "load", "template", "zone"]
 
 
 class Config(Section):
@@ -44,29 +52,16 @@ class Config(Section):
     retention: RetentionKeys = RetentionKeys()  # pyright: ignore[reportCallIssue]
 
     @model_validator(mode="after")
-    def shown_are_known(self) -> "Config":
+    def must_show_are_findings(self) -> "Config":
         unknown = [name for name in self.gate.must_show if name not in self.site.findings]
         if unknown:
-            raise ValueError(f"gate.must_show: names of site.findings; {unknown[0]!r} is not one")
+            raise ValueError(f"gate.must_show: only names of site.findings; {unknown[0]!r} is not one")
         return self
 
 
 def zone(config: Config) -> ZoneInfo:
-    """The site's time zone."""
+    """Return the site's time zone."""
     return ZoneInfo(config.site.timezone)
-
-
-def config_path(given: Path | None) -> Path:
-    """The settings file: the argument, else $CXRLOOP_CONFIG, else ./appliance.toml.
-
-    Raises Problem when there is none.
-    """
-    path = given or Path(os.environ.get("CXRLOOP_CONFIG") or "appliance.toml")
-    if path.is_dir():
-        path = path / "appliance.toml"
-    if not path.is_file():
-        raise Problem(f"{path}: no such settings file; run `cxrloop init DIR`, then pass --config DIR/appliance.toml")
-    return path.resolve()
 
 
 def load(path: Path) -> Config:
@@ -79,11 +74,26 @@ def load(path: Path) -> Config:
 
 
 def checked(raw: dict[str, Any], where: str = "") -> Config:
-    """The settings of plain values; raises Problem at the first wrong key, with `where` in front."""
+    """Return the settings of plain values; raises Problem at the first wrong key, with `where` in front."""
     try:
-        return Config.model_validate_json(json.dumps(raw, default=str), strict=True)
+        return Config.model_validate_json(json.dumps(_renamed(raw, where), default=str), strict=True)
     except ValidationError as error:
         raise Problem(where + _explain(error.errors()[0])) from None
+
+
+def _renamed(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the values under the names of this version; raises Problem when a key is there under both names."""
+    values = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in raw.items()}
+    for old, new in RENAMED.items():
+        (section, old_key), (_, new_key) = old.split("."), new.split(".")
+        keys = values.get(section)
+        if not isinstance(keys, dict) or old_key not in keys:
+            continue
+        if new_key in keys:
+            raise Problem(f"{where}{old} and {new} are the same setting: remove {old}, the old name")
+        log.warning("%s%s is now %s: rename it; the next version does not read the old name", where, old, new)
+        keys[new_key] = keys.pop(old_key)
+    return values
 
 
 def _explain(error: Any) -> str:
@@ -91,13 +101,15 @@ def _explain(error: Any) -> str:
     key = ".".join(where) or "settings"
     if error["type"] == "extra_forbidden":
         known = list(Config.model_fields) if len(where) == 1 else list(_section(where[0]).model_fields)
-        near = difflib.get_close_matches(where[-1], known, 1, cutoff=0.0)
+        old = [name.split(".")[1] for name in RENAMED if name.split(".")[0] == where[0]] if len(where) > 1 else []
+        near = difflib.get_close_matches(where[-1], [*known, *old], 1, cutoff=0.0)
         nearest = ".".join([*where[:-1], *near])
+        nearest = RENAMED.get(nearest, nearest)
         return f"unknown key {key} = {_short(error['input'])}; nearest: {nearest}; allowed: {', '.join(known)}"
-    said = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ")
     fields = _section(where[0]).model_fields if where and where[0] in Config.model_fields else {}
     about = fields[where[1]].description if len(where) > 1 and where[1] in fields else ""
-    return f"{key} = {_short(error['input'])}: {said}" + (f" ({about})" if about else "")
+    return f"{key} = {_short(error['input'])}: {message}" + (f" ({about})" if about else "")
 
 
 def _section(name: str) -> type[Section]:
@@ -110,8 +122,8 @@ def _short(value: Any) -> str:
 
 
 def template(config: Config) -> str:
-    """The settings file of a config, every key preceded by its description."""
-    lines = ["# cxrloop: the settings of this appliance. `cxrloop config show` prints them as they are understood."]
+    """Return the text of a settings file, every key preceded by its description."""
+    lines = ["# cxrloop: the settings of this appliance. `cxrloop config show` prints them as they are read."]
     for name, field in Config.model_fields.items():
         section = getattr(config, name)
         about = (field.annotation.__doc__ or "").strip().splitlines()[0]  # pyright: ignore[reportOptionalMemberAccess]

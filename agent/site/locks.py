@@ -1,4 +1,4 @@
-"""The locks of a site: files under `run/`, one a kind of work. The system frees a lock when its holder ends.
+"""The locks of a site: one file under `run/` for each kind of work. The kernel frees a lock when its holder ends.
 
 - `round`: one round trains at a time; it also protects the models folder while a bundle is sealed.
 - `release`: one deployment at a time; commands and the agent must not finish the same intent.

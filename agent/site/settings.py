@@ -1,12 +1,12 @@
-"""The sections of appliance.toml: every key with its meaning, its default and what is allowed.
+"""The sections of appliance.toml: every key with its meaning, its default and its allowed values.
 
-The description of a key is the comment that `cxrloop init` writes and the text that the error prints.
+`cxrloop init` writes the description of a key as its comment; the error about a wrong value quotes it.
 """
 
 import difflib
 import re
 from typing import Literal
-from zoneinfo import available_timezones
+from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,24 +17,28 @@ WINDOW = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
 
 
 class Section(BaseModel):
+    """A section of the settings file: unknown keys are errors, values can't be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SiteKeys(Section):
-    """The hospital, and what the model is asked to find."""
+    """The hospital, and the findings that the model predicts."""
 
-    name: str = Field("my hospital", description="shown in status and reports")
-    timezone: str = Field("UTC", description='time zone of every window, e.g. "Europe/Vienna"')
+    name: str = Field("my hospital", description="name of the hospital, printed in status and reports")
+    timezone: str = Field("UTC", description='time zone of the windows, e.g. "Europe/Vienna"')
     findings: tuple[str, ...] = Field(
-        ("abnormal",), description="the ordered label vocabulary; copied into every bundle", min_length=1
+        ("abnormal",), description="names of the findings, in order; copied into every bundle", min_length=1
     )
 
     @field_validator("timezone")
     @classmethod
     def known_zone(cls, value: str) -> str:
-        if value not in available_timezones():
+        try:
+            ZoneInfo(value)
+        except (KeyError, ValueError, OSError):  # no such zone; a path; a folder of zones such as "Europe"
             near = difflib.get_close_matches(value, sorted(available_timezones()), 1)
-            raise ValueError(f"an IANA time zone{f', nearest: {near[0]}' if near else ''}")
+            raise ValueError(f"an IANA time zone{f', nearest: {near[0]}' if near else ''}") from None
         return value
 
     @field_validator("findings")
@@ -44,28 +48,30 @@ class SiteKeys(Section):
         if wrong:
             raise ValueError(f"names of letters, digits, blank, - and _; {wrong[0]!r} is not")
         if len(set(value)) != len(value):
-            raise ValueError("each finding once")
+            raise ValueError("each finding may be named once only")
         return value
 
 
 class NodeKeys(Section):
     """The DICOM node (C-STORE, C-ECHO)."""
 
-    aet: str = Field("CXRLOOP", description="our AE title: 1 to 16 characters", pattern=r"^[ -\[\]-~]{1,16}$")
+    aet: str = Field("CXRLOOP", description="AE title of the node: 1 to 16 characters", pattern=r"^[ -\[\]-~]{1,16}$")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 opens the node to the network")
     port: int = Field(11112, description="port of the node", ge=1, le=65535)
     allow_aet: tuple[str, ...] = Field((), description="calling AE titles that may send; empty = any")
     allow_ip: tuple[str, ...] = Field((), description="addresses that may connect; empty = any")
-    max_associations: int = Field(16, description="associations at once", ge=1, le=256)
-    min_free_mb: int = Field(512, description="refuse images (A700) when the disk has less free than this", ge=0)
-    max_per_peer: int = Field(8, description="associations at once from one address", ge=1, le=256)
+    max_associations: int = Field(16, description="most associations at the same time", ge=1, le=256)
+    min_free_mb: int = Field(512, description="refuse images (status A700) when less space is free than this", ge=0)
+    max_per_peer: int = Field(8, description="most associations at the same time from one address", ge=1, le=256)
     tls_cert: str = Field("", description="certificate chain (PEM) of the node; with tls_key: the port speaks TLS only")
     tls_key: str = Field("", description="private key (PEM) of tls_cert, readable by the node alone")
-    tls_ca: str = Field("", description="certificates (PEM) whose holders may connect: mutual TLS; empty = any peer")
+    tls_ca: str = Field(
+        "", description="certificates (PEM) of the peers that may connect (mutual TLS); empty = any peer"
+    )
     peers: tuple[str, ...] = Field(
         (),
-        description='who else is there, "AET@host:port" or, over TLS, "AET@host:port/tls": '
-        "gets the reports of storage commitment, is asked by `cxrloop pull`",
+        description='other DICOM nodes, "AET@host:port" or, over TLS, "AET@host:port/tls": '
+        "they receive storage commitment reports, and `cxrloop pull` can query them",
     )
 
     @field_validator("peers")
@@ -81,15 +87,15 @@ class NodeKeys(Section):
 
 
 class AdmissionKeys(Section):
-    """Which images are scored and learnt from; every other image is kept aside with its reason."""
+    """Which images are admitted; every other image is set aside with the reason."""
 
-    children: bool = Field(False, description="admit images whose header says the patient is under 18")
+    children: bool = Field(False, description="also admit images of patients under 18")
     min_side: int = Field(64, description="smallest side of an image in pixels", ge=32, le=4096)
     quality: bool = Field(
-        True, description="also ask the pixels: no chest image, inverted, rotated, saturated or empty is kept aside"
+        True, description="also set aside by the pixels: not a chest, inverted, rotated, saturated or empty"
     )
-    decode_seconds: int = Field(60, description="longest time one image may take to decode", ge=1, le=600)
-    decode_memory_mb: int = Field(3072, description="most memory one image may take to decode", ge=512)
+    decode_seconds: int = Field(60, description="seconds that decoding one image may take", ge=1, le=600)
+    decode_memory_mb: int = Field(3072, description="memory that decoding one image may take", ge=512)
 
 
 class InferKeys(Section):
@@ -98,23 +104,23 @@ class InferKeys(Section):
     host: Literal["127.0.0.1", "localhost"] = Field("127.0.0.1", description="always loopback")
     port: int = Field(11113, description="port of /predict, /healthz, /readyz and /metrics", ge=1, le=65535)
     provider: Literal["auto", "cuda", "cpu"] = Field(
-        "auto", description='"cuda" makes a missing GPU an error, "auto" takes the GPU if there is one'
+        "auto", description='"cuda": an error without a GPU; "auto": the GPU if there is one, else the CPU; "cpu"'
     )
-    threads: int = Field(0, description="threads of one inference; 0 = as many as cores", ge=0)
+    threads: int = Field(0, description="threads of one inference; 0 = one per core", ge=0)
 
 
 class PatientKeys(Section):
-    """The ranges of patients, fixed at the first image; a share never changes afterwards. The rest trains."""
+    """Shares of the patients, fixed at the first image: they can't change later. All other patients are for training."""
 
-    golden: float = Field(0.10, description="judged on, never learnt from", ge=0, le=0.9)
-    golden_next: float = Field(0.10, description="untouched: the golden set after this one", ge=0, le=0.9)
-    calibration: float = Field(0.10, description="temperatures and thresholds", ge=0, le=0.9)
-    validation: float = Field(0.10, description="choices made while learning", ge=0, le=0.9)
+    golden: float = Field(0.10, description="golden set: evaluates models, never trains them", ge=0, le=0.9)
+    golden_next: float = Field(0.10, description="unused until the next golden set", ge=0, le=0.9)
+    calibration: float = Field(0.10, description="sets temperatures and thresholds", ge=0, le=0.9)
+    validation: float = Field(0.10, description="chooses between models during a round", ge=0, le=0.9)
 
     @model_validator(mode="after")
     def some_train(self) -> "PatientKeys":
         if self.golden + self.golden_next + self.calibration + self.validation > 0.95:
-            raise ValueError("shares that leave at least 0.05 of the patients to train on")
+            raise ValueError("the shares must leave at least 0.05 of the patients for training")
         return self
 
 
@@ -127,10 +133,10 @@ class LearnKeys(Section):
         "random", description='starting weights: "random", a timm name on the hub, or a .safetensors file'
     )
     window: str = Field("22:00-05:00", description='when rounds may run, "HH:MM-HH:MM" in site time; "" = never')
-    min_new: int = Field(50, description="skip the night when fewer new images than this may be learnt from", ge=0)
-    max_unlabelled: int = Field(20000, description="most images a round takes, newest first", ge=1)
+    min_new: int = Field(50, description="skip the night with fewer new training images than this", ge=0)
+    max_unlabelled: int = Field(20000, description="most unlabelled images of a round, newest first", ge=1)
     launcher: str = Field(
-        "", description='how the learner is started, e.g. "torchrun --nproc-per-node 4"; empty = plain'
+        "", description='command that starts the learner, e.g. "torchrun --nproc-per-node 4"; empty = none'
     )
 
     @field_validator("window")
@@ -139,35 +145,39 @@ class LearnKeys(Section):
         if value and not WINDOW.fullmatch(value):
             raise ValueError('"HH:MM-HH:MM", 00:00 to 23:59, or "" for no nights')
         if value and value[:5] == value[6:]:
-            raise ValueError("a window whose start and end differ")
+            raise ValueError("start and end differ in a window")
         return value
 
 
 class GateKeys(Section):
-    """What a new model must show on the golden set before a person may approve it."""
+    """What the golden set must show about a new model before a person may approve it."""
 
     margin: float = Field(0.02, description="largest loss of AUC per finding that is acceptable", gt=0, lt=0.5)
-    alpha: float = Field(0.05, description="one-sided error a year, spent over all looks", gt=0, lt=0.5)
-    looks_per_year: int = Field(52, description="looks planned in a year; each costs alpha / looks", ge=1, le=366)
-    must_show: tuple[str, ...] = Field((), description="findings that must be shown; empty = all")
-    min_class: int = Field(100, description="cases of the smaller class a finding needs to be decided", ge=2)
-    require_better: bool = Field(True, description="also ask for superiority somewhere (macro AUC or a finding)")
+    alpha: float = Field(0.05, description="one-sided error a year, split over all evaluations", gt=0, lt=0.5)
+    evaluations_per_year: int = Field(
+        52, description="evaluations planned in a year; each spends alpha / evaluations_per_year", ge=1, le=366
+    )
+    must_show: tuple[str, ...] = Field((), description="findings that must be shown non-inferior; empty = all")
+    min_class: int = Field(100, description="patients of the smaller class that a finding needs to be decided", ge=2)
+    require_better: bool = Field(True, description="also require superiority of the macro AUC or of a finding")
 
 
 class ReleaseKeys(Section):
-    """Who lets a model into service."""
+    """How a model gets into service."""
 
-    promote: Literal["manual"] = Field("manual", description="a person approves; nothing else is offered")
-    approvers: int = Field(1, description="1 = solo, 2 = two different people", ge=1, le=2)
+    promote: Literal["manual"] = Field("manual", description="a person approves each model; there is no other value")
+    approvers: int = Field(1, description="people who must approve a model: 1 or 2", ge=1, le=2)
     probation_days: int = Field(7, description="days on probation before a model counts as live", ge=0, le=365)
 
 
 class ResultsKeys(Section):
-    """Answers to the PACS."""
+    """Results that are sent to the PACS."""
 
     sr: bool = Field(False, description="send a structured report (TID 1500) for each scored image")
     sc: bool = Field(False, description="send a heatmap (Secondary Capture) for each scored image")
-    destination: str = Field("", description='where they go, "AET@host:port" or "AET@host:port/tls"; empty = nowhere')
+    destination: str = Field(
+        "", description='where results are sent, "AET@host:port" or "AET@host:port/tls"; empty = nowhere'
+    )
 
     @field_validator("destination")
     @classmethod
@@ -177,21 +187,23 @@ class ResultsKeys(Section):
     @model_validator(mode="after")
     def somewhere(self) -> "ResultsKeys":
         if (self.sr or self.sc) and not self.destination:
-            raise ValueError("a destination where sr or sc is on")
+            raise ValueError("sr and sc need a destination")
         return self
 
 
 class RetentionKeys(Section):
-    """How long files are kept; plates, scores and labels stay."""
+    """How long files are kept; plates, scores and labels are kept for ever."""
 
-    originals_days: int = Field(0, description="days an original is kept once it is scored; 0 = for ever", ge=0)
-    aside_days: int = Field(0, description="days a rejected or quarantined file is kept; 0 = for ever", ge=0)
+    originals_days: int = Field(0, description="days that an original is kept after it was scored; 0 = for ever", ge=0)
+    aside_days: int = Field(0, description="days that a rejected or quarantined file is kept; 0 = for ever", ge=0)
     refuse_free_mb: int = Field(
-        1024, description="refuse new associations when the disk has less free than this; before node.min_free_mb", ge=0
+        1024,
+        description="refuse new associations when less space is free than this; set it above node.min_free_mb",
+        ge=0,
     )
 
 
 def peer(text: str) -> str:
-    """`text` when it names a peer; raises ValueError."""
+    """Return `text` when it names a peer; raises ValueError."""
     parse(text)
     return text

@@ -1,46 +1,50 @@
 """One site on disk: the folder that `init` makes, its settings, keys, ledger and store."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent.errors import Problem
 from agent.ledger import audit
 from agent.ledger.database import Ledger
 from agent.site import config
-from deploy.bundle.keys import new_keys
 from dicom.store.inbox import Inbox
-from dicom.store.store import Store
+
+if TYPE_CHECKING:
+    from dicom.store.store import Store
 
 FOLDERS = ("inbox", "node", "drop", "store", "rounds", "models", "run", "keys")
 
 
 @dataclass(frozen=True)
 class Site:
-    """The folder of a site and its settings; opening it changes nothing but missing folders and the ledger."""
+    """The folder of a site and its settings. Opening it creates missing folders and migrates the ledger."""
 
     root: Path
     config: config.Config
 
     @classmethod
-    def open(cls, settings: Path | None = None) -> "Site":
-        """The site of a settings file (see `config.config_path`); raises Problem when it is not complete."""
+    def open(cls, settings: Path | None = None) -> Site:
+        """Return the site of a settings file (see `config.config_path`); raises Problem when a key file is missing."""
         path = config.config_path(settings)
         site = cls(path.parent, config.load(path))
         for name in ("pseudonym.key", "signing.key", "signing.pub"):
             if not (site.root / "keys" / name).is_file():
                 raise Problem(
-                    f"{site.root / 'keys' / name} is missing: restore it from the backup (never make a new one)"
+                    f"{site.root / 'keys' / name} is missing: restore it from the backup; a new key can't replace it"
                 )
         for name in FOLDERS:
             (site.root / name).mkdir(exist_ok=True)
         return site
 
     def key(self, name: str) -> bytes:
-        """A key of the site: pseudonym.key, signing.key or signing.pub (32 bytes each)."""
+        """Return a key of the site: pseudonym.key, signing.key or signing.pub (32 bytes each)."""
         return (self.root / "keys" / name).read_bytes()
 
     @property
@@ -57,6 +61,8 @@ class Site:
 
     @cached_property
     def store(self) -> Store:
+        from dicom.store.store import Store
+
         return Store(self.root / "store")
 
     @cached_property
@@ -69,7 +75,7 @@ class Site:
 
     @contextmanager
     def ledger(self) -> Iterator[Ledger]:
-        """The ledger, opened for one piece of work; the audit's head is signed when the work is done."""
+        """Open the ledger for one piece of work; at its end the head of the audit log is signed."""
         with Ledger(self.root / "ledger.db") as ledger:
             try:
                 yield ledger
@@ -77,15 +83,17 @@ class Site:
                 self.anchor(ledger)
 
     def anchor(self, ledger: Ledger) -> None:
-        """Sign the newest audit entry into audit.heads."""
+        """Sign the newest audit entry into the file audit.heads."""
         audit.anchor(ledger, self.root / "audit.heads", self.key("signing.key"))
 
 
 def init(folder: Path, settings: config.Config) -> Site:
-    """Make a site folder: settings with every key commented, keys, folders, ledger.
+    """Create a site folder: settings with every key commented, keys, folders, ledger.
 
     Raises Problem when the folder already holds a site: keys are never replaced.
     """
+    from deploy.bundle.keys import new_keys
+
     path = folder / "appliance.toml"
     if path.exists() or (folder / "keys").exists():
         raise Problem(f"{folder} already holds a site; edit {path}, or choose another folder")

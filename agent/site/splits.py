@@ -1,6 +1,6 @@
-"""Patients and their fixed ranges: golden, golden_next, calibration, validation, train.
+"""The split of patients into ranges: golden, golden_next, calibration, validation, train.
 
-One keyed hash of the patient decides, for labelled and unlabelled images alike, from the first image on.
+A keyed hash of the patient decides the range, for labelled and unlabelled images alike; it never changes.
 """
 
 from agent.errors import Problem
@@ -12,7 +12,7 @@ RESERVED = ("golden", "golden_next", "calibration", "validation")
 
 
 def range_of(key: bytes, patient_key: str, identified: bool, shares: PatientKeys) -> str:
-    """The range of a patient. Without a patient id an image is never golden: the patient may be in train too."""
+    """Return the range of a patient. An image without a patient id is never golden: its patient may train, too."""
     place, upper = fraction(key, patient_key), 0.0
     for name in RESERVED:
         upper += getattr(shares, name)
@@ -22,11 +22,11 @@ def range_of(key: bytes, patient_key: str, identified: bool, shares: PatientKeys
 
 
 def fix_shares(ledger: Ledger, shares: PatientKeys) -> None:
-    """Remember the shares at the first image; raises Problem when the settings differ later."""
+    """Store the shares at the first image; raises Problem when the settings differ later."""
     now = canonical(shares.model_dump())
     known = ledger.value("SELECT value FROM site WHERE key = 'shares'")
     if known is None:
         with ledger.transaction():
             ledger.run("INSERT OR IGNORE INTO site VALUES ('shares', ?)", now)
     elif known != now:
-        raise Problem(f"[patients] was {known} when the first image came and cannot change: put those values back")
+        raise Problem(f"[patients] was {known} at the first image and can't change later: restore those values")

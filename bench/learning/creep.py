@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.common import results
 from learner.evaluation import auc as stats
-from learner.evaluation.gate import Golden, Rules, Scores, alpha_per_look, judge
+from learner.evaluation.gate import Golden, Rules, Scores, alpha_per_evaluation, judge
 
 ROUNDS, START, MARGIN = 60, 0.92, 0.02
 DRIFT, SPREAD = -0.003, 0.006  # nightly change in true AUC: slightly worse on average, like retraining on drift
@@ -34,9 +34,9 @@ EVALUATIONS = {"one": 1, "weekly": 52, "nightly": 365}
 POLICIES = {
     "non-inferior to the last champion only": (0.05, ("champion",), False),
     "+ non-inferior to the locked baseline": (0.05, ("champion", "baseline"), False),
-    "+ an alpha budget over all evaluations": (alpha_per_look(0.05, ROUNDS), ("champion", "baseline"), False),
+    "+ an alpha budget over all evaluations": (alpha_per_evaluation(0.05, ROUNDS), ("champion", "baseline"), False),
     "superiority only": (0.05, ("champion",), True),
-    "the gate: baseline, budget and superiority": (alpha_per_look(0.05, ROUNDS), ("champion", "baseline"), True),
+    "the gate: baseline, budget and superiority": (alpha_per_evaluation(0.05, ROUNDS), ("champion", "baseline"), True),
 }
 
 
@@ -126,7 +126,7 @@ def powers(case: tuple[float, int], draws: int, seed: int) -> dict[str, object]:
         z, r = float(stats.statistic(a, b, -MARGIN)), stats.correlation(a, b)
         measured += r / draws
         for name, count in EVALUATIONS.items():
-            alpha = alpha_per_look(0.05, count)
+            alpha = alpha_per_evaluation(0.05, count)
             shown[name] += z > -NORMAL.inv_cdf(alpha)
             promised[name] += stats.power(b.value, b.variance, r, MARGIN, alpha) / draws
     return {
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    began, weekly = time.monotonic(), alpha_per_look(0.05, 52)
+    began, weekly = time.monotonic(), alpha_per_evaluation(0.05, 52)
     with ProcessPoolExecutor(options.jobs) as pool:
         policies = creep(pool, options.runs, options.seed)
         print(f"\ntrue level at nominal {weekly:.5f}: candidate exactly at the margin, {options.draws} draws a row")

@@ -91,7 +91,7 @@ def fill(site: Site, ledger: Ledger, count: int) -> None:
     rows = image_rows(site, count)
     for first in range(1, count + 1, BLOCK):
         with ledger.transaction():
-            ledger.db.conn.executemany(IMAGE, (row for row, _ in zip(rows, range(BLOCK), strict=False)))
+            ledger.db.executemany(IMAGE, (row for row, _ in zip(rows, range(BLOCK), strict=False)))
             for sql in REST:
                 ledger.run(sql, first, first + BLOCK - 1)
         print(f"{min(first + BLOCK - 1, count)} images", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from agent.release import import_model
+from agent.rounds import import_model
 from agent.site import config
 from agent.site.site import Site, init
 from bench.common.appliance import free_ports, orthanc, serving
@@ -70,7 +70,7 @@ def running(folder: Path, model: Path, threads: int) -> Iterator[Place]:
     }
     site = init(folder / "site", config.checked(values))
     with site.ledger() as ledger:
-        import_model.adopt(site, ledger, model, "bench", False)
+        import_model.import_file(site, ledger, model, "bench", False)
     with orthanc(folder / "orthanc", http_port, dicom_port) as url, serving(folder / "site"):
         yield Place(site, url, node)
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cxrloop.durable import write_atomic
-from deploy.bundle.bundle import ID
 from deploy.bundle.keys import read_public
 from deploy.bundle.signing import sign, signed_by
 from deploy.errors import PointerRefused
@@ -48,6 +47,8 @@ def read(site: Path) -> Pointer | None:
 
 def write(site: Path, bundle: str, previous: str | None, by: str, at: str, signing_key: bytes) -> Pointer:
     """Sign the pointer and replace the file atomically; durable when this returns. ValueError for a malformed id."""
+    from deploy.bundle.bundle import ID
+
     for name in (bundle, previous):
         if name is not None and not ID.fullmatch(name):
             raise ValueError(f"bundle {name!r}: not an id; expected 12 hex digits")

@@ -1,7 +1,7 @@
-"""Numbers read off held-out images: AUC, the temperature of a finding, its operating threshold.
+"""Calibration on held-out images: AUC, the temperature of a finding, its operating threshold.
 
-Pure numpy on logits and labels (nan = unknown). Each answer says by which rule it was reached, so a site with few
-labels sees that its threshold is a default and not a measurement.
+Pure numpy on logits and labels (nan = unknown). A threshold carries the rule that gave it, so that a site with few
+labels sees a default and not a measurement.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ BETA = (0.05, 20.0)  # 1 / temperature; wider fits come from labels that the log
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """Area under the ROC curve; None when a class is absent (JSON has no nan)."""
+    """Return the area under the ROC curve; None when a class is absent (JSON has no nan)."""
     value = curves.auc(scores, labels)
     return None if np.isnan(value) else value
 
 
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The T that minimises the log loss of sigmoid(logit / T); 1 with too few labels. Bisection on 1 / T (convex)."""
+    """Return the T that minimises the log loss of sigmoid(logit / T); 1 with too few labels. Bisection on 1 / T (convex)."""
     known = ~np.isnan(labels)
     logits, truth = logits[known].astype(np.float64), labels[known]
     if min((truth == 1).sum(), (truth == 0).sum()) < MIN_CLASS:
@@ -36,7 +36,7 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def threshold(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """The operating point of one finding, with its rule; sensitivity and specificity are None where unmeasured."""
+    """Return one finding's threshold, its rule and its `n` labels; sensitivity and specificity are None where unmeasured."""
     known = ~np.isnan(labels)
     scores, truth = probabilities[known], labels[known] == 1
     positives, negatives = int(truth.sum()), int((~truth).sum())

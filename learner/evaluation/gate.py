@@ -1,9 +1,9 @@
-"""The gate: may this candidate replace the champion? A pure function of scores, labels and the site's rules.
+"""The gate: judge whether a candidate may replace the champion. A pure function of scores, labels and the site's rules.
 
-Non-inferior to the champion AND to the locked baseline on every finding that must be shown (an intersection-union
-test, so alpha is not split), better somewhere where the site asks for it (Holm), sane scores, torch/ONNX parity.
-It reads no file, spends no budget and deploys nothing: the agent wrote the look down before calling, and a verdict
-only permits. numpy and the standard library.
+The candidate must be non-inferior to the champion and to the locked baseline on every required finding (an
+intersection-union test, so alpha is not split), better on some finding where the site requires it (Holm), with sane
+scores and torch/ONNX parity. The gate reads no file and spends no budget: the agent records the evaluation before it
+calls. Must import numpy and the standard library only.
 """
 
 from __future__ import annotations
@@ -15,13 +15,24 @@ from math import ceil, isfinite, isnan, sqrt
 import numpy as np
 
 from learner.evaluation import auc as stats
-from learner.evaluation.auc import Curve, alpha_per_look, auc, power
+from learner.evaluation.auc import Curve, alpha_per_evaluation, auc, power
 from learner.evaluation.verdict import Check, Golden, Rules, Scores, Verdict, conclude
 
-__all__ = ["Check", "Golden", "Power", "Rules", "Scores", "Verdict", "alpha_per_look", "auc", "golden_power", "judge"]
+__all__ = [
+    "Check",
+    "Golden",
+    "Power",
+    "Rules",
+    "Scores",
+    "Verdict",
+    "alpha_per_evaluation",
+    "auc",
+    "golden_power",
+    "judge",
+]
 
-WANTED_POWER = 0.8  # what "needs N more" aims at
-CONSTANT = "the same answer to every image: label train images of both kinds, or leave this finding out"
+WANTED_POWER = 0.8  # "needs N more patients" is computed for this power
+CONSTANT = "the same score for every image: label train images of both classes, or remove this finding"
 Columns = dict[str, np.ndarray]  # finding -> float [N]
 Pairs = dict[str, tuple[Curve, Curve]]  # finding -> candidate, reference
 
@@ -36,12 +47,12 @@ def judge(
     parity: Mapping[str, float] | None,
     measured: Sequence[Check] = (),
 ) -> Verdict:
-    """The verdict of one look at one-sided level `alpha`.
+    """Return the verdict of one evaluation at one-sided level `alpha`.
 
-    `parity`: largest difference in probability between torch and ONNX, by batch size (or "probe"); key "images" is
-    a count; None fails, since nobody measured. `measured`: rows found elsewhere (operating point, subgroups, replay),
-    which count like the gate's own. ValueError for scores that do not fit the golden set, for a reference whose
-    scores are not finite, for a must_show that golden does not know.
+    `parity`: the largest difference in probability between torch and ONNX, by batch size (or "probe"); the key "images" is
+    a count; None fails, because parity was not measured. `measured`: checks from elsewhere (operating point, subgroups,
+    replay), which count like the gate's own. ValueError for scores that do not fit the golden set, for a reference with
+    scores that are not finite, and for a finding in must_show that the golden set does not have.
     """
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha {alpha}: need a one-sided level between 0 and 0.5")
@@ -61,7 +72,7 @@ def judge(
 
 
 class _Table:
-    """The golden labels by finding, checked once."""
+    """The golden labels by finding; the shapes are checked once."""
 
     def __init__(self, golden: Golden):
         self.labels = np.asarray(golden.labels, float)
@@ -73,6 +84,7 @@ class _Table:
             raise ValueError(f"golden labels are {self.labels.shape}, images x findings are {shape}")
 
     def columns(self, scores: Scores, who: str) -> Columns:
+        """Return the scores of each golden finding; `who` names the model in the ValueError for a wrong shape."""
         names = tuple(scores.findings) or self.findings
         p = np.asarray(scores.probabilities, float)
         if p.shape != (len(self.patient), len(names)):
@@ -80,6 +92,7 @@ class _Table:
         return {name: p[:, i] for i, name in enumerate(names) if name in self.findings}
 
     def reference(self, scores: Scores, who: str) -> Columns:
+        """Return the scores of a model to compare with; ValueError when they are not finite."""
         columns = self.columns(scores, who)
         broken = [name for name, p in columns.items() if not np.isfinite(p).all()]
         if broken:
@@ -87,45 +100,46 @@ class _Table:
         return columns
 
     def known(self, finding: str) -> tuple[np.ndarray, np.ndarray]:
-        """bool [N], images with a label; float [known], those labels."""
+        """Return bool [N], the images with a label, and float [known], those labels."""
         column = self.labels[:, self.findings.index(finding)]
         return ~np.isnan(column), column[~np.isnan(column)]
 
     def counts(self, finding: str) -> tuple[int, int]:
-        """Patients with the finding on some image, and patients without it on some image."""
+        """Return the number of patients with the finding on some image, and of patients without it on some image."""
         known, labels = self.known(finding)
         who = self.patient[known]
         return len(np.unique(who[labels > 0.5])), len(np.unique(who[labels <= 0.5]))
 
     def curve(self, finding: str, p: np.ndarray) -> Curve:
+        """Return the Curve of the probabilities `p` [N] against the known labels of a finding."""
         known, labels = self.known(finding)
         return stats.curve(p[known], labels, self.patient[known], self.patients)
 
 
-# ------------------------------------------------------------------------------------------ checks 1 and 2: as good?
+# ------------------------------------------------------------------------------------------ checks 1 and 2: non-inferior, better
 
 
 def _compare(
-    name: str, own: Columns, other: Columns, table: _Table, rules: Rules, alpha: float
+    name: str, own: Columns, reference: Columns, table: _Table, rules: Rules, alpha: float
 ) -> tuple[Pairs, list[Check]]:
-    """A row for each golden finding, and the curves of those with enough patients to decide on."""
+    """Return the curves of the findings with enough patients to decide on, and a check for each golden finding."""
     pairs: Pairs = {}
     rows: list[Check] = []
     for finding in table.findings:
         m, n = table.counts(finding)
         lack = rules.min_class - min(m, n)
         row = Check(
-            name, finding, None, None, f"lower bound > {-rules.margin:g}", "not_shown", positives=m, negatives=n
+            name, finding, None, None, f"lower bound > {-rules.margin:g}", "inconclusive", positives=m, negatives=n
         )
-        if finding not in own or finding not in other:
+        if finding not in own or finding not in reference:
             who = "candidate" if finding not in own else name.removeprefix("vs ")
-            rows.append(replace(row, note=f"the {who} does not answer it"))
+            rows.append(replace(row, note=f"the {who} has no score for it"))
         elif not np.isfinite(own[finding]).all():
             rows.append(replace(row, note="scores are not finite"))
         elif min(m, n) < 2:
             rows.append(replace(row, needs=lack, note=_more(lack)))
         else:
-            a, b = table.curve(finding, own[finding]), table.curve(finding, other[finding])
+            a, b = table.curve(finding, own[finding]), table.curve(finding, reference[finding])
             row = replace(row, observed=a.value - b.value, candidate=a.value, reference=b.value)
             if lack <= 0:
                 pairs[finding] = a, b
@@ -138,7 +152,7 @@ def _compare(
 
 
 def _decided(row: Check, a: Curve, b: Curve, rules: Rules, alpha: float) -> Check:
-    """`row` with its answer; "better" is a claim, and `_superior` makes those."""
+    """Return `row` with its outcome; "better" is left to `_superior`."""
     assert row.ci is not None and row.positives is not None and row.negatives is not None
     low, high = row.ci
     if low > -rules.margin:
@@ -159,8 +173,11 @@ def _more(needs: int) -> str:
 
 
 def _superior(pairs: Pairs, rows: list[Check], rules: Rules, alpha: float) -> tuple[list[Check], Check]:
-    """Claims of "better" than the champion: the macro AUC and each decided finding are one family, held by Holm."""
-    idle = "not_shown" if rules.superiority_required else "ok"
+    """Return the rows with "better" where Holm's test shows it, and the check "better somewhere".
+
+    The macro AUC and each decided finding form one family of tests.
+    """
+    idle = "inconclusive" if rules.superiority_required else "ok"
     required = "lower bound > 0 (Holm)" + ("" if rules.superiority_required else ", not required here")
     row = Check("better somewhere", None, None, None, required, idle, note="no finding has enough patients")
     if not pairs:
@@ -181,7 +198,7 @@ def _superior(pairs: Pairs, rows: list[Check], rules: Rules, alpha: float) -> tu
 
 
 def _tail(a: Curve, b: Curve) -> float:
-    """One-sided p of "a is no better than b"; exactly equal models are no evidence."""
+    """Return the one-sided p of "a is no better than b"; 1 for equal models."""
     z = float(stats.statistic(a, b, 0.0))
     return 1.0 if stats.same(a, b) else stats.NORMAL.cdf(-z) if isfinite(z) else float(z < 0)
 
@@ -219,14 +236,14 @@ def _sanity(own: Columns, table: _Table, rules: Rules) -> list[Check]:
 
 
 def _prevalence(finding: str, p: np.ndarray, table: _Table, rules: Rules) -> list[Check]:
-    """Mean probability against the labelled share of the rarer answer; small counts get Wilson's benefit of doubt."""
+    """Check the mean probability against the labelled share of the rarer class, with Wilson's interval for small counts."""
     known, labels = table.known(finding)
     if min(table.counts(finding)) < rules.min_shown:
-        return []  # a share of a few patients says nothing about a mean
+        return []  # the share of a few patients is too uncertain to compare a mean with
     n, share, mean = len(labels), float(labels.mean()), float(p[known].mean())
     if share > 0.5:
         share, mean = 1 - share, 1 - mean
-    z = 3.0  # a false alarm in a thousand
+    z = 3.0  # one false alarm in a thousand
     centre, half = share + z * z / (2 * n), z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
     factor = rules.prevalence_factor
@@ -235,12 +252,12 @@ def _prevalence(finding: str, p: np.ndarray, table: _Table, rules: Rules) -> lis
     return [Check("prevalence", finding, mean / share, None, required, "ok" if fine else "fail")]
 
 
-# ---------------------------------------------------------------------------------------- what a golden set can show
+# ---------------------------------------------------------------------------------------- the power of a golden set
 
 
 @dataclass(frozen=True)
 class Power:
-    """What one look at a finding can show; `power` is None where there are too few patients to decide at all."""
+    """The power of one evaluation on one finding; `power` is None where too few patients have labels to decide."""
 
     finding: str
     positives: int
@@ -251,22 +268,22 @@ class Power:
 
 
 def golden_power(first: Scores, second: Scores, golden: Golden, rules: Rules, alpha: float) -> list[Power]:
-    """Power of one look per finding if a candidate equals the champion, at the correlation of two score sets.
+    """Return the power of one evaluation per finding, for a candidate equal to the champion.
 
-    `first` and `second` are two models of the site, the closest it has to candidate and champion; their AUC's mean
-    and `second`'s variance are used. Identical score sets correlate 1 and promise power that no candidate will have.
+    `first` and `second`: scores of two models of the site, in place of candidate and champion. Their correlation, the mean
+    of their AUCs and the variance of `second` are used. Identical scores correlate 1: no candidate will reach that power.
     """
     table = _Table(golden)
-    one, two = table.reference(first, "first"), table.reference(second, "second")
-    found: list[Power] = []
+    columns_a, columns_b = table.reference(first, "first"), table.reference(second, "second")
+    powers: list[Power] = []
     for finding in table.findings:
         m, n = table.counts(finding)
-        if finding not in one or finding not in two or min(m, n) < 2:
-            found.append(Power(finding, m, n, None, None, None))
+        if finding not in columns_a or finding not in columns_b or min(m, n) < 2:
+            powers.append(Power(finding, m, n, None, None, None))
             continue
-        a, b = table.curve(finding, one[finding]), table.curve(finding, two[finding])
+        a, b = table.curve(finding, columns_a[finding]), table.curve(finding, columns_b[finding])
         r = stats.correlation(a, b)
         level = (a.level + b.level) / 2
         chance = None if min(m, n) < rules.min_class or isnan(r) else power(level, b.variance, r, rules.margin, alpha)
-        found.append(Power(finding, m, n, level, None if isnan(r) else r, chance))
-    return found
+        powers.append(Power(finding, m, n, level, None if isnan(r) else r, chance))
+    return powers

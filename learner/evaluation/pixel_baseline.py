@@ -1,7 +1,7 @@
-"""The floor: a logistic regression on 24 x 24 raw pixels, to be printed beside every AUC on phantoms or public images.
+"""The floor: a logistic regression on 24 x 24 raw pixels, printed beside every AUC on phantoms or public images.
 
-What so plain a model reaches is owed to the data, not to the learner. L2-regularised, by Newton's method, in numpy;
-a label that is unknown is left out. It is never a candidate and knows nothing of bundles.
+An AUC that this model reaches shows that the data are easy, not that the learner is good. L2-regularised, by Newton's
+method, in numpy; unknown labels are left out. It is never a candidate.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIDE = 24  # 512 / 24 is about a rib's width: hearts and large effusions show, a nodule does not
-PENALTY = 10.0  # on the summed loss; of 0.1 .. 1000 the strongest on phantoms from 40 to 1000 labels: a floor must not flatter
-STEPS = 50  # Newton halves its steps at worst; eight are usual
+SIDE = 24  # 512 / 24 pixels are about the width of a rib: hearts and large effusions are visible, a nodule is not
+PENALTY = 10.0  # on the summed loss; of 0.1 to 1000 the best on phantoms with 40 to 1000 labels: the floor must not be too low
+STEPS = 50  # the most Newton steps; eight are usual
 
 
 def thumbnails(plates: np.ndarray) -> np.ndarray:
-    """float [N, 576], area means of uint8 plates [N, H, W] in 24 x 24 nearly equal blocks."""
+    """Return float [N, 576], the area means of uint8 plates [N, H, W] in 24 x 24 nearly equal blocks; ValueError for small plates."""
     plates = np.asarray(plates)
     if plates.ndim != 3 or min(plates.shape[1:]) < SIDE:
         raise ValueError(f"plates are {plates.shape}, need [N, H, W] with sides of {SIDE} pixels or more")
@@ -31,7 +31,7 @@ def thumbnails(plates: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Floor:
-    """Weights on standardised thumbnails; `scores` gives float [N, F] probabilities."""
+    """A fitted floor: weights on standardised thumbnails."""
 
     mean: np.ndarray  # [576]
     scale: np.ndarray
@@ -39,11 +39,12 @@ class Floor:
     bias: np.ndarray  # [F]
 
     def scores(self, small: np.ndarray) -> np.ndarray:
+        """Return probabilities float [N, F] for thumbnails [N, 576]."""
         return _logistic((small - self.mean) / self.scale @ self.weights + self.bias)
 
 
 def fit(small: np.ndarray, labels: np.ndarray, penalty: float = PENALTY) -> Floor:
-    """The floor from thumbnails [N, D] and labels [N, F] in {1, 0, nan}; a finding with one class gets its share."""
+    """Return the floor fitted to thumbnails [N, D] and labels [N, F] in {1, 0, nan}; one class alone gives a constant."""
     small, labels = np.asarray(small, float), np.asarray(labels, float)
     if labels.ndim != 2 or len(labels) != len(small):
         raise ValueError(f"labels are {labels.shape}, need [{len(small)}, findings]")
@@ -59,9 +60,9 @@ def fit(small: np.ndarray, labels: np.ndarray, penalty: float = PENALTY) -> Floo
 
 
 def _newton(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
-    """Weights [D] and bias that minimise the summed log loss + penalty / 2 |weights|^2 (bias free), by damped Newton.
+    """Return weights [D] and bias that minimise the summed log loss + penalty / 2 |weights|^2 (bias free), by damped Newton.
 
-    Weights lie in the span of the images, so where images are fewer than pixels the equations are as small as images.
+    Weights lie in the span of the images, so with fewer images than pixels the equations shrink to the number of images.
     """
     n, d = x.shape
     if n == 0 or y.min() == y.max():

@@ -1,6 +1,6 @@
-"""What goes into the gate and what comes out: scores, golden labels, rules; checks, verdict, the line for people.
+"""The gate's input and output: scores, golden labels and rules; checks, the verdict and its line for people.
 
-Plain frozen values and the rule that turns rows into an outcome. Computes no statistics and reads no file.
+Frozen values, and the rule that turns checks into an outcome. Computes no statistics and reads no file.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-COMPARED = ("vs champion", "vs baseline")  # rows that must_show speaks of; elsewhere "not enough data" is an answer
+COMPARED = (
+    "vs champion",
+    "vs baseline",
+)  # the checks that must_show is about; in the others "not enough data" is allowed
 
 
 @dataclass(frozen=True)
 class Scores:
-    """float [N, F] probabilities of one sealed bundle on the golden images; empty `findings` means golden's own."""
+    """Probabilities float [N, F] of one sealed bundle on the golden images; empty `findings` means those of the golden set."""
 
     probabilities: np.ndarray
     findings: tuple[str, ...] = ()
@@ -23,7 +26,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Golden:
-    """float [N, F] labels (1, 0, nan = unknown), N patient keys, F findings."""
+    """Labels float [N, F] (1, 0, nan = unknown), N patient keys, F findings."""
 
     labels: np.ndarray
     patients: Sequence[str]
@@ -32,28 +35,28 @@ class Golden:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the site asks of a candidate; margins are absolute, so small steps down cannot add up."""
+    """What the site requires of a candidate. Margins are absolute, so small losses of several models cannot add up."""
 
     margin: float = 0.02
-    must_show: tuple[str, ...] = ()  # empty: every finding that candidate, champion and baseline all know
+    must_show: tuple[str, ...] = ()  # empty: every finding that candidate, champion and baseline have
     superiority_required: bool = True
     min_class: int = 100  # patients in the smaller class: below it the true level is too high (bench/learning/creep.py)
-    min_shown: int = 30  # below this an interval on an AUC is wider than any change we could act on
+    min_shown: int = 30  # patients in the smaller class: below it an interval is wider than any change to act on
     parity_limit: float = 1e-3
     prevalence_factor: float = 2.0
-    min_spread: float = 1e-3  # from the 1st to the 99th percentile: less is a constant that wobbles
+    min_spread: float = 1e-3  # of the scores, from the 1st to the 99th percentile: less is nearly a constant
 
 
 @dataclass(frozen=True)
 class Check:
-    """One row of a verdict; `ci` bounds the difference, each bound at the look's one-sided alpha."""
+    """One row of a verdict; `ci` bounds the difference, each bound at the evaluation's one-sided alpha."""
 
     name: str
     finding: str | None
     observed: float | None
     ci: tuple[float, float] | None
     required: str
-    outcome: str  # better, non_inferior, worse, not_shown, ok, fail
+    outcome: str  # better, non_inferior, worse, inconclusive, ok, fail
     candidate: float | None = None  # its AUC, and the reference's
     reference: float | None = None
     positives: int | None = None  # patients with the finding, and without
@@ -71,12 +74,12 @@ class Check:
         text += f": {self.observed:+.3f}"
         if self.ci:
             text += f" [{self.ci[0]:+.3f}, {self.ci[1]:+.3f}]"
-        return text + (f" ({self.note})" if self.note and self.outcome == "not_shown" else "")
+        return text + (f" ({self.note})" if self.note and self.outcome == "inconclusive" else "")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """passed, failed or not_shown, the rows that say so, and one line for people."""
+    """The outcome (passed, failed or inconclusive), its checks, and one line for people."""
 
     outcome: str
     checks: tuple[Check, ...]
@@ -85,42 +88,48 @@ class Verdict:
     margin: float
 
     def to_json(self) -> dict[str, object]:
-        """The contract's keys but `budget`, which only the agent knows; numbers are finite or null."""
+        """Return the verdict without `budget`, which the agent adds; numbers are finite or None."""
         return asdict(self)
 
 
 def conclude(checks: Sequence[Check], must_show: Sequence[str], rules: Rules) -> tuple[str, str]:
-    """Outcome and line. Any worse or fail: failed. Else what had to be shown and was not: not_shown. Else passed."""
+    """Return the outcome and the line.
+
+    Failed when any check is worse or fail; else inconclusive when a required check is; else passed.
+    """
     bad = [c for c in checks if c.outcome in ("worse", "fail")]
     if bad:
         worse = f", worse than the margin {rules.margin:g}"
         return "failed", "failed: " + "; ".join(f"{c}{worse if c.outcome == 'worse' else ''}" for c in bad)
-    open_rows = _once([c for c in checks if c.outcome == "not_shown"])
+    open_rows = _once([c for c in checks if c.outcome == "inconclusive"])
     held = [c for c in open_rows if c.name == "better somewhere" or (c.name in COMPARED and c.finding in must_show)]
     if not must_show:
-        return "not_shown", "not shown: candidate, champion and baseline have no finding in common with the golden set"
+        return (
+            "inconclusive",
+            "inconclusive: candidate, champion and baseline have no finding in common with the golden set",
+        )
     if held:
-        return "not_shown", "not shown: " + "; ".join(map(_open, held))
+        return "inconclusive", "inconclusive: " + "; ".join(map(_open, held))
     line = f"passed: non-inferior to champion and baseline on {', '.join(must_show)}"
     for c in checks:
         if c.name == "better somewhere" and c.outcome == "better":
             line += f"; better on {c.note}: {c}"
     spare = [f"{c} ({c.required})" if c.ci and not c.note else str(c) for c in open_rows]
-    return "passed", line + ("; NOT SHOWN, not required: " + "; ".join(spare) if spare else "")
+    return "passed", line + ("; INCONCLUSIVE, not required: " + "; ".join(spare) if spare else "")
 
 
 def _once(rows: list[Check]) -> list[Check]:
-    """Without the rows that tell of a finding what another row told already: too few patients for one, too few for both."""
-    told: set[tuple[str | None, str]] = set()
+    """Return the rows without repetitions: too few patients for one comparison are too few for the other."""
+    seen: set[tuple[str | None, str]] = set()
     kept: list[Check] = []
     for c in rows:
-        if not c.note or c.finding is None or (c.finding, c.note) not in told:
+        if not c.note or c.finding is None or (c.finding, c.note) not in seen:
             kept.append(c)
-        told.add((c.finding, c.note))
+        seen.add((c.finding, c.note))
     return kept
 
 
 def _open(c: Check) -> str:
     if c.name == "better somewhere":
-        return f"better than the champion nowhere: {c}"
+        return f"not better than the champion on any finding: {c}"
     return f"{c}, required {c.required}" if c.ci else str(c)

@@ -6,12 +6,14 @@ Knows no torch: numpy and the standard library only, so that the agent can read 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any
 
+from cxrloop.durable import write_json
 from cxrloop.plate import PLATE_VERSION
 from learner.errors import ManifestError, RecipeError
 from learner.round.recipe import Recipe
@@ -69,6 +71,29 @@ class RoundManifest:
     @property
     def labelled(self) -> tuple[Sample, ...]:
         return tuple(f for f in self.of("train") if f.labelled)
+
+
+def write_manifest(
+    folder: Path, *, findings: Sequence[str], recipe: Recipe, seed: int, plates: str,
+    parent: tuple[str, str] | None, images: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """Write the manifest of a new round into its folder, which has the round's name.
+
+    `plates`: the folder of the plates, and the second of `parent` (bundle, its training state), relative to `folder`.
+    """
+    document = {
+        "version": VERSION, "round": folder.name, "plate_version": PLATE_VERSION, "findings": list(findings),
+        "recipe": recipe.to_dict(), "seed": seed, "plates": plates,
+        "parent": {"bundle": parent[0], "state": parent[1]} if parent else None, "until": None, "images": images,
+    }  # fmt: skip
+    write_json(folder / "manifest.json", document)
+
+
+def set_until(folder: Path, until: str | None) -> None:
+    """Change when the round must pause (ISO 8601 text, or None); the keys stay as written, and so the fingerprint."""
+    written = _read(folder / "manifest.json")
+    if written["until"] != until:
+        write_json(folder / "manifest.json", written | {"until": until})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

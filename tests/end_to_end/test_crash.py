@@ -33,7 +33,7 @@ def base(tmp_path):
         tmp_path / "base",
         site={"findings": list(FINDINGS)},
         patients={"golden": 0.9, "golden_next": 0.0, "calibration": 0.0, "validation": 0.0},
-        gate={"min_class": 5, "looks_per_year": 1, "alpha": 0.2, "margin": 0.05},
+        gate={"min_class": 5, "evaluations_per_year": 1, "alpha": 0.2, "margin": 0.05},
     )
     with site.ledger() as ledger:
         for seed in range(40):

@@ -20,7 +20,7 @@ from tests.support.dicom.storage_scp import Archive
 
 SITES = Path(__file__).resolve().parents[1] / "sites"
 BASELINE, FIRST, SECOND = "42277d156950", "b28de33b801b", "14be6da4baed"
-NO_EVALUATION, INCONCLUSIVE = "no_look", "not_shown"  # the states of r0001 and r0002
+NO_EVALUATION, INCONCLUSIVE = "not_evaluated", "inconclusive"  # the states of r0001 and r0002
 LATER = datetime(2030, 1, 1, tzinfo=UTC)
 
 
@@ -56,7 +56,7 @@ def test_status_counts_what_the_site_holds(old):
 
 
 def test_all_images_are_listed_with_their_states_and_scores(ask):
-    images = ask("studies", "ls")
+    images = ask("images", "ls")
     assert Counter(row["state"] for row in images) == {"labelled": 7, "predicted": 2, "rejected": 2, "quarantined": 1}
     assert {row["bundle"] for row in images if row["predictions"]} == {BASELINE}
     assert [row["image"] for row in images if row["superseded_by"]] == [11]
@@ -71,11 +71,11 @@ def test_rounds_models_and_the_stored_verdict_are_read(ask):
     }
     models = {row["bundle"]: (row["state"], row["round"]) for row in ask("models", "ls")}
     assert models == {BASELINE: ("live", None), FIRST: ("candidate", "r0001"), SECOND: ("candidate", "r0002")}
-    verdict = ask("gate", "r0002")
+    verdict = ask("verdict", "r0002")
     assert verdict["outcome"] == INCONCLUSIVE
     assert "needs 98 more patients" in verdict["line"]
     assert {check["outcome"] for check in verdict["checks"] if check["name"] == "vs champion"} == {INCONCLUSIVE}
-    assert "no verdict" in ask("gate", "r0001", code=1)
+    assert "no verdict" in ask("verdict", "r0001", code=1)
 
 
 def test_the_golden_set_and_the_audit_are_whole(ask):

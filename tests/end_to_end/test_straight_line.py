@@ -20,7 +20,7 @@ def line(tmp_path_factory: pytest.TempPathFactory):
         folder / "site",
         admission={"quality": True},
         learn={"recipe": "tiny.toml", "window": ""},
-        gate={"min_class": 10, "looks_per_year": 2, "require_better": False},
+        gate={"min_class": 10, "evaluations_per_year": 2, "require_better": False},
         release={"probation_days": 0},
     )
     (site.root / "tiny.toml").write_text(TINY)
@@ -51,7 +51,7 @@ def test_1_images_are_acknowledged_and_stored_before_there_is_a_model(line):
 def test_2_labels_come_by_csv_and_the_golden_set_is_frozen(line):
     appliance, images, _ = line
     truth = {image.sop_uid: image.truth for image in images}
-    rows = [row for row in appliance.ask("studies", "ls", "--limit", "1000") if row["range"]]
+    rows = [row for row in appliance.ask("images", "ls", "--limit", "1000") if row["range"]]
     path = write_labels(appliance.site.root / "labels.csv", rows, truth)
     said = appliance.ask("labels", "import", str(path))
     assert said == {"rows": 240, "added": 240, "unknown_images": 0, "conflicts": 0}
@@ -63,7 +63,7 @@ def test_2_labels_come_by_csv_and_the_golden_set_is_frozen(line):
 def test_3_the_first_round_makes_the_baseline_and_the_backlog_is_scored(line):
     appliance, _, _ = line
     said = appliance.ask("round", "run", "--now")
-    assert said["state"] == "no_look"
+    assert said["state"] == "not_evaluated"
     assert said["verdict"] is None
     status = appliance.until("ingest", predicted=80)
     models = appliance.ask("models", "ls")
@@ -71,7 +71,7 @@ def test_3_the_first_round_makes_the_baseline_and_the_backlog_is_scored(line):
     assert status["serving"]["bundle"] == baseline["bundle"]
     assert status["serving"]["provider"] == "cpu"
     assert (baseline["state"], len(models)) == ("live", 2)
-    assert "no verdict" in appliance.ask("gate", said["round"], code=1)
+    assert "no verdict" in appliance.ask("verdict", said["round"], code=1)
     appliance.ask("approve", said["bundle"], "--by", "Dr. A", "--reason", "please", code=2)
 
 
@@ -80,21 +80,23 @@ def test_4_an_image_that_comes_now_is_scored_without_being_asked(line):
     port = appliance.site.config.node.port
     assert [s for _, s in pacs.deliver([images[80].path], port, "CXRLOOP")] == [0]
     appliance.until("ingest", predicted=81)
-    row = appliance.ask("studies", "ls", "--state", "predicted", "--limit", "1")[0]
+    row = appliance.ask("images", "ls", "--state", "predicted", "--limit", "1")[0]
     assert row["sop_uid"] == images[80].sop_uid
     assert set(row["predictions"]) == {"cardiomegaly", "effusion", "opacity"}
 
 
-def test_5_a_look_gives_a_verdict_that_reading_does_not_spend(line):
+def test_5_an_evaluation_gives_a_verdict_that_reading_does_not_spend(line):
     appliance, _, _ = line
-    said = appliance.ask("round", "run", "--now", "--look")
-    assert said["state"] in ("passed", "failed", "not_shown")
-    left = appliance.ask("status")["gate"]["looks_left"]
+    said = appliance.ask("round", "run", "--now", "--evaluate")
+    assert said["state"] in ("passed", "failed", "inconclusive")
+    left = appliance.ask("status")["gate"]["evaluations_left"]
     for _ in range(2):
-        verdict = appliance.ask("gate", said["round"])
+        verdict = appliance.ask("verdict", said["round"])
+    again = appliance.ask("evaluate", said["bundle"])  # the same comparison is paid once
+    assert (again["round"], again["state"], again["verdict"]) == (said["round"], said["state"], verdict)
     assert verdict["outcome"] == said["state"]
     assert {check["name"] for check in verdict["checks"]} >= {"vs champion", "vs baseline"}
-    assert appliance.ask("status")["gate"]["looks_left"] == left == 1
+    assert appliance.ask("status")["gate"]["evaluations_left"] == left == 1
     code = 0 if said["state"] == "passed" else 2
     answer = appliance.ask("approve", said["bundle"], "--by", "Dr. A", "--reason", "the verdict", code=code)
     if code == 0:

@@ -36,7 +36,7 @@ def filled(site):
 
 def run(site, *words: str, code: int = 0) -> dict:
     answer = CliRunner().invoke(
-        app, ["studies", "export", *words, "--json", "--config", str(site.root / "appliance.toml")]
+        app, ["images", "export", *words, "--json", "--config", str(site.root / "appliance.toml")]
     )
     assert answer.exit_code == code, answer.output
     return json.loads(answer.stdout) if code != 1 else {}

@@ -31,9 +31,9 @@ def tamper(ledger: Ledger, sql: str) -> None:
 
 def test_an_untouched_chain_verifies_and_contains_every_head_it_ever_had(trail):
     site, ledger = trail
-    said = verify(site, ledger)
-    assert said["ok"]
-    assert said["entries"] == 6  # init and five acts
+    result = verify(site, ledger)
+    assert result["ok"]
+    assert result["entries"] == 6  # init and five acts
     for row in ledger.rows("SELECT hash FROM audit"):
         assert verify(site, ledger, row["hash"])["ok"]
     assert not verify(site, ledger, "0" * 64)["ok"]
@@ -56,9 +56,9 @@ def test_an_untouched_chain_verifies_and_contains_every_head_it_ever_had(trail):
 def test_any_change_is_found_and_named(trail, sql, named):
     site, ledger = trail
     tamper(ledger, sql)
-    said = verify(site, ledger)
-    assert not said["ok"]
-    assert named in said["broken"]
+    result = verify(site, ledger)
+    assert not result["ok"]
+    assert named in result["broken"]
 
 
 def test_a_chain_rewritten_as_a_whole_is_found_by_the_signed_heads(trail):
@@ -66,9 +66,9 @@ def test_a_chain_rewritten_as_a_whole_is_found_by_the_signed_heads(trail):
     tamper(ledger, "DELETE FROM audit")
     with ledger.transaction():
         audit.append(ledger, "an intruder", "a new history", "to hide")
-    said = verify(site, ledger)
-    assert not said["ok"]
-    assert "signed" in said["broken"]
+    result = verify(site, ledger)
+    assert not result["ok"]
+    assert "signed" in result["broken"]
 
 
 def test_heads_signed_by_another_key_are_refused(trail):

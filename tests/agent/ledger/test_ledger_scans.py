@@ -1,4 +1,4 @@
-"""No question that a person asks walks a table of the ledger that grows with the images: a million of them cost nothing."""
+"""No command of a person scans a ledger table that grows with the images."""
 
 import re
 
@@ -11,21 +11,21 @@ GROWS = r"image|i|receipt|prediction|p|outbox|o|label|golden_image|kept_file|pul
 NEWEST = re.compile(r"ORDER BY (\w+\.)?id DESC LIMIT \d+")  # by the key from its end: SQLite calls that a scan too
 
 
-def walked(ledger, work):
-    """The (line of the plan, statement) of each walk from end to end."""
-    asked = []
-    ledger.db.conn.set_trace_callback(asked.append)
+def full_scans(ledger, work):
+    """Return (line of the query plan, statement) of each full scan."""
+    statements = []
+    ledger.db.set_trace_callback(statements.append)
     work()
-    ledger.db.conn.set_trace_callback(None)
-    assert asked
-    found = []
-    for sql in asked:
+    ledger.db.set_trace_callback(None)
+    assert statements
+    scans = []
+    for sql in statements:
         if sql.lstrip().startswith(("SELECT", "UPDATE", "DELETE")):
             for row in ledger.rows(f"EXPLAIN QUERY PLAN {sql}"):
                 newest = NEWEST.search(sql) and "state = " not in sql
                 if re.match(rf"SCAN ({GROWS})\b", row["detail"]) and not newest:
-                    found.append((row["detail"], sql))
-    return found
+                    scans.append((row["detail"], sql))
+    return scans
 
 
 def test_forget_reads_no_rows_but_the_patients(site):
@@ -34,13 +34,13 @@ def test_forget_reads_no_rows_but_the_patients(site):
             put(site, xray(seed, patient="P1" if seed else "P2"), f"{seed}.dcm")
         take_in(site, ledger)
         keys = forget.pseudonyms_of(site, "P1", ())
-        assert walked(ledger, lambda: forget.preview(site, ledger, keys)) == []
-        assert walked(ledger, lambda: forget.forget(site, ledger, keys, "Dr Osei", "asked for it", True)) == []
+        assert full_scans(ledger, lambda: forget.preview(site, ledger, keys)) == []
+        assert full_scans(ledger, lambda: forget.forget(site, ledger, keys, "Dr Osei", "asked for it", True)) == []
         assert ledger.value("SELECT count(*) FROM image WHERE reason = 'forgotten'") == 2
 
 
 def test_listing_and_status_read_no_more_rows_than_they_show(site):
     with site.ledger() as ledger:
-        assert walked(ledger, lambda: status(site, ledger)) == []
+        assert full_scans(ledger, lambda: status(site, ledger)) == []
         for state in (None, *listing.STATES[1:]):
-            assert walked(ledger, lambda state=state: listing.newest(site, ledger, state, 50)) == []
+            assert full_scans(ledger, lambda state=state: listing.newest(site, ledger, state, 50)) == []

@@ -1,4 +1,4 @@
-"""Approve, reject, roll back: who may, what moves, and what a crash leaves."""
+"""Approve, reject, roll back: who may, which states change, and what a crash leaves."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -6,9 +6,9 @@ import pytest
 
 from agent.errors import Problem, Refused
 from agent.ledger import audit
-from agent.ledger.states import BUNDLE, ROUND, IllegalMove, check
-from agent.release import release
-from agent.rounds import records
+from agent.ledger.states import BUNDLE, ROUND, check
+from agent.release import models, release
+from agent.rounds import planning
 from deploy.bundle import pointer
 from tests.conftest import make_site
 from tests.support.agent.models import FINDINGS, add_model, passed
@@ -26,21 +26,21 @@ def served(tmp_path):
 
 
 def state(ledger, bundle):
-    return release.find(ledger, bundle)["state"]
+    return models.get(ledger, bundle).state
 
 
 def test_the_first_model_goes_straight_into_service_and_the_audit_says_ungated(served):
     site, ledger, first, _ = served
     assert state(ledger, first) == "live"
-    assert release.find(ledger, first)["is_baseline"] == 1
+    assert models.get(ledger, first).is_baseline
     assert pointer.read(site.root).bundle == first
     assert any(entry["why"] == "first model, ungated" for entry in audit.tail(ledger, 50))
 
 
 def test_an_approved_bundle_goes_on_probation_and_the_old_one_retires(served):
     site, ledger, first, second = served
-    said = release.approve(site, ledger, second, "Dr. A", "it passed")
-    assert said == {"bundle": second, "state": "probation", "swap_seconds": None}
+    approved = release.approve(site, ledger, second, "Dr. A", "it passed")
+    assert approved == {"bundle": second, "state": "probation", "swap_seconds": None}
     assert (state(ledger, first), state(ledger, second)) == ("retired", "probation")
     assert pointer.read(site.root).bundle == second
 
@@ -75,8 +75,8 @@ def test_two_approvers_are_two_people(tmp_path):
 def test_a_rollback_puts_the_old_one_straight_back_and_withdraws_the_new(served):
     site, ledger, first, second = served
     release.approve(site, ledger, second, "Dr. A", "it passed")
-    said = release.rollback(site, ledger, None, "Dr. B", "alerts doubled")
-    assert (said["bundle"], said["state"]) == (first, "live")
+    restored = release.rollback(site, ledger, None, "Dr. B", "alerts doubled")
+    assert (restored["bundle"], restored["state"]) == (first, "live")
     assert state(ledger, second) == "withdrawn"
     with pytest.raises(Refused, match="name one with --to"):  # never by itself into what was taken back
         release.rollback(site, ledger, None, "Dr. B", "again")
@@ -123,7 +123,7 @@ def test_every_state_of_the_tables_is_reached_by_some_move_or_is_a_start():
     for table, start in ((ROUND, "planned"), (BUNDLE, "candidate")):
         ends = {state for moves in table.values() for state in moves}
         assert set(table) <= ends | {start}
-    with pytest.raises(IllegalMove, match="passed cannot become training"):
+    with pytest.raises(Refused, match="passed cannot become training"):
         check(ROUND, "round r0001", "passed", "training")
 
 
@@ -131,7 +131,7 @@ def test_a_failed_withdrawn_or_unjudged_round_is_never_a_parent(served):
     site, ledger, first, second = served
     with ledger.transaction():
         ledger.run("UPDATE bundle SET training_state = 'x' WHERE id IN (?, ?)", first, second)
-    assert records.parent_of_next(ledger)["id"] == second
+    assert planning.parent_of_next(ledger).id == second
     release.approve(site, ledger, second, "Dr. A", "it passed")
     release.rollback(site, ledger, None, "Dr. B", "no")
-    assert records.parent_of_next(ledger)["id"] == first
+    assert planning.parent_of_next(ledger).id == first

@@ -258,14 +258,14 @@ def test_with_tls_results_go_only_to_a_pacs_with_a_trusted_certificate(tmp_path,
 def test_no_query_of_the_outbox_scans_sent_results(site):
     statements = []
     with site.ledger() as ledger:
-        ledger.db.conn.set_trace_callback(statements.append)
+        ledger.db.set_trace_callback(statements.append)
         reporting.send_due(site, ledger, reporting.PacsLink(), NOW)
         outbox.alerts(site, ledger, NOW)
         with ledger.transaction():
             ledger.run("INSERT INTO outbox VALUES (1, 1, 'b', 'sr', NULL, 'failed', 0, '2000', NULL, '2000', NULL)")
         outbox.alerts(site, ledger, NOW)
         rerun(ledger, None, None, True, "test")
-        ledger.db.conn.set_trace_callback(None)
+        ledger.db.set_trace_callback(None)
         queries = [sql for sql in statements if "outbox" in sql and sql.startswith(("SELECT", "UPDATE outbox"))]
         assert len(queries) >= 5
         for sql in queries:

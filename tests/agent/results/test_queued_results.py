@@ -8,7 +8,7 @@ import pytest
 
 from agent.errors import Problem
 from agent.ledger import audit
-from agent.ledger.schema import FORGOTTEN
+from agent.ledger.states import FORGOTTEN
 from agent.results import heatmap, outbox, reporting
 from agent.results.rerun import rerun
 from dicom.dataset.facts import COMPREHENSIVE_SR, HEARTBEAT_ID
@@ -167,8 +167,8 @@ def test_the_rerun_command_reports_its_counts_and_writes_the_audit(site):
     with scored_images(site) as (ledger, _), ledger.transaction():
         ledger.run("UPDATE outbox SET state = 'failed', why = 'status C000' WHERE kind = 'sr'")
     appliance = Appliance(site)
-    assert appliance.ask("studies", "rerun", "--failed") == {"images": 0, "results": 1}
-    assert appliance.ask("studies", "rerun", "1", "--by", "Dr. A") == {"images": 1, "results": 0}
-    assert "give one of UID, --state or --failed" in appliance.ask("studies", "rerun", code=1)
+    assert appliance.ask("images", "rerun", "--failed", "--by", "Dr. B") == {"images": 0, "results": 1}
+    assert appliance.ask("images", "rerun", "1", "--by", "Dr. A") == {"images": 1, "results": 0}
+    assert "give one of UID, --state or --failed" in appliance.ask("images", "rerun", code=1)
     with site.ledger() as ledger:
-        assert [entry["who"] for entry in audit.tail(ledger, 2)] == ["studies rerun", "Dr. A"]
+        assert [entry["who"] for entry in audit.tail(ledger, 2)] == ["Dr. B", "Dr. A"]

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,17 +13,12 @@ import matplotlib.image
 import pytest
 
 from agent.cli import rounds
-from agent.images import labels
-from agent.ledger.database import utc
-from agent.rounds import inspection, records
-from cxrloop.durable import read_json, write_json
+from agent.rounds import inspection, planning
 from learner.__main__ import main
 from learner.engine.progress import DEADLINE_S
 from learner.round import collapse_limits, metrics_log
 from learner.round.figure import draw
-from tests.conftest import make_site
-from tests.support.agent.appliance import TINY
-from tests.support.agent.images import put, take_in, xray
+from tests.support.agent.rounds import labelled_site
 from tests.support.learner.round_folders import make_round, result
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -183,60 +177,14 @@ def test_sigterm_within_a_single_call_of_the_library_leaves_in_time(tmp_path):
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     """A site with two dozen labelled images."""
-    return labelled_site(tmp_path_factory.mktemp("site"))
-
-
-def labelled_site(folder):
-    site = make_site(folder / "site", learn={"recipe": "tiny.toml"})
-    (site.root / "tiny.toml").write_text(TINY.replace("epochs = 2", "epochs = 40"))
-    with site.ledger() as ledger:
-        for seed in range(24):
-            put(site, xray(seed), f"{seed}.dcm")
-        take_in(site, ledger)
-        uids = [row["sop_uid"] for row in ledger.rows("SELECT sop_uid FROM image")]
-        text = "".join(f"{uid},effusion,{n % 2}\n" for n, uid in enumerate(uids))
-        (folder / "labels.csv").write_text("sop_uid,finding,value\n" + text)
-        labels.import_csv(site, ledger, folder / "labels.csv", "test")
-    return site
-
-
-@pytest.mark.parametrize(
-    ("began", "named", "new", "anew"),
-    [
-        ("random", "random", [], False),
-        ("random", "random", ["nodule"], True),
-        ("random", "rounds/r0001/backbone.safetensors", [], True),  # what `pretrain` left
-        ("other.safetensors", "mine.safetensors", [], True),
-        ("vit_tiny_patch16_224", "random", [], False),
-        ("/moved/since/mine.safetensors", "mine.safetensors", [], False),
-    ],
-)
-def test_a_round_begins_anew_with_another_backbone_or_other_findings(tmp_path, began, named, new, anew):
-    site = labelled_site(tmp_path)
-    began = str(site.root / began) if began.endswith(".safetensors") else began
-    for name in ("other.safetensors", "mine.safetensors"):
-        (site.root / name).touch()
-    parts = site.rounds / "r0001" / "t0"
-    parts.mkdir(parents=True)
-    write_json(parts / "card.json", {"recipe": {"backbone": began}, "findings": [*site.findings, *new]})
-    learn = site.config.learn.model_copy(update={"backbone": named})
-    site = replace(site, config=site.config.model_copy(update={"learn": learn}))
-    with site.ledger() as ledger:
-        with ledger.transaction():
-            ledger.insert("bundle", id="b" * 12, state="live", is_baseline=1,
-                          training_state="rounds/r0001/t0/state.safetensors", created_at=utc())  # fmt: skip
-        row = records.plan(site, ledger, "now", datetime.now(UTC))
-        manifest = read_json(site.rounds / row["name"] / "manifest.json")
-    assert (row["parent"], manifest["parent"]) == (
-        (None, None) if anew else ("b" * 12, {"bundle": "b" * 12, "state": "../../rounds/r0001/t0/state.safetensors"})
-    )
+    return labelled_site(tmp_path_factory.mktemp("site"), epochs=40)
 
 
 def cxrloop(site, *words):
     return start("-m", "agent.cli.main", *words, "--config", str(site.root / "appliance.toml"))
 
 
-def said(site, *words):
+def output(site, *words):
     process = cxrloop(site, *words)
     text, wrong = process.communicate(timeout=120)
     assert process.returncode == 0, wrong
@@ -258,20 +206,25 @@ def test_logs_are_followed_until_the_round_rests_and_show_says_what_it_did(label
     assert following.returncode == 0
     assert log == (folder / "learner.log").read_text()
     assert "export final\n" in log and log.endswith("done\n")
-    assert last.startswith("r0001 no_look")
-    assert said(site, "round", "logs", "r0001") == log
-    document = json.loads(said(site, "round", "logs", "--json"))
-    assert document == {"round": "r0001", "state": "no_look", "reason": document["reason"], "log": log.splitlines()}
+    assert last.startswith("r0001 not_evaluated")
+    assert output(site, "round", "logs", "r0001") == log
+    document = json.loads(output(site, "round", "logs", "--json"))
+    assert document == {
+        "round": "r0001",
+        "state": "not_evaluated",
+        "reason": document["reason"],
+        "log": log.splitlines(),
+    }
 
     draw(folder)
-    shown = json.loads(said(site, "round", "show", "r0001", "--json"))
+    shown = json.loads(output(site, "round", "show", "r0001", "--json"))
     assert {"round", "state", "bundle", "unlabelled", "labelled", "seconds", "verdict"} <= set(shown)
     assert [p["phase"] for p in shown["phases"]] == ["t0", "distil"]
     assert all(p["step"] == p["steps"] for p in shown["phases"])
     assert {"loss", "dino", "classes"} <= set(shown["losses"])
     assert set(shown["monitors"]) == set(collapse_limits.LIMITS)
     assert shown["figure"] == str(folder / "round.png")
-    words = said(site, "round", "show", "r0001")
+    words = output(site, "round", "show", "r0001")
     assert "distil " in words and "teacher_kl " in words and "round.png" in words
 
 
@@ -279,18 +232,18 @@ def test_what_the_learner_noted_is_shown_with_the_candidate(tmp_path):
     (tmp_path / "final").mkdir()
     noted = {"candidate": "wise 0.5", "notes": ["out of memory: 2 images a pass instead of 4", "and again"]}
     (tmp_path / "final" / "card.json").write_text(json.dumps(noted))
-    shown = dict(rounds._learning(inspection.learning(tmp_path)))
+    shown = dict(rounds.learnt(inspection.learning(tmp_path)))
     assert shown == {"candidate": "wise 0.5", "notes": "out of memory: 2 images a pass instead of 4; and again"}
 
 
 def test_a_round_that_has_not_begun_shows_nothing_yet_and_does_not_hold_a_follower(labelled):
     site = labelled
     with site.ledger() as ledger:
-        name = records.plan(site, ledger, "now", datetime.now(UTC))["name"]
-    assert said(site, "round", "logs", name, "--follow") == ""
+        name = planning.plan(site, ledger, "now", datetime.now(UTC)).name
+    assert output(site, "round", "logs", name, "--follow") == ""
     assert inspection.learning(site.rounds / name) == {
         "phases": [], "losses": {}, "monitors": {}, "candidate": None, "notes": [], "figure": None
     }  # fmt: skip
-    shown = json.loads(said(site, "round", "show", name, "--json"))
+    shown = json.loads(output(site, "round", "show", name, "--json"))
     assert (shown["state"], shown["phases"], shown["progress"]) == ("planned", [], None)
     assert os.path.lexists(site.rounds / name / "manifest.json")

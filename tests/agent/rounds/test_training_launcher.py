@@ -1,17 +1,17 @@
 """Rounds of the appliance under torchrun: trained, paused, stopped and crashed as without it, whatever it exits with."""
 
 import json
+import threading
+import time
 from datetime import UTC, datetime
 
 import pytest
 
 from agent.errors import Problem
-from agent.images import labels
-from agent.rounds import records, training
+from agent.rounds import planning, records, training
 from agent.site import locks
-from tests.conftest import make_site
-from tests.support.agent.appliance import TINY, Appliance
-from tests.support.agent.images import put, take_in, xray
+from tests.support.agent.appliance import Appliance
+from tests.support.agent.rounds import labelled_site
 
 TORCHRUN = "torchrun --nproc-per-node 2 --max-restarts 3"
 
@@ -21,30 +21,20 @@ def ready(tmp_path):
     """A function: a site with that launcher and enough labelled images for a round."""
 
     def make(launcher):
-        site = make_site(tmp_path / "site", learn={"recipe": "tiny.toml", "launcher": launcher})
-        (site.root / "tiny.toml").write_text(TINY)
-        with site.ledger() as ledger:
-            for seed in range(24):
-                put(site, xray(seed), f"{seed}.dcm")
-            take_in(site, ledger)
-            rows = ledger.rows("SELECT sop_uid FROM image")
-            text = "".join(f"{row['sop_uid']},effusion,{n % 2}\n" for n, row in enumerate(rows))
-            (tmp_path / "labels.csv").write_text("sop_uid,finding,value\n" + text)
-            labels.import_csv(site, ledger, tmp_path / "labels.csv", "test")
-        return site
+        return labelled_site(tmp_path, launcher=launcher)
 
     return make
 
 
 def carried_on(site, until=None, change=lambda manifest: manifest):
-    """The open round, or a new one, taken to its next resting place; `change` spoils a new one's manifest."""
+    """Run the open round, or a new one, until it rests; `change` edits the manifest of a new one."""
     with site.ledger() as ledger, locks.hold(site, "round"):
-        row = records.open_round(ledger)
-        if not row:
-            row = records.plan(site, ledger, "now", datetime.now(UTC))
-            path = site.rounds / row["name"] / "manifest.json"
+        current = records.open_round(ledger)
+        if not current:
+            current = planning.plan(site, ledger, "now", datetime.now(UTC))
+            path = site.rounds / current.name / "manifest.json"
             path.write_text(json.dumps(change(json.loads(path.read_text()))))
-        return training.carry_on(site, ledger, row, until=until)
+        return training.carry_on(site, ledger, current, until=until)
 
 
 def test_a_round_that_is_paused_under_torchrun_goes_on_by_command_and_makes_the_first_model(
@@ -54,12 +44,12 @@ def test_a_round_that_is_paused_under_torchrun_goes_on_by_command_and_makes_the_
     scratch.mkdir()
     site = ready(TORCHRUN)
     paused = carried_on(site, until=datetime.now(UTC))  # the window is over at once
-    assert (paused["state"], "the window ended" in paused["reason"]) == ("paused", True)
-    said = Appliance(site).ask("round", "run", "--now")
-    assert (said["round"], said["state"]) == (paused["name"], "no_look")
-    assert said["bundle"]
+    assert (paused.state, "the window ended" in paused.reason) == ("paused", True)
+    ended = Appliance(site).ask("round", "run", "--now")
+    assert (ended["round"], ended["state"]) == (paused.name, "not_evaluated")
+    assert ended["bundle"]
     assert not list(scratch.glob("torchelastic_*"))  # what torchrun writes for each attempt is in the round's folder
-    assert (site.rounds / said["round"] / "torchrun").is_dir()
+    assert (site.rounds / ended["round"] / "torchrun").is_dir()
 
 
 def test_a_round_that_the_learner_stops_under_torchrun_has_its_reason(ready):
@@ -68,8 +58,8 @@ def test_a_round_that_the_learner_stops_under_torchrun_has_its_reason(ready):
         return manifest
 
     stopped = carried_on(ready(TORCHRUN), change=golden)
-    assert stopped["state"] == "stopped"
-    assert "golden" in stopped["reason"]
+    assert stopped.state == "stopped"
+    assert "golden" in stopped.reason
 
 
 def test_an_earlier_last_word_is_not_taken_for_that_of_a_launcher_that_fails(ready):
@@ -81,10 +71,31 @@ def test_an_earlier_last_word_is_not_taken_for_that_of_a_launcher_that_fails(rea
         return manifest
 
     given_up = carried_on(site, change=with_old_word)
-    assert given_up["state"] == "gave_up"
-    assert "exit code 1 3 times" in given_up["reason"]
+    assert given_up.state == "gave_up"
+    assert "exit code 1 3 times" in given_up.reason
 
 
 def test_a_launcher_that_is_not_there_is_named(ready):
     with pytest.raises(Problem, match=r'learn\.launcher = "torchrunn --x": no program torchrunn'):
         carried_on(ready("torchrunn --x"))
+
+
+def test_a_person_cancels_a_running_round_from_another_process(ready, tmp_path):
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    site = ready(str(sleeper))
+
+    def cancel():
+        with site.ledger() as ledger:
+            while not (current := records.open_round(ledger)) or current.state != "training":
+                time.sleep(0.05)
+            records.cancel(ledger, current, "Dr. A")
+
+    person = threading.Thread(target=cancel)
+    person.start()
+    begun = time.monotonic()
+    cancelled = carried_on(site)
+    person.join()
+    assert (cancelled.state, cancelled.reason) == ("cancelled", "by Dr. A")
+    assert time.monotonic() - begun < 20  # the learner was stopped, not waited for

@@ -7,8 +7,8 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from agent.images import labels
-from agent.release import release
-from agent.rounds import records, training
+from agent.release import models
+from agent.rounds import evaluation_budget, planning, training
 from agent.service import scheduler
 from agent.service.scheduler import night_step
 from agent.site import locks
@@ -111,30 +111,37 @@ def test_a_round_that_the_window_ends_is_paused_and_goes_on_the_next_night(tmp_p
         (tmp_path / "labels.csv").write_text("sop_uid,finding,value\n" + text)
         labels.import_csv(site, ledger, tmp_path / "labels.csv", "test")
         with locks.hold(site, "round"):
-            row = records.plan(site, ledger, "night", now - timedelta(days=1))
-            paused = training.carry_on(site, ledger, row, until=now)  # the window is over at once
-        assert paused["state"] == "paused"
-        assert night_step(site, datetime.now(UTC)) == "no_look"
-        assert [row["state"] for row in ledger.rows("SELECT state FROM round")] == ["no_look"]
-        assert release.in_service(ledger)["is_baseline"] == 1
+            planned = planning.plan(site, ledger, "night", now - timedelta(days=1))
+            paused = training.carry_on(site, ledger, planned, until=now)  # the window is over at once
+        assert paused.state == "paused"
+        assert night_step(site, datetime.now(UTC)) == "not_evaluated"
+        assert [row["state"] for row in ledger.rows("SELECT state FROM round")] == ["not_evaluated"]
+        assert models.in_service(ledger).is_baseline
         assert night_step(site, datetime.now(UTC)) == "skipped"  # the next night brought no new images
 
 
-def test_a_look_is_due_one_period_after_the_first_model_and_after_each_look(nightly):
+def spend(ledger, name, day):
+    ledger.insert(
+        "evaluation", round=name, bundle="b" * 12, champion="c", baseline="c", golden=1, rules="", alpha=0.01,
+        at=f"{day}T00:00:00.000Z",
+    )  # fmt: skip
+
+
+def test_an_evaluation_is_due_one_period_after_the_first_model_and_after_each_evaluation(nightly):
     now = datetime(2026, 6, 1, tzinfo=UTC)
     with nightly.ledger() as ledger:
-        assert not records.look_due(nightly, ledger, now)
+        assert not evaluation_budget.evaluation_due(nightly, ledger, now)
         with ledger.transaction():
             ledger.insert("bundle", id="b" * 12, state="live", is_baseline=1, created_at="2026-05-20T00:00:00Z")
             ledger.insert(
                 "deployment", bundle="b" * 12, state="live", by="x", reason="y", at="2026-05-20T00:00:00.000Z"
             )
-        assert records.look_due(nightly, ledger, now)
-        assert not records.look_due(nightly, ledger, now - timedelta(days=6))
+        assert evaluation_budget.evaluation_due(nightly, ledger, now)
+        assert not evaluation_budget.evaluation_due(nightly, ledger, now - timedelta(days=6))
         with ledger.transaction():
-            ledger.insert("look", round="r1", bundle="b" * 12, golden=1, alpha=0.01, at="2026-05-30T00:00:00.000Z")
-        assert not records.look_due(nightly, ledger, now)
-        assert records.look_due(nightly, ledger, now + timedelta(days=6))
+            spend(ledger, "r1", "2026-05-30")
+        assert not evaluation_budget.evaluation_due(nightly, ledger, now)
+        assert evaluation_budget.evaluation_due(nightly, ledger, now + timedelta(days=6))
 
 
 def test_the_budget_is_that_of_the_last_365_days(nightly):
@@ -142,9 +149,9 @@ def test_the_budget_is_that_of_the_last_365_days(nightly):
     with nightly.ledger() as ledger:
         with ledger.transaction():
             for number, when in enumerate(("2025-05-01", "2025-07-01", "2026-05-01")):
-                ledger.insert("look", round=f"r{number}", bundle="b", golden=1, alpha=0.01, at=f"{when}T00:00:00.000Z")
-        said = records.budget(nightly, ledger, now)
-    assert said == {"spent": 0.02, "left": 0.03, "looks_spent": 2, "looks_left": 50}
+                spend(ledger, f"r{number}", when)
+        said = evaluation_budget.budget(nightly, ledger, now)
+    assert said == evaluation_budget.Budget(spent=0.02, left=0.03, evaluations_spent=2, evaluations_left=50)
 
 
 def test_what_one_loop_did_wakes_the_next_at_once(site, monkeypatch):
@@ -163,7 +170,7 @@ def test_what_one_loop_did_wakes_the_next_at_once(site, monkeypatch):
         return 0
 
     loops = [
-        threading.Thread(target=agent._loop, args=("making", make, agent.to_answer, agent.to_score)),
+        threading.Thread(target=agent._loop, args=("making", make, agent.to_send, agent.to_score)),
         threading.Thread(target=agent._loop, args=("taking", take, agent.to_score)),
     ]
     for loop in loops:
@@ -171,7 +178,7 @@ def test_what_one_loop_did_wakes_the_next_at_once(site, monkeypatch):
     try:
         assert seen.wait(20)
     finally:
-        for event in (agent.stopping, agent.to_score, agent.to_answer):
+        for event in (agent.stopping, agent.to_score, agent.to_send):
             event.set()
         for loop in loops:
             loop.join(20)

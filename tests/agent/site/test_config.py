@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from agent.errors import Problem
-from agent.rounds.records import resolve_recipe
+from agent.rounds.planning import resolve_recipe
 from agent.site import config
 from agent.site.site import Site, init
 
@@ -26,16 +26,19 @@ def test_the_template_loads_back_to_what_it_was_made_of_and_comments_every_key()
     [
         ({"gate": {"marjin": 0.02}}, "unknown key gate.marjin = 0.02; nearest: gate.margin"),
         ({"gatt": {}}, "nearest: gate;"),
+        ({"gate": {"looks_per_yaer": 4}}, "unknown key gate.looks_per_yaer = 4; nearest: gate.evaluations_per_year"),
+        ({"gate": {"evaluation_per_year": 4}}, "nearest: gate.evaluations_per_year"),
+        ({"gate": {"looks_per_year": 0}}, "gate.evaluations_per_year = 0"),
         ({"learn": {"window": "25:00-05:00"}}, 'learn.window = "25:00-05:00"'),
         ({"learn": {"window": "05:00-05:00"}}, "start and end differ"),
         ({"node": {"port": "11112"}}, 'node.port = "11112"'),
         ({"node": {"port": 0}}, "node.port = 0"),
         ({"site": {"timezone": "Europe/Wien"}}, "an IANA time zone, nearest: Europe/"),
-        ({"site": {"findings": ["a", "a"]}}, "each finding once"),
+        ({"site": {"findings": ["a", "a"]}}, "each finding may be named once only"),
         ({"gate": {"must_show": ["nodule"]}}, "'nodule' is not one"),
         ({"patients": {"golden": 0.9, "validation": 0.5}}, "at least 0.05 of the patients"),
         ({"release": {"promote": "auto"}}, "release.promote"),
-        ({"results": {"sr": True}}, "a destination where sr or sc is on"),
+        ({"results": {"sr": True}}, "sr and sc need a destination"),
         ({"results": {"destination": "PACS:104"}}, "AET@host:port"),
         ({"node": {"peers": ["PACS@host:0"]}}, "AET@host:port"),
         ({"node": {"tls_cert": "x.pem"}}, "tls_cert and tls_key together"),
@@ -47,6 +50,40 @@ def test_a_wrong_setting_is_one_line_with_key_value_and_what_is_allowed(raw, sai
         config.checked(raw)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_renamed_key_is_read_under_its_old_name_with_a_warning(caplog):
+    settings = config.checked({"gate": {"looks_per_year": 4}}, "appliance.toml: ")
+    assert settings.gate.evaluations_per_year == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "appliance.toml: gate.looks_per_year is now gate.evaluations_per_year: rename it; the next version does not read the old name"
+    ]
+
+
+def test_a_key_under_its_old_and_its_new_name_is_an_error():
+    with pytest.raises(Problem, match=r"are the same setting: remove gate\.looks_per_year, the old name"):
+        config.checked({"gate": {"looks_per_year": 4, "evaluations_per_year": 4}})
+
+
+def test_every_renamed_key_has_a_successor_and_is_gone_itself():
+    for old, new in config.RENAMED.items():
+        section, key = new.split(".")
+        keys = type(getattr(config.Config(), section)).model_fields
+        assert key in keys
+        assert old.split(".")[0] == section
+        assert old.split(".")[1] not in keys
+
+
+def test_a_command_warns_once_of_a_renamed_key_and_shows_the_new_one(tmp_path):
+    init(tmp_path / "s", config.Config())
+    settings = tmp_path / "s/appliance.toml"
+    settings.write_text(settings.read_text().replace("evaluations_per_year = 52", "looks_per_year = 4"))
+    done = cli("config", "show", "--config", str(settings))
+    assert done.returncode == 0
+    assert "evaluations_per_year = 4" in done.stdout
+    assert "looks_per_year = " not in done.stdout
+    assert done.stderr.count("\n") == 1
+    assert "gate.looks_per_year is now gate.evaluations_per_year" in done.stderr
 
 
 def test_init_makes_a_site_once_and_keeps_keys_private(tmp_path):

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -37,8 +38,8 @@ def test_without_a_model_the_answer_is_503_with_the_reason(tmp_path):
     site = Site(tmp_path / "s")
     bundle = site.add(3)
     with serving(site) as (_, client):
-        assert client._http.get("/healthz").status_code == 200
-        assert client._http.get("/readyz").status_code == 503
+        assert httpx.get(client.url + "/healthz", trust_env=False).status_code == 200
+        assert httpx.get(client.url + "/readyz", trust_env=False).status_code == 503
         assert client.ready() is None
         assert client.state()["error"].startswith("no model: run a first round")
         with pytest.raises(ServerDown, match="no model"):
@@ -82,7 +83,7 @@ def test_no_request_fails_while_bundles_are_swapped_under_load(tmp_path):
         expected = {}
 
         def request():
-            with Client(str(client._http.base_url)) as own:
+            with Client(client.url) as own:
                 while not stop.is_set():
                     try:
                         bundle, _, probabilities = own.predict(images)
@@ -185,7 +186,7 @@ def test_sigterm_stops_within_five_seconds_also_during_a_long_request(tmp_path):
     with serving(site) as (process, client):
 
         def lost_request():
-            with Client(str(client._http.base_url)) as own, contextlib.suppress(ServerDown, ServerRefused):
+            with Client(client.url) as own, contextlib.suppress(ServerDown, ServerRefused):
                 own.predict(plates(64))
 
         sender = threading.Thread(target=lost_request)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from learner.evaluation import auc as stats
-from learner.evaluation.gate import Scores, alpha_per_look, auc, power
+from learner.evaluation.gate import Scores, alpha_per_evaluation, auc, power
 from tests.support.learner.golden_scores import ALPHA, Site, binormal, row
 
 
@@ -93,18 +93,18 @@ def test_clustered_variance_agrees_with_a_bootstrap_over_patients():
     labels = np.where(rng.random(450) < 0.1, 1 - sick, sick)
     person = np.repeat(rng.standard_normal(150), 3)  # images of a patient look alike
     a, b = (binormal(rng, labels, 0.85, person, 0.7) for _ in range(2))
-    one, two = (stats.curve(s, labels, patients, 150) for s in (a, b))
-    measured = one.variance + two.variance - 2 * stats.covariance(one, two)
+    curve_a, curve_b = (stats.curve(s, labels, patients, 150) for s in (a, b))
+    measured = curve_a.variance + curve_b.variance - 2 * stats.covariance(curve_a, curve_b)
     samples = [np.flatnonzero(patients == p) for p in range(150)]
     draws = []
     for _ in range(800):
         pick = np.concatenate([samples[p] for p in rng.integers(0, 150, 150)])
         draws.append([auc(a[pick], labels[pick]), auc(b[pick], labels[pick])])
     drawn = np.array(draws)
-    assert one.variance == pytest.approx(drawn[:, 0].var(), rel=0.2)
+    assert curve_a.variance == pytest.approx(drawn[:, 0].var(), rel=0.2)
     assert measured == pytest.approx((drawn[:, 0] - drawn[:, 1]).var(), rel=0.2)
     alone = stats.curve(a, labels, np.arange(450), 450)
-    assert one.variance > 1.5 * alone.variance  # to call them 450 patients would be to see twice as sharp
+    assert curve_a.variance > 1.5 * alone.variance  # counted as 450 patients the error would be far too small
 
 
 def test_the_interval_is_the_logit_test_turned_inside_out():
@@ -135,7 +135,7 @@ def test_only_the_order_of_the_scores_counts():
     )
 
 
-def test_power_is_the_share_of_looks_that_pass_when_nothing_changed():
+def test_power_is_the_share_of_evaluations_that_pass_when_nothing_changed():
     rng, alpha, n = np.random.default_rng(0), 0.05, 500
     labels = (np.arange(n) < 120).astype(float)
     passed, promised = 0, []
@@ -147,19 +147,19 @@ def test_power_is_the_share_of_looks_that_pass_when_nothing_changed():
     assert np.mean(promised) == pytest.approx(passed / 400, abs=0.07)
 
 
-def test_power_grows_with_the_set_and_falls_with_the_number_of_looks():
-    def at(positives: int, looks: int) -> float:
-        return power(0.91, 0.024 / positives, 0.95, 0.02, alpha_per_look(0.05, looks))
+def test_power_grows_with_the_set_and_falls_with_the_number_of_evaluations():
+    def at(positives: int, evaluations: int) -> float:
+        return power(0.91, 0.024 / positives, 0.95, 0.02, alpha_per_evaluation(0.05, evaluations))
 
     assert at(50, 52) < at(100, 52) < at(200, 52) < at(400, 52)
     assert at(100, 365) < at(100, 52) < at(100, 1)
 
 
-def test_a_year_of_looks_spends_exactly_the_years_alpha():
-    assert 52 * alpha_per_look(0.05, 52) == pytest.approx(0.05)
-    assert alpha_per_look(0.05, 1) == 0.05
-    with pytest.raises(ValueError, match="looks"):
-        alpha_per_look(0.05, 0)
+def test_a_year_of_evaluations_spends_exactly_the_years_alpha():
+    assert 52 * alpha_per_evaluation(0.05, 52) == pytest.approx(0.05)
+    assert alpha_per_evaluation(0.05, 1) == 0.05
+    with pytest.raises(ValueError, match="at least one evaluation"):
+        alpha_per_evaluation(0.05, 0)
 
 
 # --------------------------------------------------------------------------------------------------------- the level
@@ -179,7 +179,7 @@ def test_a_candidate_at_the_margin_slips_through_about_as_often_as_alpha_says():
 
 def test_two_references_at_the_margin_are_harder_to_pass_than_one():
     rng, n, runs, alpha = np.random.default_rng(2), 400, 400, 0.1
-    z, one, both = NormalDist().inv_cdf(1 - alpha), 0, 0
+    z, against_one, against_both = NormalDist().inv_cdf(1 - alpha), 0, 0
     labels = (np.arange(n) < 120).astype(float)
     for _ in range(runs):
         shared = rng.standard_normal(n)
@@ -187,13 +187,13 @@ def test_two_references_at_the_margin_are_harder_to_pass_than_one():
             stats.curve(binormal(rng, labels, level, shared, 0.9), labels, np.arange(n), n)
             for level in (0.89, 0.91, 0.91)
         )
-        held = [float(stats.statistic(worse, other, -0.02)) > z for other in (champion, baseline)]
-        one, both = one + held[0], both + all(held)
-    assert both <= one
-    assert both / runs < alpha + 3 * sqrt(alpha * (1 - alpha) / runs)  # no split of alpha is needed
+        passed = [float(stats.statistic(worse, reference, -0.02)) > z for reference in (champion, baseline)]
+        against_one, against_both = against_one + passed[0], against_both + all(passed)
+    assert against_both <= against_one
+    assert against_both / runs < alpha + 3 * sqrt(alpha * (1 - alpha) / runs)  # no split of alpha is needed
 
 
-def test_the_logit_gap_is_what_the_design_says():
+def test_the_logit_gap_agrees_with_its_formula():
     """logit(A_candidate) - logit(A_reference - margin) over the delta method's error, by hand."""
     site = Site(seed=32)
     a, b = (stats.curve(site.model(0.9).probabilities[:, 0], site.labels[:, 0], np.arange(900), 900) for _ in range(2))

@@ -55,7 +55,7 @@ def test_too_few_labels_leave_the_defaults_and_say_so():
 def test_threshold_is_youdens():
     logits, labels = sample(seed=5)
     scores = 1 / (1 + np.exp(-logits))
-    found = threshold(scores, labels)
+    chosen = threshold(scores, labels)
     best = max((scores[labels == 1] >= c).mean() + (scores[labels == 0] < c).mean() for c in np.linspace(0, 1, 2001))
-    assert found["sensitivity"] + found["specificity"] == pytest.approx(best)
-    assert found["rule"] == "youden on calibration"
+    assert chosen["sensitivity"] + chosen["specificity"] == pytest.approx(best)
+    assert chosen["rule"] == "youden on calibration"

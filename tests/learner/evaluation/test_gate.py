@@ -1,4 +1,4 @@
-"""Every outcome the gate has, its edges, and what it refuses outright."""
+"""Every outcome the gate has, its edges, and the errors it raises."""
 
 import json
 from dataclasses import replace
@@ -18,8 +18,8 @@ def test_the_champion_itself_is_non_inferior_and_not_better():
     verdict = site.judge(champion, champion, rules=Rules())
     same = row(verdict, "vs champion", "effusion")
     assert (same.outcome, same.observed, same.ci) == ("non_inferior", 0.0, (0.0, 0.0))
-    assert row(verdict, "better somewhere").outcome == "not_shown"
-    assert verdict.outcome == "not_shown"  # nothing is gained by deploying it
+    assert row(verdict, "better somewhere").outcome == "inconclusive"
+    assert verdict.outcome == "inconclusive"  # nothing is gained by deploying it
     assert site.judge(champion, champion).outcome == "passed"
 
 
@@ -51,7 +51,7 @@ def test_two_perfect_models_are_equals_and_the_opposite_of_perfect_is_worse():
     assert verdict.outcome == "failed"
 
 
-def test_one_class_or_no_labels_at_all_is_not_shown_with_the_number_that_is_missing():
+def test_one_class_or_no_labels_is_inconclusive_and_says_how_many_patients_are_missing():
     site = Site(findings=("effusion", "nodule", "fracture"), seed=10)
     site.labels[:, 1] = 0.0
     site.labels[:, 2] = nan
@@ -60,8 +60,8 @@ def test_one_class_or_no_labels_at_all_is_not_shown_with_the_number_that_is_miss
     )
     for finding in ("nodule", "fracture"):
         lone = row(verdict, "vs champion", finding)
-        assert (lone.outcome, lone.observed, lone.ci, lone.needs) == ("not_shown", None, None, 100)
-    assert verdict.outcome in ("passed", "not_shown")
+        assert (lone.outcome, lone.observed, lone.ci, lone.needs) == ("inconclusive", None, None, 100)
+    assert verdict.outcome in ("passed", "inconclusive")
     assert "NaN" not in json.dumps(verdict.to_json(), allow_nan=False)
 
 
@@ -74,7 +74,7 @@ def test_thirty_patients_show_an_interval_and_a_hundred_decide(sick, shown, deci
     for labels in (site.labels.copy(), 1 - site.labels):  # the smaller class, whichever it is
         site.labels = labels
         seen = row(site.judge(site.model(0.9, r=0.999), site.model(0.9, r=0.999)), "vs champion", "effusion")
-        assert (seen.ci is not None, seen.outcome != "not_shown") == (shown, decided)
+        assert (seen.ci is not None, seen.outcome != "inconclusive") == (shown, decided)
         assert decided or seen.needs == 100 - sick
         assert decided or f"needs {100 - sick} more patients" in str(seen)
 
@@ -86,14 +86,14 @@ def test_four_images_of_a_patient_are_one_patient():
     assert (seen.positives, seen.negatives, seen.needs) == (60, 90, 40)
 
 
-def test_ties_everywhere_are_a_constant_that_fails():
+def test_a_constant_score_fails():
     site = Site(seed=13)
     flat = Scores(np.full((900, 1), 0.3))
     verdict = site.judge(flat, site.model(0.9))
     assert row(verdict, "vs champion", "effusion").candidate == 0.5
     assert row(verdict, "vs champion", "effusion").outcome == "worse"
     assert row(verdict, "spread", "effusion").outcome == "fail"
-    assert "label train images of both kinds, or leave this finding out" in verdict.line
+    assert "label train images of both classes, or remove this finding" in verdict.line
 
 
 # ------------------------------------------------------------------------------------------------------ the outcomes
@@ -133,14 +133,14 @@ def test_no_difference_passes_only_where_non_inferiority_is_enough():
     candidate, champion = site.model(0.9, r=0.98), site.model(0.9, r=0.98)
     strict = site.judge(candidate, champion, rules=Rules())
     assert site.judge(candidate, champion, rules=EASY).outcome == "passed"
-    assert strict.outcome == "not_shown" and "better than the champion nowhere" in strict.line
+    assert strict.outcome == "inconclusive" and "not better than the champion on any finding" in strict.line
 
 
-def test_a_small_set_that_cannot_tell_is_not_shown_and_says_how_many_more():
+def test_a_small_set_that_cannot_tell_is_inconclusive_and_says_how_many_more():
     site = Site(samples=400, seed=18)
     verdict = site.judge(site.model(0.9, r=0.6), site.model(0.9, r=0.6))
     open_row = row(verdict, "vs champion", "effusion")
-    assert verdict.outcome == "not_shown" == open_row.outcome
+    assert verdict.outcome == "inconclusive" == open_row.outcome
     assert open_row.needs and open_row.needs > 100
     assert f"needs {open_row.needs} more patients" in verdict.line and "power" in verdict.line
 
@@ -159,38 +159,38 @@ def test_an_interval_that_crosses_the_margin_below_zero_is_neither_worse_nor_sho
     site = Site(samples=3000, seed=1)
     seen = row(site.judge(site.model(0.885, r=0.97), site.model(0.90, r=0.97), alpha=0.01), "vs champion", "effusion")
     assert seen.ci[0] < -0.02 < seen.ci[1] < 0
-    assert seen.outcome == "not_shown"
+    assert seen.outcome == "inconclusive"
 
 
-def test_what_was_not_shown_and_not_required_is_still_named():
+def test_an_inconclusive_finding_that_is_not_required_is_still_named():
     site = Site(samples=3000, findings=("effusion", "nodule"), seed=19)
     site.labels[:, 1] = np.arange(3000) < 40
     rules = replace(EASY, must_show=("effusion",))
     verdict = site.judge(site.model(0.9, 0.8, r=0.98), site.model(0.9, 0.8, r=0.98), rules=rules)
     assert verdict.outcome == "passed"
-    assert "NOT SHOWN, not required: nodule" in verdict.line and "needs 60 more" in verdict.line
+    assert "INCONCLUSIVE, not required: nodule" in verdict.line and "needs 60 more" in verdict.line
     everything = site.judge(site.model(0.9, 0.8, r=0.98), site.model(0.9, 0.8, r=0.98))
-    assert everything.outcome == "not_shown" and "nodule" in everything.line
+    assert everything.outcome == "inconclusive" and "nodule" in everything.line
 
 
-def test_a_finding_nobody_requires_still_fails_the_round_when_it_is_worse():
+def test_a_finding_that_is_not_required_still_fails_the_round_when_it_is_worse():
     site = Site(findings=("effusion", "opacity"), seed=20)
     rules = replace(EASY, must_show=("effusion",))
     verdict = site.judge(site.model(0.9, 0.7, r=0.99), site.model(0.9, 0.9, r=0.99), rules=rules)
     assert verdict.outcome == "failed" and "opacity" in verdict.line
 
 
-def test_a_new_finding_starts_not_shown_and_holds_nobody_up():
+def test_a_new_finding_is_inconclusive_and_does_not_stop_the_candidate():
     site = Site(samples=3000, findings=("effusion", "fracture"), seed=21)
     old = ("effusion",)
     candidate = site.model(0.9, 0.8, r=0.98)
     champion = site.model(0.9, r=0.98, findings=old)
     verdict = site.judge(candidate, champion)
     fresh = row(verdict, "vs champion", "fracture")
-    assert (fresh.outcome, fresh.note) == ("not_shown", "the champion does not answer it")
+    assert (fresh.outcome, fresh.note) == ("inconclusive", "the champion has no score for it")
     assert verdict.outcome == "passed" and "fracture" in verdict.line
     named = site.judge(candidate, champion, rules=replace(EASY, must_show=("effusion", "fracture")))
-    assert named.outcome == "not_shown"
+    assert named.outcome == "inconclusive"
 
 
 def test_a_reordered_vocabulary_is_compared_by_name():
@@ -200,13 +200,13 @@ def test_a_reordered_vocabulary_is_compared_by_name():
     assert row(site.judge(swapped, champion), "vs champion", "effusion").ci == (0.0, 0.0)
 
 
-def test_a_candidate_that_dropped_every_finding_is_not_shown():
+def test_a_candidate_that_dropped_every_finding_is_inconclusive():
     site = Site(seed=23)
     verdict = site.judge(Scores(np.zeros((900, 1)), ("hernia",)), site.model(0.9))
-    assert verdict.outcome == "not_shown" and "no finding in common" in verdict.line
+    assert verdict.outcome == "inconclusive" and "no finding in common" in verdict.line
 
 
-# --------------------------------------------------------------------------------------------------- refused outright
+# --------------------------------------------------------------------------------------------------- errors
 
 
 def test_what_does_not_fit_the_golden_set_is_an_error_that_says_so():
@@ -228,10 +228,10 @@ def test_a_verdict_is_the_same_for_the_same_scores_and_its_json_has_the_contract
     first, again = site.judge(candidate, champion), site.judge(candidate, champion)
     assert first == again
     written = json.loads(json.dumps(first.to_json(), allow_nan=False))
-    assert written["outcome"] in ("passed", "failed", "not_shown")
+    assert written["outcome"] in ("passed", "failed", "inconclusive")
     for check in written["checks"]:
         assert {"name", "finding", "observed", "ci", "required", "outcome"} <= set(check)
-        assert check["outcome"] in ("better", "non_inferior", "worse", "not_shown", "ok", "fail")
+        assert check["outcome"] in ("better", "non_inferior", "worse", "inconclusive", "ok", "fail")
         assert check["ci"] is None or len(check["ci"]) == 2
 
 

@@ -1,4 +1,4 @@
-"""What the gate holds against a candidate besides its AUC: broken scores, prevalence, parity, rows from elsewhere."""
+"""The gate's checks besides the AUC: broken scores, prevalence, parity, checks from elsewhere."""
 
 import json
 from math import nan
@@ -23,7 +23,7 @@ def test_scores_that_are_no_probabilities_fail(broken):
 
 @pytest.mark.parametrize("share", [0.2, 0.8])
 @pytest.mark.parametrize("shift", [-2.0, 2.0])
-def test_a_candidate_that_calls_everyone_or_nobody_ill_fails_on_prevalence(share, shift):
+def test_a_candidate_that_calls_everybody_or_nobody_positive_fails_on_prevalence(share, shift):
     site = Site(share=share, seed=25)
     champion = site.model(0.9)
     odds = np.log(champion.probabilities / (1 - champion.probabilities))
@@ -52,7 +52,7 @@ def test_an_inverted_teacher_is_caught_however_confident_its_student_is():
         ({"images": 3}, "fail"),
     ],
 )
-def test_parity_is_held_at_every_batch_size_and_must_be_measured(parity, outcome):
+def test_parity_is_checked_at_every_batch_size_and_must_be_measured(parity, outcome):
     site = Site(seed=27)
     champion = site.model(0.9)
     verdict = site.judge(champion, champion, parity=parity)
@@ -70,11 +70,13 @@ def test_rows_measured_elsewhere_count_like_the_gates_own():
     assert verdict.outcome == "failed" and "replay 0.31, required <= 0.05 of images flip" in verdict.line
 
 
-def test_a_subgroup_with_too_little_data_is_named_and_holds_nobody_up():
+def test_a_subgroup_with_too_little_data_is_named_and_does_not_stop_the_candidate():
     site = Site(seed=28)
     champion = site.model(0.9)
-    small = Check("age 18-40", "effusion", -0.01, (-0.2, 0.2), "upper bound >= -0.02", "not_shown", note="12 patients")
+    small = Check(
+        "age 18-40", "effusion", -0.01, (-0.2, 0.2), "upper bound >= -0.02", "inconclusive", note="12 patients"
+    )
     verdict = site.judge(champion, champion, measured=(small,))
-    assert verdict.outcome == "passed" and "NOT SHOWN, not required: effusion age 18-40" in verdict.line
+    assert verdict.outcome == "passed" and "INCONCLUSIVE, not required: effusion age 18-40" in verdict.line
     worse = Check("age 18-40", "effusion", -0.1, (-0.2, -0.05), "upper bound >= -0.02", "worse")
     assert site.judge(champion, champion, measured=(worse,)).outcome == "failed"

@@ -21,9 +21,9 @@ def scores(swapped: int) -> np.ndarray:
 def test_a_difference_within_its_error_keeps_the_first_named():
     better = scores(3)
     better[0] = np.sort(better[20:, 0])[8]  # one image with the finding, less far on the wrong side
-    one, other = (model_choice.macro_curve(given, TRUTH, PATIENTS) for given in (scores(3), better))
-    assert 0 < other.value - one.value <= model_choice.error(one, other)
-    assert model_choice.first_as_good([one, other]) == 0
+    first, second = (model_choice.macro_curve(s, TRUTH, PATIENTS) for s in (scores(3), better))
+    assert 0 < second.value - first.value <= model_choice.error(first, second)
+    assert model_choice.first_as_good([first, second]) == 0
 
 
 def test_a_difference_beyond_its_error_wins_over_the_order():
@@ -33,16 +33,16 @@ def test_a_difference_beyond_its_error_wins_over_the_order():
 
 
 def test_the_error_is_that_of_the_paired_difference():
-    one = model_choice.macro_curve(scores(3), TRUTH, PATIENTS)
-    assert model_choice.error(one, one) == 0
+    clear = model_choice.macro_curve(scores(3), TRUTH, PATIENTS)
+    assert model_choice.error(clear, clear) == 0
     rng = np.random.default_rng(0)
     blurred = scores(3) + rng.normal(0, 2, (40, 1))
-    said = model_choice.error(one, model_choice.macro_curve(blurred, TRUTH, PATIENTS))
+    error = model_choice.error(clear, model_choice.macro_curve(blurred, TRUTH, PATIENTS))
     drawn = []
     for _ in range(1000):
         rows = np.r_[rng.integers(0, 20, 20), rng.integers(20, 40, 20)]
         drawn.append(auc(scores(3)[rows, 0], TRUTH[rows, 0]) - auc(blurred[rows, 0], TRUTH[rows, 0]))
-    assert said == pytest.approx(np.std(drawn), rel=0.15)  # the bootstrap's
+    assert error == pytest.approx(np.std(drawn), rel=0.15)  # the bootstrap's
 
 
 @pytest.mark.parametrize(("positives", "patients"), [(4, 40), (20, 2)])

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from agent.errors import Refused
 from agent.images import labels
 from agent.ledger import audit, states
 from agent.ledger.database import Ledger
-from agent.release import import_model, release
+from agent.release import models, release
 from agent.results import reporting
-from agent.rounds import golden_set, records
+from agent.rounds import golden_set, import_model, records
 from agent.service.scheduler import night_step
 from agent.site.site import Site
 from deploy.bundle import pointer
@@ -52,16 +53,11 @@ def count_steps(die_at: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
     transaction = Ledger.transaction
 
+    @contextmanager
     def committed(self):
-        inner = self.db.execute
-
-        def execute(sql, *args, **kwargs):
-            if sql == "COMMIT":
-                step()
-            return inner(sql, *args, **kwargs)
-
-        self.db.execute = execute
-        return transaction(self)
+        with transaction(self):
+            yield
+            step()  # just before the COMMIT
 
     Ledger.transaction = committed
 
@@ -77,9 +73,9 @@ def walk(root: Path) -> None:
         take_in(site, ledger)
         labels.import_csv(site, ledger, root / "labels.csv", "test")
         golden_set.freeze(site, ledger, "test")
-        import_model.adopt(site, ledger, root / "first.onnx", "test", False)
+        import_model.import_file(site, ledger, root / "first.onnx", "test", False)
         score_all(site, ledger)
-        second = import_model.adopt(site, ledger, root / "second.onnx", "test", True)
+        second = import_model.import_file(site, ledger, root / "second.onnx", "test", True)
         assert second["verdict"]["outcome"] == "passed", second["verdict"]["line"]
         release.approve(site, ledger, second["bundle"], "Dr. A", "it passed")
         release.rollback(site, ledger, None, "Dr. B", "to see it")
@@ -88,7 +84,7 @@ def walk(root: Path) -> None:
 def score_all(site: Site, ledger: Ledger) -> None:
     """Score until no image waits, if a model is in service."""
     server: Any = InProcessServer(site, ledger)
-    while release.in_service(ledger) and reporting.score_waiting(site, ledger, server):
+    while models.in_service(ledger) and reporting.score_waiting(site, ledger, server):
         pass
 
 
@@ -135,7 +131,9 @@ def check(root: Path, had_served: bool) -> list[str]:
             wrong.append("a deployment is half done")
         if records.open_round(ledger):
             wrong.append("a round is neither at its end nor resumable")
-        if ledger.value("SELECT count(*) FROM look l LEFT JOIN verdict v ON v.look = l.id WHERE v.look IS NULL"):
+        if ledger.value(
+            "SELECT count(*) FROM evaluation e LEFT JOIN verdict v ON v.evaluation = e.id WHERE v.evaluation IS NULL"
+        ):
             wrong.append("an evaluation was spent and has no verdict")
         for row in ledger.rows("SELECT state FROM bundle"):
             if row["state"] not in {*states.BUNDLE, "rejected", "refused"}:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from agent.images import labels
-from agent.rounds import records
+from agent.rounds import planning
 from agent.site.site import Site
 from dicom.node.commitment import Pending, Request
 from dicom.pseudonyms import patient_key, study_mark
@@ -83,10 +83,10 @@ def make_site_full_of_patient(folder: Path) -> tuple[Site, list[bytes]]:
             for dataset in (patient_image(1), xray(20)):
                 study = study_mark(site.key("pseudonym.key"), str(dataset.StudyInstanceUID))
                 ledger.insert("pulled", source="PACS", study=study, modalities="CR", instances=1, images=1, at="")
-        learning_round = records.plan(site, ledger, "now", NOW)
+        planned = planning.plan(site, ledger, "now", NOW)
         rows = ledger.rows("SELECT * FROM image WHERE patient_key = ?", pseudonym(site))
     assert {row["state"] for row in rows} == {"labelled", "predicted", "rejected"}
-    write_round_caches(site, learning_round["name"], [row["plate"] for row in rows if row["plate"]])
+    write_round_caches(site, planned.name, [row["plate"] for row in rows if row["plate"]])
     put(site, patient_image(6))  # waits in the inbox
     save(patient_image(7), site.root / "drop" / "late.dcm")
     keep_without_row(site, patient_image(8))
