@@ -68,8 +68,8 @@ def run_together(commands: list[list[str]]) -> list[dict]:
 
 
 def deal(images: list[Path], senders: int) -> list[list[str]]:
-    """Return the paths of the images, dealt to the senders in turn."""
-    return [[str(path) for path in images[n::senders]] for n in range(senders)]
+    """Return the paths of the images, dealt to the senders in turn; no sender is left without an image."""
+    return [[str(path) for path in images[n::senders]] for n in range(min(senders, len(images)))]
 
 
 def figures(senders: list[dict], cpu: float, peak: int) -> dict:
