@@ -32,7 +32,7 @@ def learning(folder: Path) -> dict[str, Any]:
         "phases": [{"phase": p.name, "step": p.step, "steps": p.steps} for p in curves.phases],
         "losses": newest.last(curves.losses) if newest else {},
         "monitors": {
-            name: {"value": value, "within": value is None or LIMITS[name].holds(value)}
+            name: {"value": value, "within": value is None or LIMITS[name].allows(value)}
             for name, value in monitors.items()
         },
         "candidate": card.get("candidate"),

@@ -176,7 +176,7 @@ def require_finite(what: str, tensors: Iterable[Tensor]) -> None:
 
 def check_collapse(state: State, losses: Losses) -> None:
     """Count how long each collapse monitor has been out of bounds; raises LearnerError when one has lost patience."""
-    state.watch = collapse_limits.count_steps_beyond(state.watch, losses)
+    state.watch = collapse_limits.count_steps_outside(state.watch, losses)
     if why := collapse_limits.collapse_reason(state.watch, losses):
         raise LearnerError(f"{why}, at {state.phase} step {state.step}")
 

@@ -59,7 +59,7 @@ def test_every_step_is_a_row_with_its_phase_its_rates_and_its_monitors(trained):
     read = metrics_log.read(trained)
     assert [(p.name, p.step, p.steps) for p in read.phases] == [("t0", 4, 4), ("distil", 6, 6)]
     assert read.losses[0] == "loss" and {"dino", "classes"} <= set(read.losses)
-    for row, corrects in zip(read.phases[1].rows, metrics_log.correcting(read.phases[1].rows), strict=True):
+    for row, corrects in zip(read.phases[1].rows, metrics_log.is_correction(read.phases[1].rows), strict=True):
         assert row["lr"] >= 0
         assert ("momentum" in row) is (set(collapse_limits.LIMITS) <= set(row)) is not corrects
     assert not set(collapse_limits.LIMITS) & set(read.phases[0].rows[0])

@@ -109,9 +109,9 @@ def test_a_run_is_collapsed_after_its_patience_and_not_a_step_before():
     for name, bad in (("teacher_kl", 3e-5), ("max_share", 0.995), ("teacher_entropy", 1.0), ("cls_std", 1e-4)):
         watch, shown = {}, EVEN | {name: bad}
         for _ in range(collapse_limits.PATIENCE - 1):
-            watch = collapse_limits.count_steps_beyond(watch, shown)
+            watch = collapse_limits.count_steps_outside(watch, shown)
             assert collapse_limits.collapse_reason(watch, shown) is None
-        watch = collapse_limits.count_steps_beyond(watch, shown)
+        watch = collapse_limits.count_steps_outside(watch, shown)
         said = collapse_limits.collapse_reason(watch, shown)
         limit = collapse_limits.LIMITS[name]
         side = f"below {limit.low:g}, {limit.below}" if bad < limit.low else f"above {limit.high:g}, {limit.above}"
@@ -121,26 +121,26 @@ def test_a_run_is_collapsed_after_its_patience_and_not_a_step_before():
 def test_one_healthy_step_starts_the_patience_anew():
     watch, bad = {}, EVEN | {"cls_std": 0.0}
     for shown in [*[bad] * (collapse_limits.PATIENCE - 1), EVEN, *[bad] * (collapse_limits.PATIENCE - 1)]:
-        watch = collapse_limits.count_steps_beyond(watch, shown)
+        watch = collapse_limits.count_steps_outside(watch, shown)
         assert collapse_limits.collapse_reason(watch, shown) is None
-    assert collapse_limits.collapse_reason(collapse_limits.count_steps_beyond(watch, bad), bad)
+    assert collapse_limits.collapse_reason(collapse_limits.count_steps_outside(watch, bad), bad)
 
 
 def test_a_step_that_says_nothing_neither_starts_nor_ends_a_collapse():
     bad, silent = EVEN | {"teacher_kl": 0.0}, EVEN | {"teacher_kl": math.nan}
     watch = {}
     for shown in [bad] * (collapse_limits.PATIENCE - 1) + [silent, {}] * 50:
-        watch = collapse_limits.count_steps_beyond(watch, shown)
+        watch = collapse_limits.count_steps_outside(watch, shown)
         assert collapse_limits.collapse_reason(watch, shown) is None
-    assert collapse_limits.collapse_reason(collapse_limits.count_steps_beyond(watch, bad), bad)
-    assert collapse_limits.count_steps_beyond({}, silent) == {}
+    assert collapse_limits.collapse_reason(collapse_limits.count_steps_outside(watch, bad), bad)
+    assert collapse_limits.count_steps_outside({}, silent) == {}
 
 
 def test_the_watch_goes_through_a_checkpoint_and_counts_on():
     bad = EVEN | {"teacher_kl": 0.0}
     watch = {}
     for _ in range(collapse_limits.PATIENCE):
-        watch = json.loads(json.dumps(collapse_limits.count_steps_beyond(watch, bad)))
+        watch = json.loads(json.dumps(collapse_limits.count_steps_outside(watch, bad)))
     assert collapse_limits.collapse_reason(watch, bad)
 
 
@@ -173,7 +173,7 @@ def self_distil(steps, rate, centred):
 def verdict(rows):
     watch = {}
     for shown in rows:
-        watch = collapse_limits.count_steps_beyond(watch, shown)
+        watch = collapse_limits.count_steps_outside(watch, shown)
         if said := collapse_limits.collapse_reason(watch, shown):
             return said
     return None
@@ -203,10 +203,10 @@ MUTATIONS = [
     ("test_centre_is_at_most_as_long_as_if_every_prototype_were_every_image", "collapse_monitors.centre_norm", lambda c: c.norm()),
     ("test_what_is_added_to_the_logits_and_to_the_centre_is_not_seen", "collapse_monitors.measure", lambda t, c, temp, cls, d, right=collapse_monitors.measure: right(t + c, c, temp, cls, d)),
     ("test_a_single_image_says_nothing_about_samples", "collapse_monitors.math", type("Nought", (), {"nan": 0.0, "log": math.log, "sqrt": math.sqrt})),
-    ("test_a_run_is_collapsed_after_its_patience_and_not_a_step_before", "collapse_limits.count_steps_beyond", lambda w, s, right=collapse_limits.count_steps_beyond: right(right(w, s), s)),
-    ("test_one_healthy_step_starts_the_patience_anew", "collapse_limits.count_steps_beyond", lambda w, s, right=collapse_limits.count_steps_beyond: {**w, **right(w, s)}),
-    ("test_a_step_that_says_nothing_neither_starts_nor_ends_a_collapse", "collapse_limits.count_steps_beyond", lambda w, s, right=collapse_limits.count_steps_beyond: right(w, {k: 0.0 if math.isnan(v) else v for k, v in s.items()})),
-    ("test_the_watch_goes_through_a_checkpoint_and_counts_on", "collapse_limits.count_steps_beyond", lambda w, s, right=collapse_limits.count_steps_beyond: right({}, s)),
+    ("test_a_run_is_collapsed_after_its_patience_and_not_a_step_before", "collapse_limits.count_steps_outside", lambda w, s, right=collapse_limits.count_steps_outside: right(right(w, s), s)),
+    ("test_one_healthy_step_starts_the_patience_anew", "collapse_limits.count_steps_outside", lambda w, s, right=collapse_limits.count_steps_outside: {**w, **right(w, s)}),
+    ("test_a_step_that_says_nothing_neither_starts_nor_ends_a_collapse", "collapse_limits.count_steps_outside", lambda w, s, right=collapse_limits.count_steps_outside: right(w, {k: 0.0 if math.isnan(v) else v for k, v in s.items()})),
+    ("test_the_watch_goes_through_a_checkpoint_and_counts_on", "collapse_limits.count_steps_outside", lambda w, s, right=collapse_limits.count_steps_outside: right({}, s)),
     ("test_a_teacher_that_is_never_centred_collapses_onto_one_prototype_and_is_caught", "collapse_monitors.max_share", lambda p: p.mean()),
     ("test_a_healthy_loop_from_random_weights_is_left_alone", "collapse_monitors.cls_std", lambda c: c.var(0).mean() * 0),
 ]  # fmt: skip

@@ -58,7 +58,7 @@ REFUSED = [
     (lambda m: m["recipe"].update(flip="no"), "expected bool"),
     (lambda m: m["recipe"].update(clip=-1), "clip = -1.0: must not be below 0"),
     (lambda m: m["recipe"].update(weight_decay=float("nan")), "weight_decay = nan: expected float"),
-    (lambda m: m["recipe"].update(prototypes=0), "distils, which takes 2 at least"),
+    (lambda m: m["recipe"].update(prototypes=0), "needs at least 2"),
     (lambda m: m.update(seed=-1), "seed = -1: too small"),
     (lambda m: m["images"][0].update(patient=7) or m["images"][-1].update(patient="7"), "patient 7 is in train and in"),
 ]
@@ -144,7 +144,7 @@ def test_p_no_patient_is_in_two_ranges_and_the_check_is_what_sees_it(plain, tmp_
     assert len({read_manifest(plain)["images"][i]["range"] for i in (one, other)}) == 2
     with pytest.raises(ManifestError, match="split by patient"):
         load(spoiled(plain, tmp_path, change))
-    monkeypatch.setattr("learner.round.manifest._one_range", lambda where, row, range_of: None)
+    monkeypatch.setattr("learner.round.manifest._check_patient_range", lambda where, row, range_of: None)
     load(tmp_path)
 
 
