@@ -154,7 +154,7 @@ def unsupervised(table: dict[str, Tensor], ahead: WholeBatchRows, said: list[Ten
                 teacher_class = in_float32(state.teacher.cls_head(taught[:samples]))
             seen, patches = look(state.student, views[1:2] if alone else views, mask, mask)
             classes = in_float32(state.student.cls_head(seen if alone else seen[samples : 2 * samples]))
-            terms = Terms(classes.sum() * 0.0, seen=taught[:samples])
+            terms = Terms(classes.sum() * 0.0, embeddings=taught[:samples])
 
             def balanced(name: str, rows: Tensor) -> Tensor | None:
                 if recipe.centring == "centre":
@@ -168,13 +168,13 @@ def unsupervised(table: dict[str, Tensor], ahead: WholeBatchRows, said: list[Ten
                 answer = balanced("dino", teacher_head)
                 guess = in_float32(state.student.head(seen))
                 add("dino", own * recipe.lam, state.centres["dino"](guess, teacher_head, assigned=answer))
-                terms.rows["dino"] = teacher_head
+                terms.centre_rows["dino"] = teacher_head
             if mask is not None:
                 assert patches is not None and taught_patches is not None
                 there = in_float32(taught_patches)
                 cost = state.centres["ibot"](in_float32(patches), there, mask, assigned=balanced("ibot", there))
                 add("ibot", own * recipe.ibot, cost)
-                terms.rows["ibot"] = there
+                terms.centre_rows["ibot"] = there
             if recipe.koleo:
                 first = in_float32(seen[:samples])
                 near = ahead.get("koleo")
@@ -184,7 +184,7 @@ def unsupervised(table: dict[str, Tensor], ahead: WholeBatchRows, said: list[Ten
                     koleo_from_gradient(first, near[part.start], share) if near else koleo(first),
                 )
         if recipe.align:
-            terms.rows["answer"] = teacher_class.sigmoid()
+            terms.centre_rows["answer"] = teacher_class.sigmoid()
         if recipe.targets != "none":
             soft, weight = answers(state, table, index[part], teacher_class)
             if SCORES in state.extra:
@@ -200,7 +200,7 @@ def unsupervised(table: dict[str, Tensor], ahead: WholeBatchRows, said: list[Ten
 
 def _add(terms: Terms, name: str, weight: float, cost: Tensor) -> None:
     terms.loss = terms.loss + weight * cost
-    terms.shown[name] = cost
+    terms.logged[name] = cost
 
 
 def answers(state: State, table: dict[str, Tensor], index: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

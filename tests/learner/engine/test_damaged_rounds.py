@@ -100,7 +100,7 @@ def test_a_halved_pass_is_noted_for_the_card_also_where_another_process_ends_the
     monkeypatch.setattr("learner.training.run.Run.export", noted)
     assert main([str(folder)]) == 0
     first = dict(seen)
-    assert [note.split(" instead")[0] for note in first["t0"]] == ["out of memory: 2 images a pass"]
+    assert [note.split(" instead")[0] for note in first["t0"]] == ["out of memory: 2 images in a forward pass"]
     assert first["final"] == first["t0"]
     seen.clear()
     assert main([str(folder)]) == 0  # all phases are read

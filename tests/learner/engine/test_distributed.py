@@ -155,7 +155,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all():
             step.run_steps(state, lambda state: distil_step(state, Endless(shared()).batch(0, 0)), stop)
         return state.micro, state.notes
 
-    note = "out of memory: 1 images a pass instead of 2, the same batch and result"
+    note = "out of memory: 1 images in a forward pass instead of 2; same batch, same result"
     assert together(2, walked) == [(1, [note])] * 2
 
 

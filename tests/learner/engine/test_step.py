@@ -84,7 +84,10 @@ def test_a_step_without_a_row_for_a_centre_leaves_it_where_it_is():
 
     def none_masked(state, batch, part):
         views = batch.views(part)
-        return Terms(state.student.classify(views[0]).sum(), rows={"dino": views[0].new_empty(0, TINY["prototypes"])})
+        return Terms(
+            state.student.classify(views[0]).sum(),
+            centre_rows={"dino": views[0].new_empty(0, TINY["prototypes"])},
+        )
 
     optimiser_step(state, [(make_batch(), none_masked)])
     assert torch.equal(centre(state), before)
@@ -235,8 +238,8 @@ def test_out_of_memory_halves_the_pass_and_not_the_step(full):
         distilled(state, make_batch())
     assert crowded.micro == 1
     assert crowded.notes == [
-        "out of memory: 2 images a pass instead of 4, the same batch and result",
-        "out of memory: 1 images a pass instead of 2, the same batch and result",
+        "out of memory: 2 images in a forward pass instead of 4; same batch, same result",
+        "out of memory: 1 images in a forward pass instead of 2; same batch, same result",
     ]
     torch.testing.assert_close(parameters(roomy.student), parameters(crowded.student), rtol=1e-7, atol=1e-8)
 
@@ -244,7 +247,7 @@ def test_out_of_memory_halves_the_pass_and_not_the_step(full):
 def test_out_of_memory_with_one_image_stops_the_round():
     state = make_state()
     crowd(state, 1)
-    with pytest.raises(LearnerError, match="out of memory: one image a pass doesn't fit"):
+    with pytest.raises(LearnerError, match="out of memory: a single image does not fit"):
         distilled(state, make_batch())
 
 

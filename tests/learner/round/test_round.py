@@ -271,7 +271,7 @@ def test_batch_norm_that_sees_one_value_a_channel_stops_the_round_with_that_reas
     alone = {"prototypes": 0, "local_views": 0, "method": "kd", "kd_strategy": "base"}
     folder = make_round(tmp_path / "r", train=(1, 0), validation=0, calibration=0, arch="test_resnet", **alone)
     assert main([str(folder)]) == 3
-    assert result(folder)["reason"].startswith("batch norm: a pass over one image leaves one value a channel")
+    assert result(folder)["reason"].startswith("batch norm: a forward pass over one image leaves one value per channel")
 
 
 def test_first_round_without_labels_is_refused(tmp_path):
