@@ -123,7 +123,7 @@ def test_image_sides_follow_the_patch():
 @pytest.mark.parametrize("name", ["distl", "evolve"])
 def test_profile_cpu_trains_the_last_block_alone_of_a_pretrained_transformer_and_says_so(name):
     recipe = resolve(name, "cpu", {"backbone": "vit.safetensors"})
-    with pytest.warns(UserWarning, match="profile cpu: the lower 11 of 12 blocks stay as they are"):
+    with pytest.warns(UserWarning, match="profile cpu: the lower 11 of 12 blocks are frozen"):
         assert fit_sizes(recipe, build(plan_of("vit_tiny_patch16", 96))).frozen_blocks == 11
     assert fit_sizes(recipe, build(plan_of("resnet10t", 96))).frozen_blocks == 0
 
@@ -209,7 +209,7 @@ def test_patches_share_out_the_last_attentions_part_of_a_logit():
     assert maps.shape == (1, 2, 4, 4)
     block = backbone.vit.blocks[-1]
     tokens = backbone.vit.blocks[:-1](backbone.embed(images))
-    heads = trace.value.transpose(1, 2) * trace.look.transpose(1, 2)[..., None]  # what each token says, by head
+    heads = trace.value.transpose(1, 2) * trace.attention.transpose(1, 2)[..., None]  # what each token says, by head
     said = block.ls1(torch.nn.functional.linear(heads.flatten(2), block.attn.proj.weight))  # (1, tokens, D)
     torch.testing.assert_close(
         said.sum(1) + block.ls1(block.attn.proj.bias), block.ls1(block.attn(block.norm1(tokens)))[:, 0]

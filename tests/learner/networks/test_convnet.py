@@ -82,13 +82,13 @@ def test_every_property_notices_its_mutation(monkeypatch):
 
 
 def test_attention_is_refused_by_name():
-    with pytest.raises(LearnerError, match="resnet10t is a convolutional net and has no attention"):
+    with pytest.raises(LearnerError, match="resnet10t is a convolutional network and has no attention"):
         small().attentions(torch.rand(1, 1, 64, 64))
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mixer_s16_224"])
 def test_other_nets_are_refused(name):
-    with pytest.raises(LearnerError, match="or a convolutional net that takes any image size"):
+    with pytest.raises(LearnerError, match="or a convolutional network that takes any image size"):
         build(plan_of(name, 64))
 
 
@@ -137,7 +137,7 @@ def test_file_says_by_its_metadata_which_net_it_is(tmp_path):
 def test_file_without_metadata_needs_the_name(tmp_path):
     file = tmp_path / "w.safetensors"
     save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), file)
-    with pytest.raises(LearnerError, match='put its timm name, such as arch = "densenet121"'):
+    with pytest.raises(LearnerError, match='set the timm name, such as arch = "densenet121"'):
         read_weights(file, "vit_tiny_patch16")
     plan, _ = open_backbone(resolve("distl", "demo", {"backbone": str(file), "arch": "resnet10t"}))
     assert plan == {"timm": "resnet10t"}
