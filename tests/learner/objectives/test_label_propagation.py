@@ -110,7 +110,7 @@ def test_propagation_is_its_closed_form():
     points, truth = two_moons(60)
     matrix = label_propagation.affinity(*label_propagation.neighbours(points, 5))
     labels = few(truth)
-    ours = label_propagation.propagate(matrix, labels, damping=0.5, passes=60)  # .5^60: nothing is left out
+    ours = label_propagation.propagate(matrix, labels, damping=0.5, iterations=60)  # .5^60: nothing is left out
     seeds = torch.stack([(labels[:, 0] == v).float() / 3 for v in (1, 0)], 1)
     mass = torch.linalg.solve(torch.eye(60) - 0.5 * matrix.to_dense(), 0.5 * seeds)
     mass = mass.clamp(min=1e-12).log()
