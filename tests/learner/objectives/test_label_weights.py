@@ -8,7 +8,7 @@ from learner.errors import RecipeError
 from learner.objectives.class_losses import class_balance, label_loss, weight_table
 from learner.objectives.correction import supervised_step
 from learner.objectives.dino import correction
-from learner.objectives.teacher_student import supervised
+from learner.objectives.teacher_student import label_objective
 from learner.recipes import evolve
 from learner.recipes.kd import kd_objective
 from learner.round.manifest import load
@@ -28,7 +28,7 @@ BALANCE = {"class_weights": torch.tensor([0.5, 2.0]).double(), "positive_weights
 OBJECTIVES = {
     "t0, pseudo-label": lambda state, balance: correction(0.0, 1.0, balance),
     "distl": lambda state, balance: correction(0.5, 0.5, balance),
-    "evolve, pretrain": lambda state, balance: supervised(balance),
+    "evolve, pretrain": lambda state, balance: label_objective(balance),
     "kd": lambda state, balance: kd_objective(state.teacher, 1.0, balance),
 }
 
