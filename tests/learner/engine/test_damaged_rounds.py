@@ -66,7 +66,7 @@ def test_weights_that_the_last_step_blew_up_become_no_model(tmp_path):
     keys = {"t0_epochs": 1, "t0_lr": 1e15, "warmup_epochs": 0}
     folder = make_round(tmp_path / "r", train=(4, 0), validation=0, calibration=0, **keys)
     assert main([str(folder)]) == 3
-    assert "non-finite: answers to the probe" in result(folder)["reason"]
+    assert "non-finite: logits of the probe" in result(folder)["reason"]
     assert not (folder / "t0").exists()
 
 

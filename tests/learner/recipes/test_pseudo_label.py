@@ -99,7 +99,7 @@ def test_pseudo_labels_parent_of_another_network_than_the_backbone_is_refused(wh
     parent = {"bundle": "abc", "state": str(whole / "t0/state.safetensors")}
     folder = make_round(tmp_path / "r", parent=parent, **{**PSEUDO, "arch": "vit_tiny_patch8_depth2"})
     assert main([str(folder)]) == 3
-    assert "give the one the parent began with" in result(folder)["reason"]
+    assert "use the backbone that the parent was trained from" in result(folder)["reason"]
 
 
 @pytest.mark.parametrize("profile", ["gpu", "cpu", "demo"])

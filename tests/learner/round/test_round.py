@@ -170,7 +170,7 @@ def test_h_notices_a_resume_that_forgets(trained, tmp_path, monkeypatch, wrong):
     with monkeypatch.context() as patch:
         patch.setattr(ProgressWriter, "write_step", step_and_ask)
         assert main([str(folder)]) == 75
-    monkeypatch.setattr("learner.training.run.load_state", wrong)
+    monkeypatch.setattr("learner.engine.checkpoint.load_state", wrong)
     assert main([str(folder)]) == 0
     assert not same_weights(trained / "final/state.safetensors", folder / "final/state.safetensors")
 
