@@ -87,7 +87,7 @@ def test_frozen_blocks_that_a_parent_trained_are_the_same_in_both_networks(opene
 @pytest.mark.parametrize("targets", ["graph", "none"])
 def test_a_round_in_which_neighbours_have_no_label_to_pass_on_is_refused(opened, targets):
     run = opened(without_labels, targets=targets)
-    with pytest.raises(ManifestError, match='leave targets = "teacher"'):
+    with pytest.raises(ManifestError, match='or set targets = "teacher"'):
         evolve.train(run)
 
 
