@@ -40,7 +40,7 @@ def test_crop_is_antialiased_bicubic_like_pil(images):
     torch.testing.assert_close(ours[0], torch.tensor(np.asarray(theirs)), atol=1e-5, rtol=0)
 
 
-def test_crops_stay_inside_and_keep_their_share_of_the_image():
+def test_crops_lie_inside_the_image_with_the_drawn_area():
     numbers = torch.rand(500, augment.NUMBERS_PER_VIEW)
     top, left, high, wide = augment.crop_boxes(numbers, 96, (0.2, 0.6))
     assert (top >= 0).all()
@@ -52,7 +52,7 @@ def test_crops_stay_inside_and_keep_their_share_of_the_image():
     assert 0.55 < share.max() < 0.62
 
 
-def test_equalise_is_pils(images):
+def test_equalise_equals_pil(images):
     images = images**2 * 0.7
     ours = (augment.equalise(images) * 255).round()
     for i, image in enumerate(images):
@@ -61,7 +61,7 @@ def test_equalise_is_pils(images):
     assert torch.equal(augment.equalise(flat), flat)
 
 
-def test_autocontrast_stretches_and_leaves_a_flat_image(images):
+def test_autocontrast_stretches_and_keeps_a_constant_image(images):
     out = augment.autocontrast(images * 0.3 + 0.2)
     assert out.min() == 0
     assert out.max() == 1
@@ -69,7 +69,7 @@ def test_autocontrast_stretches_and_leaves_a_flat_image(images):
     assert torch.equal(augment.autocontrast(flat), flat)
 
 
-def test_blur_keeps_a_flat_image_and_the_mean_of_the_middle(images):
+def test_blur_keeps_a_constant_image_and_the_mean_of_the_centre(images):
     flat = torch.full((2, 16, 16), 0.4)
     torch.testing.assert_close(augment.blur(flat, torch.tensor([0.1, 2.0])), flat)
     torch.testing.assert_close(augment.blur(images, torch.full((3,), 0.01)), images)
@@ -83,7 +83,7 @@ def test_rotation_by_a_quarter_is_exact(images):
     torch.testing.assert_close(augment.rotate(images, torch.zeros(3)), images, atol=1e-5, rtol=0)
 
 
-def test_first_view_is_the_image_and_nothing_is_mirrored_unless_asked():
+def test_first_view_is_unaugmented_and_views_are_mirrored_only_with_flip():
     still = {"rotate": 0, "global_noise": 0, "global_scale": [1, 1], "mean": 0, "std": 1}
     recipe = resolve("distl", "demo", {**still, "image_size": 96, "local_size": 48})
     images = torch.rand(2, 1, 96, 96)
@@ -97,7 +97,7 @@ def test_first_view_is_the_image_and_nothing_is_mirrored_unless_asked():
     torch.testing.assert_close(mirrored[1], images.flip(-1), atol=1e-5, rtol=0)
 
 
-def test_a_batch_can_be_made_again_in_any_order_and_in_parts(tmp_path):
+def test_a_batch_is_the_same_in_any_order_and_in_parts(tmp_path):
     round_ = load(make_round(tmp_path / "r"))
 
     def feed():
@@ -112,7 +112,7 @@ def test_a_batch_can_be_made_again_in_any_order_and_in_parts(tmp_path):
     assert not torch.equal(other[1], batches[0][1])
 
 
-def test_labelled_passes_keep_every_image_and_unlabelled_ones_drop_the_short_batch(tmp_path):
+def test_labelled_epochs_have_all_images_and_unlabelled_ones_drop_the_short_batch(tmp_path):
     round_ = load(make_round(tmp_path / "r", train=(6, 9)))
     labelled = ImageFeed(round_.labelled, round_.recipe, torch.device("cpu"), "labelled", fixed_order=True)
     assert sorted(np.concatenate(labelled.order(0))) == list(range(6))
@@ -121,7 +121,7 @@ def test_labelled_passes_keep_every_image_and_unlabelled_ones_drop_the_short_bat
     assert [len(o) for o in unlabelled.order(0)] == [4, 4, 4]
 
 
-def test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time(images):
+def test_batched_views_equal_those_of_single_images_and_operations(images):
     recipe = resolve(
         "distl", "demo", {"image_size": 48, "local_size": 24, "local_views": 5, "global_noise": 0.5, "flip": True}
     )
@@ -151,15 +151,15 @@ def opposite(images, chosen, change, real=augment.apply_where):
 
 
 MUTATIONS = [
-    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "apply_where", opposite),
-    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "apply_where", lambda images, *_: images),
-    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "BLUR", (0.1, 1.0)),
+    ("test_batched_views_equal_those_of_single_images_and_operations", "apply_where", opposite),
+    ("test_batched_views_equal_those_of_single_images_and_operations", "apply_where", lambda images, *_: images),
+    ("test_batched_views_equal_those_of_single_images_and_operations", "BLUR", (0.1, 1.0)),
     ("test_resize_is_antialiased_bilinear_like_pil", "resize_matrix", lambda old, new, real=augment.resize_matrix: real(old, new).round()),
     ("test_crop_is_antialiased_bicubic_like_pil", "crop_matrix", lambda a, b, c, d, real=augment.crop_matrix: real(a + 1, b, c, d)),
-    ("test_crops_stay_inside_and_keep_their_share_of_the_image", "ASPECT", (-3.0, 3.0)),
-    ("test_equalise_is_pils", "equalise", lambda images: images),
-    ("test_autocontrast_stretches_and_leaves_a_flat_image", "autocontrast", lambda images: images.clamp(0, 1)),
-    ("test_blur_keeps_a_flat_image_and_the_mean_of_the_middle", "blur", lambda images, sigma: images),
+    ("test_crops_lie_inside_the_image_with_the_drawn_area", "ASPECT", (-3.0, 3.0)),
+    ("test_equalise_equals_pil", "equalise", lambda images: images),
+    ("test_autocontrast_stretches_and_keeps_a_constant_image", "autocontrast", lambda images: images.clamp(0, 1)),
+    ("test_blur_keeps_a_constant_image_and_the_mean_of_the_centre", "blur", lambda images, sigma: images),
     ("test_rotation_by_a_quarter_is_exact", "rotate", lambda images, degrees, real=augment.rotate: real(images, -degrees)),
 ]  # fmt: skip
 

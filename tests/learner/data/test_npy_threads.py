@@ -41,7 +41,7 @@ def saved(array: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("reader", ["the learner's plate", "the store's plate", "a heatmap", "a request", "a probe"])
-def test_many_threads_read_arrays_at_once(tmp_path, collecting, reader):
+def test_many_threads_read_arrays_at_the_same_time(tmp_path, collecting, reader):
     path, small, body = tmp_path / "plate.npy", saved(np.zeros((1, 8, 8), np.uint8)), saved(PLATE[None])
     np.save(path, PLATE)
     np.savez(tmp_path / "probe.npz", plates=PLATE[None], logits=np.zeros((1, 1), np.float32))

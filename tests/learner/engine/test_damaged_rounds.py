@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_checkpoint_of_another_manifest_is_refused(tmp_path):
+def test_checkpoint_of_another_manifest_is_rejected(tmp_path):
     folder = make_round(tmp_path / "r", until="2020-01-01T05:00:00+00:00")
     assert main([str(folder)]) == 75
     write_manifest(folder, read_manifest(folder) | {"seed": 9})
@@ -41,7 +41,7 @@ def empty(path):
 
 
 @pytest.mark.parametrize("spoil", [cut, foreign, empty])
-def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_without_it_the_round_goes_on(tmp_path, spoil):
+def test_a_damaged_checkpoint_is_named_and_without_it_the_round_starts(tmp_path, spoil):
     folder = make_round(tmp_path / "r", until="2020-01-01T05:00:00+00:00")
     assert main([str(folder)]) == 75
     spoil(folder / "checkpoint/state.safetensors")
@@ -52,7 +52,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_without_it_the_r
 
 
 @pytest.mark.parametrize("spoil", [cut, foreign, empty])
-def test_a_damaged_or_foreign_parent_is_refused_by_name(trained, tmp_path, spoil):
+def test_a_damaged_parent_is_named(trained, tmp_path, spoil):
     state = tmp_path / "parent.safetensors"
     shutil.copy(trained / "final/state.safetensors", state)
     spoil(state)
@@ -61,7 +61,7 @@ def test_a_damaged_or_foreign_parent_is_refused_by_name(trained, tmp_path, spoil
     assert "parent.safetensors" in result(folder)["reason"]
 
 
-def test_weights_that_the_last_step_blew_up_become_no_model(tmp_path):
+def test_weights_that_diverge_in_the_last_step_are_not_exported(tmp_path):
     """Its loss was a number: only what the network then answers tells."""
     keys = {"t0_epochs": 1, "t0_lr": 1e15, "warmup_epochs": 0}
     folder = make_round(tmp_path / "r", train=(4, 0), validation=0, calibration=0, **keys)
@@ -70,7 +70,7 @@ def test_weights_that_the_last_step_blew_up_become_no_model(tmp_path):
     assert not (folder / "t0").exists()
 
 
-def test_memory_that_runs_out_outside_of_a_step_stops_the_round_with_that_reason(tmp_path, monkeypatch):
+def test_running_out_of_memory_outside_of_a_step_stops_the_round(tmp_path, monkeypatch):
     folder = make_round(tmp_path / "r")
     monkeypatch.setattr("learner.training.run.prepare_device", lambda recipe: torch.empty(1 << 60))
     assert main([str(folder)]) == 3
@@ -80,7 +80,7 @@ def test_memory_that_runs_out_outside_of_a_step_stops_the_round_with_that_reason
 @pytest.mark.parametrize(
     "keys", [{}, {**ALONE, "method": "kd", "kd_teacher": CONVNET}, {**ALONE, "method": "pseudo-label"}]
 )
-def test_a_halved_pass_is_noted_for_the_card_also_where_another_process_ends_the_round(tmp_path, monkeypatch, keys):
+def test_the_note_about_halved_parts_reaches_the_card_in_a_later_process(tmp_path, monkeypatch, keys):
     """It happens at the first step of T=0; later phases, some of other networks, carry the note on."""
     folder = make_round(
         tmp_path / "r", train=(4, 0), validation=0, calibration=0, **{**keys, "t0_epochs": 1, "epochs": 1}

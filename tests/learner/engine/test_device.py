@@ -25,7 +25,7 @@ CASES = {
 }  # fmt: skip
 
 
-def test_every_recipe_learns_on_a_device_apart_and_the_first_learns_what_it_learns_on_the_host(tmp_path):
+def test_every_recipe_trains_on_a_fake_device_and_distl_as_on_the_cpu(tmp_path):
     """Attention is another kernel's there, so sums are rounded anew: of the others that would move ranks of neighbours."""
     apart = [make_round(tmp_path / str(n), **recipe) for n, recipe in enumerate(CASES.values())]
     words = [sys.executable, "-m", "tests.support.learner.fake_device", *map(str, apart)]

@@ -71,25 +71,25 @@ def assert_alike(one, other):
     np.testing.assert_allclose(one[2], other[2], rtol=1e-7, atol=1e-9)
 
 
-def test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three():
+def test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks():
     alone = after(distil_step)
     for world in (2, 3):
         for given in together(world, lambda: after(distil_step)):
             assert_alike(given, alone)
 
 
-def test_unknown_labels_weigh_alike_wherever_they_fall():
+def test_the_loss_does_not_depend_on_which_rank_has_the_unknown_labels():
     alone = after(correction_step, labels=LABELS)
     for given in together(2, lambda: after(correction_step, labels=LABELS)):
         assert_alike(given, alone)
 
 
-def test_a_rank_without_an_image_takes_the_same_step():
+def test_a_rank_without_images_makes_the_same_step():
     alone = after(distil_step, samples=2)
     assert_alike(together(3, lambda: after(distil_step, samples=2))[0], alone)
 
 
-def test_a_network_part_that_no_image_reached_stays_without_a_gradient():
+def test_unused_parameters_have_no_gradient_on_several_ranks():
     def untouched():
         state = make_state(correct_loss="ce")
         correction_step(state, shared(2, LABELS[:2]))
@@ -100,7 +100,7 @@ def test_a_network_part_that_no_image_reached_stays_without_a_gradient():
     assert together(3, untouched) == [alone] * 3
 
 
-def test_shares_are_whole_in_order_and_even(monkeypatch):
+def test_rank_slices_cover_all_items_in_order_and_evenly(monkeypatch):
     for world in (1, 2, 3, 5):
         for count in (0, 1, 2, 7):
             parts = []
@@ -113,7 +113,7 @@ def test_shares_are_whole_in_order_and_even(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["unlabelled", "labelled"])
-def test_ranks_make_the_views_of_one_process_image_by_sample(tmp_path, monkeypatch, name):
+def test_ranks_make_the_same_views_as_a_single_process(tmp_path, monkeypatch, name):
     samples = []
     for i in range(5):
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(0, 255, (512, 512)).astype(np.uint8))
@@ -139,7 +139,7 @@ def test_ranks_make_the_views_of_one_process_image_by_sample(tmp_path, monkeypat
             assert torch.equal(torch.cat(parts), whole_view)
 
 
-def test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all():
+def test_out_of_memory_on_one_rank_halves_the_parts_of_all():
     def walked():
         state = make_state()
         if distributed.rank() == 1:
@@ -159,7 +159,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all():
     assert together(2, walked) == [(1, [note])] * 2
 
 
-def test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_reason():
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all():
     def bad():
         state = make_state()
         before = parameters(state.student)
@@ -188,7 +188,7 @@ def test_a_signal_to_one_rank_pauses_all(tmp_path):
     assert together(2, asked) == ["SIGTERM"] * 2
 
 
-def test_a_refusal_on_one_rank_is_the_last_word_of_all():
+def test_an_error_on_one_rank_ends_all_with_its_reason():
     def refuse():
         if distributed.rank() == 1:
             return distributed.announce_exit("stopped", "no plate")
@@ -200,7 +200,7 @@ def test_a_refusal_on_one_rank_is_the_last_word_of_all():
     assert together(2, refuse) == [("stopped", "no plate")] * 2
 
 
-def test_the_first_rank_works_alone_and_the_others_read_what_it_found():
+def test_on_rank_zero_runs_alone_and_returns_its_value_on_all_ranks():
     def found():
         return distributed.on_rank_zero(
             lambda: (distributed.world_size(), distributed.gather_values(7))
@@ -209,7 +209,7 @@ def test_the_first_rank_works_alone_and_the_others_read_what_it_found():
     assert together(2, found) == [((1, [7]), 2)] * 2
 
 
-def test_the_first_rank_alone_has_whole_batches():
+def test_rank_zero_alone_has_whole_batches():
     def sizes():
         return distributed.on_rank_zero(lambda: shared().size), shared().size
 
@@ -226,46 +226,50 @@ def local_mean(rows):
 
 MUTATIONS = [
     (
-        "test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three",
+        "test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks",
         (distributed, "sum_over_ranks"),
         nothing,
     ),
     (
-        "test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three",
+        "test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks",
         (distributed, "mean_over_ranks"),
         local_mean,
     ),
-    ("test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three", (dino, "share_of"), lambda b, p: 1.0),
+    ("test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks", (dino, "share_of"), lambda b, p: 1.0),
     (
-        "test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three",
+        "test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks",
         (collapse_monitors, "max_share"),
         lambda assigned: assigned.mean(0, dtype=torch.float64).max(),
     ),
     (
-        "test_unknown_labels_weigh_alike_wherever_they_fall",
+        "test_the_loss_does_not_depend_on_which_rank_has_the_unknown_labels",
         (dino, "label_loss"),
         lambda student, labels, known: step_label_loss(student, labels),
     ),
-    ("test_a_rank_without_an_image_takes_the_same_step", (distributed, "mean_over_ranks"), local_mean),
+    ("test_a_rank_without_images_makes_the_same_step", (distributed, "mean_over_ranks"), local_mean),
     (
-        "test_a_network_part_that_no_image_reached_stays_without_a_gradient",
+        "test_unused_parameters_have_no_gradient_on_several_ranks",
         (distributed, "gather_values"),
         lambda value: [value] * 3,
     ),
-    ("test_shares_are_whole_in_order_and_even", (distributed, "rank_slice"), lambda count: slice(0, count)),
     (
-        "test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all",
+        "test_rank_slices_cover_all_items_in_order_and_evenly",
+        (distributed, "rank_slice"),
+        lambda count: slice(0, count),
+    ),
+    (
+        "test_out_of_memory_on_one_rank_halves_the_parts_of_all",
         (distributed, "gather_values"),
         lambda value: [value],
     ),
     (
-        "test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_reason",
+        "test_a_loss_that_is_not_finite_on_one_rank_stops_all",
         (distributed, "gather_values"),
         lambda value: [value],
     ),
     ("test_a_signal_to_one_rank_pauses_all", (distributed, "gather_values"), lambda value: [value]),
     (
-        "test_the_first_rank_works_alone_and_the_others_read_what_it_found",
+        "test_on_rank_zero_runs_alone_and_returns_its_value_on_all_ranks",
         (distributed, "on_rank_zero"),
         lambda work: work(),
     ),

@@ -20,7 +20,7 @@ def learner(disk, folder):
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_full_disk_pauses_the_round_keeps_its_checkpoint_whole_and_with_room_it_goes_on(tmp_path):
+def test_a_full_disk_pauses_the_round_and_keeps_its_checkpoint(tmp_path):
     with small_disk(tmp_path / "disk", DISK_MB) as disk:
         folder = make_round(disk.seen / "r", t0_epochs=100_000, checkpoint_seconds=0)
         process = learner(disk, "r")

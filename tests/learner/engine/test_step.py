@@ -65,7 +65,7 @@ def parameters(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def test_unknown_labels_weigh_nothing():
+def test_unknown_labels_have_no_weight():
     logits = torch.randn(3, 2).double().requires_grad_()
     labels = torch.tensor([[1.0, float("nan")], [float("nan")] * 2, [0.0, 1.0]]).double()
     loss = label_loss(logits, labels)
@@ -77,7 +77,7 @@ def test_unknown_labels_weigh_nothing():
     assert label_loss(logits, labels * float("nan")).item() == 0
 
 
-def test_a_step_without_a_row_for_a_centre_leaves_it_where_it_is():
+def test_a_step_without_rows_for_a_centre_does_not_move_it():
     """As when none of a small batch's views is masked (one in four of a single image's steps)."""
     state = make_state()
     before = centre(state).fill_(0.25).clone()
@@ -93,7 +93,7 @@ def test_a_step_without_a_row_for_a_centre_leaves_it_where_it_is():
     assert torch.equal(centre(state), before)
 
 
-def test_half_a_batch_at_a_time_gives_the_same_labelled_step():
+def test_a_labelled_step_in_two_parts_equals_a_whole_one():
     labels = torch.tensor([[1.0, float("nan")], [0.0, 1.0], [float("nan")] * 2, [1.0, 1.0]]).double()
     whole, parts = make_state(), make_state()
     parts.micro = 2
@@ -103,7 +103,7 @@ def test_half_a_batch_at_a_time_gives_the_same_labelled_step():
     assert mine["loss"] == pytest.approx(theirs["loss"])
 
 
-def test_g_correction_moves_the_centre_but_never_the_teacher():
+def test_correction_moves_the_centre_but_not_the_teacher():
     state = make_state()
     before, kept = parameters(state.teacher), centre(state).clone()
     correction_step(state, make_batch(labels=torch.ones(4, 2).double()))
@@ -111,7 +111,7 @@ def test_g_correction_moves_the_centre_but_never_the_teacher():
     assert not torch.equal(centre(state), kept)
 
 
-def test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam():
+def test_correction_with_learning_rate_zero_changes_only_centre_and_adam():
     state = make_state()
     state.schedule.lr[:] = 0
     before = parameters(state.student)
@@ -136,27 +136,27 @@ def at_some_rate(optimiser, schedule, step):
 
 MUTATIONS = [
     (
-        test_g_correction_moves_the_centre_but_never_the_teacher,
+        test_correction_moves_the_centre_but_not_the_teacher,
         "learner.objectives.correction.optimiser_step",
         followed,
     ),
     (
-        test_g_correction_moves_the_centre_but_never_the_teacher,
+        test_correction_moves_the_centre_but_not_the_teacher,
         "learner.objectives.dino.DinoLoss.move",
         lambda dino, mean: None,
     ),
     (
-        test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam,
+        test_correction_with_learning_rate_zero_changes_only_centre_and_adam,
         "learner.objectives.dino.DinoLoss.move",
         lambda dino, mean: None,
     ),
     (
-        test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam,
+        test_correction_with_learning_rate_zero_changes_only_centre_and_adam,
         "learner.engine.step.set_rates",
         at_some_rate,
     ),
     (
-        test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam,
+        test_correction_with_learning_rate_zero_changes_only_centre_and_adam,
         "torch.optim.AdamW.step",
         lambda optimiser: None,
     ),
@@ -164,19 +164,19 @@ MUTATIONS = [
 
 
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
-def test_g_notices_its_mutations(monkeypatch, test, attribute, wrong):
+def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong):
     monkeypatch.setattr(attribute, wrong)
     with pytest.raises(AssertionError):
         test()
 
 
-def test_label_only_correction_leaves_the_centre():
+def test_correction_with_labels_only_does_not_move_the_centre():
     state = make_state(correct_loss="ce")
     correction_step(state, make_batch(labels=torch.ones(4, 2).double()))
     assert not centre(state).any()
 
 
-def test_poisoned_teacher_teaches_the_opposite():
+def test_a_poisoned_teacher_inverts_the_gradient():
     teacher = torch.tensor([[3.0, -2.0]])
     student = torch.zeros(1, 2, requires_grad=True)
     self_training_loss(student, teacher).backward()
@@ -186,7 +186,7 @@ def test_poisoned_teacher_teaches_the_opposite():
     torch.testing.assert_close(student.grad, -honest)
 
 
-def test_moving_average_ends():
+def test_ema_with_momentum_one_and_zero():
     one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     kept = parameters(one)
     ema_update(one, other, 1.0)
@@ -195,7 +195,7 @@ def test_moving_average_ends():
     assert torch.equal(parameters(one), parameters(other))
 
 
-def test_corrections_fall_due_at_intervals():
+def test_corrections_are_due_at_intervals():
     recipe = resolve("distl", "gpu")
     assert [s for s in range(1501) if correction_due(recipe, s)] == [0, 500, 1000, 1500]
     later = replace(recipe, correct_first=False)
@@ -230,7 +230,7 @@ def crowd(state, room, full=device_is_full):
 
 
 @pytest.mark.parametrize("full", [device_is_full, machine_is_full])
-def test_out_of_memory_halves_the_pass_and_not_the_step(full):
+def test_out_of_memory_halves_the_parts_and_keeps_the_step(full):
     roomy, crowded = make_state(), make_state()
     crowd(crowded, 2, full)  # two views of one image
     for state in (roomy, crowded):
@@ -251,7 +251,7 @@ def test_out_of_memory_with_one_image_stops_the_round():
         distilled(state, make_batch())
 
 
-def test_an_error_of_another_kind_is_no_lack_of_memory():
+def test_other_errors_are_not_taken_for_out_of_memory():
     state = make_state()
     crowd(state, 1, lambda: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
@@ -259,7 +259,7 @@ def test_an_error_of_another_kind_is_no_lack_of_memory():
     assert state.notes == []
 
 
-def test_loss_that_is_no_number_stops_before_the_weights_are_touched():
+def test_a_loss_that_is_not_finite_stops_before_weights_change():
     state = make_state()
     before = parameters(state.student)
     bad = Batch(4, lambda part: [torch.full((4, 1, s, s), float("inf")).double() for s in (16, 16, 8, 8)])
@@ -268,7 +268,7 @@ def test_loss_that_is_no_number_stops_before_the_weights_are_touched():
     assert torch.equal(parameters(state.student), before)
 
 
-def test_network_that_sees_every_image_alike_is_called_collapsed():
+def test_a_network_with_equal_embeddings_is_called_collapsed():
     state = make_state()
     for network in (state.student, state.teacher):
         torch.nn.init.zeros_(network.backbone.vit.patch_embed.proj.weight)
@@ -279,7 +279,7 @@ def test_network_that_sees_every_image_alike_is_called_collapsed():
     assert len(steps) == PATIENCE - 1
 
 
-def test_one_image_alone_is_no_collapse():
+def test_a_single_image_is_not_called_collapsed():
     state = make_state()
     distilled(state, make_batch(samples=1))
     assert state.step == STEPS

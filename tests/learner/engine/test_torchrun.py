@@ -134,7 +134,7 @@ RECIPES = {
 }
 
 
-def test_two_processes_learn_what_one_learns_by_the_other_recipes(tmp_path):
+def test_two_ranks_train_like_one_with_the_other_recipes(tmp_path):
     """Transformers without stochastic depth: every sum of these recipes is over the whole batch. Nothing is exported.
 
     Adam's eps is larger than a rounding (see `Bare`): at 1e-8 one weight in 35 000 differs by up to 2e-5.
@@ -165,7 +165,7 @@ def test_two_processes_learn_what_one_learns_by_the_other_recipes(tmp_path):
         assert steps(two) == steps(one)
 
 
-def test_two_processes_learn_what_one_learns(alone, copy):
+def test_two_ranks_train_like_one(alone, copy):
     finished(learner(copy, TORCHRUN), copy)
     assert difference(alone, copy) <= 1e-6
     np.testing.assert_allclose(answers(copy), answers(alone), atol=1e-6)
@@ -175,7 +175,7 @@ def test_two_processes_learn_what_one_learns(alone, copy):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_worker_that_is_killed_is_started_again_and_nothing_is_lost(alone, copy, rank):
+def test_a_killed_worker_is_restarted_and_nothing_is_lost(alone, copy, rank):
     process = learner(copy, TORCHRUN)
     at = random.randint(1, steps(alone) - 1)
     wait_until(lambda: (copy / "checkpoint/state.safetensors").exists() and steps(copy) >= at, process, copy)
@@ -186,7 +186,7 @@ def test_a_worker_that_is_killed_is_started_again_and_nothing_is_lost(alone, cop
     assert steps(copy) == steps(alone)
 
 
-def test_two_torchruns_as_on_two_machines_share_a_round_and_both_begin_again_when_a_worker_of_one_dies(alone, copy):
+def test_two_torchruns_share_a_round_and_restart_when_a_worker_dies(alone, copy):
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test"]
     each = [TORCHRUN[0], "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", *meet, "--local-addr"]
     other = learner(copy, [*each, "127.0.0.2"])
@@ -199,7 +199,7 @@ def test_two_torchruns_as_on_two_machines_share_a_round_and_both_begin_again_whe
     assert result(copy)["state"] == "trained"
 
 
-def test_sigterm_of_torchrun_leaves_a_checkpoint_within_twenty_seconds(copy):
+def test_sigterm_to_torchrun_writes_a_checkpoint_within_20_seconds(copy):
     write_manifest(copy, with_recipe(copy, t0_epochs=5000, checkpoint_seconds=60))
     process = learner(copy, TORCHRUN)
     wait_until(lambda: (copy / "progress.json").exists(), process, copy)
@@ -211,7 +211,7 @@ def test_sigterm_of_torchrun_leaves_a_checkpoint_within_twenty_seconds(copy):
     assert read_file(copy / "checkpoint/state.safetensors")[1]["cursor"]["step"] > 0
 
 
-def test_a_worker_that_waits_for_the_others_can_be_ended(copy, monkeypatch):
+def test_a_worker_that_waits_for_others_ends_on_sigterm(copy, monkeypatch):
     port = free_port()
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(key, value)
@@ -229,7 +229,7 @@ def listens(port):
         return asked.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_sigterm_of_one_worker_pauses_all_and_torchrun_starts_none_again(copy):
+def test_sigterm_to_one_worker_pauses_all_and_torchrun_restarts_none(copy):
     write_manifest(copy, with_recipe(copy, t0_epochs=5000))
     process = learner(copy, TORCHRUN)
     wait_until(lambda: (copy / "progress.json").exists(), process, copy)
@@ -238,7 +238,7 @@ def test_sigterm_of_one_worker_pauses_all_and_torchrun_starts_none_again(copy):
     assert (result(copy)["state"], result(copy)["reason"]) == ("paused", "SIGTERM")
 
 
-def test_workers_whose_torchrun_was_killed_pause_and_leave_the_round_free(copy):
+def test_workers_of_a_killed_torchrun_pause_and_free_the_lock(copy):
     write_manifest(copy, with_recipe(copy, t0_epochs=5000))
     process = learner(copy, TORCHRUN)
     wait_until(lambda: (copy / "progress.json").exists(), process, copy)
@@ -251,7 +251,7 @@ def test_workers_whose_torchrun_was_killed_pause_and_leave_the_round_free(copy):
     assert read_file(copy / "checkpoint/state.safetensors")[1]["cursor"]["step"] > 0
 
 
-def test_a_refusal_is_said_once_and_not_tried_again(copy):
+def test_an_error_in_the_manifest_is_printed_once_and_not_retried(copy):
     manifest = read_manifest(copy)
     manifest["images"][0]["range"] = "golden"
     write_manifest(copy, manifest)

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
 
-def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps(tmp_path, monkeypatch):
+def test_the_running_mean_covers_the_last_fifth_of_the_steps(tmp_path, monkeypatch):
     students, step = [], ProgressWriter.write_step
 
     def watched(progress, state, losses):
@@ -36,7 +36,7 @@ def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps
     assert not any(key.startswith("extra.") for key in read_file(folder / "final/state.safetensors")[0])
 
 
-def test_the_running_mean_is_served_where_validation_prefers_it(tmp_path):
+def test_the_running_mean_is_chosen_where_it_is_best_on_validation(tmp_path):
     run = Run(load(make(tmp_path / "r", samples={"validation": 24}, refit="none", average="all")))
     final = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     champion = run.new_network()
@@ -54,7 +54,7 @@ def test_the_running_mean_is_served_where_validation_prefers_it(tmp_path):
     run.progress.close()
 
 
-def test_batch_norm_of_averaged_weights_is_measured_on_the_images(tmp_path):
+def test_batch_norm_of_averaged_weights_is_computed_from_the_images(tmp_path):
     folder = make(tmp_path / "r", arch="test_resnet", average="all", refit="none", lam=0.0, prototypes=0, local_views=0)
     assert main([str(folder)]) == 0, result(folder)
     run = Run(load(folder))
@@ -71,7 +71,7 @@ def test_batch_norm_of_averaged_weights_is_measured_on_the_images(tmp_path):
 
 
 @pytest.mark.parametrize(("factor", "chosen"), [(-1.0, "champion"), (0.5, "teacher")])
-def test_only_a_round_that_did_harm_is_taken_back(tmp_path, factor, chosen):
+def test_the_champion_is_kept_only_where_the_round_made_it_worse(tmp_path, factor, chosen):
     run = Run(load(make(tmp_path / "r", samples={"validation": 24}, refit="none", average="ema")))
     samples = run.manifest.of("validation")
     final = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))

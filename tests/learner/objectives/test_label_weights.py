@@ -53,13 +53,13 @@ def test_the_gradient_of_an_unknown_label_is_exactly_zero_in_every_recipe(recipe
     assert not logits.grad[:-4].any()
 
 
-def test_known_labels_pull_alike_whatever_stands_beside_them():
+def test_gradients_of_known_labels_do_not_depend_on_other_labels():
     logits = torch.randn(4, 2).double().requires_grad_()
     label_loss(logits, SOME).backward()
     torch.testing.assert_close(logits.grad, ((logits.sigmoid() - SOME) / 5).nan_to_num(0.0).detach())
 
 
-def test_a_rare_positive_gets_the_weight_and_its_finding_no_more_than_before():
+def test_a_rare_positive_weighs_more_and_its_finding_as_before():
     balance = class_balance(RARE)
     rare = (1 - 0.999**8) / (1 - 0.999)  # over 1 positive
     torch.testing.assert_close(balance["positive_weights"][0], torch.tensor(rare).float())
@@ -69,13 +69,13 @@ def test_a_rare_positive_gets_the_weight_and_its_finding_no_more_than_before():
 
 
 @pytest.mark.parametrize("finding", [1, 2, 3], ids=["no positive", "no negative", "nobody labelled it"])
-def test_a_finding_without_two_classes_is_as_it_was(finding):
+def test_a_finding_with_one_class_keeps_equal_weights(finding):
     labels, logits = RARE[:, [finding]], torch.linspace(-2, 2, 12)[:, None]
     plain, weighed = label_loss(logits, labels), label_loss(logits, labels, **class_balance(labels))
     torch.testing.assert_close(weighed, plain)
 
 
-def test_the_loss_is_that_of_its_table_of_weights():
+def test_the_loss_equals_that_of_the_weight_table():
     logits, balance = torch.randn(12, 4), class_balance(RARE)
     each = torch.nn.functional.binary_cross_entropy_with_logits(logits, RARE.nan_to_num(0), reduction="none")
     known = ~RARE.isnan()
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_its_table_of_weights():
     assert weight_table(RARE, {}) is None
 
 
-def test_weights_are_counted_on_train_labels_alone(tmp_path):
+def test_weights_come_from_train_labels_only(tmp_path):
     one = opened(tmp_path / "one", balance="effective", method="evolve")
     mine = label_balance(one)
     manifest = read_manifest(one.manifest.folder)
@@ -102,7 +102,7 @@ def test_weights_are_counted_on_train_labels_alone(tmp_path):
     }
 
 
-def test_a_balanced_step_is_another_than_a_plain_one_by_the_weights(tmp_path):
+def test_a_balanced_step_uses_the_weights(tmp_path):
     run = opened(tmp_path / "r", method="pseudo-label", balance="effective", train=(7, 0))
     feed, losses = run.labelled_feed("t0"), {}
     for kind, balance in {"plain": {}, "balanced": label_balance(run)}.items():
@@ -118,7 +118,7 @@ def test_a_balanced_step_is_another_than_a_plain_one_by_the_weights(tmp_path):
     run.progress.close()
 
 
-def test_the_first_class_head_of_evolve_is_fitted_on_the_same_weights(tmp_path, monkeypatch):
+def test_the_first_class_head_of_evolve_is_fitted_with_the_weights(tmp_path, monkeypatch):
     run = opened(tmp_path / "r", method="evolve", class_hidden=0, balance="effective")
     fit, given = evolve.logistic.fit, []
     monkeypatch.setattr(evolve.logistic, "fit", lambda *words: given.append(words) or fit(*words))
@@ -128,7 +128,7 @@ def test_the_first_class_head_of_evolve_is_fitted_on_the_same_weights(tmp_path, 
     run.progress.close()
 
 
-def test_recipes_say_what_their_labels_weigh():
+def test_each_recipe_has_its_balance():
     said = {name: resolve(name, "cpu").balance for name in ("distl", "evolve", "pseudo-label", "kd", "pretrain")}
     assert said == {name: "effective" if name in ("pseudo-label", "kd") else "none" for name in said}
     with pytest.raises(RecipeError, match="as published"):

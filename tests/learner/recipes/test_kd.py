@@ -51,27 +51,27 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_phase_has_its_steps_and_leaves_two_models(whole, case):
+def test_each_phase_has_its_steps_and_two_models_are_exported(whole, case):
     check_phases(whole(case), PHASES[case])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_h_stopping_after_every_single_step_changes_no_bit(whole, tmp_path, monkeypatch, case):
+def test_pausing_after_every_step_changes_no_bit(whole, tmp_path, monkeypatch, case):
     folder, steps = make_round(tmp_path / "r", **CASES[case]), sum(PHASES[case].values())
     check_stopping_after_every_step(whole(case), folder, steps, monkeypatch)
 
 
-def test_killed_while_the_student_learns_and_restarted_equals_the_uninterrupted_one(whole, tmp_path):
+def test_a_round_killed_in_training_and_restarted_equals_an_uninterrupted_one(whole, tmp_path):
     check_killed_and_restarted(whole("standard"), make_round(tmp_path / "r", checkpoint_seconds=0, **KD))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_served_network_is_the_taught_one(whole, case):
+def test_the_served_network_is_the_student(whole, case):
     plan = read_file(whole(case) / "final/state.safetensors", tensors=False)[1]["plan"]
     assert plan.get("timm") == (None if case == "standard" else CONVNET)
 
 
-def test_round_without_labels_is_refused(tmp_path):
+def test_a_round_without_labels_is_rejected(tmp_path):
     folder = make_round(tmp_path / "r", train=(0, 8), **KD)
     assert main([str(folder)]) == 3
     assert "no labelled train image" in result(folder)["reason"]
@@ -79,7 +79,7 @@ def test_round_without_labels_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["base", "standard", "self"])
-def test_kd_goes_on_from_a_parent(whole, tmp_path, strategy):
+def test_kd_starts_from_a_parent(whole, tmp_path, strategy):
     """As the student, but in `self` as the teacher of one that starts anew."""
     state = whole("standard") / "final/state.safetensors"
     parent, begun = {"bundle": "abc", "state": str(state)}, []
@@ -99,14 +99,14 @@ def test_kd_goes_on_from_a_parent(whole, tmp_path, strategy):
     assert {row["phase"] for row in rows_of(folder)} == {"kd"} | ({"teacher"} if strategy == "standard" else set())
 
 
-def test_reversed_has_no_parent(whole, tmp_path):
+def test_reversed_rejects_a_parent(whole, tmp_path):
     parent = {"bundle": "abc", "state": str(whole("standard") / "t0/state.safetensors")}
     folder = make_round(tmp_path / "r", parent=parent, **KD, kd_strategy="reversed")
     assert main([str(folder)]) == 3
     assert 'use "standard"' in result(folder)["reason"]
 
 
-def test_teacher_that_cannot_see_the_images_is_refused_before_anything_is_trained(tmp_path):
+def test_a_teacher_of_another_image_size_is_rejected_before_training(tmp_path):
     folder = make_round(tmp_path / "r", **{**KD, "kd_teacher": "vit_tiny_patch7_depth1"})
     assert main([str(folder)]) == 3
     assert "no multiple of its patch 7" in result(folder)["reason"]
@@ -114,7 +114,7 @@ def test_teacher_that_cannot_see_the_images_is_refused_before_anything_is_traine
 
 
 @pytest.mark.parametrize("profile", ["gpu", "cpu", "demo"])
-def test_the_recipe_carries_no_prototypes_and_no_crops_at_any_size(profile):
+def test_the_recipe_has_no_prototypes_and_no_local_views_in_any_profile(profile):
     recipe = resolve("kd", profile)
     assert (recipe.method, recipe.prototypes, recipe.local_views) == ("kd", 0, 0)
 
@@ -122,7 +122,7 @@ def test_the_recipe_carries_no_prototypes_and_no_crops_at_any_size(profile):
 # -- what no step may do; each is told to fail in MUTATIONS
 
 
-def test_teacher_of_kd_stands_still_in_eval_mode(tmp_path):
+def test_the_teacher_of_kd_does_not_change_and_is_in_eval_mode(tmp_path):
     folder, seen = make_round(tmp_path / "r", **KD, validation=0, calibration=0), []
     step = kd.kd_step
 
@@ -148,7 +148,7 @@ def kd_step(run, feeds, teacher=None, **recipe):
     return kd.kd_step(state, teacher, feeds), state
 
 
-def test_images_without_a_label_bring_answers_only(tmp_path):
+def test_unlabelled_images_have_only_the_distillation_loss(tmp_path):
     run = opened(tmp_path / "r", **KD)
     teacher = run.new_network()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
@@ -165,7 +165,7 @@ def test_images_without_a_label_bring_answers_only(tmp_path):
     run.progress.close()
 
 
-def test_step_in_parts_costs_what_the_whole_costs(tmp_path):
+def test_a_step_in_parts_has_the_loss_of_a_whole_one(tmp_path):
     run = opened(tmp_path / "r", **KD)
     teacher = run.new_network()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
@@ -180,7 +180,7 @@ def test_step_in_parts_costs_what_the_whole_costs(tmp_path):
     run.progress.close()
 
 
-def test_loss_is_the_bernoulli_form_on_the_same_view(tmp_path):
+def test_the_loss_is_the_bernoulli_form_on_the_same_view(tmp_path):
     run = opened(tmp_path / "r", **KD)
     teacher = run.new_network().eval()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
@@ -198,7 +198,7 @@ def test_loss_is_the_bernoulli_form_on_the_same_view(tmp_path):
     run.progress.close()
 
 
-def test_without_the_teachers_share_a_step_is_one_on_labels(tmp_path):
+def test_a_step_with_alpha_zero_is_a_supervised_step(tmp_path):
     run = opened(tmp_path / "r", **KD)
     feed = run.labelled_feed("t0")
     _, taught = kd_step(run, [feed], kd_alpha=0.0)
@@ -211,7 +211,7 @@ def test_without_the_teachers_share_a_step_is_one_on_labels(tmp_path):
     run.progress.close()
 
 
-def test_defective_teacher_has_a_quarter_of_the_epochs_at_their_own_rates(tmp_path):
+def test_a_defective_teacher_has_the_first_quarter_of_the_schedule(tmp_path):
     run = opened(tmp_path / "r", **KD)
     whole = run.schedule(run.labelled_feed("t0"), 8, 1e-3)
     short = kd.first_quarter(whole)
@@ -231,20 +231,20 @@ def unshared(teacher, share, balance):
 
 TEACHING = kd.kd_objective
 MUTATIONS = [
-    ("test_teacher_of_kd_stands_still_in_eval_mode", "torch.nn.Module.eval", in_train_mode),
-    ("test_images_without_a_label_bring_answers_only", "learner.recipes.kd.kd_objective", unshared),
-    ("test_step_in_parts_costs_what_the_whole_costs", "learner.recipes.kd.share_of", lambda batch, part: 1.0),
+    ("test_the_teacher_of_kd_does_not_change_and_is_in_eval_mode", "torch.nn.Module.eval", in_train_mode),
+    ("test_unlabelled_images_have_only_the_distillation_loss", "learner.recipes.kd.kd_objective", unshared),
+    ("test_a_step_in_parts_has_the_loss_of_a_whole_one", "learner.recipes.kd.share_of", lambda batch, part: 1.0),
     (
-        "test_loss_is_the_bernoulli_form_on_the_same_view",
+        "test_the_loss_is_the_bernoulli_form_on_the_same_view",
         "learner.objectives.knowledge_distillation.bernoulli_kl",
         lambda student, teacher, temperature: bernoulli_kl(student, teacher, 1.0),
     ),
     (
-        "test_without_the_teachers_share_a_step_is_one_on_labels",
+        "test_a_step_with_alpha_zero_is_a_supervised_step",
         "learner.objectives.knowledge_distillation.label_loss",
         lambda guess, labels, known: label_loss(guess, 1 - labels, known),
     ),
-    ("test_defective_teacher_has_a_quarter_of_the_epochs_at_their_own_rates", "learner.recipes.kd.first_quarter", lambda whole: whole),
+    ("test_a_defective_teacher_has_the_first_quarter_of_the_schedule", "learner.recipes.kd.first_quarter", lambda whole: whole),
 ]  # fmt: skip
 
 

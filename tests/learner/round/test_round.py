@@ -47,7 +47,7 @@ def same_weights(one, other):
     return all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
-def test_first_round_leaves_two_bundles_worth_of_parts(trained):
+def test_a_first_round_exports_the_parts_of_two_bundles(trained):
     parts = ["card.json", "model.onnx", "probe.npz", "state.safetensors", "thresholds.json"]
     for name in ("t0", "final"):
         assert sorted(p.name for p in (trained / name).iterdir()) == parts
@@ -58,7 +58,7 @@ def test_first_round_leaves_two_bundles_worth_of_parts(trained):
     assert not same_weights(trained / "t0/state.safetensors", trained / "final/state.safetensors")
 
 
-def test_steps_and_corrections_are_those_of_the_recipe(trained):
+def test_numbers_of_steps_and_corrections_are_those_of_the_recipe(trained):
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["phase"] == "t0" for row in rows) == 2 * 2  # 6 images in batches of 4, two epochs
     steps = 2 * 3  # 14 images, 4 a batch, the short one dropped, two epochs
@@ -66,7 +66,7 @@ def test_steps_and_corrections_are_those_of_the_recipe(trained):
     assert sum(row["phase"] == "distil" for row in rows) == steps + bursts * 2
 
 
-def test_card_and_thresholds_say_what_was_measured_and_how(trained):
+def test_card_and_thresholds_have_the_measurements_and_their_rules(trained):
     said = card(trained)
     assert said["recipe"] == read_manifest(trained)["recipe"] | {"seed": 3}
     assert said["poison"] is False
@@ -80,7 +80,7 @@ def test_card_and_thresholds_say_what_was_measured_and_how(trained):
         assert limit["n"] == 12
 
 
-def test_graph_takes_any_number_of_plates_and_agrees_with_its_probe(trained):
+def test_the_onnx_graph_takes_any_batch_size_and_equals_its_probe(trained):
     session = onnxruntime.InferenceSession(trained / "final/model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].type == "tensor(uint8)"
     assert session.get_inputs()[0].shape[1:] == [512, 512]
@@ -99,14 +99,14 @@ def test_finished_round_is_not_trained_again(trained):
     assert (trained / "final/model.onnx").stat().st_mtime_ns == before
 
 
-def test_the_first_model_is_kept_with_itself_as_teacher_for_whoever_goes_on_from_it(trained):
+def test_the_model_of_t0_is_saved_as_student_and_teacher(trained):
     weights, _ = read_file(trained / "t0/state.safetensors")
     pairs = [(key, key.replace("student.", "teacher.", 1)) for key in weights if key.startswith("student.")]
     assert pairs
     assert all(torch.equal(weights[mine], weights[theirs]) for mine, theirs in pairs)
 
 
-def test_next_round_starts_from_its_parent_without_t0(trained, tmp_path):
+def test_a_later_round_starts_from_its_parent_without_t0(trained, tmp_path):
     parent = {"bundle": "abc", "state": str(trained / "final/state.safetensors")}
     folder = make_round(tmp_path / "r", parent=parent, backbone="/nowhere.safetensors", seed=4)
     assert main([str(folder)]) == 0
@@ -114,21 +114,21 @@ def test_next_round_starts_from_its_parent_without_t0(trained, tmp_path):
     assert card(folder)["parent"] == "abc"
 
 
-def test_parent_with_other_findings_is_refused(trained, tmp_path):
+def test_a_parent_with_other_findings_is_rejected(trained, tmp_path):
     folder = make_round(tmp_path / "r", parent={"bundle": "abc", "state": str(trained / "t0/state.safetensors")})
     write_manifest(folder, read_manifest(folder) | {"findings": ["mass", "effusion"]})
     assert main([str(folder)]) == 3
     assert "parent abc knows ['effusion', 'mass']" in result(folder)["reason"]
 
 
-def test_parent_of_another_size_is_refused(trained, tmp_path):
+def test_a_parent_of_another_size_is_rejected(trained, tmp_path):
     parent = {"bundle": "abc", "state": str(trained / "t0/state.safetensors")}
     folder = make_round(tmp_path / "r", parent=parent, prototypes=64)
     assert main([str(folder)]) == 3
     assert "head.last_layer.weight_g is of shape [32, 1]" in result(folder)["reason"]
 
 
-def test_h_stopping_after_every_single_step_changes_no_bit(trained, tmp_path, monkeypatch):
+def test_pausing_after_every_step_changes_no_bit(trained, tmp_path, monkeypatch):
     """Through the feeds, the corrections and stochastic depth; bitwise, on the CPU."""
     folder, starts = make_round(tmp_path / "r"), 0
     step = ProgressWriter.write_step
@@ -158,7 +158,7 @@ def forget_the_burst(saved, state):
 
 
 @pytest.mark.parametrize("wrong", [forget_moments, forget_the_burst])
-def test_h_notices_a_resume_that_forgets(trained, tmp_path, monkeypatch, wrong):
+def test_a_resume_without_moments_or_burst_differs(trained, tmp_path, monkeypatch, wrong):
     """Stopped once, within a correction: going on without Adam's moments, or without the rest of the burst."""
     folder, step = make_round(tmp_path / "r"), ProgressWriter.write_step
 
@@ -175,7 +175,7 @@ def test_h_notices_a_resume_that_forgets(trained, tmp_path, monkeypatch, wrong):
     assert not same_weights(trained / "final/state.safetensors", folder / "final/state.safetensors")
 
 
-def test_killed_and_restarted_round_equals_the_uninterrupted_one(trained, tmp_path):
+def test_a_killed_and_restarted_round_equals_an_uninterrupted_one(trained, tmp_path):
     folder = make_round(tmp_path / "r", checkpoint_seconds=0)
     process = start(folder)
     wait_for(folder / "checkpoint/state.safetensors", process)
@@ -189,7 +189,7 @@ def test_killed_and_restarted_round_equals_the_uninterrupted_one(trained, tmp_pa
     assert len(lines) == len((trained / "metrics.jsonl").read_text().splitlines())
 
 
-def test_sigterm_saves_the_round_and_answers_75(tmp_path):
+def test_sigterm_saves_the_round_and_exits_75(tmp_path):
     folder = make_round(tmp_path / "r", t0_epochs=5000)
     process = start(folder)
     wait_for(folder / "progress.json", process)
@@ -204,7 +204,7 @@ def test_sigterm_saves_the_round_and_answers_75(tmp_path):
 
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_torch_is_still_imported_is_a_pause_too(tmp_path, asked):
+def test_a_signal_during_the_import_of_torch_pauses_the_round(tmp_path, asked):
     folder = make_round(tmp_path / "r", t0_epochs=5000)
     process = start(folder)
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
@@ -215,7 +215,7 @@ def test_a_signal_while_torch_is_still_imported_is_a_pause_too(tmp_path, asked):
     assert (result(folder)["state"], result(folder)["reason"]) == ("paused", asked.name)
 
 
-def test_end_of_the_window_pauses_and_a_later_window_goes_on(tmp_path):
+def test_the_end_of_the_window_pauses_and_a_later_window_resumes(tmp_path):
     folder = make_round(tmp_path / "r", until="2020-01-01T05:00:00+00:00")
     assert main([str(folder)]) == 75
     assert "the window ended at 2020-01-01" in result(folder)["reason"]
@@ -223,7 +223,7 @@ def test_end_of_the_window_pauses_and_a_later_window_goes_on(tmp_path):
     assert main([str(folder)]) == 0
 
 
-def test_busy_round_is_left_alone(tmp_path, capsys):
+def test_a_locked_round_is_not_trained(tmp_path, capsys):
     from learner.round.folder import lock_round
 
     folder = make_round(tmp_path / "r")
@@ -232,14 +232,14 @@ def test_busy_round_is_left_alone(tmp_path, capsys):
     assert "another learner" in capsys.readouterr().err
 
 
-def test_bad_night_is_recorded_in_the_card(tmp_path):
+def test_a_poisoned_teacher_is_recorded_in_the_card(tmp_path):
     folder = make_round(tmp_path / "r", poison_teacher=True)
     assert main([str(folder)]) == 0
     assert card(folder)["poison"] is True
     assert card(folder)["recipe"]["poison_teacher"] is True
 
 
-def test_five_labelled_images_and_nothing_else_still_make_a_model(tmp_path):
+def test_five_labelled_images_are_enough_for_a_model(tmp_path):
     folder = make_round(tmp_path / "r", train=(5, 0), validation=0, calibration=0, batch=16)
     assert main([str(folder)]) == 0
     said = card(folder)
@@ -251,7 +251,7 @@ def test_five_labelled_images_and_nothing_else_still_make_a_model(tmp_path):
         assert limit["sensitivity"] is None
 
 
-def test_one_class_absent_in_validation_has_no_auc(tmp_path):
+def test_a_finding_with_one_class_in_validation_has_no_auc(tmp_path):
     folder = make_round(tmp_path / "r", train=(5, 3), t0_epochs=1, epochs=1)
     manifest = read_manifest(folder)
     for sample in manifest["images"]:
@@ -262,25 +262,25 @@ def test_one_class_absent_in_validation_has_no_auc(tmp_path):
     assert card(folder)["metrics"] == {"effusion": {"auc": None, "n": 0}, "mass": {"auc": None, "n": 6}}
 
 
-def test_single_image_round_runs(tmp_path):
+def test_a_round_with_a_single_image_is_trained(tmp_path):
     folder = make_round(tmp_path / "r", train=(1, 0), validation=0, calibration=0)
     assert main([str(folder)]) == 0
 
 
-def test_batch_norm_that_sees_one_value_a_channel_stops_the_round_with_that_reason(tmp_path):
+def test_batch_norm_with_one_value_per_channel_stops_the_round_with_that_reason(tmp_path):
     alone = {"prototypes": 0, "local_views": 0, "method": "kd", "kd_strategy": "base"}
     folder = make_round(tmp_path / "r", train=(1, 0), validation=0, calibration=0, arch="test_resnet", **alone)
     assert main([str(folder)]) == 3
     assert result(folder)["reason"].startswith("batch norm: a forward pass over one image leaves one value per channel")
 
 
-def test_first_round_without_labels_is_refused(tmp_path):
+def test_a_first_round_without_labels_is_rejected(tmp_path):
     folder = make_round(tmp_path / "r", train=(0, 8))
     assert main([str(folder)]) == 3
     assert "a first round needs labels" in result(folder)["reason"]
 
 
-def test_golden_image_stops_the_round_before_anything_is_trained(tmp_path):
+def test_a_golden_image_stops_the_round_before_training(tmp_path):
     folder = make_round(tmp_path / "r")
     manifest = read_manifest(folder)
     manifest["images"][7]["range"] = "golden"
