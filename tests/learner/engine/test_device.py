@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from learner.__main__ import main
-from tests.learner.engine.test_torchrun import difference
 from tests.support.learner.recipe_rounds import ALONE, CONVNET
 from tests.support.learner.round_folders import make_round
+from tests.support.learner.weights import difference
 
 CASES = {
     "distl": {},

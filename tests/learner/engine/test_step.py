@@ -6,63 +6,32 @@ import numpy as np
 import pytest
 import torch
 
-from learner.engine.optim import Schedule, ema_update, make_optimiser
-from learner.engine.step import Batch, State, Terms, optimiser_step, run_steps
+from learner.engine.optim import ema_update
+from learner.engine.step import Batch, Terms, optimiser_step, run_steps
 from learner.errors import LearnerError
-from learner.networks.heads import make_network
 from learner.objectives.class_losses import label_loss, self_training_loss
 from learner.objectives.correction import correction_due, correction_step, distil_step, distl_step
-from learner.objectives.dino import DinoLoss
 from learner.round.collapse_limits import PATIENCE
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import TINY
+from tests.support.learner.tiny_states import (
+    STEPS,
+    Endless,
+    centre,
+    crowd,
+    device_is_full,
+    machine_is_full,
+    make_batch,
+    make_state,
+    parameters,
+)
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
-
-PLAN = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
-STEPS = 60
-
-
-def make_state(**overrides):
-    recipe = resolve("distl", "demo", {**TINY, "batch": 4, "drop_path": 0.0, **overrides})
-    torch.manual_seed(0)
-    student, teacher = make_network(PLAN, recipe, 2).double(), make_network(PLAN, recipe, 2).double()
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    flat = np.full(STEPS, 1e-3)
-    schedule = Schedule(flat, flat * 0, np.full(STEPS, 0.9), np.ones(STEPS), steps_per_epoch=1)
-    centres = torch.nn.ModuleDict({"dino": DinoLoss(recipe.prototypes, 0.1, 0.04, 0.9)}).double()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return State(student, teacher, make_optimiser(student), schedule, recipe, scaler, centres)
-
-
-def centre(state):
-    return state.centres["dino"].centre
 
 
 def distilled(state, batch, after=lambda losses: None):
     """The whole phase on one batch."""
     run_steps(state, lambda state: distl_step(state, Endless(batch), None), after)
-
-
-def make_batch(samples=4, labels=None):
-    torch.manual_seed(1)
-    views = [torch.rand(samples, 1, side, side).double() for side in (16, 16, 8, 8)]
-    return Batch(samples, lambda part: [v[part] for v in views], labels)
-
-
-class Endless:
-    """The same batch again and again."""
-
-    def __init__(self, batch, batches=1):
-        self.given, self.batches = batch, batches
-
-    def batch(self, epoch, index):
-        return self.given
-
-
-def parameters(network):
-    return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
 def test_unknown_labels_have_no_weight():
@@ -202,31 +171,6 @@ def test_corrections_are_due_at_intervals():
     assert not correction_due(later, 0)
     assert correction_due(later, 500)
     assert not any(correction_due(replace(recipe, correct_every=0), s) for s in range(1501))
-
-
-class Crowded(torch.nn.Module):
-    """A backbone on a machine with memory for a given number of images."""
-
-    def __init__(self, backbone, room, full):
-        super().__init__()
-        self.inner, self.room, self.full = backbone, room, full
-
-    def forward(self, images):
-        if len(images) > self.room:
-            self.full()
-        return self.inner(images)
-
-
-def device_is_full():
-    raise torch.OutOfMemoryError("no room")
-
-
-def machine_is_full():
-    torch.empty(1 << 60)  # no machine has an exabyte; torch's own words
-
-
-def crowd(state, room, full=device_is_full):
-    state.student.backbone = Crowded(state.student.backbone, room, full)
 
 
 @pytest.mark.parametrize("full", [device_is_full, machine_is_full])

@@ -15,9 +15,9 @@ from learner.round.manifest import load
 from learner.round.recipe import resolve
 from learner.training.run import Run
 from learner.training.supervised import label_balance
-from tests.learner.engine.test_step import make_batch, make_state
 from tests.support.learner.recipe_rounds import opened
 from tests.support.learner.round_folders import read_manifest, write_manifest
+from tests.support.learner.tiny_states import make_batch, make_state
 
 torch.set_num_threads(1)
 

@@ -22,15 +22,14 @@ from tests.support.learner.recipe_rounds import (
     check_killed_and_restarted,
     check_phases,
     check_stopping_after_every_step,
-    copy_of,
     opened,
     phases_of,
     rows_of,
-    same,
     whole_rounds,
     without_label,
 )
 from tests.support.learner.round_folders import make_round, result
+from tests.support.learner.weights import copy_of, same
 
 KD = {**ALONE, "method": "kd", "kd_teacher": CONVNET}
 CASES = {

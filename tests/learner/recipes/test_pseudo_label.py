@@ -21,15 +21,14 @@ from tests.support.learner.recipe_rounds import (
     check_killed_and_restarted,
     check_phases,
     check_stopping_after_every_step,
-    copy_of,
     opened,
     phases_of,
     rows_of,
-    same,
     whole_rounds,
     without_label,
 )
 from tests.support.learner.round_folders import card, make_round, result
+from tests.support.learner.weights import copy_of, same
 
 PSEUDO = {**ALONE, "method": "pseudo-label", "finetune_epochs": 2, "arch": CONVNET}
 PHASES = {"t0": 4, "pseudo": 4, "finetune": 4}

@@ -7,15 +7,14 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
 from learner.__main__ import main
 from learner.engine import distributed
 from learner.engine.progress import ProgressWriter
 from learner.round.manifest import load
 from learner.training.run import Run
-from tests.learner.round.test_round import same_weights, start, wait_for
+from tests.support.learner.processes import start, wait_for
 from tests.support.learner.round_folders import card, make_round, result
+from tests.support.learner.weights import same_weights
 
 ALONE = {"prototypes": 0, "local_views": 0, "init": "mimetic"}
 CONVNET = "test_resnet"  # a residual net of .4 million weights, with batch norm
@@ -75,14 +74,6 @@ def opened(folder, **overrides):
 
 def without_label(run):
     return [sample for sample in run.manifest.unlabelled if not sample.labelled]
-
-
-def copy_of(network):
-    return {key: value.clone() for key, value in network.state_dict().items()}
-
-
-def same(one, other):
-    return all(torch.equal(one[key], other[key]) for key in one)
 
 
 def check_phases(folder, phases):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from learner.engine.checkpoint import read_file
 from learner.errors import RoundBusy
@@ -21,6 +20,7 @@ from learner.round.folder import lock_round
 from tests.conftest import free_port
 from tests.support.learner.recipe_rounds import phases_of
 from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest
+from tests.support.learner.weights import difference
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--max-restarts", "3"]
@@ -59,25 +59,6 @@ def copy(alone, tmp_path):
     shutil.copytree(alone / "plates", folder / "plates", copy_function=shutil.copy2)
     shutil.copy2(alone / "manifest.json", folder)
     return folder
-
-
-def difference(one, other, file="final/state.safetensors"):
-    """Largest difference of any trained number, relative where it is above 1 (kept logits); but for the biases of keys.
-
-    A bias that all keys share moves every score of a query alike, so softmax drops it, and no answer depends on it: its
-    gradient is rounding noise, and Adam makes steps of noise.
-    """
-    mine, theirs = (read_file(folder / file)[0] for folder in (one, other))
-    assert mine.keys() == theirs.keys()
-    worst = 0.0
-    for name, value in mine.items():
-        assert torch.equal(value.isnan(), theirs[name].isnan()), name
-        gap = ((value - theirs[name]).abs() / value.abs().clamp(min=1)).nan_to_num(0.0)
-        if name.endswith("qkv.bias"):
-            query, _, key_value = gap.chunk(3)
-            gap = torch.cat([query, key_value])
-        worst = max(worst, gap.max().item())
-    return worst
 
 
 def answers(folder):

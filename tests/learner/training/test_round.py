@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +14,9 @@ import torch
 from learner.__main__ import main
 from learner.engine.checkpoint import load_state, read_file
 from learner.engine.progress import ProgressWriter
+from tests.support.learner.processes import start, wait_for
 from tests.support.learner.round_folders import FINDINGS, card, make_round, read_manifest, result, write_manifest
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support.learner.weights import same_weights
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +25,6 @@ def trained(tmp_path_factory):
     folder = make_round(tmp_path_factory.mktemp("trained") / "r")
     assert main([str(folder)]) == 0
     return folder
-
-
-def start(folder):
-    return subprocess.Popen([sys.executable, "-m", "learner", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(path, process, seconds=90):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < end, f"no {path}"
-        time.sleep(0.02)
-
-
-def same_weights(one, other):
-    mine, theirs = read_file(one)[0], read_file(other)[0]
-    assert mine.keys() == theirs.keys()
-    return all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 def test_a_first_round_exports_the_parts_of_two_bundles(trained):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from learner.engine.checkpoint import read_file
-from tests.learner.round.test_round import ROOT, wait_for
+from tests.support.learner.processes import ROOT, wait_for
 from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest
 from tests.support.small_disk import small_disk
 

@@ -1,0 +1,20 @@
+"""The learner as a process of its own, for tests that kill, signal or restart it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def start(folder):
+    return subprocess.Popen([sys.executable, "-m", "learner", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.02)
