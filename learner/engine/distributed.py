@@ -77,11 +77,11 @@ def _agree_on_prefix(store: Store, rank_: int, size: int) -> str:
         return answer[1]
     waiting = set(range(1, size))
     while waiting:
-        for other in waiting:
-            if store.check([f"hello {other}"]):
-                store.set(f"welcome {other}", f"{store.get(f'hello {other}').decode()} {token}")
+        for peer in waiting:
+            if store.check([f"hello {peer}"]):
+                store.set(f"welcome {peer}", f"{store.get(f'hello {peer}').decode()} {token}")
         time.sleep(POLL_S)
-        waiting = {other for other in waiting if not store.check([f"{token} has {other}"])}
+        waiting = {peer for peer in waiting if not store.check([f"{token} has {peer}"])}
     return token
 
 

@@ -1,4 +1,4 @@
-"""Views and feeds: the resize, the noise against PIL, and the promise that a batch can be made again."""
+"""Views and feeds: resizing and augmentation against PIL, and batches that are the same every time."""
 
 import inspect
 
@@ -13,7 +13,7 @@ from learner.round.manifest import load
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import make_round
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_first_view_is_unaugmented_and_views_are_mirrored_only_with_flip():
     still = {"rotate": 0, "global_noise": 0, "global_scale": [1, 1], "mean": 0, "std": 1}
     recipe = resolve("distl", "demo", {**still, "image_size": 96, "local_size": 48})
     images = torch.rand(2, 1, 96, 96)
-    numbers = torch.zeros(2, 3, augment.NUMBERS_PER_VIEW)  # flip number 0 is below any chance
+    numbers = torch.zeros(2, 3, augment.NUMBERS_PER_VIEW)  # flip number 0 is below any probability
     numbers[..., augment.TRIES : 2 * augment.TRIES] = 0.5  # square crops
     made = augment.make_views(images, numbers, recipe)
     assert [tuple(v.shape[1:]) for v in made] == [(1, 96, 96), (1, 96, 96), (1, 48, 48), (1, 48, 48)]
@@ -142,7 +142,7 @@ def test_batched_views_equal_those_of_single_images_and_operations(images):
             alone = augment.equalise(alone) if equal < chance else alone
             alone = augment.blur(alone, torch.tensor([0.1 + 1.9 * sigma])) if blurred < chance else alone
             apart = (together[1 + number][sample] - (alone - recipe.mean) / recipe.std).abs()
-            # the equaliser rounds to 256 levels: a pixel on the edge between two may fall to either side
+            # equalise rounds to 256 levels: a value between two levels may become either
             assert (apart > 1e-4).float().mean() < 0.01
 
 

@@ -1,6 +1,7 @@
-"""Plates are read by many threads at once, and CPython's `ast`, which numpy reads .npy headers with, isn't safe in them.
+"""Many threads read .npy files at the same time; CPython's `ast`, which parses their headers in numpy, is not thread-safe.
 
-Up to 3.12 (gh-106905) some 15 of 4,000 plain `np.load` fail so with a SystemError, if collections let other threads in.
+Up to CPython 3.12 (gh-106905) about 15 of 4,000 plain `np.load` fail with a SystemError when garbage collections let other
+threads run.
 """
 
 import gc
@@ -21,7 +22,7 @@ PLATE = np.zeros((512, 512), np.uint8)
 
 @pytest.fixture
 def collecting():
-    """Collections come often, and each lets the other threads run."""
+    """Collect garbage often, and let other threads run in each collection."""
     before = gc.get_threshold()
 
     def let_others(phase: str, info: dict) -> None:

@@ -1,4 +1,4 @@
-"""The packed shard: the pixels of serving, made once, remade when a plate changes, absent or whole, gone at the end."""
+"""Packed plates: pixels as in serving, packed once, again after changes, whole or not at all, removed at the end."""
 
 import inspect
 import os
@@ -18,7 +18,7 @@ from learner.errors import ManifestError
 from learner.round.manifest import load
 from tests.support.learner.round_folders import make_round
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 SIZE = 32
 Disk = namedtuple("Disk", "total used free")
@@ -30,7 +30,7 @@ def round_(tmp_path):
 
 
 def served(samples):
-    """The resize as serving does it, as a plain double sum in float64."""
+    """Return plates resized as in serving, as a plain sum in float64."""
     rows = resize_matrix(512, SIZE).double()
     return torch.einsum("sx,bxy,ty->bst", rows, read_plates(samples).double() / 255, rows).float()[:, None]
 
@@ -48,7 +48,7 @@ def test_packed_pixels_differ_from_serving_by_at_most_half_a_level(round_):
     ours = packed.images(packed.read(backwards))
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 1 / 131070 + 3e-7  # half a level, and float32
-    # what the other ways would cost, as the file says
+    # the errors of the other formats, as documented in the module
     assert 1.5e-3 < ((theirs * 255).round() / 255 - theirs).abs().max() < 2.0e-3
     assert 1e-4 < (theirs.half().float() - theirs).abs().max() < 2.5e-4
 
@@ -166,7 +166,7 @@ def test_the_images_of_an_epoch_are_shuffled_once(round_, monkeypatch):
     assert made == [0, 1, 2, 3]
 
 
-MUTATIONS = [  # test, where, what, instead
+MUTATIONS = [  # test, object, attribute, replacement
     (test_packed_pixels_differ_from_serving_by_at_most_half_a_level, packed_plates, "LEVELS", 255),
     (test_packed_pixels_differ_from_serving_by_at_most_half_a_level, packed_plates.augment, "to_image", lambda p, m: (m @ p.sqrt() @ m.T)[:, None] / 16),
     (test_packed_pixels_differ_from_serving_by_at_most_half_a_level, packed_plates, "to_levels", lambda x: (x[:, 0] * 65535).sub(32768).to(torch.int16)),

@@ -1,4 +1,4 @@
-"""The bank of tokens: what frozen blocks answer, once and for all versions of an image."""
+"""The token bank: outputs of the frozen blocks for all views of an image, computed once."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The collapse monitors: their values where the answer is known, and the patience that turns them into a verdict."""
+"""The collapse monitors: values in known cases, and the steps outside the limits that stop a round."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from learner.round import collapse_limits
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import TINY
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 K = 32
 EVEN = {
@@ -145,7 +145,7 @@ def test_the_counters_survive_a_checkpoint():
 
 
 def self_distil(steps, rate, centred):
-    """Monitors of a bare DINO loop on the same eight noisy images, without any watch."""
+    """Return the monitors of a plain DINO loop on the same eight noisy images."""
     recipe = resolve("distl", "demo", TINY)
     plan = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
     torch.manual_seed(0)

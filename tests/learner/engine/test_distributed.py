@@ -1,4 +1,4 @@
-"""Several processes take one step: the same step as one process, decided alike, whatever share of the images each has."""
+"""Steps on several ranks: equal to a step on one rank, and with the same decisions on all ranks."""
 
 import multiprocessing
 import os
@@ -17,14 +17,14 @@ from learner.objectives.correction import correction_step, distil_step
 from learner.round.manifest import Sample
 from learner.round.recipe import resolve
 from tests.conftest import free_port
-from tests.support.learner.tiny_states import Endless, crowd, make_batch, make_state, parameters
+from tests.support.learner.tiny_states import Endless, limit_memory, make_batch, make_state, parameters
 
 torch.set_num_threads(1)
 LABELS = torch.tensor([[1.0, float("nan")], [0.0, 1.0], [float("nan")] * 2, [1.0, 1.0]]).double()
 
 
 def together(world, work):
-    """What `work()` gives in each of `world` forked processes (so that a mutation made here holds there), by rank."""
+    """Return the results of `work()` in `world` forked processes, by rank; forked, so that mutations apply there too."""
     port, context = str(free_port()), multiprocessing.get_context("fork")
     answers = context.Queue()
 
@@ -48,7 +48,7 @@ def together(world, work):
 
 
 def shared(samples=4, labels=None):
-    """The batch of `make_batch`, of which each rank has its share, as a feed hands it out."""
+    """Return this rank's share of the batch of `make_batch`, as a feed returns it."""
     whole, mine = make_batch(samples, labels), distributed.rank_slice(samples)
 
     def views(part):
@@ -58,7 +58,7 @@ def shared(samples=4, labels=None):
 
 
 def after(tick, samples=4, labels=None, **overrides):
-    """Numbers told, weights and centre after two steps of `tick`, as lists."""
+    """Return losses, weights and centre after two steps, as lists."""
     state = make_state(**overrides)
     told = [tick(state, shared(samples, labels)) for _ in range(2)]
     return told, parameters(state.student).tolist(), state.centres["dino"].centre.flatten().tolist()
@@ -143,7 +143,7 @@ def test_out_of_memory_on_one_rank_halves_the_parts_of_all():
     def walked():
         state = make_state()
         if distributed.rank() == 1:
-            crowd(state, 2)  # two views of one image
+            limit_memory(state, 2)  # two views of one image
         state.schedule.lr[:] = 1e-3
         seen = []
 
@@ -217,7 +217,7 @@ def test_rank_zero_alone_has_whole_batches():
 
 
 def nothing(tensors):
-    """Ranks that add nothing up."""
+    """Sum nothing over the ranks."""
 
 
 def local_mean(rows):
@@ -277,7 +277,7 @@ MUTATIONS = [
 
 
 def step_label_loss(student, labels):
-    """Each rank's own mean, in place of its part of the whole batch's."""
+    """Return each rank's own mean, not its part of the mean over the whole batch."""
     from learner.objectives.class_losses import label_loss
 
     return label_loss(student, labels)

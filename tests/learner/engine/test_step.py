@@ -1,4 +1,4 @@
-"""Single steps: masked labels, memory that runs out, losses that aren't numbers, networks that see nothing."""
+"""Single steps: corrections, unknown labels, out of memory, losses that are not finite, collapse."""
 
 from dataclasses import replace
 
@@ -18,19 +18,19 @@ from tests.support.learner.tiny_states import (
     STEPS,
     Endless,
     centre,
-    crowd,
     device_is_full,
+    limit_memory,
     machine_is_full,
     make_batch,
     make_state,
     parameters,
 )
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 
 def distilled(state, batch, after=lambda losses: None):
-    """The whole phase on one batch."""
+    """Run a whole phase on one batch."""
     run_steps(state, lambda state: distl_step(state, Endless(batch), None), after)
 
 
@@ -47,7 +47,7 @@ def test_unknown_labels_have_no_weight():
 
 
 def test_a_step_without_rows_for_a_centre_does_not_move_it():
-    """As when none of a small batch's views is masked (one in four of a single image's steps)."""
+    """Happens where a small batch has no masked view."""
     state = make_state()
     before = centre(state).fill_(0.25).clone()
 
@@ -176,7 +176,7 @@ def test_corrections_are_due_at_intervals():
 @pytest.mark.parametrize("full", [device_is_full, machine_is_full])
 def test_out_of_memory_halves_the_parts_and_keeps_the_step(full):
     roomy, crowded = make_state(), make_state()
-    crowd(crowded, 2, full)  # two views of one image
+    limit_memory(crowded, 2, full)  # two views of one image
     for state in (roomy, crowded):
         state.schedule = replace(state.schedule, lr=state.schedule.lr[:3])
         distilled(state, make_batch())
@@ -190,14 +190,14 @@ def test_out_of_memory_halves_the_parts_and_keeps_the_step(full):
 
 def test_out_of_memory_with_one_image_stops_the_round():
     state = make_state()
-    crowd(state, 1)
+    limit_memory(state, 1)
     with pytest.raises(LearnerError, match="out of memory: a single image does not fit"):
         distilled(state, make_batch())
 
 
 def test_other_errors_are_not_taken_for_out_of_memory():
     state = make_state()
-    crowd(state, 1, lambda: torch.zeros(2) @ torch.zeros(3))
+    limit_memory(state, 1, lambda: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         distilled(state, make_batch())
     assert state.notes == []

@@ -1,4 +1,4 @@
-"""Maps of a logit against closed forms and a second library, each property with the mutation it notices."""
+"""Saliency maps against closed forms and a second library; each test has a mutation that it detects."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from learner.networks.backbone import build
 from learner.networks.heads import ClassHead, DinoHead, Network
 from learner.round.recipe import Recipe
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -25,7 +25,7 @@ def close(ours, theirs, rtol=1e-9, atol=1e-10):
 
 
 def mlp():
-    """The published-shape case: numbers, network, the logit of its class, and its image (1, 4)."""
+    """Return golden numbers, network, logit function and image (1, 4)."""
     with np.load(GOLDEN / "saliency_mlp.npz") as file:
         g = {key: torch.as_tensor(file[key]) for key in file.files}
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
@@ -74,7 +74,7 @@ def test_guided_stops_negative_gradients_at_each_relu():
     for number in (0, 2):
         made = saliency.guided(net, of_class(net, number), x)
         close(made[0], g["W1"].T @ (g["W2"][number].clamp(min=0) * on))
-    logit = of_class(net, 0)  # on the other class all signals behind an open ReLU are positive
+    logit = of_class(net, 0)  # for the other class all gradients behind active ReLUs are positive
     assert not torch.allclose(saliency.gradient(logit, x), saliency.guided(net, logit, x))
 
 
@@ -165,82 +165,43 @@ def test_rank_correlation_equals_scipy():
 def test_randomisation_destroys_a_map_of_the_weights():
     net, images = network(VIT, "mean"), samples(1)
     for parameter in net.parameters():
-        parameter.data.mul_(3)  # away from the weights that a reset draws
+        parameter.data.mul_(3)  # unlike the weights of a reset
     said = sanity.cascade(net, lambda n: saliency.explain(n, Recipe(), images, 0, "gradient")[0])
     assert [name for name, _ in said] == ["class head", "norm", "blocks.1", "blocks.0", "patch_embed", "everything"]
     assert abs(said[-1][1]) < 0.2
 
 
 MUTATIONS = [
-    (
-        "test_golden_gradient_and_guided",
-        "learner.explain.saliency.gradient",
-        lambda logit, images: torch.func.grad(lambda x: logit(x).sigmoid().sum())(images),  # of the probability
-    ),
-    ("test_golden_gradient_and_guided", "learner.explain.saliency.guided", lambda net, logit, images: images),
-    (
-        "test_golden_integral",
-        "learner.explain.saliency.integrated",
-        lambda logit, x, base, steps: (x - base) * slopes(logit, x, base, steps, 1.0),  # at the end of each step
-    ),
-    (
-        "test_golden_smoothed_gradient_and_integral",
-        "learner.explain.saliency.smoothed",
-        lambda explain, images, noise: explain(images + noise.mean(0)),
-    ),
-    (
-        "test_guided_stops_negative_gradients_at_each_relu",
-        "learner.explain.saliency.guided",
-        lambda net, logit, images: saliency.gradient(logit, images),
-    ),
-    (
-        "test_guided_equals_the_gradient_where_all_signals_are_positive",
-        "learner.explain.saliency.guided",
-        lambda net, logit, images: saliency.gradient(logit, images).clamp(min=0),
-    ),
-    (
-        "test_an_integral_sums_to_the_difference_of_the_logits",
-        "learner.explain.saliency.integrated",
-        lambda logit, x, base: x * slopes(logit, x, base, 50, 0.5),  # as if every baseline were zero
-    ),
-    (
-        "test_integral_of_a_real_network_is_complete_within_the_limit",
-        "learner.explain.saliency.integrated",
-        lambda logit, x, base, steps: saliency.gradient(logit, (x + base) / 2),
-    ),
-    (
-        "test_smoothgrad_without_noise_is_the_gradient",
-        "learner.explain.saliency.smoothed",
-        lambda explain, images, noise: torch.stack([explain(images + n) for n in noise]).square().mean(0),
-    ),
-    (
-        "test_noise_is_a_share_of_each_images_range_and_depends_on_the_seed_only",
-        "learner.explain.saliency.draws",
-        lambda images: 0.15 * torch.randn(25, *images.shape),
-    ),
-    (
-        "test_attention_is_that_of_the_class_token_or_the_mean_over_patches",
-        "learner.explain.saliency.attention",
-        lambda backbone, images: backbone.attentions(images)[-1][:, :, 0, 1:].unflatten(-1, (4, 4)),
-    ),
-    (
-        "test_rollout_of_one_block_is_half_its_attention",
-        "learner.explain.saliency.rollout",
-        lambda backbone, images: backbone.attentions(images)[-1].mean(1)[:, 0, 1:],
-    ),
-    (
-        "test_rollout_multiplies_two_blocks_in_order",
-        "learner.explain.saliency.rollout",
-        lambda backbone, images: saliency.attention(backbone, images).mean(1) / 2,
-    ),
-    (
-        "test_a_shown_map_is_one_from_the_99th_percentile",
-        "learner.explain.saliency.shown",
-        lambda made, positive=False: made / 50,
-    ),
-    ("test_rank_correlation_equals_scipy", "learner.explain.sanity.midranks", np.argsort),
-    ("test_randomisation_destroys_a_map_of_the_weights", "learner.explain.sanity.reset", lambda part: None),
-]
+    ("test_golden_gradient_and_guided", "saliency.gradient",
+     lambda logit, images: torch.func.grad(lambda x: logit(x).sigmoid().sum())(images)),  # of the probability
+    ("test_golden_gradient_and_guided", "saliency.guided", lambda net, logit, images: images),
+    ("test_golden_integral", "saliency.integrated",
+     lambda logit, x, base, steps: (x - base) * slopes(logit, x, base, steps, 1.0)),  # at the end of each step
+    ("test_golden_smoothed_gradient_and_integral", "saliency.smoothed",
+     lambda explain, images, noise: explain(images + noise.mean(0))),
+    ("test_guided_stops_negative_gradients_at_each_relu", "saliency.guided",
+     lambda net, logit, images: saliency.gradient(logit, images)),
+    ("test_guided_equals_the_gradient_where_all_signals_are_positive", "saliency.guided",
+     lambda net, logit, images: saliency.gradient(logit, images).clamp(min=0)),
+    ("test_an_integral_sums_to_the_difference_of_the_logits", "saliency.integrated",
+     lambda logit, x, base: x * slopes(logit, x, base, 50, 0.5)),  # as if every baseline were zero
+    ("test_integral_of_a_real_network_is_complete_within_the_limit", "saliency.integrated",
+     lambda logit, x, base, steps: saliency.gradient(logit, (x + base) / 2)),
+    ("test_smoothgrad_without_noise_is_the_gradient", "saliency.smoothed",
+     lambda explain, images, noise: torch.stack([explain(images + n) for n in noise]).square().mean(0)),
+    ("test_noise_is_a_share_of_each_images_range_and_depends_on_the_seed_only", "saliency.draws",
+     lambda images: 0.15 * torch.randn(25, *images.shape)),
+    ("test_attention_is_that_of_the_class_token_or_the_mean_over_patches", "saliency.attention",
+     lambda backbone, images: backbone.attentions(images)[-1][:, :, 0, 1:].unflatten(-1, (4, 4))),
+    ("test_rollout_of_one_block_is_half_its_attention", "saliency.rollout",
+     lambda backbone, images: backbone.attentions(images)[-1].mean(1)[:, 0, 1:]),
+    ("test_rollout_multiplies_two_blocks_in_order", "saliency.rollout",
+     lambda backbone, images: saliency.attention(backbone, images).mean(1) / 2),
+    ("test_a_shown_map_is_one_from_the_99th_percentile", "saliency.shown",
+     lambda made, positive=False: made / 50),
+    ("test_rank_correlation_equals_scipy", "sanity.midranks", np.argsort),
+    ("test_randomisation_destroys_a_map_of_the_weights", "sanity.reset", lambda part: None),
+]  # fmt: skip
 
 
 def slopes(logit, x, base, steps, place):
@@ -251,7 +212,7 @@ def slopes(logit, x, base, steps, place):
 
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong):
-    monkeypatch.setattr(attribute, wrong)
+    monkeypatch.setattr(f"learner.explain.{attribute}", wrong)
     with pytest.raises((AssertionError, LearnerError)):
         globals()[test]()
 
@@ -269,7 +230,7 @@ def test_reset_changes_every_weight():
         value.data.add_(0.3)
     sanity.reset(net.backbone)
     shifted = [key for key, value in net.backbone.state_dict().items() if key in before and value.mean() > 0.25]
-    assert all("norm" in key for key in shifted)  # a LayerNorm's own start is 1
+    assert all("norm" in key for key in shifted)  # a reset LayerNorm has weight 1
 
 
 def test_guided_works_with_in_place_relu_and_removes_its_hooks():

@@ -1,4 +1,4 @@
-"""Backbones: by name, by shape from a file, by hub; position embeddings both ways; attribution that adds up."""
+"""Backbones by name, file and hub; interpolation of position embeddings; attribution to patches."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ from learner.networks.heads import ClassHead
 from learner.networks.mimetic_init import mimic_trained
 from learner.round.recipe import resolve
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 SHAPES = {
     "plain": {"img_size": 28, "patch_size": 14},
@@ -68,7 +68,7 @@ def test_errors_name_unusable_files(tmp_path):
 
 
 def test_the_error_without_hub_names_the_option_for_a_file(tmp_path):
-    """Under any of the names that a model has there."""
+    """For each form of a model's name on the hub."""
     code = (
         "from learner.round.recipe import resolve; from learner.networks.backbone import open_backbone; from learner.errors import LearnerError\n"
         "for prefix in ('', 'timm/', 'hf-hub:timm/'):\n"
@@ -130,7 +130,7 @@ def test_profile_cpu_trains_only_the_last_pretrained_block_with_a_warning(name):
 
 @pytest.mark.parametrize("name", ["kd", "pretrain"])
 def test_kd_and_pretrain_halve_the_steps_of_t0_with_pretrained_weights(name):
-    """500 images on two cores: a ViT-S/14 at 98 px costs 2 processor seconds a step, as long as ten of a tiny one."""
+    """A step of ViT-S/14 at 98 pixels takes 2 processor seconds, as long as ten steps of ViT-Ti."""
     few, many = resolve(name, "cpu", {"backbone": "vit.safetensors"}), resolve(name, "cpu")
     assert (few.frozen_blocks, few.t0_steps) == (0, many.t0_steps // 2)
     assert resolve(name, "cpu", {"backbone": "vit.safetensors", "t0_steps": 200}).t0_steps == 200
@@ -139,12 +139,12 @@ def test_kd_and_pretrain_halve_the_steps_of_t0_with_pretrained_weights(name):
 @pytest.mark.parametrize(
     ("name", "profile", "keys"),
     [
-        ("evolve", "cpu", {}),  # random weights have to learn everywhere
-        ("evolve", "cpu", {"backbone": "vit.safetensors", "frozen_blocks": 0}),  # the site's own word
+        ("evolve", "cpu", {}),  # random weights need training in all blocks
+        ("evolve", "cpu", {"backbone": "vit.safetensors", "frozen_blocks": 0}),  # set by the site
         ("evolve", "gpu", {"backbone": "vit.safetensors"}),
         ("pretrain", "cpu", {"backbone": "vit.safetensors"}),
         ("kd", "cpu", {"backbone": "vit.safetensors"}),
-        ("evolve", "cpu", {"frozen_blocks": -1}),  # "of a pretrained one": here is none
+        ("evolve", "cpu", {"frozen_blocks": -1}),  # not pretrained
     ],
 )
 def test_other_profiles_train_all_blocks(name, profile, keys):
@@ -188,9 +188,9 @@ def test_mimetic_weights_have_the_products_of_trained_attention():
     vit = build({"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 1, "num_heads": 3}).vit
     mimic_trained(vit)
     query, key, value = vit.blocks[0].attn.qkv.weight.chunk(3)
-    said = vit.blocks[0].attn.proj.weight @ value
+    added = vit.blocks[0].attn.proj.weight @ value
     looked = query.T @ key / 3
-    assert said.diagonal().mean().item() == pytest.approx(-0.4, abs=0.1)
+    assert added.diagonal().mean().item() == pytest.approx(-0.4, abs=0.1)
     assert looked.diagonal().mean() > 10 * (looked - looked.diagonal().diag()).mean().abs()
     table = vit.pos_embed[0, 1:]
     near, far = (table[0] @ table[1]).item(), (table[0] @ table[15]).item()
@@ -198,7 +198,7 @@ def test_mimetic_weights_have_the_products_of_trained_attention():
 
 
 def test_contributions_of_patches_equal_the_last_attentions_part_of_a_logit():
-    """Sum over all tokens of the attribution = derivative of the logit along what the attention added to CLS."""
+    """The sum over all tokens equals the derivative of the logit along what the attention adds to the class token."""
     torch.manual_seed(0)
     plan = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "init_values": 0.5}
     backbone, head = build(plan, "dino").double().eval(), ClassHead(24, 2, 16).double()
@@ -209,12 +209,14 @@ def test_contributions_of_patches_equal_the_last_attentions_part_of_a_logit():
     assert maps.shape == (1, 2, 4, 4)
     block = backbone.vit.blocks[-1]
     tokens = backbone.vit.blocks[:-1](backbone.embed(images))
-    heads = trace.value.transpose(1, 2) * trace.attention.transpose(1, 2)[..., None]  # what each token says, by head
-    said = block.ls1(torch.nn.functional.linear(heads.flatten(2), block.attn.proj.weight))  # (1, tokens, D)
+    heads = (
+        trace.value.transpose(1, 2) * trace.attention.transpose(1, 2)[..., None]
+    )  # contribution of each token, by head
+    added = block.ls1(torch.nn.functional.linear(heads.flatten(2), block.attn.proj.weight))  # (1, tokens, D)
     torch.testing.assert_close(
-        said.sum(1) + block.ls1(block.attn.proj.bias), block.ls1(block.attn(block.norm1(tokens)))[:, 0]
+        added.sum(1) + block.ls1(block.attn.proj.bias), block.ls1(block.attn(block.norm1(tokens)))[:, 0]
     )
     before = trace.last.detach().requires_grad_()
     for i in range(2):
         slope = torch.autograd.grad(head(backbone.vit.norm(before))[0, i], before)[0]
-        torch.testing.assert_close(maps[0, i].flatten(), (said[0, 1:] * slope).sum(-1))
+        torch.testing.assert_close(maps[0, i].flatten(), (added[0, 1:] * slope).sum(-1))

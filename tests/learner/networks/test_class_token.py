@@ -1,4 +1,4 @@
-"""The last block for the class token alone: to the last digits what the whole block says of it, gradients too."""
+"""The last block for the class token only: outputs and gradients equal those of the whole block."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ import torch
 from learner.networks import class_token
 from learner.networks.backbone import build, plan_of
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 
 def network(**changes):
     torch.manual_seed(0)
     plan = {**plan_of("vit_tiny_patch8_depth2", 32), "embed_dim": 24, "num_heads": 3, **changes}
     made = build(plan, drop_path=0.4).double().train()
-    for parameter in made.parameters():  # biases, scales and places too
+    for parameter in made.parameters():  # biases, scales and position embeddings too
         torch.nn.init.normal_(parameter, std=0.3)
     return made
 

@@ -1,4 +1,4 @@
-"""Convolutional nets as encoders: by name, from a file, at any size, and a whole round with one."""
+"""Convolutional networks as encoders: by name, from a file, at any size, and a whole round."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from learner.networks.mimetic_init import mimic_trained
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import card, make_round, result
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 ROOT = Path(__file__).resolve().parents[3]
 WIDTHS = {
@@ -96,8 +96,8 @@ def test_networks_of_other_kinds_are_rejected(name):
     "name",
     [
         "deit_tiny_distilled_patch16_224",  # a second class token
-        "vit_small_patch16_18x2_224",  # two attentions a block
-        "beit3_base_patch16_224",  # no norm behind the last block
+        "vit_small_patch16_18x2_224",  # two attentions in a block
+        "beit3_base_patch16_224",  # no norm after the last block
     ],
 )
 def test_transformers_that_are_not_plain_are_rejected(name):
@@ -169,7 +169,7 @@ def test_a_network_without_prototypes_returns_the_embedding():
 
 
 def test_a_whole_round_with_a_convolutional_network(tmp_path):
-    arch = "mobilenetv3_small_050"  # squeeze-and-excite, hard swish: what is hardest to export
+    arch = "mobilenetv3_small_050"  # squeeze-and-excite and hard swish are hard to export
     folder = make_round(tmp_path / "r", arch=arch, image_size=64, local_size=32, init="mimetic")
     command = [sys.executable, "-m", "learner", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

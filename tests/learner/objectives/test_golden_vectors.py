@@ -1,6 +1,6 @@
-"""The learner's arithmetic against published numbers: official code's inputs and outputs, float64 unless said.
+"""The learner's functions against inputs and outputs of the published code, in float64 unless a test says otherwise.
 
-Every test drives the product's own functions. Tolerances: f64 1e-9 / 1e-10, whole epochs 1e-9, f32 2e-5.
+Tolerances: float64 1e-9 / 1e-10, whole epochs 1e-9, float32 2e-5.
 """
 
 from dataclasses import replace
@@ -28,11 +28,11 @@ from learner.objectives.dino import DinoLoss
 from learner.round.recipe import Recipe
 from tests.support.learner.golden_vectors import close, golden
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 
 def weights(g, prefix):
-    """Parameters under a prefix; a backbone is one level deeper in the product (`backbone.vit`)."""
+    """Return the parameters with a prefix; in this code a backbone is one level deeper (`backbone.vit`)."""
     mine = {k.removeprefix(prefix): v for k, v in g.items() if k.startswith(prefix)}
     return {k.replace("backbone.", "backbone.vit."): v for k, v in mine.items()}
 
@@ -69,7 +69,7 @@ def test_dino_loss_centre_and_gradient_equal_the_published_code(name):
 def test_prototype_head_forward_and_gradients(name):
     g = golden(name)
     head = DinoHead(12, 20, 16, 8, batch_norm=name.endswith("bn")).double()
-    # the running averages in the file are those of after the forward pass; training mode doesn't read them
+    # the running averages in the file are from after the forward pass; training mode does not read them
     head.load_state_dict(weights(g, "p."))
     x = g["x"].clone().requires_grad_()
     out = head(x)
@@ -199,7 +199,7 @@ class Given:
 
 
 def published_epochs(g, micro=0, alpha=True):
-    """Two epochs through the product's own run_steps; yields the state after each."""
+    """Run two epochs with `run_steps`; yield the state after each."""
     student, teacher = tiny_network(), tiny_network()
     student.load_state_dict(weights(g, "init."))
     teacher.load_state_dict(weights(g, "init."))

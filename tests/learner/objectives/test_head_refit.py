@@ -1,4 +1,4 @@
-"""The class head's last fit: neighbours and labels as one linear answer."""
+"""The refit of the class head: the mean of heads fitted to graph and labels."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ NAN = float("nan")
 
 
 def samples(seed=0, groups=12, each=25):
-    """Features (N, 6), truth (N,) and labels (N, 1): groups lie apart; the truth follows one direction, but for one group."""
+    """Return features (N, 6) in separate groups, truth (N,) along one direction, and labels (N, 1) of some images."""
     generator = torch.Generator().manual_seed(seed)
     centres = 3 * torch.randn(groups, 6, generator=generator)
     seen = (centres[:, None] + torch.randn(groups, each, 6, generator=generator)).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Pseudo-labels from neighbours, and the linear answer on features: against scikit-learn, plain loops and their limits."""
+"""Pseudo-labels from the graph, and logistic regression, against scikit-learn, plain loops and closed forms."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ NAN = float("nan")
 
 
 def two_moons(samples=300, seed=0):
-    """Two half circles (N, 2): no straight line parts them, neighbours do; and which one each image is on."""
+    """Return two half circles (N, 2), which no straight line separates, and the circle of each point (N,)."""
     rng = np.random.default_rng(seed)
     angle, side = rng.uniform(0, np.pi, samples), np.arange(samples) % 2
     x = np.where(side, 1 - np.cos(angle), np.cos(angle))
@@ -61,7 +61,7 @@ def test_unknown_targets_are_ignored_and_one_class_gives_its_odds():
     assert torch.isfinite(some(x)).all()
     assert not some.weight[1:].any()
     assert some.bias[2] > 2
-    # the same ten images decide; only the scale they are measured in is that of all images
+    # the same ten images are fitted; only the standardisation is that of all images
     assert np.corrcoef(some(x)[:, 0], alone(x)[:, 0])[0, 1] > 0.98
 
 
@@ -110,7 +110,7 @@ def test_propagation_equals_the_closed_form():
     points, truth = two_moons(60)
     matrix = label_propagation.affinity(*label_propagation.neighbours(points, 5))
     labels = few(truth)
-    ours = label_propagation.propagate(matrix, labels, damping=0.5, iterations=60)  # .5^60: nothing is left out
+    ours = label_propagation.propagate(matrix, labels, damping=0.5, iterations=60)  # .5^60 is negligible
     seeds = torch.stack([(labels[:, 0] == v).float() / 3 for v in (1, 0)], 1)
     mass = torch.linalg.solve(torch.eye(60) - 0.5 * matrix.to_dense(), 0.5 * seeds)
     mass = mass.clamp(min=1e-12).log()

@@ -1,4 +1,4 @@
-"""What labels weigh: the unknown nothing in any recipe, rare ones more where a recipe says so, counted on train alone."""
+"""Weights of labels: unknown labels have none, rare classes more; from train labels only."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("balance", [{}, BALANCE], ids=["alike", "weighed"])
 @pytest.mark.parametrize("recipe", OBJECTIVES)
 def test_the_gradient_of_an_unknown_label_is_exactly_zero_in_every_recipe(recipe, balance):
-    """At the class logits themselves; distillation's share is taken away from kd, which has answers for those too."""
+    """At the class logits; kd without its distillation loss, which has a gradient for unknown labels too."""
     state, seen = make_state(kd_alpha=0.0), []
 
     def watch(_, __, logits):
@@ -47,7 +47,7 @@ def test_the_gradient_of_an_unknown_label_is_exactly_zero_in_every_recipe(recipe
     batch = make_batch(labels=SOME)
     OBJECTIVES[recipe](state, balance)(state, batch, slice(0, 4)).loss.backward()
     (logits,) = seen
-    slope = logits.grad[-4:]  # of the noised view, the last that is classified
+    slope = logits.grad[-4:]  # of the augmented view, the last that is classified
     assert not slope[SOME.isnan()].any()
     assert slope[~SOME.isnan()].all()
     assert not logits.grad[:-4].any()

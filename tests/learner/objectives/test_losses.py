@@ -1,4 +1,4 @@
-"""The losses and targets of later recipes against published numbers; every test has a mutation that it notices."""
+"""Losses and targets of evolve and kd against published code; each test has a mutation that it detects."""
 
 from math import exp, log
 
@@ -10,7 +10,7 @@ from learner.objectives import class_losses, knowledge_distillation, pseudo_targ
 from learner.objectives.dino import DinoLoss
 from tests.support.learner.golden_vectors import close, golden
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 SINGLE = {"rtol": 2e-5, "atol": 1e-6}  # of float32
 TEMPERATURES = (1, 2, 4, 20)

@@ -1,7 +1,4 @@
-"""What the learner's formulas hold for any input, by letter of the design's list; every test has a mutation it notices.
-
-Here are (a) to (f), (i), (k) to (o): the DINO loss, the class losses, the averages, the targets and distillation.
-"""
+"""Properties of losses, averages, targets and distillation for any input; each test has a mutation that it detects."""
 
 from math import log, sqrt
 
@@ -15,9 +12,9 @@ from learner.objectives import class_losses, knowledge_distillation, pseudo_targ
 from learner.objectives.dino import DinoLoss
 from tests.support.learner.golden_vectors import close
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
-# no shrinking: a mutation is noticed at its first example
+# no shrinking: each mutation is detected at its first example
 few = settings(max_examples=20, derandomize=True, deadline=None, database=None, phases=(Phase.generate,))
 small, numbers, share, seeds = st.integers(2, 9), st.floats(-5, 5), st.floats(0.01, 0.99), st.integers(0, 2**31)
 
@@ -27,7 +24,7 @@ def normal(seed, *shape):
 
 
 def shuffled(seed, samples):
-    """Scores without ties."""
+    """Return scores without ties."""
     return torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).double()
 
 
@@ -36,7 +33,7 @@ def dino_of(prototypes):
 
 
 def linear(seed):
-    """A network with a buffer."""
+    """Return a network with a buffer."""
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).double()
     for i, tensor in enumerate([*network.parameters(), network[1].running_mean]):
         tensor.detach().copy_(normal(seed + i, *tensor.shape))
@@ -121,7 +118,7 @@ def test_only_the_softmax_gradient_sums_to_zero_over_findings(seed, samples, fin
         normal(seed, samples, findings).requires_grad_(),
         normal(seed, samples, findings).requires_grad_(),
     )
-    teacher = bernoulli.detach() + 1  # surer of every finding at once: softmax can't say that
+    teacher = bernoulli.detach() + 1  # higher for all findings at once, which a softmax cannot express
     (-(teacher.softmax(1) * softmax.log_softmax(1)).sum(1).mean()).backward()
     close(softmax.grad.sum(1), torch.zeros(samples).double())
     knowledge_distillation.bernoulli_kl(bernoulli, teacher, 2.0).backward()
@@ -249,71 +246,23 @@ def no_floor(x):
 
 MUTATIONS = [
     ("test_constant_logits_have_loss_ln_k", "learner.objectives.dino.DinoLoss.forward", summed),
-    (
-        "test_shifting_teacher_and_centre_does_not_change_the_loss",
-        "learner.objectives.dino.DinoLoss.forward",
-        without_centre,
-    ),
+    ("test_shifting_teacher_and_centre_does_not_change_the_loss", "learner.objectives.dino.DinoLoss.forward", without_centre),
     ("test_all_pairs_of_different_views_have_equal_weight", "learner.objectives.dino.DinoLoss.forward", all_pairs),
     ("test_centres_approach_a_constant_mean_geometrically", "learner.objectives.dino.DinoLoss.move", swallow),
-    (
-        "test_centres_approach_a_constant_mean_geometrically",
-        "learner.objectives.self_supervised.PatchLoss.move",
-        swallow,
-    ),
-    (
-        "test_self_training_has_a_gradient_only_for_the_augmented_view",
-        "learner.objectives.class_losses.self_training_loss",
-        lambda student, teacher: (student.sigmoid() - teacher.sigmoid()).square().mean(),
-    ),
-    (
-        "test_ema_keeps_copies_or_blends",
-        "learner.engine.weight_averaging.ema_update_with_buffers",
-        buffers_forgotten,
-    ),
-    (
-        "test_ema_keeps_copies_or_blends",
-        "learner.engine.weight_averaging.ema_update",
-        lambda teacher, student, m: teacher.load_state_dict(student.state_dict()),
-    ),
-    (
-        "test_distillation_at_high_temperature_is_an_eighth_of_the_squared_difference",
-        "learner.objectives.knowledge_distillation.bernoulli_kl",
-        squared,
-    ),
-    (
-        "test_only_the_softmax_gradient_sums_to_zero_over_findings",
-        "learner.objectives.knowledge_distillation.bernoulli_kl",
-        centred,
-    ),
-    (
-        "test_the_kappa_filter_keeps_its_share_for_scores_of_any_scale",
-        "learner.objectives.pseudo_targets.kappa_filter",
-        fixed_cut,
-    ),
-    (
-        "test_alignment_to_the_own_mean_is_the_identity",
-        "learner.objectives.pseudo_targets.align",
-        lambda logits, mean, prevalence: logits - mean.logit() - prevalence.logit(),
-    ),
-    (
-        "test_kappa_one_labels_every_image_at_the_prevalence",
-        "learner.objectives.pseudo_targets.class_thresholds",
-        quartiles,
-    ),
+    ("test_centres_approach_a_constant_mean_geometrically", "learner.objectives.self_supervised.PatchLoss.move", swallow),
+    ("test_self_training_has_a_gradient_only_for_the_augmented_view", "learner.objectives.class_losses.self_training_loss", lambda student, teacher: (student.sigmoid() - teacher.sigmoid()).square().mean()),
+    ("test_ema_keeps_copies_or_blends", "learner.engine.weight_averaging.ema_update_with_buffers", buffers_forgotten),
+    ("test_ema_keeps_copies_or_blends", "learner.engine.weight_averaging.ema_update", lambda teacher, student, m: teacher.load_state_dict(student.state_dict())),
+    ("test_distillation_at_high_temperature_is_an_eighth_of_the_squared_difference", "learner.objectives.knowledge_distillation.bernoulli_kl", squared),
+    ("test_only_the_softmax_gradient_sums_to_zero_over_findings", "learner.objectives.knowledge_distillation.bernoulli_kl", centred),
+    ("test_the_kappa_filter_keeps_its_share_for_scores_of_any_scale", "learner.objectives.pseudo_targets.kappa_filter", fixed_cut),
+    ("test_alignment_to_the_own_mean_is_the_identity", "learner.objectives.pseudo_targets.align", lambda logits, mean, prevalence: logits - mean.logit() - prevalence.logit()),
+    ("test_kappa_one_labels_every_image_at_the_prevalence", "learner.objectives.pseudo_targets.class_thresholds", quartiles),
     ("test_sinkhorn_rows_sum_to_one", "learner.objectives.self_supervised.sinkhorn", only_columns),
-    (
-        "test_sinkhorn_rows_sum_to_one",
-        "learner.objectives.self_supervised.sinkhorn",
-        lambda logits, temperature, iterations=3: (logits / temperature).softmax(1),
-    ),
+    ("test_sinkhorn_rows_sum_to_one", "learner.objectives.self_supervised.sinkhorn", lambda logits, temperature, iterations=3: (logits / temperature).softmax(1)),
     ("test_koleo_of_equal_and_of_orthonormal_rows", "learner.objectives.self_supervised.koleo", no_floor),
-    (
-        "test_wise_with_share_0_and_1_is_champion_and_candidate",
-        "learner.engine.weight_averaging.wise",
-        lambda champion, candidate, a: weight_averaging.running_mean(champion, candidate, 1),
-    ),
-]
+    ("test_wise_with_share_0_and_1_is_champion_and_candidate", "learner.engine.weight_averaging.wise", lambda champion, candidate, a: weight_averaging.running_mean(champion, candidate, 1)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)

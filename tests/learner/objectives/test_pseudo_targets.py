@@ -1,4 +1,4 @@
-"""Targets, weights and masks beside plain-loop and second-library versions; every test has a mutation it notices."""
+"""Targets, weights and masks against plain loops and second libraries; each test has a mutation that it detects."""
 
 from math import exp
 from statistics import fmean, pstdev
@@ -12,7 +12,7 @@ from learner.engine import weight_averaging
 from learner.objectives import pseudo_targets, self_supervised
 from tests.support.learner.golden_vectors import close
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 UNKNOWN = float("nan")
 SIDE = 14
@@ -49,14 +49,16 @@ def test_a_mask_depends_only_on_its_numbers():
 def test_masks_are_blocks_of_patches():
     masks = self_supervised.block_masks(uniform(3, 200, self_supervised.MASK_NUMBERS), SIDE, chance=1.0)
     pairs = (masks[:, 1:] & masks[:, :-1]).sum() + (masks[:, :, 1:] & masks[:, :, :-1]).sum()
-    assert pairs / masks.sum() > 1.4  # neighbours a masked patch has to the right and below: 2 in a large block
-    assert masks.float().mean(0).min() > 0.05  # and no place is spared
+    assert pairs / masks.sum() > 1.4  # masked neighbours to the right and below: 2 in a large block
+    assert masks.float().mean(0).min() > 0.05  # and every position is masked sometimes
 
 
 def test_rectangles_have_the_drawn_position_and_shape():
     numbers = torch.full((1, self_supervised.MASK_NUMBERS), 0.5).double()
     numbers[:, 1] = 0.3
-    numbers[:, 2 + 2 * self_supervised.BLOCKS : 2 + 3 * self_supervised.BLOCKS] = 0.0  # the flattest, all in the middle
+    numbers[:, 2 + 2 * self_supervised.BLOCKS : 2 + 3 * self_supervised.BLOCKS] = (
+        0.0  # the flattest rectangles, all in the middle
+    )
     rows, columns = self_supervised.block_masks(numbers, 30, chance=1.0)[0].nonzero().T
     assert (rows.max() - rows.min() + 1) / (columns.max() - columns.min() + 1) == pytest.approx(0.3, abs=0.05)
     numbers[:, 2 : 2 + 2 * self_supervised.BLOCKS] = double(0, 0, 1, 1, 0, 1, 0, 1)  # one to each corner
@@ -106,7 +108,7 @@ def test_aligned_probabilities_approach_the_prevalence():
     for _ in range(600):
         mean = pseudo_targets.move_mean(mean, answers, momentum=0.98)
     close(mean, answers, rtol=1e-4)
-    # near, not at: a shift of logits by the mean answer's is exact only where the answers are alike
+    # approximate: shifting logits by that of the mean is exact only for equal probabilities
     aligned = pseudo_targets.align(logits, mean, prevalence).sigmoid().mean(0)
     assert ((aligned - prevalence).abs() < 0.2 * (answers - prevalence).abs()).all()
 
@@ -290,7 +292,7 @@ MUTATIONS = [
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong):
     monkeypatch.setattr(attribute, wrong)
-    with pytest.raises((AssertionError, pytest.fail.Exception)):  # the latter where an error isn't raised any more
+    with pytest.raises((AssertionError, pytest.fail.Exception)):  # the latter where no error is raised
         globals()[test]()
 
 

@@ -1,4 +1,4 @@
-"""Rounds of `evolve` and `pretrain`: every signal in one step, frozen blocks from the bank, the choice at the end."""
+"""Rounds of `evolve` and `pretrain`: all losses in a step, frozen blocks, pseudo-labels, resuming."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.support.learner.round_folders import ALL, card, make, read_manifest, 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
-SOFT = {  # the teacher's answers, weighed and balanced
+SOFT = {  # pseudo-labels of the teacher, weighted and balanced
     "lam": 1.0, "targets": "teacher", "align": True, "agree": "soft", "centring": "sinkhorn", "ibot": 0.5, "koleo": 0.1, "refit": "linear",
 }  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_frozen_blocks_do_not_change_and_the_others_do(evolved):
     before, after = (read_file(evolved / name / "state.safetensors")[0] for name in ("t0", "final"))
     for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"):
         assert torch.equal(before[f"student.backbone.vit.{key}"], after[f"student.backbone.vit.{key}"]), key
-    key = "teacher.backbone.vit.blocks.1.attn.qkv.weight"  # the student may have been set back: see `choose`
+    key = "teacher.backbone.vit.blocks.1.attn.qkv.weight"  # the student may be the champion: see `choose_candidate`
     assert not torch.equal(before[key], after[key])
 
 
@@ -87,15 +87,15 @@ def test_pausing_after_every_step_changes_no_bit(tmp_path, monkeypatch, override
     assert main([str(whole)]) == 0
     step = ProgressWriter.write_step
 
-    def step_and_ask(progress, state, losses):
+    def step_and_pause(progress, state, losses):
         step(progress, state, losses)
         progress.signal_name = "one step"
 
-    monkeypatch.setattr(ProgressWriter, "write_step", step_and_ask)
+    monkeypatch.setattr(ProgressWriter, "write_step", step_and_pause)
     starts = 0
     while (code := main([str(folder)])) == 75:
         starts += 1
-        assert result(folder)["reason"] == "one step"  # a signal from outside (timeout's SIGTERM) would be a pause too
+        assert result(folder)["reason"] == "one step"  # and not a signal from outside
     assert (code, starts) == (0, 2 + 3 * overrides.get("epochs", 1))
     for name in ("t0/state", "checkpoint/evolve", "final/state"):
         one, other = (read_file(f / f"{name}.safetensors")[0] for f in (whole, folder))
@@ -104,7 +104,7 @@ def test_pausing_after_every_step_changes_no_bit(tmp_path, monkeypatch, override
 
 @pytest.mark.parametrize("missing", ["", "koleo", "sinkhorn"])
 def test_a_step_in_parts_equals_a_whole_one_only_with_the_rows_of_the_whole_batch(tmp_path, monkeypatch, missing):
-    """KoLeo's neighbours and Sinkhorn's columns are those of the batch; without the look ahead the test would notice."""
+    """KoLeo's neighbours and Sinkhorn's columns are those of the whole batch."""
     overrides = {**SOFT, "drop_path": 0.0, "centring": "centre" if missing == "koleo" else "sinkhorn"}
     run = Run(load(make(tmp_path / "r", **overrides)))
     if missing:

@@ -1,4 +1,4 @@
-"""Which weights a round of `evolve` keeps: candidates, running means and the round that is taken back."""
+"""The choice of weights in `evolve`: candidates, running mean, and keeping the champion."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_the_champion_is_kept_only_where_the_round_made_it_worse(tmp_path, facto
     final.student = run.new_network()
     final.student.load_state_dict(kept)
     for layer in final.student.cls_head.parameters():
-        layer.data *= factor  # -1: every answer turned round; .5: the same order of images
+        layer.data *= factor  # -1: all logits negated; .5: same order of images
     final.teacher.load_state_dict(final.student.state_dict())
     assert evolve.choose_candidate(run, final, champion) == chosen
     for key, value in final.student.state_dict().items():

@@ -1,4 +1,4 @@
-"""`evolve` as it is by default: neighbours and labels make the first teacher, its soft answers are all a step learns."""
+"""`evolve` with its default keys: a first teacher from graph and labels, and steps on its probabilities only."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def run(tmp_path):
 
 
 def fitted(run, network):
-    """What neighbours and labels say on the features of this network."""
+    """Return the logits of graph and labels on the features of this network."""
     samples = run.manifest.unlabelled
     return head_refit.fit_graph_and_labels(run.embeddings(network, samples), label_table(samples), 3, 4)
 

@@ -1,4 +1,4 @@
-"""Rounds of the recipe kd: between two kinds of network, every strategy, resumed at any step, in parts and whole."""
+"""Rounds of the recipe kd: strategies, different networks, parents, resuming, steps in parts."""
 
 import inspect
 from dataclasses import replace
@@ -17,7 +17,7 @@ from learner.objectives.knowledge_distillation import bernoulli_kl
 from learner.recipes import kd
 from learner.round.recipe import resolve
 from tests.support.learner.recipe_rounds import (
-    ALONE,
+    CLASS_LOSS_ONLY,
     CONVNET,
     check_killed_and_restarted,
     check_phases,
@@ -31,9 +31,9 @@ from tests.support.learner.recipe_rounds import (
 from tests.support.learner.round_folders import make_round, result
 from tests.support.learner.weights import copy_of, same
 
-KD = {**ALONE, "method": "kd", "kd_teacher": CONVNET}
+KD = {**CLASS_LOSS_ONLY, "method": "kd", "kd_teacher": CONVNET}
 CASES = {
-    "standard": KD,  # a convolutional net teaches a transformer
+    "standard": KD,  # the teacher is a convolutional network, the student a transformer
     "reversed": {**KD, "kd_strategy": "reversed"},
     "self": {**KD, "kd_strategy": "self", "arch": CONVNET},
 }
@@ -79,7 +79,7 @@ def test_a_round_without_labels_is_rejected(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["base", "standard", "self"])
 def test_kd_starts_from_a_parent(whole, tmp_path, strategy):
-    """As the student, but in `self` as the teacher of one that starts anew."""
+    """The parent is the student, in "self" the teacher of a new student."""
     state = whole("standard") / "final/state.safetensors"
     parent, begun = {"bundle": "abc", "state": str(state)}, []
     folder = make_round(tmp_path / "r", parent=parent, **KD, kd_strategy=strategy)
@@ -118,7 +118,7 @@ def test_the_recipe_has_no_prototypes_and_no_local_views_in_any_profile(profile)
     assert (recipe.method, recipe.prototypes, recipe.local_views) == ("kd", 0, 0)
 
 
-# -- what no step may do; each is told to fail in MUTATIONS
+# -- properties of a step; MUTATIONS has a wrong version for each
 
 
 def test_the_teacher_of_kd_does_not_change_and_is_in_eval_mode(tmp_path):
@@ -138,7 +138,7 @@ def test_the_teacher_of_kd_does_not_change_and_is_in_eval_mode(tmp_path):
 
 
 def kd_step(run, feeds, teacher=None, **recipe):
-    """One step of a student beside its own copy as teacher; the losses, and the student after it."""
+    """Return the losses of a step with a copy of the student as teacher, and the student after it."""
     run.recipe = replace(run.recipe, drop_path=0.0, **recipe)
     state = run.new_state("kd", run.schedule(feeds[0], 2, 1e-3))
     run.from_weights(None)(state)
@@ -172,7 +172,7 @@ def test_a_step_in_parts_has_the_loss_of_a_whole_one(tmp_path):
     whole, one = kd_step(run, feeds, teacher)
     parts, other = kd_step(run, feeds, teacher, micro_batch=1)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
-    # gradients, not weights: Adam's first step makes a full step of a gradient that is zero but for rounding
+    # compare gradients, not weights: Adam turns the rounding of a zero gradient into a full step
     for mine, theirs in zip(one.student.parameters(), other.student.parameters(), strict=True):
         if mine.grad is not None and theirs.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Rounds of `evolve` that go on from a parent: what it knew and this round's labels don't say stays known."""
+"""Rounds of `evolve` that start from a parent: networks, heads and findings without labels."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ torch.use_deterministic_algorithms(True)
 
 @pytest.fixture
 def opened(tmp_path):
-    """Opens a round after one whose networks differ and know both findings; `edit` changes its manifest."""
+    """Return a function that opens a round with a parent whose networks differ; `edit` changes the manifest."""
     runs = []
 
     def open_round(edit=lambda manifest: None, parent=None, **overrides):

@@ -1,4 +1,4 @@
-"""Rounds of the recipe pseudo-label: what the teacher may see, what the student learns, resumed at any step."""
+"""Rounds of the recipe pseudo-label: inputs of teacher and student, parents, resuming."""
 
 import inspect
 from dataclasses import replace
@@ -16,7 +16,7 @@ from learner.recipes import pseudo_label
 from learner.round.recipe import resolve
 from learner.training.run import Run
 from tests.support.learner.recipe_rounds import (
-    ALONE,
+    CLASS_LOSS_ONLY,
     CONVNET,
     check_killed_and_restarted,
     check_phases,
@@ -30,7 +30,7 @@ from tests.support.learner.recipe_rounds import (
 from tests.support.learner.round_folders import card, make_round, result
 from tests.support.learner.weights import copy_of, same
 
-PSEUDO = {**ALONE, "method": "pseudo-label", "finetune_epochs": 2, "arch": CONVNET}
+PSEUDO = {**CLASS_LOSS_ONLY, "method": "pseudo-label", "finetune_epochs": 2, "arch": CONVNET}
 PHASES = {"t0": 4, "pseudo": 4, "finetune": 4}
 
 
@@ -107,7 +107,7 @@ def test_the_recipe_has_no_prototypes_and_no_local_views_in_any_profile(profile)
     assert (recipe.method, recipe.prototypes, recipe.local_views) == ("pseudo-label", 0, 0)
 
 
-# -- what no step may do; each is told to fail in MUTATIONS
+# -- properties of a step; MUTATIONS has a wrong version for each
 
 
 def test_the_teacher_predicts_in_eval_mode_and_keeps_its_statistics(tmp_path):
@@ -117,7 +117,9 @@ def test_the_teacher_predicts_in_eval_mode_and_keeps_its_statistics(tmp_path):
     answers = pseudo_label.predict(run, teacher, samples)
     assert same(before, copy_of(teacher))
     assert teacher.training
-    alone = pseudo_label.predict(run, teacher, samples[:1])  # batch norm would see the company in train mode
+    alone = pseudo_label.predict(
+        run, teacher, samples[:1]
+    )  # in train mode batch norm would depend on the other samples
     torch.testing.assert_close(alone, answers[:1])
     run.progress.close()
 
@@ -155,7 +157,7 @@ def test_predictions_are_the_mean_over_crops_mirrored_only_with_flip(tmp_path, f
     run = opened(tmp_path / "r", flip=flip, **{**PSEUDO, "arch": "vit_tiny_patch8_depth1"})
     teacher, samples = run.new_network().eval(), without_label(run)
     images = normalise(to_image(read_plates(samples), resize_matrix(512, 32)), run.recipe)
-    side = 24  # 7/8 of 32 in whole patches of 8
+    side = 24  # 7/8 of 32, a multiple of the patch of 8
     boxes = [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]
     views = [image[..., y : y + side, x : x + side] for image in (images, images.flip(-1)) for y, x in boxes]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a manifest may not say, and what a round folder holds."""
+"""Manifests and recipes: what is rejected, version 1, locks and whole folders."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def spoiled(plain, folder, change):
 
 def test_a_manifest_is_loaded(plain):
     round_ = load(plain)
-    assert (len(round_.labelled), len(round_.unlabelled)) == (6, 14)  # the pool holds the labelled ones too
+    assert (len(round_.labelled), len(round_.unlabelled)) == (6, 14)  # the pool includes the labelled images
     assert round_.samples[0].labels == (1, 0)
     assert round_.recipe.seed == 3
 
@@ -95,7 +95,7 @@ ODD = [None, 1, -1, 1.5, float("nan"), 10**400, True, "", "x", [], {}, [[]], [No
 
 
 def test_odd_values_of_any_key_load_or_raise_manifest_error(plain, tmp_path):
-    """Whatever stands in a manifest, a person reads why; a crash would be started again and again."""
+    """Any value gives a reason for people; after a crash the agent would restart the round again and again."""
     whole = spoiled(plain, tmp_path, lambda m: m.update(parent={"bundle": "abc", "state": "manifest.json"}))
     sound, refused = read_manifest(whole), set()
     load(whole)
@@ -134,14 +134,14 @@ def test_files_that_are_no_plate_are_rejected(tmp_path):
             read_plate(tmp_path / f"{name}.npy")
 
 
-@pytest.mark.parametrize(("one", "other"), [(0, -1), (0, 14), (14, -1)])
-def test_a_patient_in_two_ranges_is_rejected_by_its_own_check(plain, tmp_path, monkeypatch, one, other):
-    """Train, validation and calibration, two by two; without the check the manifest would pass."""
+@pytest.mark.parametrize(("first", "second"), [(0, -1), (0, 14), (14, -1)])
+def test_a_patient_in_two_ranges_is_rejected_by_its_own_check(plain, tmp_path, monkeypatch, first, second):
+    """For each pair of ranges; without this check the manifest would load."""
 
     def change(manifest):
-        manifest["images"][other].update(patient=manifest["images"][one]["patient"])
+        manifest["images"][second].update(patient=manifest["images"][first]["patient"])
 
-    assert len({read_manifest(plain)["images"][i]["range"] for i in (one, other)}) == 2
+    assert len({read_manifest(plain)["images"][i]["range"] for i in (first, second)}) == 2
     with pytest.raises(ManifestError, match="split by patient"):
         load(spoiled(plain, tmp_path, change))
     monkeypatch.setattr("learner.round.manifest._check_patient_range", lambda where, row, range_of: None)

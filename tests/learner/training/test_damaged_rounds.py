@@ -1,4 +1,4 @@
-"""Rounds that can't go on as they are: damaged or foreign checkpoints and parents, weights that blew up, no memory."""
+"""Rounds that stop with a reason: damaged checkpoints and parents, diverged weights, no memory."""
 
 import shutil
 
@@ -8,13 +8,13 @@ from safetensors.torch import save_file
 
 from learner.__main__ import main
 from learner.engine.step import optimiser_step
-from tests.support.learner.recipe_rounds import ALONE, CONVNET
+from tests.support.learner.recipe_rounds import CLASS_LOSS_ONLY, CONVNET
 from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A first round, run to its end."""
+    """A trained first round."""
     folder = make_round(tmp_path_factory.mktemp("trained") / "r")
     assert main([str(folder)]) == 0
     return folder
@@ -62,7 +62,7 @@ def test_a_damaged_parent_is_named(trained, tmp_path, spoil):
 
 
 def test_weights_that_diverge_in_the_last_step_are_not_exported(tmp_path):
-    """Its loss was a number: only what the network then answers tells."""
+    """The last loss was finite: only the output of the network shows it."""
     keys = {"t0_epochs": 1, "t0_lr": 1e15, "warmup_epochs": 0}
     folder = make_round(tmp_path / "r", train=(4, 0), validation=0, calibration=0, **keys)
     assert main([str(folder)]) == 3
@@ -78,10 +78,11 @@ def test_running_out_of_memory_outside_of_a_step_stops_the_round(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {**ALONE, "method": "kd", "kd_teacher": CONVNET}, {**ALONE, "method": "pseudo-label"}]
+    "keys",
+    [{}, {**CLASS_LOSS_ONLY, "method": "kd", "kd_teacher": CONVNET}, {**CLASS_LOSS_ONLY, "method": "pseudo-label"}],
 )
 def test_the_note_about_halved_parts_reaches_the_card_in_a_later_process(tmp_path, monkeypatch, keys):
-    """It happens at the first step of T=0; later phases, some of other networks, carry the note on."""
+    """Memory runs out in the first step of T=0; later phases, also of other networks, keep the note."""
     folder = make_round(
         tmp_path / "r", train=(4, 0), validation=0, calibration=0, **{**keys, "t0_epochs": 1, "epochs": 1}
     )
@@ -103,5 +104,5 @@ def test_the_note_about_halved_parts_reaches_the_card_in_a_later_process(tmp_pat
     assert [note.split(" instead")[0] for note in first["t0"]] == ["out of memory: 2 images in a forward pass"]
     assert first["final"] == first["t0"]
     seen.clear()
-    assert main([str(folder)]) == 0  # all phases are read
+    assert main([str(folder)]) == 0  # reads all phases
     assert seen == first

@@ -1,4 +1,4 @@
-"""A round on a disk that is full and then is not, on a real small file system: it pauses, and loses nothing."""
+"""A round on a real small file system that gets full: it pauses, keeps its checkpoint and resumes."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from tests.support.small_disk import small_disk
 
 pytestmark = pytest.mark.peer("mount")
 
-DISK_MB = 64  # a checkpoint here takes 8, and as much while it is replaced
+DISK_MB = 64  # a checkpoint takes 8, and 8 more while it is replaced
 
 
 def learner(disk, folder):
@@ -26,7 +26,7 @@ def test_a_full_disk_pauses_the_round_and_keeps_its_checkpoint(tmp_path):
         process = learner(disk, "r")
         wait_for(folder / "checkpoint/state.safetensors", process)
         ballast = disk.fill()
-        while process.poll() is None:  # others take every byte that it gives up
+        while process.poll() is None:  # take every byte that the round frees
             ballast = disk.fill()
         assert process.returncode == 75, process.communicate()[1]
         assert "disk full" in result(folder)["reason"]

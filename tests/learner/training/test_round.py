@@ -1,4 +1,4 @@
-"""Whole rounds: from a manifest to the parts of a bundle, with pauses, crashes, bad nights and very few images."""
+"""Whole rounds from manifest to bundle parts: pauses, crashes, poisoned teachers, very few images."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.support.learner.weights import same_weights
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A first round, run to its end."""
+    """A trained first round."""
     folder = make_round(tmp_path_factory.mktemp("trained") / "r")
     assert main([str(folder)]) == 0
     return folder
@@ -41,7 +41,7 @@ def test_a_first_round_exports_the_parts_of_two_bundles(trained):
 def test_numbers_of_steps_and_corrections_are_those_of_the_recipe(trained):
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["phase"] == "t0" for row in rows) == 2 * 2  # 6 images in batches of 4, two epochs
-    steps = 2 * 3  # 14 images, 4 a batch, the short one dropped, two epochs
+    steps = 2 * 3  # 14 images in batches of 4, the short one dropped, two epochs
     bursts = len([s for s in range(steps) if s and s % 2 == 0])
     assert sum(row["phase"] == "distil" for row in rows) == steps + bursts * 2
 
@@ -109,18 +109,18 @@ def test_a_parent_of_another_size_is_rejected(trained, tmp_path):
 
 
 def test_pausing_after_every_step_changes_no_bit(trained, tmp_path, monkeypatch):
-    """Through the feeds, the corrections and stochastic depth; bitwise, on the CPU."""
+    """Covers feeds, corrections and stochastic depth; bit for bit, on the CPU."""
     folder, starts = make_round(tmp_path / "r"), 0
     step = ProgressWriter.write_step
 
-    def step_and_ask(progress, state, losses):
+    def step_and_pause(progress, state, losses):
         step(progress, state, losses)
         progress.signal_name = "one step"
 
-    monkeypatch.setattr(ProgressWriter, "write_step", step_and_ask)
+    monkeypatch.setattr(ProgressWriter, "write_step", step_and_pause)
     while (code := main([str(folder)])) == 75:
         starts += 1
-        assert result(folder)["reason"] == "one step"  # a signal from outside would be a pause too
+        assert result(folder)["reason"] == "one step"  # and not a signal from outside
     assert code == 0
     assert starts == 4 + 6 + 2 * 2  # steps of T=0, of the unlabelled images, and of corrections
     assert same_weights(trained / "t0/state.safetensors", folder / "t0/state.safetensors")
@@ -132,23 +132,23 @@ def forget_moments(saved, state):
     state.optimiser.state.clear()
 
 
-def forget_the_burst(saved, state):
+def forget_burst(saved, state):
     load_state(saved, state)
     state.burst = None
 
 
-@pytest.mark.parametrize("wrong", [forget_moments, forget_the_burst])
+@pytest.mark.parametrize("wrong", [forget_moments, forget_burst])
 def test_a_resume_without_moments_or_burst_differs(trained, tmp_path, monkeypatch, wrong):
-    """Stopped once, within a correction: going on without Adam's moments, or without the rest of the burst."""
+    """Pauses within a correction and resumes without Adam's moments, or without the rest of the correction."""
     folder, step = make_round(tmp_path / "r"), ProgressWriter.write_step
 
-    def step_and_ask(progress, state, losses):
+    def step_and_pause(progress, state, losses):
         step(progress, state, losses)
         if state.burst == 1:
             progress.signal_name = "one step"
 
     with monkeypatch.context() as patch:
-        patch.setattr(ProgressWriter, "write_step", step_and_ask)
+        patch.setattr(ProgressWriter, "write_step", step_and_pause)
         assert main([str(folder)]) == 75
     monkeypatch.setattr("learner.engine.checkpoint.load_state", wrong)
     assert main([str(folder)]) == 0

@@ -1,4 +1,4 @@
-"""A round under a real torchrun: what one process learns, also when a worker is killed, asked to pause, or left behind."""
+"""Rounds under a real torchrun: equal to a single process, also after workers were killed or paused."""
 
 import json
 import os
@@ -24,18 +24,18 @@ from tests.support.learner.weights import difference
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--max-restarts", "3"]
-# Stochastic depth draws for the images of a rank, so its masks are others; everything else is to be the same.
+# Stochastic depth draws for the images of each rank, so its masks differ; everything else must be equal.
 KEYS = {"drop_path": 0.0, "checkpoint_seconds": 0}
 
 
 def learner(folder, launcher):
     log = (folder / "log").open("w")
     words = [*launcher, "-m", "learner", str(folder)]
-    return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=surroundings(folder))
+    return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=environment(folder))
 
 
-def surroundings(folder):
-    """One thread a process, and what torchrun writes beside the round: by default it stays in /tmp."""
+def environment(folder):
+    """One thread for each process; torchrun's files go into the round folder, as it does not remove them."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PET_LOG_DIR": str(folder / "torchrun")}
 
 
@@ -46,14 +46,14 @@ def finished(process, folder, code=0, seconds=120):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A first round with corrections, T=0 included, learnt by one process: an odd batch, and a late one of one image."""
+    """A first round with corrections and T=0 in one process; it has an odd batch and a last batch of one image."""
     folder = make_round(tmp_path_factory.mktemp("alone") / "r", train=(5, 8), **KEYS)
     return finished(learner(folder, [sys.executable]), folder)
 
 
 @pytest.fixture
 def copy(alone, tmp_path):
-    """The same round, not begun; plates and all at the same times, as on a shared disk."""
+    """The same round, not started; all files have the same modification times, as on a shared disk."""
     folder = tmp_path / "r"
     folder.mkdir()
     shutil.copytree(alone / "plates", folder / "plates", copy_function=shutil.copy2)
@@ -68,7 +68,7 @@ def answers(folder):
 
 def workers(process):
     """Process ids of torchrun's workers, by rank."""
-    found = {}
+    pids = {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:
@@ -77,8 +77,8 @@ def workers(process):
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
             if parent == process.pid and "RANK" in facts:
-                found[int(facts["RANK"])] = int(path.name)
-    return found
+                pids[int(facts["RANK"])] = int(path.name)
+    return pids
 
 
 def wait_until(true, process, folder, seconds=60):
@@ -116,9 +116,9 @@ RECIPES = {
 
 
 def test_two_ranks_train_like_one_with_the_other_recipes(tmp_path):
-    """Transformers without stochastic depth: every sum of these recipes is over the whole batch. Nothing is exported.
+    """Transformers without stochastic depth; every sum of these recipes is over the whole batch. Exports nothing.
 
-    Adam's eps is larger than a rounding (see `Bare`): at 1e-8 one weight in 35 000 differs by up to 2e-5.
+    Adam's eps is larger than rounding errors (see `PhasesOnly`); with 1e-8 one weight in 35 000 differs by up to 2e-5.
     """
     folders = {}
     for side in ("one", "two"):
@@ -127,7 +127,7 @@ def test_two_ranks_train_like_one_with_the_other_recipes(tmp_path):
             for name, recipe in RECIPES.items()
         ]
     words = [*TORCHRUN, "-m", "tests.support.learner.recipe_rounds", *map(str, folders["two"])]
-    together = subprocess.Popen(words, cwd=ROOT, env=surroundings(folders["two"][0]))
+    together = subprocess.Popen(words, cwd=ROOT, env=environment(folders["two"][0]))
     for folder in folders["one"]:
         phases_of(folder)
     assert together.wait(300) == 0

@@ -9,10 +9,12 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def start(folder):
+    """Start the learner on a round folder."""
     return subprocess.Popen([sys.executable, "-m", "learner", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(path, process, seconds=90):
+    """Wait until a file exists; fails when the process ends first."""
     end = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, process.stderr.read()

@@ -15,6 +15,7 @@ STEPS = 60
 
 
 def make_state(**overrides):
+    """Return a float64 state with constant schedules."""
     recipe = resolve("distl", "demo", {**TINY, "batch": 4, "drop_path": 0.0, **overrides})
     torch.manual_seed(0)
     student, teacher = make_network(PLAN, recipe, 2).double(), make_network(PLAN, recipe, 2).double()
@@ -28,31 +29,34 @@ def make_state(**overrides):
 
 
 def centre(state):
+    """Return the centre of the DINO loss."""
     return state.centres["dino"].centre
 
 
 def make_batch(samples=4, labels=None):
+    """Return a batch of random views: two of 16 pixels, two of 8."""
     torch.manual_seed(1)
     views = [torch.rand(samples, 1, side, side).double() for side in (16, 16, 8, 8)]
     return Batch(samples, lambda part: [v[part] for v in views], labels)
 
 
 class Endless:
-    """The same batch again and again."""
+    """A feed that returns the same batch for every step."""
 
     def __init__(self, batch, batches=1):
-        self.given, self.batches = batch, batches
+        self.only, self.batches = batch, batches
 
     def batch(self, epoch, index):
-        return self.given
+        return self.only
 
 
 def parameters(network):
+    """Return all parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-class Crowded(torch.nn.Module):
-    """A backbone on a machine with memory for a given number of images."""
+class LimitedMemory(torch.nn.Module):
+    """A backbone that calls `full` for more than `room` images in a forward pass."""
 
     def __init__(self, backbone, room, full):
         super().__init__()
@@ -69,8 +73,8 @@ def device_is_full():
 
 
 def machine_is_full():
-    torch.empty(1 << 60)  # no machine has an exabyte; torch's own words
+    torch.empty(1 << 60)  # an exabyte: torch raises its own error
 
 
-def crowd(state, room, full=device_is_full):
-    state.student.backbone = Crowded(state.student.backbone, room, full)
+def limit_memory(state, room, full=device_is_full):
+    state.student.backbone = LimitedMemory(state.student.backbone, room, full)

@@ -5,24 +5,25 @@ import torch
 from learner.engine.checkpoint import read_file
 
 
-def same_weights(one, other):
-    mine, theirs = read_file(one)[0], read_file(other)[0]
-    assert mine.keys() == theirs.keys()
-    return all(torch.equal(mine[key], theirs[key]) for key in mine)
+def same_weights(first, second):
+    """Whether two safetensors files hold the same tensors, bit for bit."""
+    tensors, expected = read_file(first)[0], read_file(second)[0]
+    assert tensors.keys() == expected.keys()
+    return all(torch.equal(tensors[key], expected[key]) for key in tensors)
 
 
-def difference(one, other, file="final/state.safetensors"):
-    """Largest difference of any trained number, relative where it is above 1 (kept logits); but for the biases of keys.
+def difference(first, second, file="final/state.safetensors"):
+    """Return the largest difference of any number in two rounds, relative where above 1; without the biases of keys.
 
-    A bias that all keys share moves every score of a query alike, so softmax drops it, and no answer depends on it: its
-    gradient is rounding noise, and Adam makes steps of noise.
+    Softmax is invariant to a bias that all keys share. So no output depends on it, its gradient is rounding noise, and
+    Adam makes full steps of that noise.
     """
-    mine, theirs = (read_file(folder / file)[0] for folder in (one, other))
-    assert mine.keys() == theirs.keys()
+    tensors, expected = (read_file(folder / file)[0] for folder in (first, second))
+    assert tensors.keys() == expected.keys()
     worst = 0.0
-    for name, value in mine.items():
-        assert torch.equal(value.isnan(), theirs[name].isnan()), name
-        gap = ((value - theirs[name]).abs() / value.abs().clamp(min=1)).nan_to_num(0.0)
+    for name, value in tensors.items():
+        assert torch.equal(value.isnan(), expected[name].isnan()), name
+        gap = ((value - expected[name]).abs() / value.abs().clamp(min=1)).nan_to_num(0.0)
         if name.endswith("qkv.bias"):
             query, _, key_value = gap.chunk(3)
             gap = torch.cat([query, key_value])
@@ -31,8 +32,10 @@ def difference(one, other, file="final/state.safetensors"):
 
 
 def copy_of(network):
+    """Return a copy of a network's state dict."""
     return {key: value.clone() for key, value in network.state_dict().items()}
 
 
-def same(one, other):
-    return all(torch.equal(one[key], other[key]) for key in one)
+def same(first, second):
+    """Whether two state dicts are equal, bit for bit."""
+    return all(torch.equal(first[key], second[key]) for key in first)
