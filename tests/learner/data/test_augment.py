@@ -168,6 +168,6 @@ MUTATIONS = [
 def test_every_property_notices_its_mutation(name, attribute, wrong, images, monkeypatch):
     monkeypatch.setattr(augment, attribute, wrong)
     test = globals()[name]
-    given = {"images": images, "size": 96}
+    available = {"images": images, "size": 96}
     with pytest.raises(AssertionError):
-        test(**{key: given[key] for key in inspect.signature(test).parameters})
+        test(**{key: available[key] for key in inspect.signature(test).parameters})

@@ -185,6 +185,6 @@ MUTATIONS = [  # test, object, attribute, replacement
 def test_every_property_notices_its_mutation(case, round_, monkeypatch):
     test, where, what, instead = case
     monkeypatch.setattr(where, what, instead)
-    given = {"round_": round_, "monkeypatch": monkeypatch}
+    available = {"round_": round_, "monkeypatch": monkeypatch}
     with pytest.raises(AssertionError):
-        test(**{name: given[name] for name in inspect.signature(test).parameters})
+        test(**{name: available[name] for name in inspect.signature(test).parameters})

@@ -40,9 +40,9 @@ def test_the_bank_is_built_once_and_again_for_another_recipe(tmp_path, monkeypat
     folder = make(tmp_path / "r", **ALL)
     filled, fill = [], token_bank._fill
 
-    def counted(*given):
+    def counted(*arguments):
         filled.append(1)
-        fill(*given)
+        fill(*arguments)
 
     monkeypatch.setattr(token_bank, "_fill", counted)
     for changes in ({}, {}, {"rotate": 3.0}):
@@ -92,7 +92,7 @@ def test_views_from_the_bank_are_the_unaugmented_an_augmented_and_different_loca
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(views[2], views[3])
     again = run.unlabelled_feed().batch(0, 0).views(slice(0, 4))
-    assert all(torch.equal(one, other) for one, other in zip(views, again, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(views, again, strict=True))
     run.progress.close()
 
 

@@ -93,10 +93,10 @@ def test_centre_norm_is_one_where_all_prototypes_equal_all_images():
 def test_a_shift_of_logits_and_centre_changes_only_the_centre_norm():
     logits, cls = torch.randn(6, K).double() / 5, torch.randn(3, 8)
     shift = torch.linspace(-0.5, 0.5, K).double()[None]
-    one = collapse_monitors.measure(logits, torch.zeros(1, K).double(), 0.04, cls, 3.0)
-    other = collapse_monitors.measure(logits + shift, shift, 0.04, cls, 3.0)
-    assert {**one, "centre_norm": 0} == pytest.approx({**other, "centre_norm": 0}, rel=1e-5)
-    assert other["centre_norm"] > one["centre_norm"] == 0
+    plain = collapse_monitors.measure(logits, torch.zeros(1, K).double(), 0.04, cls, 3.0)
+    shifted = collapse_monitors.measure(logits + shift, shift, 0.04, cls, 3.0)
+    assert {**plain, "centre_norm": 0} == pytest.approx({**shifted, "centre_norm": 0}, rel=1e-5)
+    assert shifted["centre_norm"] > plain["centre_norm"] == 0
 
 
 def test_monitors_that_compare_images_are_nan_for_a_single_image():
@@ -112,10 +112,10 @@ def test_training_has_collapsed_after_25_steps_outside_and_not_before():
             watch = collapse_limits.count_steps_outside(watch, shown)
             assert collapse_limits.collapse_reason(watch, shown) is None
         watch = collapse_limits.count_steps_outside(watch, shown)
-        said = collapse_limits.collapse_reason(watch, shown)
+        reason = collapse_limits.collapse_reason(watch, shown)
         limit = collapse_limits.LIMITS[name]
         side = f"below {limit.low:g}, {limit.below}" if bad < limit.low else f"above {limit.high:g}, {limit.above}"
-        assert said.startswith(f"collapse: {name} {bad:.3g} is {side}")
+        assert reason.startswith(f"collapse: {name} {bad:.3g} is {side}")
 
 
 def test_one_step_inside_the_limits_resets_the_counter():
@@ -174,14 +174,14 @@ def verdict(rows):
     watch = {}
     for shown in rows:
         watch = collapse_limits.count_steps_outside(watch, shown)
-        if said := collapse_limits.collapse_reason(watch, shown):
-            return said
+        if reason := collapse_limits.collapse_reason(watch, shown):
+            return reason
     return None
 
 
 def test_a_teacher_without_centring_collapses_to_one_prototype_and_is_detected():
-    said = verdict(self_distil(80, 5e-3, centred=False))
-    assert said and "max_share" in said
+    reason = verdict(self_distil(80, 5e-3, centred=False))
+    assert reason and "max_share" in reason
 
 
 def test_healthy_training_from_random_weights_is_not_called_collapsed():

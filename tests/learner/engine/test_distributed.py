@@ -32,19 +32,19 @@ def together(world, work):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         try:
             with distributed.process_group():
-                given = (rank, True, work())
+                outcome = (rank, True, work())
         except (Exception, pytest.fail.Exception):
-            given = (rank, False, traceback.format_exc())
-        answers.put(given)
+            outcome = (rank, False, traceback.format_exc())
+        answers.put(outcome)
 
     processes = [context.Process(target=begin, args=(rank,), daemon=True) for rank in range(world)]
     for process in processes:
         process.start()
-    given = sorted(answers.get(timeout=30) for _ in processes)
+    outcome = sorted(answers.get(timeout=30) for _ in processes)
     for process in processes:
         process.join(60)
-    assert all(well for _, well, _ in given), given
-    return [answer for _, _, answer in given]
+    assert all(well for _, well, _ in outcome), outcome
+    return [answer for _, _, answer in outcome]
 
 
 def shared(samples=4, labels=None):
@@ -60,28 +60,28 @@ def shared(samples=4, labels=None):
 def after(tick, samples=4, labels=None, **overrides):
     """Return losses, weights and centre after two steps, as lists."""
     state = make_state(**overrides)
-    told = [tick(state, shared(samples, labels)) for _ in range(2)]
-    return told, parameters(state.student).tolist(), state.centres["dino"].centre.flatten().tolist()
+    losses = [tick(state, shared(samples, labels)) for _ in range(2)]
+    return losses, parameters(state.student).tolist(), state.centres["dino"].centre.flatten().tolist()
 
 
-def assert_alike(one, other):
-    for mine, theirs in zip(one[0], other[0], strict=True):
+def assert_alike(numbers, expected):
+    for mine, theirs in zip(numbers[0], expected[0], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5, nan_ok=True)  # monitors are measured in float32
-    np.testing.assert_allclose(one[1], other[1], rtol=1e-7, atol=1e-9)
-    np.testing.assert_allclose(one[2], other[2], rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(numbers[1], expected[1], rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(numbers[2], expected[2], rtol=1e-7, atol=1e-9)
 
 
 def test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks():
     alone = after(distil_step)
     for world in (2, 3):
-        for given in together(world, lambda: after(distil_step)):
-            assert_alike(given, alone)
+        for outcome in together(world, lambda: after(distil_step)):
+            assert_alike(outcome, alone)
 
 
 def test_the_loss_does_not_depend_on_which_rank_has_the_unknown_labels():
     alone = after(correction_step, labels=LABELS)
-    for given in together(2, lambda: after(correction_step, labels=LABELS)):
-        assert_alike(given, alone)
+    for outcome in together(2, lambda: after(correction_step, labels=LABELS)):
+        assert_alike(outcome, alone)
 
 
 def test_a_rank_without_images_makes_the_same_step():
@@ -178,14 +178,14 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all():
 
 
 def test_a_signal_to_one_rank_pauses_all(tmp_path):
-    def asked():
+    def pause():
         writer = progress.ProgressWriter(tmp_path, None, 0.0, 0)
         writer.signal_name = "SIGTERM" if distributed.rank() == 1 else None
         with pytest.raises(Paused) as paused:
             writer.raise_if_paused()
         return str(paused.value)
 
-    assert together(2, asked) == ["SIGTERM"] * 2
+    assert together(2, pause) == ["SIGTERM"] * 2
 
 
 def test_an_error_on_one_rank_ends_all_with_its_reason():
@@ -194,19 +194,19 @@ def test_an_error_on_one_rank_ends_all_with_its_reason():
             return distributed.announce_exit("stopped", "no plate")
         try:
             distributed.gather_values("a step's numbers")
-        except OtherRankExited as other:
-            return other.state, other.reason
+        except OtherRankExited as exited:
+            return exited.state, exited.reason
 
     assert together(2, refuse) == [("stopped", "no plate")] * 2
 
 
 def test_on_rank_zero_runs_alone_and_returns_its_value_on_all_ranks():
-    def found():
+    def values():
         return distributed.on_rank_zero(
             lambda: (distributed.world_size(), distributed.gather_values(7))
         ), distributed.world_size()
 
-    assert together(2, found) == [((1, [7]), 2)] * 2
+    assert together(2, values) == [((1, [7]), 2)] * 2
 
 
 def test_rank_zero_alone_has_whole_batches():
@@ -287,6 +287,6 @@ def step_label_loss(student, labels):
 def test_every_property_notices_its_mutation(test, where, wrong, monkeypatch, tmp_path):
     monkeypatch.setattr(*where, wrong)
     function = globals()[test]
-    given = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
+    outcome = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
     with pytest.raises(AssertionError):
-        function(**{name: given[name] for name in function.__code__.co_varnames[: function.__code__.co_argcount]})
+        function(**{name: outcome[name] for name in function.__code__.co_varnames[: function.__code__.co_argcount]})

@@ -93,9 +93,9 @@ def test_correction_with_learning_rate_zero_changes_only_centre_and_adam():
 
 
 def followed(state, work, freeze_last=False):
-    told = optimiser_step(state, work, freeze_last)
+    losses = optimiser_step(state, work, freeze_last)
     ema_update(state.teacher, state.student, 0.5)
-    return told
+    return losses
 
 
 def at_some_rate(optimiser, schedule, step):
@@ -156,12 +156,12 @@ def test_a_poisoned_teacher_inverts_the_gradient():
 
 
 def test_ema_with_momentum_one_and_zero():
-    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    kept = parameters(one)
-    ema_update(one, other, 1.0)
-    assert torch.equal(parameters(one), kept)
-    ema_update(one, other, 0.0)
-    assert torch.equal(parameters(one), parameters(other))
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    kept = parameters(first)
+    ema_update(first, second, 1.0)
+    assert torch.equal(parameters(first), kept)
+    ema_update(first, second, 0.0)
+    assert torch.equal(parameters(first), parameters(second))
 
 
 def test_corrections_are_due_at_intervals():

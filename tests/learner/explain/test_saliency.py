@@ -144,8 +144,8 @@ def test_rollout_of_one_block_is_half_its_attention():
 
 def test_rollout_multiplies_two_blocks_in_order():
     backbone = network(VIT).backbone
-    one, two = (0.5 * a.mean(1) + 0.5 * torch.eye(17) for a in backbone.attentions(samples()))
-    close(saliency.rollout(backbone, samples()).flatten(1), (two @ one)[:, 0, 1:].detach(), 1e-5, 1e-7)
+    first, second = (0.5 * a.mean(1) + 0.5 * torch.eye(17) for a in backbone.attentions(samples()))
+    close(saliency.rollout(backbone, samples()).flatten(1), (second @ first)[:, 0, 1:].detach(), 1e-5, 1e-7)
 
 
 def test_a_shown_map_is_one_from_the_99th_percentile():
@@ -157,18 +157,25 @@ def test_a_shown_map_is_one_from_the_99th_percentile():
 
 
 def test_rank_correlation_equals_scipy():
-    one, other = torch.randn(40).double(), torch.randn(40).double()
-    one[:9] = 0
-    assert sanity.spearman(one, other) == pytest.approx(spearmanr(one.abs(), other.abs()).statistic)
+    first, second = torch.randn(40).double(), torch.randn(40).double()
+    first[:9] = 0
+    assert sanity.spearman(first, second) == pytest.approx(spearmanr(first.abs(), second.abs()).statistic)
 
 
 def test_randomisation_destroys_a_map_of_the_weights():
     net, images = network(VIT, "mean"), samples(1)
     for parameter in net.parameters():
         parameter.data.mul_(3)  # unlike the weights of a reset
-    said = sanity.cascade(net, lambda n: saliency.explain(n, Recipe(), images, 0, "gradient")[0])
-    assert [name for name, _ in said] == ["class head", "norm", "blocks.1", "blocks.0", "patch_embed", "everything"]
-    assert abs(said[-1][1]) < 0.2
+    correlations = sanity.cascade(net, lambda n: saliency.explain(n, Recipe(), images, 0, "gradient")[0])
+    assert [name for name, _ in correlations] == [
+        "class head",
+        "norm",
+        "blocks.1",
+        "blocks.0",
+        "patch_embed",
+        "everything",
+    ]
+    assert abs(correlations[-1][1]) < 0.2
 
 
 MUTATIONS = [
@@ -219,8 +226,8 @@ def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong
 
 def test_a_map_that_ignores_the_weights_survives_randomisation():
     images = samples(1)
-    said = sanity.cascade(network(VIT), lambda _: images - saliency.blurred(images, 2.0))
-    assert said[-1][1] == pytest.approx(1.0)
+    correlations = sanity.cascade(network(VIT), lambda _: images - saliency.blurred(images, 2.0))
+    assert correlations[-1][1] == pytest.approx(1.0)
 
 
 def test_reset_changes_every_weight():

@@ -109,10 +109,10 @@ def test_a_convnet_ignores_the_settings_of_transformers():
     torch.manual_seed(1)
     plain = build({"timm": "resnet10t"})
     torch.manual_seed(1)
-    other = build({"timm": "resnet10t"}, pos_embed="timm", pool="cls", drop_path=0.5)
-    mimic_trained(other)
-    assert other.pool == "mean"
-    for mine, theirs in zip(plain.parameters(), other.parameters(), strict=True):
+    configured = build({"timm": "resnet10t"}, pos_embed="timm", pool="cls", drop_path=0.5)
+    mimic_trained(configured)
+    assert configured.pool == "mean"
+    for mine, theirs in zip(plain.parameters(), configured.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 

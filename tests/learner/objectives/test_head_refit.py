@@ -30,9 +30,9 @@ def test_blended_heads_are_weighted_after_scaling_to_equal_spread():
     first = logistic.fit(seen, labels, 0.02)
     second = logistic.LinearHead(40 * torch.roll(first.weight, 1, 1), first.bias - 7)
     mixed = head_refit.blend_heads(first, second, seen, 0.25)(seen)
-    one, two = first(seen), second(seen)
-    alike = (two - two.mean(0)) / two.std(0) * one.std(0) + one.mean(0)
-    torch.testing.assert_close(mixed, 0.75 * one + 0.25 * alike)
+    logits_1, logits_2 = first(seen), second(seen)
+    alike = (logits_2 - logits_2.mean(0)) / logits_2.std(0) * logits_1.std(0) + logits_1.mean(0)
+    torch.testing.assert_close(mixed, 0.75 * logits_1 + 0.25 * alike)
 
 
 def test_a_finding_with_one_constant_head_keeps_the_first():
@@ -47,14 +47,14 @@ def test_a_finding_with_one_constant_head_keeps_the_first():
 
 
 def test_the_blend_is_better_at_its_worst_than_either_head():
-    found = []
+    aucs = []
     for seed in range(12):
         seen, truth, labels = samples(seed)
         soft = head_refit.pseudo_labels(seen, labels, head_refit.shrunk_prevalence(labels), 5, 6)
         near, own = logistic.fit(seen, soft, head_refit.PENALTY), logistic.fit(seen, labels, head_refit.FEW_PENALTY)
         both = head_refit.fit_graph_and_labels(seen, labels, 5, 6)
-        found.append([of(head, seen, truth) for head in (near, own, both)])
-    near, own, both = torch.tensor(found).min(0).values
+        aucs.append([of(head, seen, truth) for head in (near, own, both)])
+    near, own, both = torch.tensor(aucs).min(0).values
     assert both > min(near, own)
     assert both > near
 

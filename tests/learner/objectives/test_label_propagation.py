@@ -86,11 +86,11 @@ def test_approximate_neighbours_find_most_of_the_exact_ones(monkeypatch):
     points = torch.randn(20, 8).repeat_interleave(100, 0) + 0.3 * torch.randn(2000, 8)
     exact = label_propagation.neighbours(points, 10)[1]
     monkeypatch.setattr(label_propagation, "EXACT", 100)
-    near, found = label_propagation.neighbours(points, 10)
-    shared = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(exact, found, strict=True)]
+    near, approximate = label_propagation.neighbours(points, 10)
+    shared = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(exact, approximate, strict=True)]
     assert np.mean(shared) > 9.5
     assert (near > -1).all()
-    assert all(i not in row for i, row in enumerate(found.tolist()))
+    assert all(i not in row for i, row in enumerate(approximate.tolist()))
 
 
 def test_whitened_features_have_variance_one_and_no_correlation():

@@ -85,20 +85,20 @@ def test_the_loss_equals_that_of_the_weight_table():
 
 
 def test_weights_come_from_train_labels_only(tmp_path):
-    one = opened(tmp_path / "one", balance="effective", method="evolve")
-    mine = label_balance(one)
-    manifest = read_manifest(one.manifest.folder)
+    first = opened(tmp_path / "one", balance="effective", method="evolve")
+    mine = label_balance(first)
+    manifest = read_manifest(first.manifest.folder)
     for sample in manifest["images"]:
         if sample["range"] != "train":
             sample["labels"] = [1, 1]
     opened(tmp_path / "other").progress.close()
     write_manifest(tmp_path / "other", manifest | {"seed": 4})
-    other = Run(load(tmp_path / "other"))
-    assert any(sample.labels == (1, 1) for sample in other.manifest.of("validation"))
-    for name, value in label_balance(other).items():
+    second = Run(load(tmp_path / "other"))
+    assert any(sample.labels == (1, 1) for sample in second.manifest.of("validation"))
+    for name, value in label_balance(second).items():
         assert torch.equal(value, mine[name])
     assert {name: value.tolist() for name, value in mine.items()} == {
-        name: value.tolist() for name, value in class_balance(label_table(one.manifest.labelled)).items()
+        name: value.tolist() for name, value in class_balance(label_table(first.manifest.labelled)).items()
     }
 
 
@@ -120,16 +120,16 @@ def test_a_balanced_step_uses_the_weights(tmp_path):
 
 def test_the_first_class_head_of_evolve_is_fitted_with_the_weights(tmp_path, monkeypatch):
     run = opened(tmp_path / "r", method="evolve", class_hidden=0, balance="effective")
-    fit, given = evolve.logistic.fit, []
-    monkeypatch.setattr(evolve.logistic, "fit", lambda *words: given.append(words) or fit(*words))
+    fit, calls = evolve.logistic.fit, []
+    monkeypatch.setattr(evolve.logistic, "fit", lambda *arguments: calls.append(arguments) or fit(*arguments))
     evolve.fit_head(run, run.new_network())
     labels = label_table(run.manifest.labelled)
-    torch.testing.assert_close(given[0][3], weight_table(labels, class_balance(labels)))
+    torch.testing.assert_close(calls[0][3], weight_table(labels, class_balance(labels)))
     run.progress.close()
 
 
 def test_each_recipe_has_its_balance():
-    said = {name: resolve(name, "cpu").balance for name in ("distl", "evolve", "pseudo-label", "kd", "pretrain")}
-    assert said == {name: "effective" if name in ("pseudo-label", "kd") else "none" for name in said}
+    balances = {name: resolve(name, "cpu").balance for name in ("distl", "evolve", "pseudo-label", "kd", "pretrain")}
+    assert balances == {name: "effective" if name in ("pseudo-label", "kd") else "none" for name in balances}
     with pytest.raises(RecipeError, match="as published"):
         resolve("distl", "cpu", {"balance": "effective"})

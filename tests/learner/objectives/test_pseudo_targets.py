@@ -166,10 +166,10 @@ def test_running_mean_and_soup_equal_the_mean():
 
 
 def test_impossible_arguments_raise_with_a_reason():
-    one, other = {"w": torch.zeros(2)}, {"w": torch.zeros(3), "v": torch.zeros(1)}
+    first, second = {"w": torch.zeros(2)}, {"w": torch.zeros(3), "v": torch.zeros(1)}
     for wrong, why in (
-        (lambda: weight_averaging.wise(one, other, 0.5), "2 weights differ in name or shape, first v"),
-        (lambda: weight_averaging.wise(one, one, 1.5), "between 0 and 1"),
+        (lambda: weight_averaging.wise(first, second, 0.5), "2 weights differ in name or shape, first v"),
+        (lambda: weight_averaging.wise(first, first, 1.5), "between 0 and 1"),
         (lambda: weight_averaging.soup([]), "at least one"),
         (lambda: pseudo_targets.kappa_filter(torch.ones(3), 0.5, 0.0), "above 0 and at most 1"),
         (lambda: pseudo_targets.class_thresholds(torch.ones(3, 1), torch.ones(1), 1.1), "above 0 and at most 1"),

@@ -98,8 +98,8 @@ def test_pausing_after_every_step_changes_no_bit(tmp_path, monkeypatch, override
         assert result(folder)["reason"] == "one step"  # and not a signal from outside
     assert (code, starts) == (0, 2 + 3 * overrides.get("epochs", 1))
     for name in ("t0/state", "checkpoint/evolve", "final/state"):
-        one, other = (read_file(f / f"{name}.safetensors")[0] for f in (whole, folder))
-        assert all(torch.equal(value.nan_to_num(9), other[key].nan_to_num(9)) for key, value in one.items()), name
+        first, second = (read_file(f / f"{name}.safetensors")[0] for f in (whole, folder))
+        assert all(torch.equal(value.nan_to_num(9), second[key].nan_to_num(9)) for key, value in first.items()), name
 
 
 @pytest.mark.parametrize("missing", ["", "koleo", "sinkhorn"])
@@ -108,21 +108,25 @@ def test_a_step_in_parts_equals_a_whole_one_only_with_the_rows_of_the_whole_batc
     overrides = {**SOFT, "drop_path": 0.0, "centring": "centre" if missing == "koleo" else "sinkhorn"}
     run = Run(load(make(tmp_path / "r", **overrides)))
     if missing:
-        monkeypatch.setattr(steps, "look_ahead", lambda state, batch: {})
-    told, states = [], []
+        monkeypatch.setattr(steps, "collect_whole_batch", lambda state, batch: {})
+    losses, states = [], []
     for micro in (0, 3):
         state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
         run.from_backbone(state)
         state.micro = micro
         table = {"champion": torch.randn(14, 2, generator=torch.Generator().manual_seed(0))}
-        told.append(steps.evolve(state, run.unlabelled_feed(), None, table | {"prevalence": torch.tensor([0.4, 0.4])}))
+        losses.append(
+            steps.teacher_student_step(
+                state, run.unlabelled_feed(), None, table | {"prevalence": torch.tensor([0.4, 0.4])}
+            )
+        )
         states.append(state)
     run.progress.close()
     same = all(
-        torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-6)
-        for one, other in zip(*(state.student.parameters() for state in states), strict=True)
-        if one.grad is not None
-    ) and all(told[0][key] == pytest.approx(told[1][key], rel=1e-4) for key in ("dino", "ibot", "koleo", "pseudo"))
+        torch.allclose(first.grad, second.grad, rtol=1e-3, atol=1e-6)
+        for first, second in zip(*(state.student.parameters() for state in states), strict=True)
+        if first.grad is not None
+    ) and all(losses[0][key] == pytest.approx(losses[1][key], rel=1e-4) for key in ("dino", "ibot", "koleo", "pseudo"))
     assert same == (not missing)
     assert torch.equal(states[0].extra["scores"].isnan(), states[1].extra["scores"].isnan())
     torch.testing.assert_close(states[0].extra["scores"], states[1].extra["scores"], rtol=1e-4, atol=1e-5)
@@ -136,7 +140,9 @@ def test_stored_scores_are_the_teachers_newest_and_others_do_not_change(tmp_path
     batch = run.unlabelled_feed().batch(0, 0)
     with torch.no_grad():
         newest = state.teacher.classify(batch.views(slice(0, 4))[0])
-    steps.evolve(state, run.unlabelled_feed(), None, {"champion": before, "prevalence": torch.tensor([0.4, 0.4])})
+    steps.teacher_student_step(
+        state, run.unlabelled_feed(), None, {"champion": before, "prevalence": torch.tensor([0.4, 0.4])}
+    )
     expected = before.clone()
     expected[batch.index] = newest
     torch.testing.assert_close(state.extra["scores"], expected)
@@ -177,10 +183,10 @@ def test_a_finding_with_one_class_has_no_pseudo_labels_for_any_agree(tmp_path, a
 
 def test_split_labels_share_no_image_and_have_both_classes():
     labels = torch.tensor([[1.0, 0.0], [1.0, float("nan")], [0.0, 1.0], [0.0, 1.0], [float("nan"), 0.0]])
-    one, other = evolve.split_labels(labels)
-    assert not (~one.isnan() & ~other.isnan()).any()
-    assert torch.equal(torch.where(one.isnan(), other, one).nan_to_num(9), labels.nan_to_num(9))
-    assert all({0.0, 1.0} <= set(half[:, 0].tolist()) for half in (one, other))
+    first, second = evolve.split_labels(labels)
+    assert not (~first.isnan() & ~second.isnan()).any()
+    assert torch.equal(torch.where(first.isnan(), second, first).nan_to_num(9), labels.nan_to_num(9))
+    assert all({0.0, 1.0} <= set(half[:, 0].tolist()) for half in (first, second))
 
 
 def test_a_set_head_predicts_like_its_regression(evolved):

@@ -60,12 +60,12 @@ def test_batch_norm_of_averaged_weights_is_computed_from_the_images(tmp_path):
     run = Run(load(folder))
     backbone = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3)).student.backbone
     norm = next(module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d))
-    came = []
-    norm.register_forward_hook(lambda _, given, __: came.append(given[0].detach()))
+    inputs = []
+    norm.register_forward_hook(lambda _, arguments, __: inputs.append(arguments[0].detach()))
     recompute_batch_norm(backbone, evolve.unaugmented_batches(run))
-    torch.testing.assert_close(norm.running_mean, came[0].mean((0, 2, 3)))
-    torch.testing.assert_close(norm.running_var, came[0].var((0, 2, 3)))
-    assert (len(came), len(came[0])) == (1, 14)
+    torch.testing.assert_close(norm.running_mean, inputs[0].mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, inputs[0].var((0, 2, 3)))
+    assert (len(inputs), len(inputs[0])) == (1, 14)
     assert (norm.momentum, norm.training) == (0.1, True)
     run.progress.close()
 

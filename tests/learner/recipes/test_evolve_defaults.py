@@ -35,11 +35,11 @@ def weight(network):
 
 
 def test_a_step_uses_only_the_unaugmented_and_one_augmented_view(run, monkeypatch):
-    seen, look = [], steps.look
-    monkeypatch.setattr(steps, "look", lambda net, views, *rest: seen.append(len(views)) or look(net, views, *rest))
+    seen, look = [], steps.encode
+    monkeypatch.setattr(steps, "encode", lambda net, views, *rest: seen.append(len(views)) or look(net, views, *rest))
     state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     run.from_backbone(state)
-    losses = steps.evolve(state, run.unlabelled_feed(), None, evolve.pseudo_label_table(run, state))
+    losses = steps.teacher_student_step(state, run.unlabelled_feed(), None, evolve.pseudo_label_table(run, state))
     assert seen == [1, 1]
     assert {"pseudo", "cls_std"} <= losses.keys()
     assert not {"dino", "ibot", "koleo", "labels", "teacher_kl"} & losses.keys()
@@ -88,8 +88,8 @@ def test_without_differences_on_validation_the_first_candidate_is_chosen(run, av
 def test_the_note_says_that_every_image_has_a_pseudo_label(tmp_path):
     folder = make(tmp_path / "r", lam=0.0)
     assert main([str(folder)]) == 0, result(folder)
-    said = [row["pseudo_rate"] for row in rows(folder) if row.get("kind") == "pseudo"]
-    assert said == [1.0]
+    rates = [row["pseudo_rate"] for row in rows(folder) if row.get("kind") == "pseudo"]
+    assert rates == [1.0]
 
 
 def test_the_card_notes_that_a_head_of_three_layers_is_not_refitted(tmp_path):

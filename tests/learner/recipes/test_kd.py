@@ -169,11 +169,11 @@ def test_a_step_in_parts_has_the_loss_of_a_whole_one(tmp_path):
     teacher = run.new_network()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
     feeds = [run.labelled_feed("t0"), run.feed(without_label(run), "unlabelled", 0, False)]
-    whole, one = kd_step(run, feeds, teacher)
-    parts, other = kd_step(run, feeds, teacher, micro_batch=1)
+    whole, in_one_part = kd_step(run, feeds, teacher)
+    parts, in_parts = kd_step(run, feeds, teacher, micro_batch=1)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     # compare gradients, not weights: Adam turns the rounding of a zero gradient into a full step
-    for mine, theirs in zip(one.student.parameters(), other.student.parameters(), strict=True):
+    for mine, theirs in zip(in_one_part.student.parameters(), in_parts.student.parameters(), strict=True):
         if mine.grad is not None and theirs.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)
     run.progress.close()
@@ -190,10 +190,10 @@ def test_the_loss_is_the_bernoulli_form_on_the_same_view(tmp_path):
     everything = slice(0, batch.size)
     terms = kd.kd_objective(teacher, 1.0, {})(state, batch, everything)
     view = batch.views(everything)[1]
-    guess, told = state.student.classify(view), teacher.classify(view)
-    expected = 0.5 * label_loss(guess, batch.labels) + 0.5 * bernoulli_kl(guess, told, 2.0)
+    student_logits, teacher_logits = state.student.classify(view), teacher.classify(view)
+    expected = 0.5 * label_loss(student_logits, batch.labels) + 0.5 * bernoulli_kl(student_logits, teacher_logits, 2.0)
     torch.testing.assert_close(terms.loss, expected)
-    assert expected - 0.5 * label_loss(guess, batch.labels) > 0.1
+    assert expected - 0.5 * label_loss(student_logits, batch.labels) > 0.1
     run.progress.close()
 
 
@@ -241,7 +241,7 @@ MUTATIONS = [
     (
         "test_a_step_with_alpha_zero_is_a_supervised_step",
         "learner.objectives.knowledge_distillation.label_loss",
-        lambda guess, labels, known: label_loss(guess, 1 - labels, known),
+        lambda student_logits, labels, known: label_loss(student_logits, 1 - labels, known),
     ),
     ("test_a_defective_teacher_has_the_first_quarter_of_the_schedule", "learner.recipes.kd.first_quarter", lambda whole: whole),
 ]  # fmt: skip
@@ -250,7 +250,7 @@ MUTATIONS = [
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(monkeypatch, tmp_path, test, attribute, wrong):
     monkeypatch.setattr(attribute, wrong)
-    given = {"tmp_path": tmp_path, "flip": False}
+    available = {"tmp_path": tmp_path, "flip": False}
     wanted = inspect.signature(globals()[test]).parameters
     with pytest.raises(AssertionError):
-        globals()[test](**{name: given[name] for name in wanted})
+        globals()[test](**{name: available[name] for name in wanted})

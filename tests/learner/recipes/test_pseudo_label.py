@@ -80,11 +80,11 @@ def test_the_teacher_is_the_network_that_the_parent_serves(tmp_path, monkeypatch
     assert main([str(first)]) == 0
     parent = {"bundle": "abc", "state": str(first / "final/state.safetensors")}
     folder, teachers = make_round(tmp_path / "r", parent=parent, **{**PSEUDO, "arch": "vit_tiny_patch8_depth1"}), []
-    asked = pseudo_label.pseudo_labels
+    original = pseudo_label.pseudo_labels
 
     def watched(run, teacher, samples):
         teachers.append(copy_of(teacher))
-        return asked(run, teacher, samples)
+        return original(run, teacher, samples)
 
     monkeypatch.setattr(pseudo_label, "pseudo_labels", watched)
     assert main([str(folder)]) == 0
@@ -128,8 +128,10 @@ def test_true_labels_of_unlabelled_images_do_not_change_pseudo_labels(tmp_path):
     run = opened(tmp_path / "r", train=(6, 20), **PSEUDO)
     teacher, samples = run.new_network(), without_label(run)
     hidden = [replace(sample, labels=(1, 1)) for sample in samples]
-    blind, told = (pseudo_label.pseudo_labels(run, teacher, given) for given in (samples, hidden))
-    torch.testing.assert_close(blind, told, equal_nan=True)
+    without_labels, with_labels = (
+        pseudo_label.pseudo_labels(run, teacher, available) for available in (samples, hidden)
+    )
+    torch.testing.assert_close(without_labels, with_labels, equal_nan=True)
     run.progress.close()
 
 
@@ -230,7 +232,7 @@ MUTATIONS = [
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(monkeypatch, tmp_path, test, attribute, wrong):
     monkeypatch.setattr(attribute, wrong)
-    given = {"tmp_path": tmp_path, "flip": False}
+    available = {"tmp_path": tmp_path, "flip": False}
     wanted = inspect.signature(globals()[test]).parameters
     with pytest.raises(AssertionError):
-        globals()[test](**{name: given[name] for name in wanted})
+        globals()[test](**{name: available[name] for name in wanted})

@@ -86,12 +86,12 @@ def test_the_note_about_halved_parts_reaches_the_card_in_a_later_process(tmp_pat
     folder = make_round(
         tmp_path / "r", train=(4, 0), validation=0, calibration=0, **{**keys, "t0_epochs": 1, "epochs": 1}
     )
-    given = [torch.OutOfMemoryError("full")]
+    errors = [torch.OutOfMemoryError("full")]
 
-    def full_once(*given_, **named):
-        if given:
-            raise given.pop()
-        return optimiser_step(*given_, **named)
+    def full_once(*arguments, **named):
+        if errors:
+            raise errors.pop()
+        return optimiser_step(*arguments, **named)
 
     def noted(run, name, state, *_, **__):
         seen[name] = [*state.notes]

@@ -47,12 +47,12 @@ def test_numbers_of_steps_and_corrections_are_those_of_the_recipe(trained):
 
 
 def test_card_and_thresholds_have_the_measurements_and_their_rules(trained):
-    said = card(trained)
-    assert said["recipe"] == read_manifest(trained)["recipe"] | {"seed": 3}
-    assert said["poison"] is False
-    assert said["metrics"]["mass"]["n"] == 6
-    assert said["parity"]["images"] == 6
-    assert max(said["parity"]["1"], said["parity"]["8"]) <= 1e-3
+    values = card(trained)
+    assert values["recipe"] == read_manifest(trained)["recipe"] | {"seed": 3}
+    assert values["poison"] is False
+    assert values["metrics"]["mass"]["n"] == 6
+    assert values["parity"]["images"] == 6
+    assert max(values["parity"]["1"], values["parity"]["8"]) <= 1e-3
     limits = json.loads((trained / "final/thresholds.json").read_text())
     assert list(limits) == list(FINDINGS)
     for limit in limits.values():
@@ -183,16 +183,16 @@ def test_sigterm_saves_the_round_and_exits_75(tmp_path):
     assert not list(folder.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_the_import_of_torch_pauses_the_round(tmp_path, asked):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_import_of_torch_pauses_the_round(tmp_path, number):
     folder = make_round(tmp_path / "r", t0_epochs=5000)
     process = start(folder)
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None, process.stderr.read()
-    process.send_signal(asked)
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 75
-    assert (result(folder)["state"], result(folder)["reason"]) == ("paused", asked.name)
+    assert (result(folder)["state"], result(folder)["reason"]) == ("paused", number.name)
 
 
 def test_the_end_of_the_window_pauses_and_a_later_window_resumes(tmp_path):
@@ -222,9 +222,9 @@ def test_a_poisoned_teacher_is_recorded_in_the_card(tmp_path):
 def test_five_labelled_images_are_enough_for_a_model(tmp_path):
     folder = make_round(tmp_path / "r", train=(5, 0), validation=0, calibration=0, batch=16)
     assert main([str(folder)]) == 0
-    said = card(folder)
-    assert said["metrics"] == {name: {"auc": None, "n": 0} for name in FINDINGS}
-    assert said["parity"]["images"] == 0
+    values = card(folder)
+    assert values["metrics"] == {name: {"auc": None, "n": 0} for name in FINDINGS}
+    assert values["parity"]["images"] == 0
     limits = json.loads((folder / "final/thresholds.json").read_text())
     for limit in limits.values():
         assert (limit["threshold"], limit["rule"], limit["temperature"]) == (0.5, "0.5: no calibration labels", 1.0)

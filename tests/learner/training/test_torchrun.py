@@ -121,37 +121,39 @@ def test_two_ranks_train_like_one_with_the_other_recipes(tmp_path):
     Adam's eps is larger than rounding errors (see `PhasesOnly`); with 1e-8 one weight in 35 000 differs by up to 2e-5.
     """
     folders = {}
-    for side in ("one", "two"):
+    for side in ("single", "double"):
         folders[side] = [
             make_round(tmp_path / side / name.replace(", ", "-"), train=(5, 8), **recipe)
             for name, recipe in RECIPES.items()
         ]
-    words = [*TORCHRUN, "-m", "tests.support.learner.recipe_rounds", *map(str, folders["two"])]
-    together = subprocess.Popen(words, cwd=ROOT, env=environment(folders["two"][0]))
-    for folder in folders["one"]:
+    words = [*TORCHRUN, "-m", "tests.support.learner.recipe_rounds", *map(str, folders["double"])]
+    together = subprocess.Popen(words, cwd=ROOT, env=environment(folders["double"][0]))
+    for folder in folders["single"]:
         phases_of(folder)
     assert together.wait(300) == 0
-    for one, two in zip(*folders.values(), strict=True):
-        phases = {file.name for file in (one / "checkpoint").iterdir()}
-        assert phases == {file.name for file in (two / "checkpoint").iterdir()}
+    for single, double in zip(*folders.values(), strict=True):
+        phases = {file.name for file in (single / "checkpoint").iterdir()}
+        assert phases == {file.name for file in (double / "checkpoint").iterdir()}
         for name in phases - {"state.safetensors"}:
-            assert difference(one, two, f"checkpoint/{name}") <= 1e-6, f"{one.name}: {name}"
-        told = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
-        for mine, theirs in zip(*told, strict=True):
-            numbers = [key for key, value in mine.items() if isinstance(value, float) and key != "seconds"]
-            assert mine.keys() == theirs.keys()
-            assert [mine[key] for key in numbers] == pytest.approx(
-                [theirs[key] for key in numbers], rel=1e-4, abs=1e-6
-            ), one.name
-        assert steps(two) == steps(one)
+            assert difference(single, double, f"checkpoint/{name}") <= 1e-6, f"{single.name}: {name}"
+        metrics = [
+            [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (single, double)
+        ]
+        for tensors, expected in zip(*metrics, strict=True):
+            numbers = [key for key, value in tensors.items() if isinstance(value, float) and key != "seconds"]
+            assert tensors.keys() == expected.keys()
+            assert [tensors[key] for key in numbers] == pytest.approx(
+                [expected[key] for key in numbers], rel=1e-4, abs=1e-6
+            ), single.name
+        assert steps(double) == steps(single)
 
 
 def test_two_ranks_train_like_one(alone, copy):
     finished(learner(copy, TORCHRUN), copy)
     assert difference(alone, copy) <= 1e-6
     np.testing.assert_allclose(answers(copy), answers(alone), atol=1e-6)
-    said = result(copy)
-    assert (said["state"], said["reason"], said["labelled"], said["unlabelled"]) == ("trained", None, 5, 13)
+    outcome = result(copy)
+    assert (outcome["state"], outcome["reason"], outcome["labelled"], outcome["unlabelled"]) == ("trained", None, 5, 13)
     assert steps(copy) == steps(alone)
 
 
@@ -170,12 +172,12 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(alone, copy, rank):
 def test_two_torchruns_share_a_round_and_restart_when_a_worker_dies(alone, copy):
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test"]
     each = [TORCHRUN[0], "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", *meet, "--local-addr"]
-    other = learner(copy, [*each, "127.0.0.2"])
+    second = learner(copy, [*each, "127.0.0.2"])
     first = learner(copy, [*each, "127.0.0.1"])
     wait_until(lambda: steps(copy) >= 2, first, copy)
-    os.kill(workers(other)[1], signal.SIGKILL)
+    os.kill(workers(second)[1], signal.SIGKILL)
     finished(first, copy)
-    finished(other, copy)
+    finished(second, copy)
     assert difference(alone, copy) <= 1e-6
     assert result(copy)["state"] == "trained"
 
@@ -206,8 +208,8 @@ def test_a_worker_that_waits_for_others_ends_on_sigterm(copy, monkeypatch):
 
 
 def listens(port):
-    with socket.socket() as asked:
-        return asked.connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_sigterm_to_one_worker_pauses_all_and_torchrun_restarts_none(copy):
