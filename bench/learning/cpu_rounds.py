@@ -87,12 +87,12 @@ class Short(Run):
         self.phases: dict[str, dict[str, int]] = {}
         self.left = np.zeros(2)  # seconds of the steps that were left out
 
-    def train(
+    def train_phase(
         self,
         phase: str,
         schedule: Schedule,
         start: Callable[[State], None],
-        tick: StepFunction,
+        step: StepFunction,
         plan: Plan | None = None,
     ) -> State:
         """The phase's first epoch, LEAST steps or more; the others take as long as these but the first, which is slower."""
@@ -100,7 +100,7 @@ class Short(Run):
 
         def timed(state: State) -> Losses:
             begun = clock()
-            losses = tick(state)
+            losses = step(state)
             spent.append(clock() - begun)
             return losses
 

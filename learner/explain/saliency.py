@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         network, recipe, findings = open_state(options.state)
         if options.finding not in findings:
-            raise LearnerError(f"--finding {options.finding}: this network knows {', '.join(findings)}")
+            raise LearnerError(f"--finding {options.finding}: this network has {', '.join(findings)}")
         torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
         plate = torch.from_numpy(read_plate(options.plate))
         images = to_image(plate[None], resize_matrix(PLATE_SHAPE[0], recipe.image_size))

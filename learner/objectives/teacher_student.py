@@ -207,7 +207,7 @@ def targets_and_weights(
 ) -> tuple[Tensor, Tensor]:
     """Return soft targets (b, F) and their weights, from the table or else from the teacher's logits (b, F).
 
-    index (b,): positions in the table. The teacher's logits are aligned with the prevalence where the recipe asks for it.
+    index (b,): positions in the table. The teacher's logits are aligned with the prevalence with the recipe key `align`.
     """
     if "soft" in table:
         soft = table["soft"][index]

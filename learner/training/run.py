@@ -214,7 +214,7 @@ class Run:
         known, findings = header.get("findings"), list(self.manifest.findings)
         if known != findings:
             raise LearnerError(
-                f"parent {self.manifest.parent} knows {known}, this round {findings}; start without parent"
+                f"parent {self.manifest.parent} has findings {known}, this round {findings}; start without parent"
             )
         return tensors, header["recipe"]["serve"] + "."
 

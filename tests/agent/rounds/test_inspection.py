@@ -98,7 +98,7 @@ def test_a_collapsed_round_stops_with_monitor_value_and_limit_and_is_drawn_in_re
     )
     assert main([str(folder)]) == 3
     assert result(folder)["reason"].startswith("collapse: ")
-    assert "max_share 1 is above 0.99, one prototype takes all images" in result(folder)["reason"]
+    assert "max_share 1 is above 0.99, one prototype is assigned to all images" in result(folder)["reason"]
     assert red(drawn(folder)) > 0.01
 
 

@@ -98,7 +98,7 @@ def test_a_parent_with_other_findings_is_rejected(trained, tmp_path):
     folder = make_round(tmp_path / "r", parent={"bundle": "abc", "state": str(trained / "t0/state.safetensors")})
     write_manifest(folder, read_manifest(folder) | {"findings": ["mass", "effusion"]})
     assert main([str(folder)]) == 3
-    assert "parent abc knows ['effusion', 'mass']" in result(folder)["reason"]
+    assert "parent abc has findings ['effusion', 'mass']" in result(folder)["reason"]
 
 
 def test_a_parent_of_another_size_is_rejected(trained, tmp_path):
