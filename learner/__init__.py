@@ -1,5 +1,5 @@
-"""The learner: a round folder in, the parts of a model bundle out.
+"""The learner: reads a round folder (plates and a manifest), trains, and writes the parts of a model bundle into it.
 
-It knows no DICOM, no ledger and no server; it reads plates and a manifest, and writes only inside its round folder.
-`recipe`, `round_dir`, `gate` and `floor` import neither torch nor timm, so that the agent may use them.
+Must not import the agent, dicom or deploy. `round.recipe`, `round.manifest`, `round.folder`, `round.metrics_log`,
+`errors`, `evaluation.gate` and `evaluation.pixel_baseline` import neither torch nor timm, because the agent uses them.
 """

@@ -72,7 +72,7 @@ def learning(folder: Path) -> dict[str, Any]:
         "phases": [{"phase": p.name, "step": p.step, "steps": p.steps} for p in curves.phases],
         "losses": newest_phase.last(curves.losses) if newest_phase else {},
         "monitors": {
-            name: {"value": value, "within": value is None or LIMITS[name].holds(value)}
+            name: {"value": value, "within": value is None or LIMITS[name].allows(value)}
             for name, value in monitors.items()
         },
         "candidate": card.get("candidate"),

@@ -93,7 +93,7 @@ class Short(Run):
         phase: str,
         schedule: Schedule,
         start: Callable[[State], None],
-        tick: StepFunction,
+        step: StepFunction,
         plan: Plan | None = None,
     ) -> State:
         """Run the phase's first epoch, at least LEAST steps; the rest is estimated from all of them but the first."""
@@ -101,7 +101,7 @@ class Short(Run):
 
         def timed(state: State) -> Losses:
             began = clock()
-            losses = tick(state)
+            losses = step(state)
             spent.append(clock() - began)
             return losses
 

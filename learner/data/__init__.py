@@ -1,1 +1,1 @@
-"""Plates into batches: feed, packed plates, augmentation, token bank."""
+"""From plates to batches: plates and labels as arrays, packed plates, augmentation, feeds, token bank."""

@@ -1,24 +1,24 @@
-"""Folders that can be made again: whole, made of the very same things, and as long as they were, or not used.
+"""Keys of cache folders: a cache is used only if its key matches and all its files still have their sizes.
 
-A disk that lost the end of a file must not end a round that could pack its images anew. Knows no image and no array.
+So a truncated file makes the round rebuild the cache instead of failing.
 """
 
 import json
 from pathlib import Path
 
-NOTE = "key.json"
+KEY_FILE = "key.json"
 
 
 def write_key(folder: Path, key: str) -> None:
-    """Note what the files of `folder` were made of, and their sizes."""
+    """Write the key and the sizes of all files into `folder`."""
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / NOTE).write_text(json.dumps({"key": key, "files": sizes}) + "\n")
+    (folder / KEY_FILE).write_text(json.dumps({"key": key, "files": sizes}) + "\n")
 
 
 def matches(folder: Path, key: str) -> bool:
-    """True when `folder` was sealed with this key and its files have their sizes."""
+    """Whether `folder` has this key and all its files have their sizes."""
     try:
-        note = json.loads((folder / NOTE).read_text())
-        return note["key"] == key and all((folder / name).stat().st_size == n for name, n in note["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, half of one, or another version's
+        stored = json.loads((folder / KEY_FILE).read_text())
+        return stored["key"] == key and all((folder / name).stat().st_size == n for name, n in stored["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, truncated, or of another version
         return False

@@ -1,6 +1,6 @@
-"""The state of a round on disk: one safetensors file, tensors and a JSON header, replaced whole.
+"""Checkpoints of a round: one safetensors file with tensors and a JSON header, replaced atomically; no pickle.
 
-Holds every number the next step depends on, so that a resumed round equals an uninterrupted one. Never pickles.
+A checkpoint holds everything the next step depends on, so a resumed round equals an uninterrupted one bit for bit.
 """
 
 import json
@@ -18,14 +18,14 @@ from learner.errors import LearnerError
 from learner.networks.backbone import Plan
 from learner.networks.heads import Network
 
-CURSOR = ("phase", "step", "burst", "bursts", "micro", "watch", "notes")
-CARRIED = ("micro", "notes")  # from a phase to the next
-DISTILS = ("head.", "mask", "patch_head.")  # parts of a network that answer for self-distillation alone
+CURSOR = ("phase", "step", "burst", "bursts", "micro", "watch", "notes")  # fields of State that the header holds
+CARRIED = ("micro", "notes")  # fields of State that go on to the next phase
+PROTOTYPE_PARTS = ("head.", "mask", "patch_head.")  # parameters that only self-distillation uses
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def save_state(path: Path, state: State, header: dict[str, Any]) -> None:
-    """Write networks, centres, optimiser and cursor; `header` is the caller's JSON."""
+    """Write networks, centres, optimiser and cursor; `header` holds more JSON values."""
     tensors = _networks(state)
     for name, parameter in state.student.named_parameters():
         for moment in MOMENTS:
@@ -36,7 +36,7 @@ def save_state(path: Path, state: State, header: dict[str, Any]) -> None:
 
 
 def load_state(path: Path, state: State) -> dict[str, Any]:
-    """Put a saved state into a freshly made one of the same shapes; returns the caller's header."""
+    """Load a checkpoint into a new state of the same shapes; return the header without the cursor."""
     tensors, header = read_file(path)
     load_networks(state, tensors)
     for name, parameter in state.student.named_parameters():
@@ -51,13 +51,13 @@ def load_state(path: Path, state: State) -> dict[str, Any]:
 
 
 def save_weights(path: Path, state: State, plan: Plan, findings: tuple[str, ...]) -> None:
-    """The parent of a later round: networks and centres, with what it takes to rebuild them."""
+    """Write networks and centres with plan, findings and recipe, as the parent of a later round."""
     header = {"plan": plan, "findings": list(findings), "recipe": state.recipe.to_dict()}
     write_file(path, _networks(state), header | {key: getattr(state, key) for key in CARRIED})
 
 
 def load_weights(path: Path, state: State) -> None:
-    """Put the end of a phase into a freshly made state: networks, centres, and what a next phase and the card take on."""
+    """Load networks, centres and the carried fields of a finished phase into a new state."""
     tensors, header = read_file(path)
     load_networks(state, tensors)
     for key in CARRIED:
@@ -72,7 +72,7 @@ def _networks(state: State) -> dict[str, Tensor]:
 
 
 def load_networks(state: State, tensors: dict[str, Tensor]) -> None:
-    """Student, teacher, centres and whatever the recipe carries along; raises LearnerError."""
+    """Load student, teacher, centres and extra tensors; raises LearnerError for missing tensors or other shapes."""
     _fill(state.student, tensors, "student.")
     _fill(state.teacher, tensors, "teacher.")
     _fill(state.centres, tensors, "centres.")
@@ -81,45 +81,49 @@ def load_networks(state: State, tensors: dict[str, Tensor]) -> None:
 
 
 def load_network(network: Network, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Load `prefix`ed tensors; raises LearnerError naming the first that doesn't fit.
+    """Load the tensors with this prefix; raises LearnerError with the first tensor that does not fit.
 
-    A part that distils, and of which there is no tensor as the network's earlier recipe had no use for it, stays.
+    Prototype heads that the file does not have keep their weights: an earlier recipe did not use them.
     """
-    unused = tuple(part for part in DISTILS if not any(key.startswith(prefix + part) for key in tensors))
-    _fill(network, tensors, prefix, unused)
+    absent = tuple(part for part in PROTOTYPE_PARTS if not any(key.startswith(prefix + part) for key in tensors))
+    _fill(network, tensors, prefix, absent)
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], prefix: str, stays: tuple[str, ...] = ()) -> None:
+def _fill(module: nn.Module, tensors: dict[str, Tensor], prefix: str, keep: tuple[str, ...] = ()) -> None:
+    """Copy the tensors into the module; keys that start with one of `keep` stay."""
     for key, value in module.state_dict().items():
-        if key.startswith(stays):
+        if key.startswith(keep):
             continue
         saved = tensors.get(prefix + key)
         if saved is None or saved.shape != value.shape:
-            had = "missing" if saved is None else f"of shape {list(saved.shape)}"
-            raise LearnerError(f"{prefix}{key} is {had}, this recipe needs {list(value.shape)}; use the parent's sizes")
+            problem = "missing" if saved is None else f"of shape {list(saved.shape)}"
+            raise LearnerError(
+                f"{prefix}{key} is {problem}, this recipe needs {list(value.shape)}; use the parent's sizes"
+            )
         value.copy_(saved)
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write tensors and JSON header to a safetensors file, atomically."""
     flat = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_atomic(path, save(flat, metadata={"header": json.dumps(header)}))
 
 
 def read_file(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (none unless wanted) and the caller's header; raises LearnerError for a file cut off or of another kind."""
+    """Return tensors (none with `tensors=False`) and header of a file; raises LearnerError for a damaged file."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "{}"))
             return {key: file.get_tensor(key) for key in (file.keys() if tensors else ())}, header
     except (SafetensorError, ValueError) as error:
-        raise LearnerError(f"{path} is damaged ({error}); remove it, and what was in it is made again") from None
+        raise LearnerError(f"{path} is damaged ({error}); remove it, and the round computes it again") from None
 
 
 def read_header(path: Path, *keys: str) -> dict[str, Any]:
-    """The caller's header; raises LearnerError where one of these keys isn't in it."""
+    """Return the header of a file; raises LearnerError where it lacks one of the keys."""
     header = read_file(path, tensors=False)[1]
     if missing := [key for key in keys if key not in header]:
-        raise LearnerError(f"{path} is no state of a round: it has no {missing[0]}")
+        raise LearnerError(f"{path} is no checkpoint of a round: its header has no {missing[0]}")
     return header
 
 

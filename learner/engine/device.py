@@ -1,7 +1,4 @@
-"""What a process takes of its machine: threads, determinism, the device and the precision it computes in.
-
-Knows the recipe's keys for them and nothing of a round.
-"""
+"""Device, number of threads, determinism and autocast type of a process, from the recipe's keys."""
 
 import os
 
@@ -13,17 +10,19 @@ from learner.round.recipe import Recipe
 
 
 def prepare_device(recipe: Recipe) -> tuple[torch.device, torch.dtype | None]:
-    """Threads, determinism, the device, and the type of autocast (None = off)."""
-    place, beside = distributed.local_rank_and_size()
-    torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // beside))
+    """Set threads and determinism; return the device and the dtype of autocast (None = off). Raises LearnerError."""
+    local_rank, local_size = distributed.local_rank_and_size()
+    torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // local_size))
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise LearnerError('device = "cuda": torch sees no GPU here; check the driver or set device = "auto"')
     if recipe.device == "cpu" or not torch.cuda.is_available():
-        torch.use_deterministic_algorithms(True)  # bitwise resume is promised on the CPU only
+        torch.use_deterministic_algorithms(True)  # only on the CPU are resumed rounds equal bit for bit
         return torch.device("cpu"), torch.bfloat16 if recipe.precision == "bf16" else None
-    if beside > torch.cuda.device_count():
-        raise LearnerError(f"{beside} processes and {torch.cuda.device_count()} GPUs on a machine: one GPU a process")
-    torch.cuda.set_device(place)
+    if local_size > torch.cuda.device_count():
+        raise LearnerError(
+            f"{local_size} processes on {torch.cuda.device_count()} GPUs; start one process for each GPU"
+        )
+    torch.cuda.set_device(local_rank)
     torch.set_float32_matmul_precision("high")
     half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.device("cuda", place), None if recipe.precision == "fp32" else half
+    return torch.device("cuda", local_rank), None if recipe.precision == "fp32" else half

@@ -1,7 +1,7 @@
-"""The processes that share a round: who they are, what they add up, and what they tell each other.
+"""Data-parallel training on several ranks (processes): sums over ranks, shared decisions, work for rank 0 alone.
 
-torchrun starts several; started plainly there is one, and every function here hands back what it was given. Numbers of
-a step go over `sum_over_ranks` and `mean_over_ranks`, decisions over `gather_values`, so that all ranks decide alike. Knows no loss and no image.
+torchrun starts several ranks; without torchrun there is one, and the functions return their input. Numbers of a step go
+through `sum_over_ranks` and `mean_over_ranks`, decisions through `gather_values`, so that all ranks decide the same.
 """
 
 import ctypes
@@ -22,87 +22,86 @@ from torch.distributed.rendezvous import rendezvous
 
 from learner.errors import OtherRankExited
 
-# Others wait here while rank 0 packs plates, scores or exports; a rank that dies is noticed at once by torchrun and by
-# its closed connections, so the limit only ends a hang, and may be longer than any night.
-LONGEST_WAIT = timedelta(hours=24)
+# The other ranks wait while rank 0 packs plates, scores or exports. torchrun and the closed connections report a dead
+# rank at once, so this timeout only ends a hang; it is longer than any learning window.
+TIMEOUT = timedelta(hours=24)
 POLL_S = 0.05
-SET_PDEATHSIG = 1  # of prctl(2)
+PR_SET_PDEATHSIG = 1  # option of prctl(2): signal this process when its parent dies
 
 Plain = TypeVar("Plain")
-_rank_zero_only = False
+_rank_zero_only = False  # True on rank 0 while `on_rank_zero` works
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process, watches it, and takes every exit code but 0 for a crash."""
+    """Whether torchrun started this process; torchrun treats every exit code but 0 as a crash."""
     return "RANK" in os.environ
 
 
 def local_rank_and_size() -> tuple[int, int]:
-    """This process's place among those of its machine, and how many they are."""
+    """Return this process's rank on its machine, and the number of ranks there."""
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Be one of the processes that torchrun started: gloo for decisions and the CPU, nccl for tensors on CUDA."""
+    """Join the process group of torchrun, if any: gloo for objects and CPU tensors, nccl for CUDA tensors."""
     if not under_torchrun():
         yield
         return
-    ctypes.CDLL(None).prctl(
-        SET_PDEATHSIG, signal.SIGTERM
-    )  # torchrun killed: checkpoint and leave, as the agent expects
-    store, place, count = next(iter(rendezvous("env://", timeout=LONGEST_WAIT)))
-    store = PrefixStore(_agree_on_prefix(store, place, count), store)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # when torchrun is killed: write a checkpoint and exit
+    store, rank_, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    store = PrefixStore(_agree_on_prefix(store, rank_, size), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=LONGEST_WAIT, store=store, rank=place, world_size=count)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank_, world_size=size)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _agree_on_prefix(store: Store, place: int, count: int) -> str:
-    """A name that rank 0 gives this start of the workers, known to all of them when this returns.
+def _agree_on_prefix(store: Store, rank_: int, size: int) -> str:
+    """Return a key prefix that rank 0 chooses for this start of the workers; all ranks have it when this returns.
 
-    torchrun keeps its store when it starts workers again, and in it the addresses of dead ones; its count of restarts
-    differs between machines. So each rank greets with a word of its own and takes the answer to that word only.
+    torchrun keeps its store when it restarts the workers, with the addresses of dead ones in it, and its restart count
+    differs between machines. So each rank sends a random token and accepts only the answer to that token.
     """
-    mine = uuid.uuid4().hex
-    if place:
-        store.set(f"hello {place}", mine)
+    token = uuid.uuid4().hex
+    if rank_:
+        store.set(f"hello {rank_}", token)
         answer = ["", ""]
-        while answer[0] != mine:
+        while answer[0] != token:
             time.sleep(POLL_S)
-            if store.check([f"welcome {place}"]):
-                answer = store.get(f"welcome {place}").decode().split()
-        store.set(f"{answer[1]} has {place}", "")
+            if store.check([f"welcome {rank_}"]):
+                answer = store.get(f"welcome {rank_}").decode().split()
+        store.set(f"{answer[1]} has {rank_}", "")
         return answer[1]
-    missing = set(range(1, count))
-    while missing:
-        for other in missing:
-            if store.check([f"hello {other}"]):
-                store.set(f"welcome {other}", f"{store.get(f'hello {other}').decode()} {mine}")
+    waiting = set(range(1, size))
+    while waiting:
+        for peer in waiting:
+            if store.check([f"hello {peer}"]):
+                store.set(f"welcome {peer}", f"{store.get(f'hello {peer}').decode()} {token}")
         time.sleep(POLL_S)
-        missing = {other for other in missing if not store.check([f"{mine} has {other}"])}
-    return mine
+        waiting = {peer for peer in waiting if not store.check([f"{token} has {peer}"])}
+    return token
 
 
 def world_size() -> int:
-    """How many ranks share the round."""
+    """Return the number of ranks; 1 without torchrun and during `on_rank_zero`."""
     return dist.get_world_size() if dist.is_initialized() and not _rank_zero_only else 1
 
 
 def rank() -> int:
+    """Return this process's rank, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_rank_zero() -> bool:
-    """Whether this rank writes the files: the lock, checkpoints, metrics, exports and the result."""
+    """Whether this is the rank that writes files: lock, checkpoints, metrics, exports and result."""
     return rank() == 0
 
 
 def rank_slice(count: int) -> slice:
-    """This rank's part of `count` things in order; the parts differ by one at most, and may be empty."""
+    """Return this rank's slice of `count` items; slices differ in length by at most one and may be empty."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
@@ -110,7 +109,7 @@ def rank_slice(count: int) -> slice:
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all ranks, in one exchange; all ranks give the same shapes and one dtype."""
+    """Replace each tensor by its sum over all ranks, in one all-reduce; all ranks pass the same shapes and one dtype."""
     if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -120,7 +119,7 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
 
 
 def mean_over_ranks(rows: Tensor) -> Tensor:
-    """float64 mean over the rows (n, ...) of all ranks; a rank may have none."""
+    """Return the float64 mean over the rows (n, ...) of all ranks; n may be 0 on a rank."""
     total = rows.sum(0, dtype=torch.float64)
     count = total.new_tensor(len(rows))
     sum_over_ranks([total, count])
@@ -128,7 +127,7 @@ def mean_over_ranks(rows: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, slice]:
-    """The rows (n, ...) of all ranks, in the order of ranks, and where this rank's lie; a rank may have none."""
+    """Return the rows (n, ...) of all ranks in the order of ranks, and the slice of this rank's; n may be 0 on a rank."""
     counts = gather_values(len(rows))
     mine = slice(sum(counts[: rank()]), sum(counts[: rank() + 1]))
     table = rows.new_zeros(sum(counts), *rows.shape[1:])
@@ -138,7 +137,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, slice]:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Every rank takes rank 0's values."""
+    """Replace each tensor by that of rank 0."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
@@ -148,38 +147,39 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def gather_values(value: Plain) -> list[Plain]:
-    """The plain values that the ranks gave, by rank, on every rank: also a barrier. Raises OtherRankExited (see `announce_exit`)."""
-    said = _exchange((None, value))
-    for ending, _ in said:
-        if ending:
-            raise OtherRankExited(*ending)
-    return [given for _, given in said]
+    """Return the picklable values of all ranks, in the order of ranks; also a barrier. Raises OtherRankExited."""
+    messages = _exchange((None, value))
+    for exit_, _ in messages:
+        if exit_:
+            raise OtherRankExited(*exit_)
+    return [sent for _, sent in messages]
 
 
 def announce_exit(state: str, reason: str) -> tuple[str, str]:
-    """Tell the other ranks, at whatever `gather_values` they wait, that this one leaves; the lowest rank's word, which holds."""
-    return next(ending for ending, _ in _exchange(((state, reason), None)) if ending)
+    """Send state and reason to the other ranks, whose `gather_values` raises; return those of the lowest exiting rank."""
+    return next(exit_ for exit_, _ in _exchange(((state, reason), None)) if exit_)
 
 
-def _exchange(value: tuple) -> list[Any]:
+def _exchange(message: tuple) -> list[Any]:
+    """Return the messages (exit or None, value) of all ranks."""
     if world_size() == 1:
-        return [value]
-    said: list[Any] = [None] * world_size()
-    dist.all_gather_object(said, value)
-    return said
+        return [message]
+    messages: list[Any] = [None] * world_size()
+    dist.all_gather_object(messages, message)
+    return messages
 
 
 def on_rank_zero(work: Callable[[], Plain]) -> Plain:
-    """What `work` gives on rank 0, a plain value, on every rank; the others wait.
+    """Run `work` on rank 0 and return its picklable result on every rank; the other ranks wait.
 
-    Within `work` rank 0 is alone: feeds hand out whole batches and nothing is exchanged, as in a plain process.
+    During `work`, world_size() is 1 on rank 0: feeds return whole batches and nothing is exchanged.
     """
     global _rank_zero_only
-    given: Any = None
+    value: Any = None
     if is_rank_zero():
         before, _rank_zero_only = _rank_zero_only, True
         try:
-            given = work()
+            value = work()
         finally:
             _rank_zero_only = before
-    return gather_values(given)[0]
+    return gather_values(value)[0]

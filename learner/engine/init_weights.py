@@ -1,7 +1,4 @@
-"""The first weights of a network: a backbone's as they were pretrained, else shaped or plain random ones; its shapes.
-
-Knows the two networks of a state; where weights come from is the caller's.
-"""
+"""Initial weights of student and teacher: pretrained, mimetic or random; and the head shapes of a parent's recipe."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,24 +9,27 @@ from learner.engine.step import State
 from learner.networks.mimetic_init import mimic_trained
 from learner.round.recipe import Recipe
 
-SHAPES = ("pool", "class_hidden", "pos_embed")  # of the network that answers
-HEADS = ("prototypes", "head_hidden", "bottleneck")  # and of the one that distils
+CLASS_SHAPE_KEYS = ("pool", "class_hidden", "pos_embed")  # recipe keys that shape backbone and class head
+DINO_SHAPE_KEYS = ("prototypes", "head_hidden", "bottleneck")  # recipe keys that shape the DINO head
 
 
 def keep_parent_shapes(recipe: Recipe, parent: Mapping[str, Any]) -> Recipe:
-    """The recipe, going on from a network that another method's recipe made: its heads keep their shapes.
+    """Return the recipe with the head shapes of a parent that another method trained.
 
-    Within one method a change of sizes isn't taken back, and loading the parent then says what doesn't fit.
+    With the same method the recipe stays as it is; if its sizes have changed, loading the parent raises LearnerError.
     """
     if parent.get("method", "distl") == recipe.method:
         return recipe
     both = recipe.prototypes and parent.get("prototypes")
-    keys = SHAPES + (HEADS if both else ())
+    keys = CLASS_SHAPE_KEYS + (DINO_SHAPE_KEYS if both else ())
     return recipe.override({key: parent[key] for key in keys if key in parent})
 
 
 def from_weights(weights: dict[str, Tensor] | None) -> Callable[[State], None]:
-    """Student := these weights of its backbone, None = shaped or plain random ones; the teacher copies it."""
+    """Return a function that loads these backbone weights into the student and copies it to the teacher.
+
+    `weights` None: mimetic or random weights, as in the recipe's `init`.
+    """
 
     def start(state: State) -> None:
         student = state.student
@@ -40,14 +40,14 @@ def from_weights(weights: dict[str, Tensor] | None) -> Callable[[State], None]:
         if weights or state.recipe.init == "mimetic":
             for layer in student.cls_head.mlp:
                 if isinstance(layer, nn.Linear):
-                    layer.reset_parameters()  # DINO's .02 start keeps a three-layer head asleep for hundreds of steps
+                    layer.reset_parameters()  # DINO's std of .02 is too small: a three-layer head would learn nothing for hundreds of steps
         state.teacher.load_state_dict(student.state_dict())
 
     return start
 
 
 def copy_frozen_weights(state: State) -> None:
-    """What no step of the student changes is the same in the teacher, as both see tokens of the same frozen blocks."""
-    for mine, its in zip(state.student.parameters(), state.teacher.parameters(), strict=True):
-        if not mine.requires_grad:
-            its.data.copy_(mine.data)
+    """Copy the student's frozen parameters to the teacher: both read tokens of the same frozen blocks."""
+    for student, teacher in zip(state.student.parameters(), state.teacher.parameters(), strict=True):
+        if not student.requires_grad:
+            teacher.data.copy_(student.data)

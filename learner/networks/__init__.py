@@ -1,1 +1,1 @@
-"""Networks: backbones, heads, their architecture and initial weights."""
+"""Networks: backbones (transformers, convolutional networks), heads, attribution, initial weights."""

@@ -1,6 +1,6 @@
-"""Which patch brought what into a vision transformer's embedding: one forward pass, kept, and read along a direction.
+"""Attribution: the contribution of each patch to a direction of a vision transformer's embedding.
 
-Closed form, plain products, so that it exports: no gradient is taken. Knows no finding and no picture.
+In closed form from one forward pass, without autograd, so that it can be exported to ONNX.
 """
 
 from typing import cast
@@ -13,21 +13,24 @@ from torch import Tensor, nn
 
 
 class Trace:
-    """The last block's pass: `last` class token (B, D) before the final norm, `patches` (B, h w, D) after it (none
-    where the pool is the class token), `look` (B, heads, tokens) of the class token, `value` (B, heads, tokens, width)."""
+    """Tensors of the last block in one forward pass.
+
+    `last`: class token (B, D) before the final norm; `patches` (B, h w, D) after it, empty where the pool is the class
+    token; `attention` (B, heads, tokens) of the class token; `value` (B, heads, tokens, head width); `grid` (h, w).
+    """
 
     def __init__(
-        self, vit: VisionTransformer, pool: str, last: Tensor, patches: Tensor, look: Tensor, value: Tensor,
+        self, vit: VisionTransformer, pool: str, last: Tensor, patches: Tensor, attention: Tensor, value: Tensor,
         grid: tuple[int, int],
     ) -> None:  # fmt: skip
         self.vit, self.pool, self.last, self.patches = vit, pool, last, patches
-        self.look, self.value, self.grid = look, value, grid
+        self.attention, self.value, self.grid = attention, value, grid
 
     def contributions(self, directions: Tensor) -> Tensor:
-        """Contribution of each patch along `directions` (B, F, D) of the embedding: (B, F, h, w); + speaks for it.
+        """Return the contribution of each patch along `directions` (B, F, D) of the embedding: (B, F, h, w).
 
-        With the mean of patches: the patch's own share. With a class token: what the patch says to it in the last
-        attention, times the direction's gradient behind that (final LayerNorm, not the last MLP). With both: their sum.
+        Pool "mean": the patch's share of the mean. Pool "cls": the patch's value in the last attention, times the
+        gradient of the direction through the final LayerNorm; the last MLP is left out. Pool "both": the sum of the two.
         """
         if self.pool == "mean":
             return self._through_mean(directions)
@@ -51,12 +54,12 @@ class Trace:
             through_norm = through_norm * block.ls1.gamma
         heads, width = self.value.shape[1], self.value.shape[3]
         by_head = (through_norm @ attention.proj.weight).unflatten(-1, (heads, width))  # (B, F, heads, width)
-        said = torch.einsum("bfhd,bhnd->bfhn", by_head, self.value)
-        share = (said * self.look[:, None]).sum(2)[:, :, self.vit.num_prefix_tokens :]
+        per_token = torch.einsum("bfhd,bhnd->bfhn", by_head, self.value)
+        share = (per_token * self.attention[:, None]).sum(2)[:, :, self.vit.num_prefix_tokens :]
         return share.unflatten(-1, self.grid)
 
 
 def last_block(vit: VisionTransformer) -> tuple[Block, Attention]:
-    """The last block and its attention."""
+    """Return the last block and its attention module."""
     block = cast(Block, vit.blocks[-1])
     return block, cast(Attention, block.attn)

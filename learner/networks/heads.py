@@ -1,7 +1,6 @@
-"""The two heads on a backbone, and the network that carries them over many crops at once.
+"""The DINO head and the class head, and the network of backbone and heads.
 
-Shapes only: no loss, no optimiser, no image file. Views go in and logits come out *view-major*: all images of view 0,
-then all of view 1, and so on.
+Views and logits are in *view-major* order: all images of view 0, then all images of view 1, and so on.
 """
 
 from typing import cast
@@ -18,7 +17,10 @@ from learner.round.recipe import Recipe
 
 
 class DinoHead(nn.Module):
-    """CLS (N, D) -> prototype logits (N, K): an MLP, L2 norm, then cosines to K prototypes (weight norm, g frozen at 1)."""
+    """Embeddings (N, D) to prototype logits (N, K): MLP, L2 normalisation, cosines with K prototypes (Caron et al. 2021).
+
+    The prototypes are a weight-normalised layer whose g is frozen at 1.
+    """
 
     def __init__(self, dim: int, prototypes: int, hidden: int, bottleneck: int, batch_norm: bool = False) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ class DinoHead(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Weight-normalised linear layer without bias: w = g v / |v| by row, g = 1 and never trained."""
+    """A weight-normalised linear layer without bias: each row w = g v / |v|, g = 1 and not trained."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -49,7 +51,7 @@ class Prototypes(nn.Module):
 
 
 class ClassHead(nn.Module):
-    """Embedding (N, D) -> one logit a finding (N, F): Linear-ReLU-Linear-ReLU-Linear; one Linear with hidden = 0."""
+    """Embeddings (N, D) to one logit for each finding (N, F): three Linear layers with ReLU, or one with hidden = 0."""
 
     def __init__(self, dim: int, findings: int, hidden: int) -> None:
         super().__init__()
@@ -62,43 +64,43 @@ class ClassHead(nn.Module):
         return self.mlp(cls)
 
     def gradient(self, cls: Tensor) -> Tensor:
-        """d logit / d CLS in closed form: (N, F, D); plain products, so that it exports."""
+        """Return d logit / d embedding, (N, F, D), in closed form without autograd, so that it can be exported."""
         if len(self.mlp) == 1:
             return cast(nn.Linear, self.mlp[0]).weight * torch.ones_like(cls[:, :1, None])
         first, second, last = (cast(nn.Linear, self.mlp[i]) for i in (0, 2, 4))
-        one = first(cls)
-        two = second(one.relu())
-        back = last.weight[None] * (two > 0).to(cls.dtype)[:, None]  # (N, F, hidden)
-        back = (back @ second.weight) * (one > 0).to(cls.dtype)[:, None]
+        hidden_1 = first(cls)
+        hidden_2 = second(hidden_1.relu())
+        back = last.weight[None] * (hidden_2 > 0).to(cls.dtype)[:, None]  # (N, F, hidden)
+        back = (back @ second.weight) * (hidden_1 > 0).to(cls.dtype)[:, None]
         return back @ first.weight
 
 
 def small_init(module: nn.Module) -> None:
-    """Linear layers: truncated normal of deviation .02, bias 0."""
+    """Initialise a linear layer as DINO does: truncated normal with standard deviation .02, bias 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
 class Network(nn.Module):
-    """Backbone, prototype head and class head; student and teacher are two of these.
+    """Backbone, DINO head and class head; student and teacher are two such networks.
 
-    Without self-supervision there is no prototype head, and the embedding itself comes out in its place.
+    Without prototypes the DINO head is an Identity, which returns the embedding.
     """
 
     def __init__(self, backbone: Backbone | ConvNet, head: DinoHead | nn.Identity, cls_head: ClassHead) -> None:
         super().__init__()
         self.backbone, self.head, self.cls_head = backbone, head, cls_head
-        self.mask: nn.Parameter | None = None  # stands in for masked patches, where a recipe masks any
-        self.patch_head: DinoHead | None = None  # answers for them
+        self.mask: nn.Parameter | None = None  # mask token (width,), in recipes that mask patches
+        self.patch_head: DinoHead | None = None  # prototype logits of masked patches
 
     def forward(self, views: list[Tensor], cls_views: int = 2) -> tuple[Tensor, Tensor]:
-        """Views of B images, largest first -> prototype logits (V B, K) and class logits of the first two (2 B, F)."""
+        """Return prototype logits (V B, K) of all views of B images and class logits (2 B, F) of the first two views."""
         cls = self.encode(views)
         return self.head(cls), self.cls_head(cls[: cls_views * views[0].shape[0]])
 
     def encode(self, views: list[Tensor]) -> Tensor:
-        """One backbone pass a resolution: (V B, D), view-major."""
+        """Return embeddings (V B, D), view-major; one forward pass for consecutive views of the same size."""
         outputs, start = [], 0
         for end in range(1, len(views) + 1):
             if end == len(views) or views[end].shape[1:] != views[start].shape[1:]:
@@ -107,12 +109,12 @@ class Network(nn.Module):
         return torch.cat(outputs)
 
     def classify(self, images: Tensor) -> Tensor:
-        """Class logits (B, F)."""
+        """Return class logits (B, F)."""
         return self.cls_head(self.backbone(images))
 
 
 def make_network(plan: Plan, recipe: Recipe, findings: int, drop_path: float = 0.0) -> Network:
-    """A network of this plan with random weights from the current torch seed; no prototypes, no prototype head."""
+    """Return a network of this plan with random weights from torch's current seed. Raises LearnerError for ibot on a CNN."""
     backbone = build(plan, recipe.pos_embed, recipe.pool, drop_path).freeze(recipe.frozen_blocks)
     head: DinoHead | nn.Identity = nn.Identity()
     if recipe.prototypes:

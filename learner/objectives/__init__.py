@@ -1,1 +1,1 @@
-"""Losses and targets: self-distillation, pseudo-labels, correction, head fits."""
+"""Losses and their targets: self-distillation, labels, pseudo-labels, knowledge distillation, fits of the class head."""

@@ -1,7 +1,7 @@
-"""What takes all images of a step at once: KoLeo's nearest neighbours and Sinkhorn's balance over the whole batch.
+"""Losses that need all images of a step: KoLeo and Sinkhorn, for batches in parts or on several ranks.
 
-When a batch is taken in parts or shared by ranks, its images are looked at once more beforehand, without gradients, and
-their rows put together; so both are the same however much fits into memory. Knows no loss but these two.
+An extra forward pass without gradients first collects the rows of all parts and ranks. So both losses are the same,
+whatever the size of the parts.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,28 +12,34 @@ from torch import Tensor
 from learner.engine import distributed
 from learner.objectives.self_supervised import koleo
 
-WholeBatchRows = dict[str, dict[int, Tensor]]  # by name, then by the first image of a part
+WholeBatchRows = dict[str, dict[int, Tensor]]  # by loss ("dino", "ibot", "koleo"), then by the start of a part
 
 
 def over_whole_batch(
     rows: Sequence[Tensor], width: int, make: Callable[[Tensor], Tensor], like: Tensor
 ) -> list[Tensor]:
-    """`make` of the rows (n, width) of all parts and ranks in order; of its rows, those of this rank's parts."""
+    """Apply `make` to the rows (n, width) of all parts and ranks in order; return the result for each of this rank's parts.
+
+    `like`: a tensor with the device and dtype to use where this rank has no rows.
+    """
     table, mine = distributed.gather_rows(torch.cat([like.new_empty(0, width), *rows]))
     return list(make(table)[mine].split([len(part) for part in rows]))
 
 
 def koleo_gradient(embeddings: Tensor) -> Tensor:
-    """(B, D + 1): the gradient of KoLeo by each embedding (B, D), and beside it KoLeo's value."""
+    """Return (B, D + 1): the gradient of KoLeo with respect to embeddings (B, D), and the value of KoLeo in the last column."""
     with torch.enable_grad():
         leaf = embeddings.detach().requires_grad_()
         value = koleo(leaf)
-        (slope,) = torch.autograd.grad(value, leaf)
-    return torch.cat([slope, value.detach().expand(len(slope), 1)], 1)
+        (gradient,) = torch.autograd.grad(value, leaf)
+    return torch.cat([gradient, value.detach().expand(len(gradient), 1)], 1)
 
 
-def koleo_from_gradient(embeddings: Tensor, given: Tensor, share: float) -> Tensor:
-    """A cost whose value times `share` adds up to KoLeo over the parts, and whose gradient times `share` is KoLeo's."""
-    slope, value = given[:, :-1], given[0, -1]
-    pull = (embeddings * slope).sum()
-    return (pull - pull.detach()) / share + value
+def koleo_from_gradient(embeddings: Tensor, gradient_and_value: Tensor, share: float) -> Tensor:
+    """Return KoLeo for a part of the batch, from rows of `koleo_gradient`.
+
+    Times `share`, the part's share of the batch, the values of all parts add up to KoLeo and the gradients to its gradient.
+    """
+    gradient, value = gradient_and_value[:, :-1], gradient_and_value[0, -1]
+    product = (embeddings * gradient).sum()
+    return (product - product.detach()) / share + value

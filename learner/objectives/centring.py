@@ -1,4 +1,4 @@
-"""Which running means a recipe carries: the teacher's centre of prototypes, of patches, and its mean answer."""
+"""The running means of a recipe: centres of the teacher's prototype and patch logits, and its mean class probabilities."""
 
 from torch import nn
 
@@ -9,11 +9,9 @@ from learner.round.recipe import Recipe
 
 
 def make_centres(recipe: Recipe, findings: int) -> nn.ModuleDict:
-    """By name, each with `move(mean row)`, which a step calls with the rows of that name."""
-    centres, shape = (
-        nn.ModuleDict(),
-        (recipe.prototypes, recipe.student_temp, recipe.teacher_temp, recipe.centre_momentum),
-    )
+    """Return the running means by name; a step calls `move(mean row)` of each with the mean of its rows."""
+    centres = nn.ModuleDict()
+    shape = (recipe.prototypes, recipe.student_temp, recipe.teacher_temp, recipe.centre_momentum)
     if recipe.prototypes:
         centres["dino"] = DinoLoss(*shape)
     if recipe.ibot:

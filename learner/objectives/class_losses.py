@@ -1,7 +1,6 @@
-"""The class losses: soft self-training against the teacher, and labels with the unknown ones masked.
+"""Class losses: self-training against the teacher's probabilities, and the label loss with unknown labels masked.
 
-Both are means over known (image, finding) pairs of one binary cross-entropy; the number of known labels of a batch lets
-it be summed in parts. Knows no image and no schedule; weights for rare findings come in as tensors.
+Both are binary cross-entropies, averaged over the known (image, finding) pairs; and weights for rare classes.
 """
 
 from typing import TypedDict
@@ -11,16 +10,17 @@ from torch import Tensor
 
 
 class Balance(TypedDict, total=False):
-    """Weights (F,) by the names that `label_loss` has for them; empty = all labels alike."""
+    """Weights (F,) as keyword arguments of `label_loss`; empty = equal weights."""
 
     class_weights: Tensor
     positive_weights: Tensor
 
 
 def self_training_loss(student: Tensor, teacher: Tensor, poisoned: bool = False) -> Tensor:
-    """Student logits of the noised view (B, F) against the teacher's soft answer on the original view (B, F).
+    """Return the cross-entropy of student logits (B, F) on the augmented view with the teacher's probabilities.
 
-    No threshold, no sharpening. `poisoned` turns every teacher answer into its opposite (recipe key poison_teacher).
+    teacher: logits (B, F) on the unaugmented view; no threshold, no sharpening, as in DISTL's code. `poisoned` negates
+    them (recipe key poison_teacher).
     """
     target = (-teacher if poisoned else teacher).sigmoid()
     return F.binary_cross_entropy_with_logits(student, target)
@@ -36,12 +36,11 @@ def label_loss(
     adjustment: Tensor | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Student logits (B, F) against labels (B, F), nan = unknown and masked; 0 when nothing is known.
+    """Return the mean cross-entropy of student logits (B, F) with labels (B, F), nan = unknown; 0 without known labels.
 
-    With `known_in_batch` the sum is divided by that number instead: the parts of a batch then add up to its mean.
-    For findings out of balance, each (F,): `class_weights` weigh a finding, `positive_weights` its positive images (see
-    `effective_weights`), `adjustment` = tau logit(prevalence) is added to the logits while training, so that the plain
-    ones answer as if half the images had the finding (Menon et al. 2021). `smoothing` moves a label that far towards 1/2.
+    `known_in_batch`: divide by this number of known labels, so that the parts of a batch add up to its mean. All (F,):
+    `class_weights` of findings; `positive_weights` of positive labels (see `effective_weights`); `adjustment` = tau
+    logit(prevalence), added to the logits in training (Menon et al., ICLR 2021). `smoothing`: label smoothing.
     """
     known = ~labels.isnan()
     target = labels.nan_to_num(0.0)
@@ -56,10 +55,10 @@ def label_loss(
 
 
 def effective_weights(labels: Tensor, beta: float = 0.999) -> Tensor:
-    """Weight (F,) of a positive image over a negative one, from labels (N, F) with nan = unknown.
+    """Return the weight (F,) of a positive label relative to a negative one, from labels (N, F), nan = unknown.
 
-    The ratio of effective numbers E(n) = (1 - beta^n) / (1 - beta) (Cui et al. 2019): beta = 0 gives 1, beta = 1 the
-    ratio of the counts. A finding without an image on one side counts as having one there.
+    The ratio of effective numbers E(n) = (1 - beta^n) / (1 - beta) (Cui et al., CVPR 2019): beta = 0 gives 1, beta
+    = 1 the ratio of counts. A class without an image counts as one image.
     """
     positive, negative = ((labels == side).sum(0).clamp(min=1).double() for side in (1, 0))
     weights = negative / positive if beta == 1 else (1 - beta**negative) / (1 - beta**positive)
@@ -67,10 +66,10 @@ def effective_weights(labels: Tensor, beta: float = 0.999) -> Tensor:
 
 
 def class_balance(labels: Tensor) -> Balance:
-    """`effective_weights` of the positives of labels (N, F), and findings weighed so that each keeps its own sum.
+    """Return `effective_weights` of labels (N, F), with class weights that keep the sum of weights of each finding.
 
-    A finding's known labels weigh 1 on average as without balance: a rare one isn't louder than the others, and a
-    step isn't longer. A finding of one class, or that nobody has labelled, is as it was.
+    So the known labels of a finding weigh 1 on average, as without balance: rare findings do not dominate, and steps do
+    not get larger. Findings with one class, or without labels, keep equal weights.
     """
     weights, positive, known = effective_weights(labels), (labels == 1).sum(0), (~labels.isnan()).sum(0)
     total = weights * positive + (known - positive)
@@ -78,7 +77,7 @@ def class_balance(labels: Tensor) -> Balance:
 
 
 def weight_table(labels: Tensor, balance: Balance) -> Tensor | None:
-    """The weight (N, F) that `label_loss` gives each of these labels; None = all alike."""
+    """Return the weight (N, F) of each label in `label_loss`; None = equal weights."""
     if "class_weights" not in balance or "positive_weights" not in balance:
         return None
     return balance["class_weights"] * balance["positive_weights"].expand_as(labels).where(labels == 1, 1.0)

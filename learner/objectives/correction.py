@@ -1,7 +1,7 @@
-"""DISTL's walk through a phase: unlabelled steps, and at intervals one more pass over all labelled images.
+"""Steps of DISTL: self-distillation on unlabelled images, corrections on the labelled ones, and T=0.
 
-Knows when a correction is due and what one of its batches does; resumable between any two optimiser steps. Images and
-files are the caller's.
+A correction is one epoch over all labelled images, at intervals; the cursor in the state lets a round resume after any
+optimiser step.
 """
 
 from typing import Protocol
@@ -14,7 +14,7 @@ from learner.round.recipe import Recipe
 
 
 class Feed(Protocol):
-    """Batches by number: `batches` a pass, and the i-th of a pass."""
+    """A source of batches: the number of batches in an epoch, and the i-th batch of an epoch."""
 
     @property
     def batches(self) -> int: ...
@@ -23,24 +23,24 @@ class Feed(Protocol):
 
 
 def next_batch(feed: Feed, step: int) -> Batch:
-    """The feed's batch at a step, pass after pass."""
+    """Return the feed's batch at a step, epoch after epoch."""
     return feed.batch(*divmod(step, feed.batches))
 
 
 def correction_due(recipe: Recipe, step: int) -> bool:
-    """After every `correct_every`-th unlabelled step; step 0, whose learning rate is 0, counts as published or not."""
+    """Whether a correction follows this unlabelled step; after step 0 only with `correct_first`, as published."""
     return bool(recipe.correct_every) and step % recipe.correct_every == 0 and (step > 0 or recipe.correct_first)
 
 
 def supervised_step(state: State, labelled: Feed, balance: Balance | None = None) -> Losses:
-    """One step of T=0: labels only. The published code averages a teacher here too and discards it; this one doesn't."""
+    """Make one step of T=0, with the label loss only; without the EMA teacher that the published code discards."""
     losses = optimiser_step(state, [(next_batch(labelled, state.step), correction(0.0, 1.0, balance))])
     state.step += 1
     return losses
 
 
 def distil_step(state: State, batch: Batch) -> Losses:
-    """One step on unlabelled images: self-supervision and self-training, then the teacher follows."""
+    """Make one step on unlabelled images with DINO and self-training losses, then update the EMA teacher."""
     recipe, ramp = state.recipe, float(state.schedule.alpha[state.epoch])
     objective = self_distillation(recipe.lam, (1 - recipe.lam) * ramp)
     losses = optimiser_step(state, [(batch, objective)], freeze_last=state.epoch < recipe.freeze_last)
@@ -51,14 +51,14 @@ def distil_step(state: State, batch: Batch) -> Losses:
 
 
 def correction_step(state: State, batch: Batch) -> Losses:
-    """One labelled batch of a burst: this step's rates; the centre moves, the teacher doesn't; no ramp."""
+    """Make one step on a labelled batch with the rates of the current step; moves the centre, not the teacher."""
     recipe = state.recipe
     lam = recipe.lam if recipe.correct_loss == "mix" else 0.0
     return optimiser_step(state, [(batch, correction(lam, 1 - lam))], freeze_last=state.epoch < recipe.freeze_last)
 
 
 def distl_step(state: State, unlabelled: Feed, labelled: Feed | None) -> Losses:
-    """One optimiser step of DISTL, and the cursor moved past it."""
+    """Make one optimiser step of DISTL, unlabelled or correction, and move the cursor."""
     if state.burst is None:
         losses = distil_step(state, next_batch(unlabelled, state.step))
         if labelled is not None and correction_due(state.recipe, state.step):

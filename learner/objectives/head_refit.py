@@ -1,7 +1,8 @@
-"""The class head's last word in `evolve`: what neighbours say of all images and what the labels say, as one linear answer.
+"""The refit of the class head in `evolve`: the mean of a head fitted to the graph's pseudo-labels and one fitted to labels.
 
-Neighbours reach every image but err in groups, the labels' own regression errs image by image: their mean is worse than the
-better of the two by little, and better than the worse by much (`bench/learning/evolution_refit.py`). Knows features and labels.
+Pseudo-labels exist for every image but their errors are shared by neighbours; errors of the head fitted to labels are
+independent. The mean is little worse than the better one and much better than the worse one
+(`bench/learning/evolution_refit.py`).
 """
 
 import torch
@@ -11,39 +12,44 @@ from learner.objectives import logistic
 from learner.objectives.label_propagation import pseudo_labels
 from learner.objectives.pseudo_targets import shrunk_prevalence
 
-PENALTY = 0.02  # ridge of a head fitted on many soft answers
-FEW_PENALTY = 0.1  # and of one fitted on the labelled images alone
-LABEL_SHARE = 1 / 3  # the labels' own share of the mean
-TRAINED_SHARE = 1 / 2  # and, of both beside a head that was trained, that head's
+PENALTY = 0.02  # ridge penalty of a head fitted to pseudo-labels of all images
+FEW_PENALTY = 0.1  # ridge penalty of a head fitted to the labelled images
+LABEL_SHARE = 1 / 3  # share of the head fitted to labels in the mean
+TRAINED_SHARE = 1 / 2  # share of the trained head in the mean with that
 
 
 def fit_graph_and_labels(
-    seen: Tensor, labels: Tensor, neighbours: int, components: int, weights: Tensor | None = None
+    features: Tensor, labels: Tensor, neighbours: int, components: int, weights: Tensor | None = None
 ) -> logistic.LinearHead:
-    """The head for features (N, D) and labels (N, F), nan = unknown, from all images; weights (N, F) of labels or None."""
-    soft = pseudo_labels(seen, labels, shrunk_prevalence(labels), neighbours, components)
-    return blend_heads(logistic.fit(seen, soft, PENALTY), logistic.fit(seen, labels, FEW_PENALTY, weights), seen)
+    """Return the mean head of graph and labels, from features (N, D) of all images and labels (N, F), nan = unknown.
+
+    neighbours, components: of `pseudo_labels`; weights: (N, F) of the labels, or None.
+    """
+    soft = pseudo_labels(features, labels, shrunk_prevalence(labels), neighbours, components)
+    return blend_heads(
+        logistic.fit(features, soft, PENALTY), logistic.fit(features, labels, FEW_PENALTY, weights), features
+    )
 
 
 def blend_heads(
-    first: logistic.LinearHead, second: logistic.LinearHead, seen: Tensor, share: float = LABEL_SHARE
+    first: logistic.LinearHead, second: logistic.LinearHead, features: Tensor, share: float = LABEL_SHARE
 ) -> logistic.LinearHead:
-    """`share` of the second and the rest of the first, after the second got the first's mean and spread on `seen`.
+    """Return (1 - share) first + share second, the second scaled to mean and standard deviation of the first.
 
-    Where one of them says the same of every image, for want of a class, the first stays as it is.
+    Both are measured on features (N, D). A finding with constant logits in one of the heads keeps the first head.
     """
-    one, two = first(seen), second(seen)
-    usable = (one.std(0) > 0) & (two.std(0) > 0)
-    stretch = torch.where(usable, one.std(0) / two.std(0), 0.0)
-    part = torch.where(usable, share, 0.0).to(one)
+    logits_1, logits_2 = first(features), second(features)
+    usable = (logits_1.std(0) > 0) & (logits_2.std(0) > 0)
+    stretch = torch.where(usable, logits_1.std(0) / logits_2.std(0), 0.0)
+    part = torch.where(usable, share, 0.0).to(logits_1)
     weight = (1 - part)[:, None] * first.weight + (part * stretch)[:, None] * second.weight
-    bias = first.bias + part * (one.mean(0) - first.bias) + part * stretch * (second.bias - two.mean(0))
+    bias = first.bias + part * (logits_1.mean(0) - first.bias) + part * stretch * (second.bias - logits_2.mean(0))
     return logistic.LinearHead(weight, bias)
 
 
 def combine_by_finding(
     findings: Tensor, first: logistic.LinearHead, second: logistic.LinearHead
 ) -> logistic.LinearHead:
-    """The first's answer on these findings, bool (F,), and the second's on the others."""
+    """Return the first head for the findings where `findings`, bool (F,), is True, and the second head for the others."""
     weight = torch.where(findings[:, None], first.weight, second.weight)
     return logistic.LinearHead(weight, torch.where(findings, first.bias, second.bias))

@@ -1,7 +1,7 @@
-"""Knowledge distillation for findings that don't exclude one another: one Bernoulli answer per finding.
+"""Knowledge distillation for findings that can occur together: one Bernoulli distribution for each finding.
 
-Knows logits and labels; nan means unknown in both (a finding the teacher never learnt, a label nobody gave). The
-softmax over findings that Ho & Gwak (2020) print forces their probabilities to sum to 1 and is not used.
+nan is unknown in logits (a finding that the teacher was not trained on) and in labels. Ho & Gwak (IEEE Access 2020) print
+a softmax over the findings, which forces their probabilities to sum to 1; it is not used here.
 """
 
 from typing import Unpack
@@ -13,15 +13,16 @@ from learner.objectives.class_losses import Balance, label_loss
 
 
 def bernoulli_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 mean KL(teacher || student) of sigmoid(z / T), over (B, F) logits; a teacher's nan counts as 0.
+    """Return T^2 mean KL(teacher || student) of the probabilities sigmoid(z / T), logits z (B, F); 0 where teacher is nan.
 
-    T^2 keeps the gradient's size: T (sigmoid(z_s / T) - sigmoid(z_t / T)) / (B F) towards (z_s - z_t) / 4 (B F).
-    The mean is over all B F, so that a finding the teacher doesn't know leaves the weight of the others alone.
+    The factor T^2 keeps the gradient's size: T (sigmoid(z_s / T) - sigmoid(z_t / T)) / (B F), which tends to
+    (z_s - z_t) / (4 B F) for large T (Hinton et al. 2015, section 2.1, for the softmax). The mean is over all B F entries,
+    so an unknown finding does not change the weight of the others.
     """
     known = ~teacher.isnan()
-    seen, guess = teacher.detach().nan_to_num(0.0) / temperature, student / temperature
-    present = seen.sigmoid() * (F.logsigmoid(seen) - F.logsigmoid(guess))
-    absent = (-seen).sigmoid() * (F.logsigmoid(-seen) - F.logsigmoid(-guess))
+    target, prediction = teacher.detach().nan_to_num(0.0) / temperature, student / temperature
+    present = target.sigmoid() * (F.logsigmoid(target) - F.logsigmoid(prediction))
+    absent = (-target).sigmoid() * (F.logsigmoid(-target) - F.logsigmoid(-prediction))
     return temperature**2 * ((present + absent) * known).mean()
 
 
@@ -35,11 +36,11 @@ def kd_loss(
     share: float = 1.0,
     **balance: Unpack[Balance],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(1 - alpha) label loss + alpha `bernoulli_kl`, and the two by themselves; all (B, F).
+    """Return (1 - alpha) label loss + alpha `bernoulli_kl`, the label loss and the KL; logits and labels are (B, F).
 
-    Of a part of a batch: `known_in_batch` counts the whole batch's known labels, `share` is the part's of the images.
-    `balance`: weights of `label_loss`.
+    For a part of a batch: `known_in_batch` is the number of known labels of the whole batch, `share` the part's share of
+    its images. `balance`: weights of `label_loss`.
     """
-    hard = label_loss(student, labels, known_in_batch, **balance)
-    soft = bernoulli_kl(student, teacher, temperature) * share
-    return (1 - alpha) * hard + alpha * soft, hard, soft
+    label_term = label_loss(student, labels, known_in_batch, **balance)
+    kl_term = bernoulli_kl(student, teacher, temperature) * share
+    return (1 - alpha) * label_term + alpha * kl_term, label_term, kl_term

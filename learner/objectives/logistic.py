@@ -1,15 +1,11 @@
-"""A linear answer on fixed features: logistic regression by Newton's method, soft targets and weights allowed.
-
-The class head's last word in `evolve`, the student on a graph's pseudo-labels, and the probe under a study. Knows
-features as a table; where they come from and what becomes of the answer is the caller's.
-"""
+"""Logistic regression on fixed features by Newton's method, with soft targets and weights; the linear class head."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-STEPS = 30  # Newton halves its steps at worst; six to ten are usual
+STEPS = 30  # of Newton's method at most; six to ten are usual
 
 
 @dataclass(frozen=True)
@@ -24,10 +20,11 @@ class LinearHead:
 
 
 def fit(features: Tensor, targets: Tensor, penalty: float, weights: Tensor | None = None) -> LinearHead:
-    """The minimum of the mean weighted log loss + penalty / 2 |w|^2 over standardised features, bias free, in float64.
+    """Return the head with the least mean weighted log loss + penalty / 2 |w|^2 on standardised features, in float64.
 
-    features (N, D); targets (N, F) in [0, 1], nan = unknown; weights (N, F) or None. The standardisation is folded into
-    the answer. A finding whose targets are all unknown gets weight 0 and bias 0; with one class, its log odds (shrunk).
+    features (N, D); targets (N, F) in [0, 1], nan = unknown; weights (N, F) or None. The bias has no penalty; the returned
+    head takes unstandardised features. A finding without targets gets weights and bias 0; with one class, the bias is its
+    shrunk log odds.
     """
     x = features.double()
     mean, scale = x.mean(0), x.std(0, correction=0)
@@ -44,7 +41,10 @@ def fit(features: Tensor, targets: Tensor, penalty: float, weights: Tensor | Non
 
 
 def _newton(x: Tensor, y: Tensor, weight: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weights (D,) and bias; weights lie in the span of the images, so few images make small equations."""
+    """Return weights (D,) and bias of one finding; x (N, D), y (N,), weight (N,).
+
+    The weights are in the span of the images: with fewer images than features, solves N equations instead of D.
+    """
     total = weight.sum()
     if not len(x) or total <= 0:
         return x.new_zeros(x.shape[1]), x.new_zeros(())
@@ -64,14 +64,15 @@ def _newton(x: Tensor, y: Tensor, weight: Tensor, penalty: float) -> tuple[Tenso
         slope = design.T @ (weight * (p - y)) + ridge * beta
         curve = (design * (weight * p * (1 - p))[:, None]).T @ design + torch.diag(ridge + 1e-9)
         step = torch.linalg.solve(curve, slope)
-        while (tried := _loss(design, y, weight, beta - step, ridge)) > loss + 1e-12 and step.abs().max() > 1e-10:
+        while (new_loss := _loss(design, y, weight, beta - step, ridge)) > loss + 1e-12 and step.abs().max() > 1e-10:
             step = step / 2
-        beta, loss = beta - step, tried
+        beta, loss = beta - step, new_loss
         if step.abs().max() < 1e-7:
             break
     return basis @ beta[:-1], beta[-1]
 
 
 def _loss(design: Tensor, y: Tensor, weight: Tensor, beta: Tensor, ridge: Tensor) -> Tensor:
+    """Return the weighted log loss plus penalty."""
     odds = design @ beta
     return (weight * (torch.nn.functional.softplus(odds) - y * odds)).sum() + 0.5 * (ridge * beta**2).sum()

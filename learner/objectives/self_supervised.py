@@ -1,7 +1,6 @@
-"""What joins DINO in later recipes: masked patches (iBOT), spread of the embeddings (KoLeo), balanced assignment.
+"""Self-supervised losses beside DINO: masked patches (iBOT), KoLeo, and Sinkhorn assignment.
 
-Knows logits, embeddings and masks as tensors: no network, no image, no clock. Random masks come from uniform numbers
-drawn per image elsewhere. iBOT's class-token term is `DinoLoss` as it is, so iBOT's two centres are its and `PatchLoss`'s.
+iBOT's class-token term is `dino.DinoLoss`. Masks are made from uniform numbers that the caller draws for each image.
 """
 
 from math import log
@@ -10,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCKS = 4  # rectangles of a mask: more would fray into single patches, which their neighbours give away
-MASK_NUMBERS = 2 + 4 * BLOCKS  # uniform numbers a mask needs
+BLOCKS = 4  # rectangles of a mask; more would leave single masked patches, which are easy to predict
+MASK_NUMBERS = 2 + 4 * BLOCKS  # uniform numbers of a mask
 ASPECT = (log(0.3), log(1 / 0.3))  # of a rectangle, height over width, as in BEiT and iBOT
-SMALLEST = 0.2  # side of the smallest rectangle over the largest's at the same aspect: all of them show
-TINY = 1e-8  # keeps the logarithm of a distance finite, as published
+SMALLEST = 0.2  # side of the smallest rectangle, as a share of the largest with the same aspect ratio
+TINY = 1e-8  # keeps the logarithm of a distance finite, as in DINOv2
 
 
 class PatchLoss(nn.Module):
-    """iBOT's second term: what the student guesses for a masked patch against what the teacher saw there.
+    """iBOT's masked-patch loss: cross-entropy of the student's masked patches with the teacher's visible ones.
 
-    Zhou et al. 2022, Eq. 3. Only masked patches come in, so that only they need to pass the head.
+    Zhou et al., ICLR 2022, Eq. 3. Takes the logits of masked patches only.
     """
 
     centre: Tensor
@@ -38,11 +37,11 @@ class PatchLoss(nn.Module):
         teacher_temp: float | None = None,
         assigned: Tensor | None = None,
     ) -> Tensor:
-        """Logits (M, K) of the M masked patches, in the order of bool `mask` (images, ...) flattened -> scalar.
+        """Return the loss of logits (M, K) of the M masked patches, in the order of bool `mask` (images, h, w) flattened.
 
-        A mean over patches within an image, then over images of both global views; an image without a masked patch
-        counts as 0. The centre stays (see `move`), so the parts of a batch add up by their share of images. `assigned`
-        (M, K): the teacher's answers balanced elsewhere (`sinkhorn`) in place of centred ones.
+        The mean over the patches of an image, then over the images of both global views; an image without masked patches
+        counts as 0. Does not move the centre. `assigned` (M, K): teacher probabilities of `sinkhorn`, in place of centred
+        ones.
         """
         if assigned is None:
             assigned = ((teacher - self.centre) / (teacher_temp or self.teacher_temp)).softmax(-1)
@@ -53,16 +52,16 @@ class PatchLoss(nn.Module):
 
     @torch.no_grad()
     def move(self, mean_teacher: Tensor) -> None:
-        """Centre <- momentum centre + (1 - momentum) mean teacher logits (1, K), over all patches as published."""
+        """Set the centre to m centre + (1 - m) mean teacher logits (1, K) of the patches."""
         self.centre.mul_(self.momentum).add_(mean_teacher, alpha=1 - self.momentum)
 
 
 def block_masks(numbers: Tensor, side: int, ratio: tuple[float, float] = (0.1, 0.5), chance: float = 0.5) -> Tensor:
-    """Uniform numbers (B, MASK_NUMBERS) -> bool (B, side, side); True = masked.
+    """Return masks, bool (B, side, side), from uniform numbers (B, MASK_NUMBERS); True = masked.
 
-    An image is masked at all with `chance`, then `ratio` of its patches are: exactly round(r side^2) of them, at least
-    one. Four rectangles of their own place, shape and size grow together until they cover that many, where iBOT
-    places rectangles by trial until about that many are covered.
+    An image is masked with probability `chance`; then exactly round(r side^2) patches are, at least one, r uniform in
+    `ratio`. Four random rectangles grow together until they cover that many patches; iBOT instead places rectangles until
+    about that many are covered.
     """
     if not 0 <= ratio[0] <= ratio[1] <= 1:
         raise ValueError(f"ratio = {ratio}: give the smallest and the largest share of masked patches, within 0 and 1")
@@ -79,9 +78,9 @@ def block_masks(numbers: Tensor, side: int, ratio: tuple[float, float] = (0.1, 0
 
 
 def koleo(embeddings: Tensor) -> Tensor:
-    """- mean log distance of each embedding (B, D) to its nearest neighbour, after normalising; 0 for fewer than two.
+    """Return minus the mean log distance of normalised embeddings (B, D) to their nearest neighbour; 0 for B < 2.
 
-    Sablayrolles et al. 2019 as DINOv2 uses it: pushes the images of a batch apart.
+    KoLeo (Sablayrolles et al., ICLR 2019) as in DINOv2: spreads the embeddings of a batch.
     """
     if len(embeddings) < 2:
         return embeddings.sum() * 0.0
@@ -93,10 +92,10 @@ def koleo(embeddings: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Teacher logits (B, K) of a whole batch -> targets (B, K): rows sum to 1, columns towards B / K.
+    """Return targets (B, K) from teacher logits (B, K): rows sum to 1, columns tend to B / K.
 
-    Sinkhorn-Knopp, in place of a centre; in logarithms, so that no temperature overflows. All rows of a batch must be
-    there: of parts or ranks, gather them first.
+    Sinkhorn-Knopp (Caron et al., SwAV, NeurIPS 2020), in logarithms against overflow. Needs all rows of the batch: gather
+    those of parts and ranks first (`batchwise`).
     """
     scores = logits / temperature
     for _ in range(iterations):

@@ -1,1 +1,1 @@
-"""Recipes: one file a way of learning, each a straight line of phases from a manifest to a bundle's parts."""
+"""Training methods, one module each; its `train(run)` runs the phases of a round and exports the models."""

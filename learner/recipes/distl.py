@@ -1,8 +1,8 @@
-"""`distl`: the method of Park et al. (Nature Communications 2022) as its code does it.
+"""`distl`: DISTL (Park et al., Nature Communications 2022), as its published code does it.
 
-T=0 learns the labelled images; then a student distils itself between views, trains itself on its teacher's soft answers
-and is corrected in bursts on the labelled images, while the teacher follows by moving average. Optimiser, schedules and
-centre start anew each round; networks go on from round to round.
+T=0 trains on the labelled images. Then each step combines self-distillation (DINO) with self-training on the EMA teacher's
+class probabilities; corrections on the labelled images follow at intervals. A later round starts from the networks of its
+parent, with new optimiser, schedules and centre.
 """
 
 from learner.objectives.correction import distl_step
@@ -11,11 +11,11 @@ from learner.training.supervised import train_on_labels
 
 
 def train(run: Run) -> None:
-    """T=0 when there is no parent, then one round on every train image."""
+    """Train T=0 if there is no parent, then the student on all train images; export both."""
     recipe = run.recipe
     start = run.from_student(train_on_labels(run, run.from_backbone)) if run.is_first_round else run.from_parent
     unlabelled = run.unlabelled_feed()
-    views = recipe.local_views if recipe.correct_loss == "mix" else 0  # labels alone look at the noised view only
+    views = recipe.local_views if recipe.correct_loss == "mix" else 0  # the label loss uses no local views
     labelled = run.labelled_feed("labelled", views, fixed_order=True) if run.manifest.labelled else None
     schedule = run.schedule(unlabelled, recipe.epochs, recipe.lr)
     final = run.train_phase("distil", schedule, start, lambda state: distl_step(state, unlabelled, labelled))

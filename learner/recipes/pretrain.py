@@ -1,8 +1,7 @@
-"""`pretrain`: self-supervision on the site's own images, no label needed, for a backbone that others can start from.
+"""`pretrain`: self-supervised training on the site's images without labels, for a backbone of later rounds.
 
-DINO, masked patches and spread on every train image; the teacher's backbone is left in the round as
-`backbone.safetensors` (timm's key names: `--backbone FILE`). Then the labelled images teach a class head, as in T=0 of
-`evolve`, so that the round has a model to judge.
+Trains with DINO, iBOT and KoLeo on all train images and writes the EMA teacher's backbone to `backbone.safetensors` in the
+round folder (timm's key names, for `--backbone FILE`). Then T=0 on the labelled images makes a model that can be evaluated.
 """
 
 from functools import partial
@@ -22,30 +21,30 @@ BACKBONE = "backbone.safetensors"
 
 
 def train(run: Run) -> None:
-    """Self-supervision, the backbone file, then the labels; raises ManifestError after the backbone when there is none."""
+    """Train self-supervised, write the backbone, train on labels. Raises ManifestError after that where there are none."""
     recipe = run.recipe
-    samples = run.unlabelled_feed()
-    schedule = run.schedule(samples, recipe.epochs, recipe.lr)
+    feed = run.unlabelled_feed()
+    schedule = run.schedule(feed, recipe.epochs, recipe.lr)
     start = run.from_backbone if run.is_first_round else run.from_parent
-    seen = run.train_phase("pretrain", schedule, start, lambda state: teacher_student_step(state, samples, None, {}))
-    keep_backbone(run, seen)
+    pretrained = run.train_phase("pretrain", schedule, start, lambda state: teacher_student_step(state, feed, None, {}))
+    write_backbone(run, pretrained)
     if not run.manifest.labelled:
         raise ManifestError(
-            "manifest: no labelled train image, so no model to judge; the backbone is made, and a round with labels can "
-            f"start from it: --backbone {run.manifest.folder / BACKBONE}"
+            "manifest: no labelled train image, so no model to evaluate; the backbone is written, and a round with labels can "
+            f"use it: --backbone {run.manifest.folder / BACKBONE}"
         )
-    final = train_on_labels(run, partial(from_teacher, run, seen))
+    final = train_on_labels(run, partial(from_teacher, run, pretrained))
     run.export("final", final, "student")
 
 
-def from_teacher(run: Run, seen: State, state: State) -> None:
-    """Both networks := the pre-trained teacher, the class head fitted on what it sees."""
-    state.student.load_state_dict(seen.teacher.state_dict())
+def from_teacher(run: Run, pretrained: State, state: State) -> None:
+    """Load the pretrained teacher into both networks and fit the class head on its embeddings."""
+    state.student.load_state_dict(pretrained.teacher.state_dict())
     fit_head(run, state.student)
     state.teacher.load_state_dict(state.student.state_dict())
 
 
-def keep_backbone(run: Run, seen: State) -> None:
-    """ROUND/backbone.safetensors, whole or not at all."""
-    weights, note = weights_of(seen.teacher.backbone, run.plan)
+def write_backbone(run: Run, pretrained: State) -> None:
+    """Write the teacher's backbone to ROUND/backbone.safetensors, atomically."""
+    weights, note = weights_of(pretrained.teacher.backbone, run.plan)
     write_atomic(run.manifest.folder / BACKBONE, save(weights, metadata=note))

@@ -1,1 +1,1 @@
-"""One round: recipe, manifest, the run, export, metrics and figure."""
+"""The round folder: manifest, recipe, lock, result, metrics and figure. Must not import torch."""

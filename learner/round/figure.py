@@ -1,7 +1,7 @@
-"""One picture of a round: its losses, rates, pseudo-labels and collapse monitors, phase by phase, as a strip chart.
+"""The figure of a round: losses, rates, pseudo-labels and collapse monitors over the steps, one small plot for each.
 
-Drawn from the files of the round folder alone, so it can be drawn again at any time: `python -m learner.round.figure ROUND_DIR`.
-Knows no torch and no network; matplotlib is loaded when something is drawn, not before.
+Uses only the files of the round folder, so `python -m learner.round.figure ROUND_DIR` can draw it again at any time.
+Must not import torch; imports matplotlib only when it draws.
 """
 
 import argparse
@@ -16,36 +16,36 @@ import numpy as np
 
 from cxrloop.durable import read_json
 from learner.round.collapse_limits import LIMITS
-from learner.round.metrics_log import Curves, Phase, correcting, read
+from learner.round.metrics_log import Curves, Phase, is_correction, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
 INK, RED, GREY, PALE = "#1f4e79", "#b3261e", "#6b6b6b", "#eef2f7"
-POINTS = 300  # of a curve: beyond that a point is the mean of several steps, and a band shows their range
-FLOOR = 1e-7  # what a logarithmic strip shows as nought
-STRIP, HEAD, LINE, WIDTH = 1.0, 0.6, 0.19, 13.0  # inches: a strip, the title, a line of the reason, the page
-WRAP = 150  # letters of the reason in one line
-WORDS = {
+POINTS = 300  # of a curve; with more steps a point is the mean of several, and a band shows their range
+FLOOR = 1e-7  # smallest value on a logarithmic axis; 0 is drawn there
+STRIP, HEAD, LINE, WIDTH = 1.0, 0.6, 0.19, 13.0  # inches: height of a plot, the title, a line of the reason; page width
+WRAP = 150  # characters in a line of the reason
+TITLES = {
     "lr": "learning rate",
-    "momentum": "momentum of the teacher",
-    "dino_gap": "|L_dino / ln K - 1|: 0 = every prototype gets the same answer",
-    "teacher_entropy": "entropy of the teacher's answers / ln K: 1 = uniform, 0 = one prototype an image",
-    "teacher_kl": "KL(teacher || mean teacher), nats: 0 = the answer says nothing of the image",
-    "max_share": "share of the largest prototype: 1 = one takes all images",
-    "cls_std": "deviation of CLS between images, times sqrt D: 0 = all images look alike",
-    "centre_norm": "norm of the centre / sqrt K: 1 = all prototypes point one way",
+    "momentum": "momentum of the EMA teacher",
+    "dino_gap": "|L_dino / ln K - 1|: 0 = all prototypes have the same probability",
+    "teacher_entropy": "entropy of the teacher's output / ln K: 1 = uniform, 0 = one-hot",
+    "teacher_kl": "KL(teacher || mean teacher), nats: 0 = the output does not depend on the image",
+    "max_share": "share of the largest prototype: 1 = it is assigned to all images",
+    "cls_std": "standard deviation of CLS between images, times sqrt D: 0 = all embeddings are equal",
+    "centre_norm": "norm of the centre / sqrt K: 1 = all prototypes point in the same direction",
     "pseudo_rate": "pseudo-labels: share of (image, finding) pairs that have one",
-    "pseudo_auc": "pseudo-labels: macro AUC against the hidden labels",
+    "pseudo_auc": "pseudo-labels: macro AUC against true labels that training does not use",
     "auc": "macro AUC on validation patients",
 }
-LOG = ("dino_gap", "teacher_kl", "cls_std", "max_share")  # where trouble is a matter of magnitude
-NO_PSEUDO, NO_MONITOR = "no pseudo-labels in this recipe", "no collapse monitors: nothing was distilled"
+LOG = ("dino_gap", "teacher_kl", "cls_std", "max_share")  # drawn on a logarithmic axis
+NO_PSEUDO, NO_MONITOR = "no pseudo-labels in this recipe", "no collapse monitors: no self-distillation in this round"
 
 
 def draw(folder: Path) -> Path:
-    """Write `round.png` into a round folder, whole or not at all, and return its path."""
+    """Draw `round.png` into a round folder, whole or not at all; return its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,11 +74,11 @@ def draw(folder: Path) -> Path:
 
 
 def _title(figure: "Figure", manifest: dict[str, Any], result: dict[str, Any], reason: str, steps: int) -> None:
-    """Round, recipe and state; why it stopped; how much it saw."""
+    """Write round, recipe and state, the reason why it stopped, and the numbers of images and steps."""
     state = result.get("state", "unfinished")
     colour = RED if state == "stopped" else "black"
-    about = [f"{result[key]:,} {words}" for key, words in (("unlabelled", "images"), ("labelled", "of them labelled")) if result.get(key)]  # fmt: skip
-    about += [f"{steps:,} steps" if steps else "no step was taken"]
+    about = [f"{result[key]:,} {what}" for key, what in (("unlabelled", "images"), ("labelled", "of them labelled")) if result.get(key)]  # fmt: skip
+    about += [f"{steps:,} steps" if steps else "no step was made"]
     about += [f"{timedelta(seconds=round(result['seconds']))} h"] if result.get("seconds") else []
     high = figure.get_figheight()
     name = f"{manifest.get('round', 'round')} {manifest.get('recipe', {}).get('name', '')}: {state}"
@@ -88,7 +88,7 @@ def _title(figure: "Figure", manifest: dict[str, Any], result: dict[str, Any], r
 
 
 def _column(half: "SubFigure", names: Sequence[str], tall: int, curves: Curves, prototypes: int | None) -> None:
-    """A ribbon with the names of the phases, and the strips under it."""
+    """Draw one column: the names of the phases on top, and one plot for each name below."""
     ratios = [0.22] + [1.0] * tall
     grid = half.subplots(tall + 1, 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
     for axis in grid:
@@ -103,9 +103,9 @@ def _column(half: "SubFigure", names: Sequence[str], tall: int, curves: Curves, 
     grid[0].spines[:].set_visible(False)
     for phase in curves.phases:
         wide = len(phase.rows) / max(1, len(curves.rows))
-        words = f"{phase.name} {phase.step:,}/{phase.steps:,}" if wide > 0.22 else phase.name if wide > 0.07 else ""
+        label = f"{phase.name} {phase.step:,}/{phase.steps:,}" if wide > 0.22 else phase.name if wide > 0.07 else ""
         middle = phase.begin + len(phase.rows) / 2
-        grid[0].text(middle, 0.5, words, color=INK, fontweight="bold", ha="center", va="center")
+        grid[0].text(middle, 0.5, label, color=INK, fontweight="bold", ha="center", va="center")
     for axis, name in zip(grid[1:], names, strict=False):
         _strip(axis, name, curves, prototypes)
     for axis in grid[len(names) + 1 :]:
@@ -119,7 +119,7 @@ def _column(half: "SubFigure", names: Sequence[str], tall: int, curves: Curves, 
 
 
 def _strip(axis: "Axes", name: str, curves: Curves, prototypes: int | None) -> None:
-    """One named curve over all steps, or the words of a strip that has none."""
+    """Draw one quantity over all steps, or the text of a plot without a quantity."""
     if name in (NO_MONITOR, NO_PSEUDO):
         axis.set_yticks([])
         axis.text(0.5, 0.5, name, transform=axis.transAxes, ha="center", va="center", color=GREY)
@@ -128,40 +128,40 @@ def _strip(axis: "Axes", name: str, curves: Curves, prototypes: int | None) -> N
         axis.set_yscale("log")
     else:
         axis.ticklabel_format(useOffset=False)
-    ended = _notes(axis, name, curves) if any(name in note for note in curves.notes) else _curve(axis, name, curves)
+    newest = _notes(axis, name, curves) if any(name in note for note in curves.notes) else _curve(axis, name, curves)
     if name in LIMITS:
         _limits(axis, name)
-    title = WORDS.get(name, name)
+    title = TITLES.get(name, name)
     if name == "dino" and prototypes:
         axis.axhline(math.log(prototypes), color=GREY, linewidth=0.8, linestyle=":")
         title = f"dino (dotted: ln K = {math.log(prototypes):.2f})"
-    if name in curves.losses and any(True in correcting(phase.rows) for phase in curves.phases):
+    if name in curves.losses and any(True in is_correction(phase.rows) for phase in curves.phases):
         title += "; dots: corrections" if any(_points(phase, name, True)[0].size for phase in curves.phases) else ""
     axis.set_title(title, loc="left", fontsize=8.5, pad=3)
-    bad = name in LIMITS and not LIMITS[name].holds(ended)
-    axis.set_title(f"{ended:.3g}", loc="right", fontsize=9, pad=3, fontweight="bold", color=RED if bad else INK)
+    bad = name in LIMITS and not LIMITS[name].allows(newest)
+    axis.set_title(f"{newest:.3g}", loc="right", fontsize=9, pad=3, fontweight="bold", color=RED if bad else INK)
 
 
 def _curve(axis: "Axes", name: str, curves: Curves) -> float:
-    """The steps as a curve and the corrections as dots of their own; the newest value."""
-    ended = math.nan
+    """Draw the steps as a curve and the corrections as dots; return the newest value."""
+    newest = math.nan
     for phase in curves.phases:
         x, y, low, high = _binned(*_points(phase, name, False))
         lowest = FLOOR if name in LOG else -math.inf
         axis.fill_between(x, low.clip(lowest), high.clip(lowest), color=INK, alpha=0.18, linewidth=0)
         axis.plot(x, y.clip(lowest), color=INK, linewidth=1.2, marker="." if len(x) == 1 else None)
         if name in LIMITS:
-            beyond = np.array([not LIMITS[name].holds(value) for value in y], bool)
-            axis.plot(x[beyond], y[beyond].clip(lowest), ".", color=RED, markersize=4)
-        ended = y[-1] if len(y) else ended
+            outside = np.array([not LIMITS[name].allows(value) for value in y], bool)
+            axis.plot(x[outside], y[outside].clip(lowest), ".", color=RED, markersize=4)
+        newest = y[-1] if len(y) else newest
         if name in curves.losses:
             x, y, _, _ = _binned(*_points(phase, name, True))
             axis.plot(x, y, ".", color=GREY, markersize=2.5, zorder=1)
-    return ended
+    return newest
 
 
 def _notes(axis: "Axes", name: str, curves: Curves) -> float:
-    """What was noted between steps, in [0, 1]; the newest value."""
+    """Draw the notes between steps, values in [0, 1]; return the newest value."""
     x, y = zip(*((note["at"], note[name]) for note in curves.notes if note.get(name) is not None), strict=True)
     axis.plot(x, y, color=INK, marker="o", markersize=3.5, linewidth=1.2, clip_on=False)
     axis.set_ylim(0, 1)
@@ -171,18 +171,18 @@ def _notes(axis: "Axes", name: str, curves: Curves) -> float:
 
 
 def _points(phase: Phase, name: str, corrections: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Place and value of a phase's own steps, or of the corrections among them."""
-    kept = [
+    """Return positions and values (n,) of a phase's steps that are corrections, or of those that are not."""
+    points = [
         (phase.begin + place + 0.5, row[name])
-        for place, (row, is_one) in enumerate(zip(phase.rows, correcting(phase.rows), strict=True))
-        if is_one is corrections and row.get(name) is not None
+        for place, (row, correction) in enumerate(zip(phase.rows, is_correction(phase.rows), strict=True))
+        if correction is corrections and row.get(name) is not None
     ]
-    x, y = np.array(kept, float).reshape(-1, 2).T
+    x, y = np.array(points, float).reshape(-1, 2).T
     return x, y
 
 
 def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """At most POINTS groups of neighbours: mean place, mean, least and greatest value of each."""
+    """Return mean position, mean, minimum and maximum of at most POINTS groups of neighbouring points."""
     groups = np.array_split(np.arange(len(x)), min(len(x), POINTS)) if len(x) else []
     table = [(x[g].mean(), y[g].mean(), y[g].min(), y[g].max()) for g in groups]
     places, means, low, high = np.array(table, float).reshape(-1, 4).T
@@ -190,16 +190,16 @@ def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _limits(axis: "Axes", name: str) -> None:
-    """The limits as dashed lines with everything beyond them tinted; the strip is made to hold them."""
+    """Draw the limits as dashed lines, shade the area outside, and extend the axis to show them."""
     limit = LIMITS[name]
     low, high = axis.get_ylim() if name in LOG else (-0.05, 1.05)
     if name in LOG:
         low = min(low, limit.low / 10) if math.isfinite(limit.low) else low / 1.5
         high = max(1.5 * high, limit.high * 1.5) if math.isfinite(limit.high) else 1.5 * high
-    for edge, far in ((limit.low, low), (limit.high, high)):
+    for edge, end in ((limit.low, low), (limit.high, high)):
         if math.isfinite(edge):
             axis.axhline(edge, color=RED, linewidth=0.9, linestyle="--")
-            axis.axhspan(*sorted((edge, far)), color=RED, alpha=0.08, linewidth=0)
+            axis.axhspan(*sorted((edge, end)), color=RED, alpha=0.08, linewidth=0)
     axis.set_ylim(low, high)
 
 

@@ -1,7 +1,7 @@
-"""A round folder: the manifest read strictly, and everything the learner writes, whole or not at all.
+"""The manifest of a round: which images, labels, recipe and parent a round trains with, and the checks of all of it.
 
-Refuses a golden image, a patient in two ranges and plates of another version at load, by rule and not by convention.
-Knows no torch: numpy and the standard library only, so that the agent can read a round's state with it.
+`load` rejects golden images, a patient in two ranges and plates of another version. Must not import torch: the agent
+reads manifests with this module.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from learner.round.recipe import Recipe
 
 RANGES = ("train", "validation", "calibration")
 VERSION = 2  # of the manifest
-KEYS = {  # of the manifest, and the kinds of value that each may have
+KEYS = {  # of the manifest, and the types that each value may have
     "version": (int,), "round": (str,), "plate_version": (int,), "findings": (list,), "recipe": (dict,), "seed": (int,),
     "plates": (str,), "parent": (dict, NoneType), "until": (str, NoneType), "images": (list,),
 }  # fmt: skip
@@ -28,12 +28,12 @@ SAMPLE_KEYS = {
     "image": (int,), "patient": (str, int), "plate": (str,), "range": (str,), "labels": (list, NoneType),
 }  # fmt: skip
 PARENT_KEYS = {"bundle": (str,), "state": (str,)}
-NAMES = {int: "a whole number", str: "a text", list: "a list", dict: "an object", NoneType: "null"}
+TYPE_NAMES = {int: "a whole number", str: "a text", list: "a list", dict: "an object", NoneType: "null"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One plate and what is known of it; labels[f] is 1, 0 or None (unknown)."""
+    """One image of the round, its plate file and its labels; labels[f] is 1, 0 or None (unknown)."""
 
     image: int
     patient: str
@@ -43,12 +43,13 @@ class Sample:
 
     @property
     def labelled(self) -> bool:
-        return any(v is not None for v in self.labels)
+        """Whether the label of at least one finding is known."""
+        return any(label is not None for label in self.labels)
 
 
 @dataclass(frozen=True)
 class RoundManifest:
-    """A manifest that has been checked."""
+    """A checked manifest."""
 
     folder: Path
     name: str
@@ -58,19 +59,21 @@ class RoundManifest:
     parent_state: Path | None
     until: datetime | None
     samples: tuple[Sample, ...]
-    fingerprint: str  # of all that decides the result: everything but `until`
+    fingerprint: str  # sha256 of everything that changes the result, that is of all keys but `until`
 
     def of(self, range_: str) -> tuple[Sample, ...]:
-        return tuple(f for f in self.samples if f.range == range_)
+        """Return the samples of a range."""
+        return tuple(sample for sample in self.samples if sample.range == range_)
 
     @property
     def unlabelled(self) -> tuple[Sample, ...]:
-        """The unlabelled pool: every train image, the labelled ones too, used without their labels."""
+        """The unlabelled pool: all train images; those with labels are in it too, used without their labels."""
         return self.of("train")
 
     @property
     def labelled(self) -> tuple[Sample, ...]:
-        return tuple(f for f in self.of("train") if f.labelled)
+        """The train images with a known label of at least one finding."""
+        return tuple(sample for sample in self.of("train") if sample.labelled)
 
 
 def write_manifest(
@@ -105,16 +108,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path) -> RoundManifest:
-    """Read and check `folder/manifest.json`; raises ManifestError."""
+    """Return the checked manifest of a round folder. Raises ManifestError."""
     path = folder / "manifest.json"
     try:
         written = _read(path)
     except FileNotFoundError:
         raise ManifestError(f"{path}: no manifest; the agent writes it before the learner starts") from None
-    # of the keys as written: a round that 0.1.0 began keeps its fingerprint
+    # hash the keys as written, so that a round started by 0.1.0 keeps its fingerprint
     decisive = json.dumps({k: v for k, v in written.items() if k != "until"}, sort_keys=True)
     raw = _current_keys(written)
-    _same_keys("manifest", raw, KEYS)
+    _check_keys("manifest", raw, KEYS)
     if raw["version"] != VERSION:
         raise ManifestError(f"manifest: version {raw['version']!r}; this learner reads versions 1 and {VERSION}")
     if raw["plate_version"] != PLATE_VERSION:
@@ -161,12 +164,12 @@ def _samples(rows: Any, plates: Path, width: int) -> tuple[Sample, ...]:
     samples, range_of, seen = [], {}, set()
     for number, row in enumerate(rows):
         where = f"manifest: images[{number}]"
-        _same_keys(where, row, SAMPLE_KEYS)
+        _check_keys(where, row, SAMPLE_KEYS)
         if row["range"].startswith("golden"):
             raise ManifestError(f"{where}: image {row['image']} is {row['range']}: a golden image is never trained on")
         if row["range"] not in RANGES:
             raise ManifestError(f"{where}: range {row['range']!r}; must be one of {', '.join(RANGES)}")
-        _one_range(where, row, range_of)
+        _check_patient_range(where, row, range_of)
         if row["image"] in seen:
             raise ManifestError(f"{where}: image {row['image']} appears twice")
         seen.add(row["image"])
@@ -178,12 +181,13 @@ def _samples(rows: Any, plates: Path, width: int) -> tuple[Sample, ...]:
             raise ManifestError(f"{where}: plate {row['plate']!r} leaves the plates folder")
         labels = tuple(None if v is None else int(v) for v in labels)
         samples.append(Sample(row["image"], str(row["patient"]), plates / relative, row["range"], labels))
-    if not any(f.range == "train" for f in samples):
+    if not any(sample.range == "train" for sample in samples):
         raise ManifestError("manifest: no image in range train")
     return tuple(samples)
 
 
-def _one_range(where: str, row: dict[str, Any], range_of: dict[str, str]) -> None:
+def _check_patient_range(where: str, row: dict[str, Any], range_of: dict[str, str]) -> None:
+    """Raise ManifestError where a patient's images are in two ranges: training would see patients of the other range."""
     first = range_of.setdefault(str(row["patient"]), row["range"])
     if first != row["range"]:
         raise ManifestError(f"{where}: patient {row['patient']} is in {first} and in {row['range']}; split by patient")
@@ -192,7 +196,7 @@ def _one_range(where: str, row: dict[str, Any], range_of: dict[str, str]) -> Non
 def _parent(raw: Any, folder: Path) -> tuple[str | None, Path | None]:
     if raw is None:
         return None, None
-    _same_keys("manifest: parent", raw, PARENT_KEYS)
+    _check_keys("manifest: parent", raw, PARENT_KEYS)
     state = folder / raw["state"]
     if not state.is_file():
         raise ManifestError(f"manifest: parent {raw['bundle']}: {state} is missing; start from null or restore it")
@@ -209,14 +213,14 @@ def _until(raw: Any) -> datetime | None:
     return until if until.tzinfo else until.replace(tzinfo=UTC)
 
 
-def _same_keys(where: str, raw: Any, kinds: dict[str, tuple[type, ...]]) -> None:
-    """These keys and no others, each of one of its kinds; True is no number here."""
+def _check_keys(where: str, raw: Any, types: dict[str, tuple[type, ...]]) -> None:
+    """Raise ManifestError unless `raw` has exactly these keys with values of these types; bool does not count as int."""
     if not isinstance(raw, dict):
-        raise ManifestError(f"{where}: expected an object with {', '.join(sorted(kinds))}")
-    for word, wrong in (("missing", set(kinds) - set(raw)), ("unknown", set(raw) - set(kinds))):
-        if wrong:
-            raise ManifestError(f"{where}: {word} {', '.join(sorted(wrong))}")
-    for key, allowed in kinds.items():
+        raise ManifestError(f"{where}: expected an object with {', '.join(sorted(types))}")
+    for problem, keys in (("missing", set(types) - set(raw)), ("unknown", set(raw) - set(types))):
+        if keys:
+            raise ManifestError(f"{where}: {problem} {', '.join(sorted(keys))}")
+    for key, allowed in types.items():
         if type(raw[key]) not in allowed:
-            names = " or ".join(NAMES[kind] for kind in allowed)
+            names = " or ".join(TYPE_NAMES[kind] for kind in allowed)
             raise ManifestError(f"{where}: {key} = {str(raw[key])[:40]!r}: expected {names}")

@@ -1,6 +1,6 @@
-"""What metrics.jsonl says: the steps of a round by phase, and the notes between them. Reading only.
+"""Reader of metrics.jsonl: the steps of a round by phase, and the notes between them.
 
-Knows names and numbers, no torch and no picture. A line that the learner is still writing is left out.
+Leaves out a last line that the learner is still writing. Must not import torch.
 """
 
 import json
@@ -11,8 +11,8 @@ from typing import Any
 
 from learner.round.collapse_limits import LIMITS
 
-PLACE = ("kind", "phase", "step", "steps", "burst", "seconds")  # where a row belongs; no measurement
-RATES = ("lr", "momentum")  # what a step was taken with
+PLACE = ("kind", "phase", "step", "steps", "burst", "seconds")  # keys that locate a row; not measurements
+RATES = ("lr", "momentum")  # of a step, from the schedules
 
 
 @dataclass(frozen=True)
@@ -30,38 +30,39 @@ class Phase:
 
     @property
     def steps(self) -> int:
-        """Steps that the phase has when it is over; those done, in a round from before rows said so."""
+        """Steps of the whole phase; in rounds of older versions, whose rows have no `steps`, the steps done."""
         return self.rows[-1].get("steps", self.step)
 
     def last(self, keys: tuple[str, ...]) -> dict[str, float | None]:
-        """The newest value of each of these that the phase has measured."""
-        found: dict[str, float | None] = {}
+        """Return the newest value of each key that the phase has measured."""
+        values: dict[str, float | None] = {}
         for row in self.rows:
-            found |= {key: row[key] for key in keys if key in row}
-        return found
+            values |= {key: row[key] for key in keys if key in row}
+        return values
 
 
 @dataclass(frozen=True)
 class Curves:
-    """All of a round; `notes` hold their `at`, the number of steps (rows) taken before them."""
+    """All metrics of a round; each note has `at`, the number of step rows before it."""
 
     phases: tuple[Phase, ...]
     notes: tuple[dict[str, Any], ...]
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Names of the losses, the sum first, then in the order they appear."""
+        """Names of the losses: the total first, then in order of appearance."""
         known = {*PLACE, *RATES, *LIMITS}
         names = dict.fromkeys(key for phase in self.phases for row in phase.rows for key in row if key not in known)
         return tuple(sorted(names, key=lambda name: name != "loss"))
 
     @property
     def rows(self) -> tuple[dict[str, Any], ...]:
+        """The step rows of all phases."""
         return tuple(row for phase in self.phases for row in phase.rows)
 
 
 def read(folder: Path) -> Curves:
-    """The curves of a round folder; empty before its first step."""
+    """Return the metrics of a round folder; empty before the first step."""
     path = folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     steps, notes = [], []
@@ -79,6 +80,6 @@ def read(folder: Path) -> Curves:
     return Curves(tuple(phases), tuple(notes))
 
 
-def correcting(rows: tuple[dict[str, Any], ...]) -> list[bool]:
-    """Which of a phase's rows are steps on the labelled images between two others (`burst` names the *next* one)."""
+def is_correction(rows: tuple[dict[str, Any], ...]) -> list[bool]:
+    """Return for each row of a phase whether it is a correction step; a row's `burst` is about the *next* step."""
     return [False, *(row["burst"] is not None for row in rows[:-1])]

@@ -1,6 +1,6 @@
-"""What no recipe may say: values out of their range, and keys that would do nothing beside the others or nothing at all.
+"""Checks of a recipe: values outside their range, and keys that have no effect beside the other keys.
 
-Each refusal says which key, and what to do. Knows a recipe's keys and nothing of what is made of them.
+Each error names the key and a solution. Must not import `learner.round.recipe`, which imports this module.
 """
 
 from dataclasses import fields
@@ -25,17 +25,17 @@ CHOICES = {
     "balance": ("none", "effective"),
     "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
 }
-# below 0 they would turn a step around
+# must not be negative: that would reverse the sign of a loss or of a step
 WEIGHTS = ("lr_min", "weight_decay", "clip", "ibot", "koleo", "pseudo_weight", "label_weight", "replay", "rotate")
 MAY_BE_ZERO = {
     "local_views", "prototypes", "class_hidden", "correct_every", "freeze_last", "t0_steps", "warmup_epochs",
     "micro_batch", "seed", "threads", "checkpoint_seconds",
 }  # fmt: skip
-NOTHING = "set one of lam, ibot, koleo above 0, or (evolve) targets to other than none, or label_weight above 0"
+ANY_LOSS = "set one of lam, ibot, koleo above 0, or (evolve) targets to other than none, or label_weight above 0"
 
 
 def check(recipe: Any) -> None:
-    """Raises RecipeError for a `learner.round.recipe.Recipe`, whose file asks this one, that may not be."""
+    """Raise RecipeError for the first key of a `learner.round.recipe.Recipe` that is not allowed."""
     for key, allowed in CHOICES.items():
         if getattr(recipe, key) not in allowed:
             raise RecipeError(f'recipe: {key} = "{getattr(recipe, key)}": must be one of {", ".join(allowed)}')
@@ -59,26 +59,30 @@ def check(recipe: Any) -> None:
             raise RecipeError(f"recipe: {key} = [{low}, {high}]: needs 0 < low <= high <= 1")
     if recipe.method == "distl" and recipe.centring != "centre":
         raise RecipeError(
-            'recipe: centring = "sinkhorn": distl has a running centre, as published; use evolve or pretrain'
+            'recipe: centring = "sinkhorn": distl uses the moving average, as published; use evolve or pretrain'
         )
     if recipe.method == "distl" and recipe.balance != "none":
         raise RecipeError(
-            f'recipe: balance = "{recipe.balance}": distl weighs all labels alike, as published; use evolve'
+            f'recipe: balance = "{recipe.balance}": distl weighs all labels equally, as published; use evolve'
         )
     distils = recipe.method in ("distl", "pretrain") or (recipe.method == "evolve" and (recipe.lam or recipe.ibot))
     if recipe.prototypes < 2 and (distils or recipe.prototypes):
-        raise RecipeError(f"recipe: prototypes = {recipe.prototypes}: {recipe.method} distils, which takes 2 at least")
+        raise RecipeError(
+            f"recipe: prototypes = {recipe.prototypes}: {recipe.method} uses the DINO loss, which needs at least 2"
+        )
     if recipe.local_views and recipe.local_size >= recipe.image_size:
         raise RecipeError(f"recipe: local_size {recipe.local_size} must be below image_size {recipe.image_size}")
     if recipe.serve != "student" and recipe.method != "distl":
-        raise RecipeError(f'recipe: serve = "{recipe.serve}": {recipe.method} has its own choice; only distl takes it')
+        raise RecipeError(
+            f'recipe: serve = "{recipe.serve}": {recipe.method} chooses the network itself; only distl has this key'
+        )
     if recipe.method in ("evolve", "pretrain"):
-        _of_use(recipe)
+        _check_effect(recipe)
 
 
-def _of_use(recipe: Any) -> None:
-    """Raises RecipeError for a key of `evolve` or `pretrain` that the other keys leave nothing to do."""
-    sees = recipe.lam or recipe.ibot
+def _check_effect(recipe: Any) -> None:
+    """Raise RecipeError for a key of `evolve` or `pretrain` that has no effect beside the other keys."""
+    has_prototype_loss = recipe.lam or recipe.ibot
     rules = (
         (
             "targets",
@@ -86,20 +90,30 @@ def _of_use(recipe: Any) -> None:
             recipe.method == "evolve",
             "pretrain learns from images alone; leave it out, or use evolve",
         ),
-        ("replay", 0.0, recipe.method == "evolve", "pretrain has no answer to keep; leave it out, or use evolve"),
-        ("align", False, recipe.targets == "teacher", 'it moves the teacher\'s answers; set targets = "teacher"'),
-        ("thresholds", False, recipe.targets == "graph", 'they are for neighbours\' answers; set targets = "graph"'),
-        ("centring", "centre", sees, "it balances answers by prototype; set lam or ibot above 0"),
+        (
+            "replay",
+            0.0,
+            recipe.method == "evolve",
+            "pretrain trains no class head to distil into; leave it out, or use evolve",
+        ),
+        ("align", False, recipe.targets == "teacher", 'it shifts the teacher\'s logits; set targets = "teacher"'),
+        (
+            "thresholds",
+            False,
+            recipe.targets == "graph",
+            'it selects pseudo-labels of the graph; set targets = "graph"',
+        ),
+        ("centring", "centre", has_prototype_loss, "it balances prototypes; set lam or ibot above 0"),
     )
-    for key, unset, useful, way_out in rules:
-        if getattr(recipe, key) != unset and not useful:
-            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)!r} does nothing here: {way_out}")
-    weighed = {"none": ("none",), "teacher": ("none", "soft"), "graph": CHOICES["agree"]}[recipe.targets]
-    if recipe.agree not in weighed:
+    for key, default, has_effect, solution in rules:
+        if getattr(recipe, key) != default and not has_effect:
+            raise RecipeError(f"recipe: {key} = {getattr(recipe, key)!r} has no effect here: {solution}")
+    allowed = {"none": ("none",), "teacher": ("none", "soft"), "graph": CHOICES["agree"]}[recipe.targets]
+    if recipe.agree not in allowed:
         raise RecipeError(
-            f'recipe: agree = "{recipe.agree}" does nothing with targets = "{recipe.targets}": set targets = "graph"'
+            f'recipe: agree = "{recipe.agree}" has no effect with targets = "{recipe.targets}": set targets = "graph"'
         )
-    taught = recipe.targets != "none" and recipe.pseudo_weight
+    pseudo_labels = recipe.targets != "none" and recipe.pseudo_weight
     labels = recipe.label_weight if recipe.method == "evolve" else 0.0
-    if not (taught or sees or recipe.koleo or recipe.replay or labels):
-        raise RecipeError(f"recipe: {recipe.method} has nothing to learn: {NOTHING}")
+    if not (pseudo_labels or has_prototype_loss or recipe.koleo or recipe.replay or labels):
+        raise RecipeError(f"recipe: {recipe.method} has nothing to learn: {ANY_LOSS}")

@@ -1,7 +1,7 @@
-"""A trained network to the parts of a bundle: model.onnx with everything inside, and what was measured on it.
+"""Export of a trained network to the parts of a bundle: model.onnx, card, thresholds, probe and state.
 
-Pixel preprocessing and the temperature of each finding are part of the graph: uint8 plates in, calibrated logits out.
-What is written has been compared with torch on validation plates first. Seals and signs nothing: that is another's work.
+The ONNX graph includes preprocessing and the temperature of each finding: uint8 plates in, calibrated logits out. Its
+output is compared with torch before it is written. Must not seal or sign: the agent does.
 """
 
 import contextlib
@@ -41,9 +41,9 @@ PROBES = 8
 
 
 class ServedModel(nn.Module):
-    """What a site runs: uint8 plates (N, 512, 512) -> logits (N, F), embedding (N, D), heatmap (N, F, g, g).
+    """The served model: uint8 plates (N, 512, 512) to logits (N, F), embedding (N, D) and heatmap (N, F, g, g).
 
-    The heatmap is each patch's contribution to the logit through the last attention, in logits; its sign matters.
+    The heatmap is the signed contribution of each patch to the logit through the last attention, in logits.
     """
 
     matrix: Tensor
@@ -60,8 +60,8 @@ class ServedModel(nn.Module):
     def forward(self, plates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = normalise(to_image(plates, self.matrix), self.recipe)
         cls, trace = self.backbone.trace(images)
-        heat = trace.contributions(self.cls_head.gradient(cls))
-        return self.cls_head(cls) / self.temperatures, cls, heat / self.temperatures[:, None, None]
+        heatmap = trace.contributions(self.cls_head.gradient(cls))
+        return self.cls_head(cls) / self.temperatures, cls, heatmap / self.temperatures[:, None, None]
 
 
 def write_parts(
@@ -73,11 +73,15 @@ def write_parts(
     serve: str,
     chosen: str | None = None,
 ) -> None:
-    """Measure, calibrate, export and check; `target` appears whole or not at all. Raises LearnerError when parity fails."""
+    """Measure, calibrate and export a network; write the folder `target` whole or not at all.
+
+    serve: "student" or "teacher"; chosen: name of the candidate, for the card. Raises LearnerError where ONNX and torch
+    differ, or where the output is not finite.
+    """
     device = next(state.student.parameters()).device
     model = ServedModel(state.teacher if serve == "teacher" else state.student, plan, state.recipe).to(device).eval()
     with torch.no_grad():
-        require_finite("answers to the probe", model(torch.from_numpy(probe_plates()).to(device)))
+        require_finite("logits of the probe", model(torch.from_numpy(probe_plates()).to(device)))
     metrics = {}
     validation = manifest.of("validation")
     logits, labels = score(model, validation), label_table(validation).numpy() if validation else None
@@ -102,7 +106,7 @@ def write_parts(
 def make_card(
     state: State, manifest: RoundManifest, metrics: dict, parity: dict, model: ServedModel, now: datetime, serve: str
 ) -> dict[str, Any]:
-    """What anyone should know before using these weights."""
+    """Return the model card: origin, recipe, metrics, parity and versions."""
     return {
         "findings": list(manifest.findings), "round": manifest.name, "parent": manifest.parent, "phase": state.phase,
         "plate_version": PLATE_VERSION, "made_at": now.isoformat(timespec="seconds"),
@@ -119,7 +123,7 @@ def make_card(
 
 @torch.no_grad()
 def score(model: ServedModel, samples: Sequence[Sample]) -> np.ndarray:
-    """Logits (images, F) in torch, on the model's device."""
+    """Return logits (N, F) of samples, computed in torch on the model's device."""
     device, rows = model.matrix.device, [np.empty((0, len(model.temperatures)), np.float32)]
     for low in range(0, len(samples), 16):
         rows.append(model(read_plates(samples[low : low + 16]).to(device))[0].cpu().numpy())
@@ -127,7 +131,7 @@ def score(model: ServedModel, samples: Sequence[Sample]) -> np.ndarray:
 
 
 def calibrate(model: ServedModel, manifest: RoundManifest) -> dict[str, Any]:
-    """Fit the temperatures (kept in the model) and thresholds on calibration patients; defaults are named as such."""
+    """Fit temperatures, which the model keeps, and thresholds on calibration patients; return thresholds by finding."""
     samples = manifest.of("calibration")
     logits = score(model, samples)
     labels = label_table(samples).numpy() if samples else np.empty((0, len(manifest.findings)))
@@ -141,7 +145,7 @@ def calibrate(model: ServedModel, manifest: RoundManifest) -> dict[str, Any]:
 
 
 def export_onnx(model: ServedModel, path: Path) -> None:
-    """One file, dynamic batch, static height and width."""
+    """Write the model as one ONNX file with dynamic batch size."""
     example = torch.zeros((2, *PLATE_SHAPE), dtype=torch.uint8)
     with _quiet():
         torch.onnx.export(
@@ -153,7 +157,7 @@ def export_onnx(model: ServedModel, path: Path) -> None:
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """On the CPU: the reference every other provider is compared with."""
+    """Open an ONNX file on the CPU, the reference for all other providers."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -163,15 +167,18 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
 def check_parity(
     model: ServedModel, session: onnxruntime.InferenceSession, samples: Sequence[Sample]
 ) -> dict[str, float]:
-    """Largest difference in probability at batch 1 and 8, on validation plates, else on the probes (images = 0)."""
+    """Return the largest difference in probability between ONNX and torch at batch sizes 1 and 8. Raises LearnerError.
+
+    Compares on validation plates, or on the probe where there are none ("images": 0).
+    """
     plates = read_plates(samples[:PARITY_SAMPLES]) if samples else torch.from_numpy(probe_plates())
     worst = {"1": 0.0, "8": 0.0}
     for size in (1, 8):
         for low in range(0, len(plates), size):
             part = plates[low : low + size]
-            theirs = torch.from_numpy(session.run(["logits"], {"plates": part.numpy()})[0])
-            gap = (theirs.sigmoid() - model(part)[0].sigmoid()).abs().max().item()
-            worst[str(size)] = float(np.maximum(worst[str(size)], gap))  # Python's max would drop a nan
+            exported = torch.from_numpy(session.run(["logits"], {"plates": part.numpy()})[0])
+            difference = (exported.sigmoid() - model(part)[0].sigmoid()).abs().max().item()
+            worst[str(size)] = float(np.maximum(worst[str(size)], difference))  # Python's max ignores nan
     if not max(worst.values()) <= PARITY:
         raise LearnerError(
             f"parity: onnxruntime and torch differ by {max(worst.values()):.2g} in probability (> {PARITY:g})"
@@ -180,7 +187,7 @@ def check_parity(
 
 
 def probe_plates() -> np.ndarray:
-    """uint8 [8, 512, 512], made of waves and noise: no image of a patient leaves with a bundle."""
+    """Return uint8 [8, 512, 512] of waves and noise, so that a bundle contains no patient's image."""
     rng = np.random.default_rng(20)
     y, x = np.mgrid[0 : PLATE_SHAPE[0], 0 : PLATE_SHAPE[1]] / PLATE_SHAPE[0]
     plates = []
@@ -192,7 +199,7 @@ def probe_plates() -> np.ndarray:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints its stages and warns of its own internals: kept off the console."""
+    """Suppress the stages and internal warnings that torch's ONNX exporter prints."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

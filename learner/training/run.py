@@ -1,7 +1,7 @@
-"""One learner process at work on a round: where phases begin, go on after a crash, and leave their results.
+"""The run of a round: phases that resume from the checkpoint, their initial weights, feeds, and exports.
 
-A recipe is a straight line of `train` and `export` calls; each returns at once when an earlier process finished it, so
-starting the recipe again *is* resuming it. Knows no loss: what a step does is the recipe's.
+A recipe is a sequence of `train_phase` and `export` calls. Each returns at once where an earlier process has finished it,
+so running the recipe again resumes the round. The recipe passes the function that makes a step.
 """
 
 import time
@@ -18,17 +18,7 @@ from torch import Tensor
 from learner.data.feed import ImageFeed
 from learner.data.packed_plates import PackedPlates, open_packed_plates
 from learner.data.token_bank import TokenBank, TokenFeed, open_token_bank
-from learner.engine import distributed
-from learner.engine.checkpoint import (
-    load_network,
-    load_state,
-    load_weights,
-    read_file,
-    read_header,
-    save_state,
-    save_weights,
-    write_file,
-)
+from learner.engine import checkpoint, distributed
 from learner.engine.device import prepare_device
 from learner.engine.init_weights import copy_frozen_weights, from_weights, keep_parent_shapes
 from learner.engine.optim import Schedule, make_optimiser, make_schedule
@@ -42,17 +32,18 @@ from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
 from learner.training.export import write_parts
 
-SCORING_BATCH = 64  # images in one pass when only looked at
+Start = Callable[[State], None]  # sets the initial weights of a phase
+SCORING_BATCH = 64  # images in one forward pass without gradients
 
 
 class Run:
-    """What a recipe works with: the round, its recipe at sizes that fit the network, and the phases."""
+    """One learner process on a round: manifest, recipe with sizes that fit the network, and the phases."""
 
     def __init__(self, manifest: RoundManifest) -> None:
-        """Open the checkpoint, else the parent, else a backbone; raises a refusal (see `__main__`)."""
-        self.manifest, self.checkpoint = manifest, manifest.folder / "checkpoint"
+        """Read the plan from the checkpoint, else from the parent, else from the backbone. Raises LearnerError."""
+        self.manifest, self.checkpoint_folder = manifest, manifest.folder / "checkpoint"
         if distributed.is_rank_zero():
-            self.checkpoint.mkdir(exist_ok=True)
+            self.checkpoint_folder.mkdir(exist_ok=True)
         self.device, self.dtype = prepare_device(manifest.recipe)
         self.weights: dict[str, Tensor] | None = None
         self.token_banks: dict[bool, TokenBank] = {}
@@ -61,26 +52,27 @@ class Run:
         if self.header:
             self.plan = self.header["plan"]
         elif manifest.parent_state:
-            self.plan = read_header(manifest.parent_state, "plan")["plan"]
+            self.plan = checkpoint.read_header(manifest.parent_state, "plan")["plan"]
         else:
             self.plan, self.weights = open_backbone(manifest.recipe)
         recipe = manifest.recipe
         if manifest.parent_state:
-            recipe = keep_parent_shapes(recipe, read_header(manifest.parent_state, "recipe")["recipe"])
+            recipe = keep_parent_shapes(recipe, checkpoint.read_header(manifest.parent_state, "recipe")["recipe"])
         self.recipe = fit_sizes(recipe, build(self.plan))
         spent, kept = (self.header["seconds"], self.header["metrics_bytes"]) if self.header else (0.0, 0)
         self.progress = ProgressWriter(manifest.folder, manifest.until, spent, kept)
 
     @property
     def is_first_round(self) -> bool:
-        """No parent: the round begins with T=0."""
+        """Whether the round has no parent; it then starts with T=0."""
         return self.manifest.parent is None
 
     def _open_checkpoint(self) -> dict | None:
-        saved = self.checkpoint / "state.safetensors"
+        """Return the header of the checkpoint, None without one. Raises LearnerError for that of another manifest."""
+        saved = self.checkpoint_folder / "state.safetensors"
         if not saved.exists():
             return None
-        header = read_header(saved, "fingerprint", "plan", "cursor")
+        header = checkpoint.read_header(saved, "fingerprint", "plan", "cursor")
         if header["fingerprint"] != self.manifest.fingerprint:
             raise LearnerError(f"{saved} belongs to another manifest; remove it, or plan a new round")
         return header
@@ -88,37 +80,35 @@ class Run:
     # -- phases
 
     def train_phase(
-        self,
-        phase: str,
-        schedule: Schedule,
-        start: Callable[[State], None],
-        tick: StepFunction,
-        plan: Plan | None = None,
+        self, phase: str, schedule: Schedule, start: Start, step: StepFunction, plan: Plan | None = None
     ) -> State:
-        """The state at the end of a phase: trained now, from where a crash or pause left it, or read when it is over."""
-        over, saved = self.checkpoint / f"{phase}.safetensors", self.checkpoint / "state.safetensors"
+        """Return the state at the end of a phase: read if it is finished, resumed from a checkpoint, or started.
+
+        `start` sets the initial weights; `plan` is that of another network than the round's.
+        """
+        finished, saved = self.checkpoint_folder / f"{phase}.safetensors", self.checkpoint_folder / "state.safetensors"
         state = self.new_state(phase, schedule, plan)
-        if distributed.on_rank_zero(over.exists):
-            load_weights(over, state)
+        if distributed.on_rank_zero(finished.exists):
+            checkpoint.load_weights(finished, state)
             state.step, self.notes = schedule.steps, state.notes
             return state
         if self.header and self.header["cursor"]["phase"] == phase:
-            load_state(saved, state)
+            checkpoint.load_state(saved, state)
         else:
             start(state)
             state.notes = [*self.notes]
         distributed.broadcast(
             value for part in (state.student, state.teacher, state.centres) for value in part.state_dict().values()
         )
-        self._run_phase(state, tick)
+        self._run_phase(state, step)
         require_finite(f"weights of the student after {phase}", state.student.parameters())
         if distributed.is_rank_zero():
-            save_weights(over, state, plan or self.plan, self.manifest.findings)
+            checkpoint.save_weights(finished, state, plan or self.plan, self.manifest.findings)
         self.notes = state.notes
         return state
 
     def new_state(self, phase: str, schedule: Schedule, plan: Plan | None = None) -> State:
-        """Fresh networks, of another plan than the round's if one is given, and optimiser; random weights from the seed."""
+        """Return a state with new networks, random weights from the seed, of `plan` or the round's plan."""
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
         student = self.new_network(recipe.drop_path, plan)
@@ -132,11 +122,11 @@ class Run:
         )  # fmt: skip
 
     def new_network(self, drop_path: float = 0.0, plan: Plan | None = None) -> Network:
-        """One network of this round's plan or another, on its device; random weights from torch's generator."""
+        """Return a network of `plan` or the round's plan on the device, random weights from torch's generator."""
         return make_network(plan or self.plan, self.recipe, len(self.manifest.findings), drop_path).to(self.device)
 
-    def _run_phase(self, state: State, tick: StepFunction) -> None:
-        """Walk to the end of the phase, telling every step, saving at intervals and before a pause."""
+    def _run_phase(self, state: State, step: StepFunction) -> None:
+        """Run the steps to the end of the phase; write progress, and checkpoints at intervals and before a pause."""
         saved_at = time.monotonic()
 
         def after(losses: Losses) -> None:
@@ -149,35 +139,35 @@ class Run:
 
         try:
             self.progress.raise_if_paused()
-            run_steps(state, tick, after)
-        except Paused:  # raised between two steps only: the state is whole
+            run_steps(state, step, after)
+        except Paused:  # raised only between two steps: the state is complete
             self._save_checkpoint(state)
             raise
         self._save_checkpoint(state)
 
     def _save_checkpoint(self, state: State) -> None:
-        """The checkpoint: every rank stands where rank 0 does, and reads this file to go on."""
+        """Write the checkpoint on rank 0; all ranks have the same state and resume from this file."""
         if not distributed.is_rank_zero():
             return
         header = {"plan": self.plan, "recipe": state.recipe.to_dict(), "fingerprint": self.manifest.fingerprint}
         header |= {"metrics_bytes": self.progress.flush(), "seconds": self.progress.seconds}
-        save_state(self.checkpoint / "state.safetensors", state, header)
+        checkpoint.save_state(self.checkpoint_folder / "state.safetensors", state, header)
 
     def compute_once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors that are computed once a round, on rank 0, and then read: `checkpoint/NAME.safetensors`."""
-        path = self.checkpoint / f"{name}.safetensors"
+        """Return tensors that rank 0 computes once in a round and saves as `checkpoint/NAME.safetensors`."""
+        path = self.checkpoint_folder / f"{name}.safetensors"
 
         def write() -> None:
             if not path.exists():
                 self.progress.write_progress(name, 0, 1)
-                write_file(path, compute(), {})
+                checkpoint.write_file(path, compute(), {})
                 self.progress.write_progress(name, 1, 1)
 
         distributed.on_rank_zero(write)
-        return {key: value.to(self.device) for key, value in read_file(path)[0].items()}
+        return {key: value.to(self.device) for key, value in checkpoint.read_file(path)[0].items()}
 
     def export(self, name: str, state: State, serve: str, chosen: str | None = None, plan: Plan | None = None) -> None:
-        """Measure and write a bundle's parts as a folder, unless an earlier process did; `chosen` names a candidate."""
+        """Write the parts of a bundle to the folder `name`, unless it exists; `chosen`: name of the candidate, for the card."""
         target = self.manifest.folder / name
 
         def write() -> None:
@@ -188,48 +178,48 @@ class Run:
 
         distributed.on_rank_zero(write)
 
-    # -- where networks begin
+    # -- initial weights
 
     from_weights = staticmethod(from_weights)
 
     def from_backbone(self, state: State) -> None:
-        """Student := the pretrained backbone, else shaped or plain random weights; the teacher copies it.
-
-        Raises LearnerError when a parent's network is another than the backbone of the recipe.
-        """
-        if self.weights is None and (self.header or self.manifest.parent):  # opened are a checkpoint or a parent
+        """Load the recipe's backbone into both networks. Raises LearnerError where the parent has another network."""
+        if self.weights is None and (self.header or self.manifest.parent):  # the plan came from one of them
             plan, self.weights = open_backbone(self.manifest.recipe)
             if plan != self.plan:
                 raise LearnerError(
-                    f"the parent is {self.plan}, the backbone {plan}; give the one the parent began with"
+                    f"the parent is {self.plan}, the backbone {plan}; use the backbone that the parent was trained from"
                 )
         self.from_weights(self.weights)(state)
 
     def from_parent(self, state: State) -> None:
-        """Student := what the parent serves, in `distl` its student; teacher := its teacher; raises LearnerError."""
-        state.teacher.load_state_dict(state.student.state_dict())  # a head that the parent hasn't begins alike
+        """Load the parent's served network (for `distl` its student) and its teacher. Raises LearnerError."""
+        state.teacher.load_state_dict(state.student.state_dict())  # heads that the parent lacks are then equal in both
         tensors, served = self._parent()
-        load_network(state.student, tensors, "student." if self.recipe.method == "distl" else served)
-        load_network(state.teacher, tensors, "teacher.")
+        checkpoint.load_network(state.student, tensors, "student." if self.recipe.method == "distl" else served)
+        checkpoint.load_network(state.teacher, tensors, "teacher.")
         copy_frozen_weights(state)
 
     def champion(self) -> Network:
-        """The network that the parent serves; raises LearnerError."""
+        """Return the network that the parent serves. Raises LearnerError."""
         tensors, served = self._parent()
         network = self.new_network()
-        load_network(network, tensors, served)
+        checkpoint.load_network(network, tensors, served)
         return network
 
     def _parent(self) -> tuple[dict[str, Tensor], str]:
+        """Return the parent's tensors and the prefix of its served network. Raises LearnerError for other findings."""
         assert self.manifest.parent_state
-        tensors, header = read_file(self.manifest.parent_state)
+        tensors, header = checkpoint.read_file(self.manifest.parent_state)
         known, findings = header.get("findings"), list(self.manifest.findings)
         if known != findings:
-            raise LearnerError(f"parent {self.manifest.parent} knows {known}, this round {findings}; start from null")
+            raise LearnerError(
+                f"parent {self.manifest.parent} has findings {known}, this round {findings}; start without parent"
+            )
         return tensors, header["recipe"]["serve"] + "."
 
-    def from_student(self, earlier: State) -> Callable[[State], None]:
-        """Both networks := an earlier phase's student; optimiser, schedules and centres start anew."""
+    def from_student(self, earlier: State) -> Start:
+        """Return a function that loads an earlier phase's student into both networks."""
 
         def start(state: State) -> None:
             state.student.load_state_dict(earlier.student.state_dict())
@@ -238,28 +228,29 @@ class Run:
 
         return start
 
-    # -- images
+    # -- feeds
 
     def labelled_feed(
         self, name: str, local_views: int = 0, fixed_order: bool = False, labels: Tensor | None = None
     ) -> ImageFeed | TokenFeed:
-        """The labelled train images, every one in each pass; by default the two global views only."""
+        """Return a feed of the labelled train images, all in each epoch; by default with the two global views only."""
         if not self.manifest.labelled:
             raise ManifestError("manifest: no labelled train image and no parent: a first round needs labels")
         return self.feed(self.manifest.labelled, name, local_views, fixed_order, labels)
 
     def unlabelled_feed(self, labels: Tensor | None = None) -> ImageFeed | TokenFeed:
-        """All train images with all views; `labels` are targets of a recipe's own."""
+        """Return a feed of all train images with all views; `labels`: targets (N, F) in place of the samples' labels."""
         return self.feed(self.manifest.unlabelled, "unlabelled", self.recipe.local_views, False, labels)
 
     def feed(
         self, samples: Sequence[Sample], name: str, local_views: int, fixed_order: bool, labels: Tensor | None = None
     ) -> ImageFeed | TokenFeed:
+        """Return a feed of samples; see `ImageFeed`."""
         recipe = replace(self.recipe, local_views=local_views)
         if self.recipe.frozen_blocks:
             return TokenFeed(ImageFeed(samples, recipe, self.device, name, fixed_order, labels), self.token_bank)
         train, size = self.manifest.of("train"), recipe.image_size
-        fits = all(f.range == "train" for f in samples) and distributed.on_rank_zero(
+        fits = all(sample.range == "train" for sample in samples) and distributed.on_rank_zero(
             lambda: open_packed_plates(self.manifest.folder, train, size) is not None
         )
         packed = PackedPlates(self.manifest.folder / "shard", train, size) if fits else None
@@ -267,8 +258,8 @@ class Run:
 
     @property
     def token_bank(self) -> TokenBank:
-        """Tokens of all images after the frozen blocks, which no phase changes."""
-        alone = distributed.world_size() == 1  # opened so, by rank 0 within `by_first`, it isn't yet open for all
+        """The tokens of all images behind the frozen blocks, which no phase changes."""
+        alone = distributed.world_size() == 1  # True within `on_rank_zero`: then the other ranks do not have it yet
         if alone not in self.token_banks:
             distributed.on_rank_zero(self._fill_token_bank)
             self.token_banks[alone] = TokenBank(self.manifest.folder / "tokens", self.manifest.samples)
@@ -282,26 +273,26 @@ class Run:
         def feed(recipe: Recipe, name: str) -> ImageFeed:
             return ImageFeed(samples, recipe, self.device, name, fixed_order=True)
 
-        lower, said = cast(Backbone, state.student.backbone), partial(self.progress.write_progress_or_pause, "tokens")
-        open_token_bank(
-            self.manifest.folder, samples, self.recipe, lower, feed, self.dtype, str(self.manifest.parent), said
-        )
+        lower = cast(Backbone, state.student.backbone)
+        report = partial(self.progress.write_progress_or_pause, "tokens")
+        folder, parent = self.manifest.folder, str(self.manifest.parent)
+        open_token_bank(folder, samples, self.recipe, lower, feed, self.dtype, parent, report)
 
     @torch.no_grad()
     def embeddings(self, network: Network, samples: Sequence[Sample]) -> Tensor:
-        """Embeddings (N, D) of images without noise, float32 on the host, by a network in eval mode."""
+        """Return the network's embeddings (N, D) of unaugmented images in eval mode, float32 in host memory."""
         feed, rows = self.feed(samples, "plain", 0, True), []
-        was = network.training
+        was_training = network.training
         network.eval()
         for low in range(0, len(samples), SCORING_BATCH):
             images = feed.unaugmented(np.arange(low, min(low + SCORING_BATCH, len(samples))))
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                 rows.append(network.backbone(images).float().cpu())
             self.progress.raise_if_paused()
-        network.train(was)
+        network.train(was_training)
         require_finite("embeddings of the images", rows)
         return torch.cat(rows)
 
     def schedule(self, feed: ImageFeed | TokenFeed, epochs: int, peak: float, least_steps: int = 0) -> Schedule:
-        """Whole passes over a feed, at least `epochs` and `least_steps`."""
+        """Return the schedules for whole epochs of a feed: at least `epochs`, and at least `least_steps` steps."""
         return make_schedule(self.recipe, max(epochs, -(-least_steps // feed.batches)), feed.batches, peak, feed.size)

@@ -1,7 +1,4 @@
-"""Learning the labelled images alone: T=0 of every recipe, from wherever a recipe begins.
-
-Knows a run and its labels; what the labels weigh is said here once for all phases, from train labels only.
-"""
+"""T=0, the training on labelled images only, which all recipes share; and the weights of the labels."""
 
 from collections.abc import Callable
 
@@ -12,15 +9,14 @@ from learner.objectives.correction import supervised_step
 from learner.training.run import Run
 
 
-def train_on_labels(run: Run, begin: Callable[[State], None]) -> State:
-    """The state after phase `t0`, both networks the student: whoever goes on from it starts both from there.
+def train_on_labels(run: Run, start: Callable[[State], None]) -> State:
+    """Train phase `t0` from the initial weights of `start` and return its state; a first round exports it.
 
-    A moving average of so few steps is no teacher; the published code keeps one here too, and discards it. A first
-    round exports it.
+    Both networks are the student then: the EMA of so few steps is not useful, and the published code discards it too.
     """
     recipe, samples, balance = run.recipe, run.labelled_feed("t0"), label_balance(run)
     schedule = run.schedule(samples, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
-    state = run.train_phase("t0", schedule, begin, lambda state: supervised_step(state, samples, balance))
+    state = run.train_phase("t0", schedule, start, lambda state: supervised_step(state, samples, balance))
     state.teacher.load_state_dict(state.student.state_dict())
     if run.is_first_round:
         run.export("t0", state, "student")
@@ -28,7 +24,7 @@ def train_on_labels(run: Run, begin: Callable[[State], None]) -> State:
 
 
 def label_balance(run: Run) -> Balance:
-    """What the recipe's `balance` makes labels weigh, counted on the train labels and on no others."""
+    """Return the label weights of the recipe's `balance`, from the train labels only."""
     if run.recipe.balance == "none" or not run.manifest.labelled:
         return {}
     return class_balance(label_table(run.manifest.labelled).to(run.device))

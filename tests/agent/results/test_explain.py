@@ -172,6 +172,6 @@ def test_a_convolutional_net_has_a_guided_map_and_no_attention_map(tmp_path):
     assert 0 <= made.min() < made.max() == 1
     done = child(tmp_path, tmp_path / "s", "attention")
     assert done.returncode == 1
-    assert "resnet10t is a convolutional net and has no attention" in done.stderr
+    assert "resnet10t is a convolutional network and has no attention" in done.stderr
     (tmp_path / "broken").write_bytes(b"no tensors")
     assert "not the state of a trained round" in child(tmp_path, tmp_path / "broken", "ig").stderr

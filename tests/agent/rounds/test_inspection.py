@@ -53,7 +53,7 @@ def test_every_step_is_a_row_with_its_phase_its_rates_and_its_monitors(trained):
     read = metrics_log.read(trained)
     assert [(p.name, p.step, p.steps) for p in read.phases] == [("t0", 4, 4), ("distil", 6, 6)]
     assert read.losses[0] == "loss" and {"dino", "classes"} <= set(read.losses)
-    for row, corrects in zip(read.phases[1].rows, metrics_log.correcting(read.phases[1].rows), strict=True):
+    for row, corrects in zip(read.phases[1].rows, metrics_log.is_correction(read.phases[1].rows), strict=True):
         assert row["lr"] >= 0
         assert ("momentum" in row) is (set(collapse_limits.LIMITS) <= set(row)) is not corrects
     assert not set(collapse_limits.LIMITS) & set(read.phases[0].rows[0])
@@ -92,7 +92,7 @@ def test_a_collapsed_round_stops_with_monitor_value_and_limit_and_is_drawn_in_re
     )
     assert main([str(folder)]) == 3
     assert result(folder)["reason"].startswith("collapse: ")
-    assert "max_share 1 is above 0.99, one prototype takes all images" in result(folder)["reason"]
+    assert "max_share 1 is above 0.99, one prototype is assigned to all images" in result(folder)["reason"]
     assert red(drawn(folder)) > 0.01
 
 

@@ -1,4 +1,4 @@
-"""Views and feeds: the resize, the noise against PIL, and the promise that a batch can be made again."""
+"""Views and feeds: resizing and augmentation against PIL, and batches that are the same every time."""
 
 import inspect
 
@@ -13,7 +13,7 @@ from learner.round.manifest import load
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import make_round
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_crop_is_antialiased_bicubic_like_pil(images):
     torch.testing.assert_close(ours[0], torch.tensor(np.asarray(theirs)), atol=1e-5, rtol=0)
 
 
-def test_crops_stay_inside_and_keep_their_share_of_the_image():
+def test_crops_lie_inside_the_image_with_the_drawn_area():
     numbers = torch.rand(500, augment.NUMBERS_PER_VIEW)
     top, left, high, wide = augment.crop_boxes(numbers, 96, (0.2, 0.6))
     assert (top >= 0).all()
@@ -52,7 +52,7 @@ def test_crops_stay_inside_and_keep_their_share_of_the_image():
     assert 0.55 < share.max() < 0.62
 
 
-def test_equalise_is_pils(images):
+def test_equalise_equals_pil(images):
     images = images**2 * 0.7
     ours = (augment.equalise(images) * 255).round()
     for i, image in enumerate(images):
@@ -61,7 +61,7 @@ def test_equalise_is_pils(images):
     assert torch.equal(augment.equalise(flat), flat)
 
 
-def test_autocontrast_stretches_and_leaves_a_flat_image(images):
+def test_autocontrast_stretches_and_keeps_a_constant_image(images):
     out = augment.autocontrast(images * 0.3 + 0.2)
     assert out.min() == 0
     assert out.max() == 1
@@ -69,7 +69,7 @@ def test_autocontrast_stretches_and_leaves_a_flat_image(images):
     assert torch.equal(augment.autocontrast(flat), flat)
 
 
-def test_blur_keeps_a_flat_image_and_the_mean_of_the_middle(images):
+def test_blur_keeps_a_constant_image_and_the_mean_of_the_centre(images):
     flat = torch.full((2, 16, 16), 0.4)
     torch.testing.assert_close(augment.blur(flat, torch.tensor([0.1, 2.0])), flat)
     torch.testing.assert_close(augment.blur(images, torch.full((3,), 0.01)), images)
@@ -83,11 +83,11 @@ def test_rotation_by_a_quarter_is_exact(images):
     torch.testing.assert_close(augment.rotate(images, torch.zeros(3)), images, atol=1e-5, rtol=0)
 
 
-def test_first_view_is_the_image_and_nothing_is_mirrored_unless_asked():
+def test_first_view_is_unaugmented_and_views_are_mirrored_only_with_flip():
     still = {"rotate": 0, "global_noise": 0, "global_scale": [1, 1], "mean": 0, "std": 1}
     recipe = resolve("distl", "demo", {**still, "image_size": 96, "local_size": 48})
     images = torch.rand(2, 1, 96, 96)
-    numbers = torch.zeros(2, 3, augment.NUMBERS_PER_VIEW)  # flip number 0 is below any chance
+    numbers = torch.zeros(2, 3, augment.NUMBERS_PER_VIEW)  # flip number 0 is below any probability
     numbers[..., augment.TRIES : 2 * augment.TRIES] = 0.5  # square crops
     made = augment.make_views(images, numbers, recipe)
     assert [tuple(v.shape[1:]) for v in made] == [(1, 96, 96), (1, 96, 96), (1, 48, 48), (1, 48, 48)]
@@ -97,7 +97,7 @@ def test_first_view_is_the_image_and_nothing_is_mirrored_unless_asked():
     torch.testing.assert_close(mirrored[1], images.flip(-1), atol=1e-5, rtol=0)
 
 
-def test_a_batch_can_be_made_again_in_any_order_and_in_parts(tmp_path):
+def test_a_batch_is_the_same_in_any_order_and_in_parts(tmp_path):
     round_ = load(make_round(tmp_path / "r"))
 
     def feed():
@@ -112,7 +112,7 @@ def test_a_batch_can_be_made_again_in_any_order_and_in_parts(tmp_path):
     assert not torch.equal(other[1], batches[0][1])
 
 
-def test_labelled_passes_keep_every_image_and_unlabelled_ones_drop_the_short_batch(tmp_path):
+def test_labelled_epochs_have_all_images_and_unlabelled_ones_drop_the_short_batch(tmp_path):
     round_ = load(make_round(tmp_path / "r", train=(6, 9)))
     labelled = ImageFeed(round_.labelled, round_.recipe, torch.device("cpu"), "labelled", fixed_order=True)
     assert sorted(np.concatenate(labelled.order(0))) == list(range(6))
@@ -121,7 +121,7 @@ def test_labelled_passes_keep_every_image_and_unlabelled_ones_drop_the_short_bat
     assert [len(o) for o in unlabelled.order(0)] == [4, 4, 4]
 
 
-def test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time(images):
+def test_batched_views_equal_those_of_single_images_and_operations(images):
     recipe = resolve(
         "distl", "demo", {"image_size": 48, "local_size": 24, "local_views": 5, "global_noise": 0.5, "flip": True}
     )
@@ -142,7 +142,7 @@ def test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time(
             alone = augment.equalise(alone) if equal < chance else alone
             alone = augment.blur(alone, torch.tensor([0.1 + 1.9 * sigma])) if blurred < chance else alone
             apart = (together[1 + number][sample] - (alone - recipe.mean) / recipe.std).abs()
-            # the equaliser rounds to 256 levels: a pixel on the edge between two may fall to either side
+            # equalise rounds to 256 levels: a value between two levels may become either
             assert (apart > 1e-4).float().mean() < 0.01
 
 
@@ -151,15 +151,15 @@ def opposite(images, chosen, change, real=augment.apply_where):
 
 
 MUTATIONS = [
-    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "apply_where", opposite),
-    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "apply_where", lambda images, *_: images),
-    ("test_views_made_together_are_those_of_one_image_and_one_operation_at_a_time", "BLUR", (0.1, 1.0)),
+    ("test_batched_views_equal_those_of_single_images_and_operations", "apply_where", opposite),
+    ("test_batched_views_equal_those_of_single_images_and_operations", "apply_where", lambda images, *_: images),
+    ("test_batched_views_equal_those_of_single_images_and_operations", "BLUR", (0.1, 1.0)),
     ("test_resize_is_antialiased_bilinear_like_pil", "resize_matrix", lambda old, new, real=augment.resize_matrix: real(old, new).round()),
     ("test_crop_is_antialiased_bicubic_like_pil", "crop_matrix", lambda a, b, c, d, real=augment.crop_matrix: real(a + 1, b, c, d)),
-    ("test_crops_stay_inside_and_keep_their_share_of_the_image", "ASPECT", (-3.0, 3.0)),
-    ("test_equalise_is_pils", "equalise", lambda images: images),
-    ("test_autocontrast_stretches_and_leaves_a_flat_image", "autocontrast", lambda images: images.clamp(0, 1)),
-    ("test_blur_keeps_a_flat_image_and_the_mean_of_the_middle", "blur", lambda images, sigma: images),
+    ("test_crops_lie_inside_the_image_with_the_drawn_area", "ASPECT", (-3.0, 3.0)),
+    ("test_equalise_equals_pil", "equalise", lambda images: images),
+    ("test_autocontrast_stretches_and_keeps_a_constant_image", "autocontrast", lambda images: images.clamp(0, 1)),
+    ("test_blur_keeps_a_constant_image_and_the_mean_of_the_centre", "blur", lambda images, sigma: images),
     ("test_rotation_by_a_quarter_is_exact", "rotate", lambda images, degrees, real=augment.rotate: real(images, -degrees)),
 ]  # fmt: skip
 
@@ -168,6 +168,6 @@ MUTATIONS = [
 def test_every_property_notices_its_mutation(name, attribute, wrong, images, monkeypatch):
     monkeypatch.setattr(augment, attribute, wrong)
     test = globals()[name]
-    given = {"images": images, "size": 96}
+    available = {"images": images, "size": 96}
     with pytest.raises(AssertionError):
-        test(**{key: given[key] for key in inspect.signature(test).parameters})
+        test(**{key: available[key] for key in inspect.signature(test).parameters})

@@ -1,6 +1,7 @@
-"""Plates are read by many threads at once, and CPython's `ast`, which numpy reads .npy headers with, isn't safe in them.
+"""Many threads read .npy files at the same time; CPython's `ast`, which parses their headers in numpy, is not thread-safe.
 
-Up to 3.12 (gh-106905) some 15 of 4,000 plain `np.load` fail so with a SystemError, if collections let other threads in.
+Up to CPython 3.12 (gh-106905) about 15 of 4,000 plain `np.load` fail with a SystemError when garbage collections let other
+threads run.
 """
 
 import gc
@@ -21,7 +22,7 @@ PLATE = np.zeros((512, 512), np.uint8)
 
 @pytest.fixture
 def collecting():
-    """Collections come often, and each lets the other threads run."""
+    """Collect garbage often, and let other threads run in each collection."""
     before = gc.get_threshold()
 
     def let_others(phase: str, info: dict) -> None:
@@ -41,7 +42,7 @@ def saved(array: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("reader", ["the learner's plate", "the store's plate", "a heatmap", "a request", "a probe"])
-def test_many_threads_read_arrays_at_once(tmp_path, collecting, reader):
+def test_many_threads_read_arrays_at_the_same_time(tmp_path, collecting, reader):
     path, small, body = tmp_path / "plate.npy", saved(np.zeros((1, 8, 8), np.uint8)), saved(PLATE[None])
     np.save(path, PLATE)
     np.savez(tmp_path / "probe.npz", plates=PLATE[None], logits=np.zeros((1, 1), np.float32))

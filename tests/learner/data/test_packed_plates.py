@@ -1,4 +1,4 @@
-"""The packed shard: the pixels of serving, made once, remade when a plate changes, absent or whole, gone at the end."""
+"""Packed plates: pixels as in serving, packed once, again after changes, whole or not at all, removed at the end."""
 
 import inspect
 import os
@@ -18,7 +18,7 @@ from learner.errors import ManifestError
 from learner.round.manifest import load
 from tests.support.learner.round_folders import make_round
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 SIZE = 32
 Disk = namedtuple("Disk", "total used free")
@@ -30,7 +30,7 @@ def round_(tmp_path):
 
 
 def served(samples):
-    """The resize as serving does it, as a plain double sum in float64."""
+    """Return plates resized as in serving, as a plain sum in float64."""
     rows = resize_matrix(512, SIZE).double()
     return torch.einsum("sx,bxy,ty->bst", rows, read_plates(samples).double() / 255, rows).float()[:, None]
 
@@ -40,7 +40,7 @@ def feed_of(round_, packed=None, labels=None):
     return ImageFeed(round_.unlabelled, round_.recipe, cpu, "unlabelled", False, labels=labels, packed=packed)
 
 
-def test_packed_pixels_are_those_of_serving_to_half_a_level(round_):
+def test_packed_pixels_differ_from_serving_by_at_most_half_a_level(round_):
     samples = round_.unlabelled
     packed = packed_plates.open_packed_plates(round_.folder, samples, SIZE)
     backwards = samples[::-1]
@@ -48,7 +48,7 @@ def test_packed_pixels_are_those_of_serving_to_half_a_level(round_):
     ours = packed.images(packed.read(backwards))
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 1 / 131070 + 3e-7  # half a level, and float32
-    # what the other ways would cost, as the file says
+    # the errors of the other formats, as documented in the module
     assert 1.5e-3 < ((theirs * 255).round() / 255 - theirs).abs().max() < 2.0e-3
     assert 1e-4 < (theirs.half().float() - theirs).abs().max() < 2.5e-4
 
@@ -60,7 +60,7 @@ def test_black_and_white_survive_packing_exactly():
     assert torch.equal(packed_plates.PackedPlates.images(None, levels), ends.clamp(0, 1))  # pyright: ignore[reportArgumentType]
 
 
-def test_views_from_the_shard_are_those_from_the_plates(round_):
+def test_views_of_packed_plates_equal_views_of_plates(round_):
     packed = packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
     still = replace(round_, recipe=round_.recipe.override({"global_noise": 0, "local_noise": 0}))  # no equalised steps
     mine, theirs = feed_of(still, packed), feed_of(still)
@@ -70,14 +70,14 @@ def test_views_from_the_shard_are_those_from_the_plates(round_):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
-def test_a_round_started_again_uses_its_shard(round_):
+def test_a_restarted_round_uses_its_packed_plates(round_):
     packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
     os.utime(round_.folder / "shard" / "levels.i16", ns=(5, 5))
     packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
     assert (round_.folder / "shard" / "levels.i16").stat().st_mtime_ns == 5
 
 
-def test_a_changed_plate_another_order_or_another_size_make_the_shard_anew(round_):
+def test_plates_are_packed_again_for_a_changed_plate_order_or_size(round_):
     samples = round_.unlabelled
     keys = {
         packed_plates.key_of(samples, SIZE),
@@ -95,7 +95,7 @@ def test_a_changed_plate_another_order_or_another_size_make_the_shard_anew(round
     assert small.read(samples[:2]).shape == (2, 16, 16)
 
 
-def test_a_crash_while_packing_leaves_no_shard_and_the_next_start_makes_it(round_):
+def test_a_crash_while_packing_leaves_no_folder_and_the_next_start_packs(round_):
     samples = round_.unlabelled
     lost = samples[-1].plate
     kept = lost.read_bytes()
@@ -110,7 +110,7 @@ def test_a_crash_while_packing_leaves_no_shard_and_the_next_start_makes_it(round
 
 
 @pytest.mark.parametrize("damage", ["levels cut", "levels gone", "note cut", "note of another version"])
-def test_a_damaged_shard_is_made_anew(round_, damage):
+def test_damaged_packed_plates_are_packed_again(round_, damage):
     samples, folder = round_.unlabelled, round_.folder / "shard"
     whole = packed_plates.open_packed_plates(round_.folder, samples, SIZE).read(samples)
     what, how = damage.split(" ", 1)
@@ -124,13 +124,13 @@ def test_a_damaged_shard_is_made_anew(round_, damage):
     assert torch.equal(packed_plates.open_packed_plates(round_.folder, samples, SIZE).read(samples), whole)
 
 
-def test_a_missing_plate_is_named(round_):
+def test_the_error_for_a_missing_plate_names_it(round_):
     round_.unlabelled[0].plate.unlink()
     with pytest.raises(ManifestError, match=round_.unlabelled[0].plate.name):
         packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
 
 
-def test_without_room_the_plates_are_read_one_by_one_with_a_warning(round_, monkeypatch):
+def test_on_a_full_disk_plates_are_read_one_by_one_with_a_warning(round_, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Disk(10**6, 10**6 - 10**4, 10**4))
     with pytest.warns(UserWarning, match="free twice the space"):
         packed = packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
@@ -138,21 +138,21 @@ def test_without_room_the_plates_are_read_one_by_one_with_a_warning(round_, monk
     assert not (round_.folder / "shard").exists()
 
 
-def test_a_finished_round_keeps_no_shard(round_):
+def test_a_finished_round_has_no_packed_plates(round_):
     packed_plates.open_packed_plates(round_.folder, round_.unlabelled, SIZE)
     packed_plates.remove_packed_plates(round_.folder)
     packed_plates.remove_packed_plates(round_.folder)
     assert not (round_.folder / "shard").exists()
 
 
-def test_a_feed_takes_a_table_of_labels_in_place_of_the_images_own(round_):
+def test_a_feed_uses_a_table_of_labels_in_place_of_those_of_the_samples(round_):
     table = torch.arange(2.0 * len(round_.unlabelled)).view(-1, 2)
     mine = feed_of(round_, labels=table)
     for index, chosen in enumerate(mine.order(0)):
         assert torch.equal(mine.batch(0, index).labels, table[chosen])
 
 
-def test_the_images_of_a_pass_are_shuffled_once(round_, monkeypatch):
+def test_the_images_of_an_epoch_are_shuffled_once(round_, monkeypatch):
     made = []
     monkeypatch.setattr(
         ImageFeed,
@@ -166,18 +166,18 @@ def test_the_images_of_a_pass_are_shuffled_once(round_, monkeypatch):
     assert made == [0, 1, 2, 3]
 
 
-MUTATIONS = [  # test, where, what, instead
-    (test_packed_pixels_are_those_of_serving_to_half_a_level, packed_plates, "LEVELS", 255),
-    (test_packed_pixels_are_those_of_serving_to_half_a_level, packed_plates.augment, "to_image", lambda p, m: (m @ p.sqrt() @ m.T)[:, None] / 16),
-    (test_packed_pixels_are_those_of_serving_to_half_a_level, packed_plates, "to_levels", lambda x: (x[:, 0] * 65535).sub(32768).to(torch.int16)),
+MUTATIONS = [  # test, object, attribute, replacement
+    (test_packed_pixels_differ_from_serving_by_at_most_half_a_level, packed_plates, "LEVELS", 255),
+    (test_packed_pixels_differ_from_serving_by_at_most_half_a_level, packed_plates.augment, "to_image", lambda p, m: (m @ p.sqrt() @ m.T)[:, None] / 16),
+    (test_packed_pixels_differ_from_serving_by_at_most_half_a_level, packed_plates, "to_levels", lambda x: (x[:, 0] * 65535).sub(32768).to(torch.int16)),
     (test_black_and_white_survive_packing_exactly, packed_plates, "to_levels", lambda x: (x[:, 0] * 65536).round().sub(32768).to(torch.int16)),
-    (test_views_from_the_shard_are_those_from_the_plates, packed_plates.PackedPlates, "images", lambda self, x: x.float()[:, None] / 65535),
-    (test_a_round_started_again_uses_its_shard, packed_plates.cache_key, "matches", lambda folder, key: False),
-    (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates.cache_key, "matches", lambda folder, key: folder.exists()),
-    (test_a_changed_plate_another_order_or_another_size_make_the_shard_anew, packed_plates, "key_of", lambda samples, size: f"{len(samples)} {size}"),
-    (test_a_finished_round_keeps_no_shard, packed_plates, "remove_packed_plates", lambda folder: None),
-    (test_a_feed_takes_a_table_of_labels_in_place_of_the_images_own, feed.torch, "from_numpy", lambda x, real=torch.from_numpy: real(x).roll(1, 0)),
-    (test_the_images_of_a_pass_are_shuffled_once, ImageFeed, "order", lambda self, epoch: self._make_order(epoch)),
+    (test_views_of_packed_plates_equal_views_of_plates, packed_plates.PackedPlates, "images", lambda self, x: x.float()[:, None] / 65535),
+    (test_a_restarted_round_uses_its_packed_plates, packed_plates.cache_key, "matches", lambda folder, key: False),
+    (test_plates_are_packed_again_for_a_changed_plate_order_or_size, packed_plates.cache_key, "matches", lambda folder, key: folder.exists()),
+    (test_plates_are_packed_again_for_a_changed_plate_order_or_size, packed_plates, "key_of", lambda samples, size: f"{len(samples)} {size}"),
+    (test_a_finished_round_has_no_packed_plates, packed_plates, "remove_packed_plates", lambda folder: None),
+    (test_a_feed_uses_a_table_of_labels_in_place_of_those_of_the_samples, feed.torch, "from_numpy", lambda x, real=torch.from_numpy: real(x).roll(1, 0)),
+    (test_the_images_of_an_epoch_are_shuffled_once, ImageFeed, "order", lambda self, epoch: self._make_order(epoch)),
 ]  # fmt: skip
 
 
@@ -185,6 +185,6 @@ MUTATIONS = [  # test, where, what, instead
 def test_every_property_notices_its_mutation(case, round_, monkeypatch):
     test, where, what, instead = case
     monkeypatch.setattr(where, what, instead)
-    given = {"round_": round_, "monkeypatch": monkeypatch}
+    available = {"round_": round_, "monkeypatch": monkeypatch}
     with pytest.raises(AssertionError):
-        test(**{name: given[name] for name in inspect.signature(test).parameters})
+        test(**{name: available[name] for name in inspect.signature(test).parameters})

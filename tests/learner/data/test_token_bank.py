@@ -1,4 +1,4 @@
-"""The bank of tokens: what frozen blocks answer, once and for all versions of an image."""
+"""The token bank: outputs of the frozen blocks for all views of an image, computed once."""
 
 import os
 
@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
 
-def test_bank_holds_what_the_frozen_blocks_answer(tmp_path):
+def test_the_bank_holds_the_outputs_of_the_frozen_blocks(tmp_path):
     folder = make(tmp_path / "r", **ALL)
     run = Run(load(folder))
     state = run.new_state("t0", run.schedule(run.labelled_feed("t0"), 1, 1e-3))
@@ -36,13 +36,13 @@ def test_bank_holds_what_the_frozen_blocks_answer(tmp_path):
     run.progress.close()
 
 
-def test_bank_is_made_once_and_anew_for_another_recipe(tmp_path, monkeypatch):
+def test_the_bank_is_built_once_and_again_for_another_recipe(tmp_path, monkeypatch):
     folder = make(tmp_path / "r", **ALL)
     filled, fill = [], token_bank._fill
 
-    def counted(*given):
+    def counted(*arguments):
         filled.append(1)
-        fill(*given)
+        fill(*arguments)
 
     monkeypatch.setattr(token_bank, "_fill", counted)
     for changes in ({}, {}, {"rotate": 3.0}):
@@ -53,7 +53,7 @@ def test_bank_is_made_once_and_anew_for_another_recipe(tmp_path, monkeypatch):
     assert len(filled) == 2
 
 
-def test_the_end_of_the_window_does_not_wait_for_the_bank(tmp_path, monkeypatch):
+def test_the_end_of_the_window_interrupts_building_the_bank(tmp_path, monkeypatch):
     folder, filled = make(tmp_path / "r", **ALL), []
     write_manifest(folder, read_manifest(folder) | {"until": "2020-01-01T05:00:00+00:00"})
     monkeypatch.setattr(token_bank, "AT_ONCE", 4)
@@ -65,7 +65,7 @@ def test_the_end_of_the_window_does_not_wait_for_the_bank(tmp_path, monkeypatch)
     assert "the window ended" in result(folder)["reason"]
 
 
-def test_embeddings_of_many_images_are_given_up_when_the_round_is_asked_to_yield(tmp_path):
+def test_a_signal_interrupts_computing_embeddings(tmp_path):
     run = Run(load(make(tmp_path / "r")))
     run.progress.signal_name = "SIGTERM"
     with pytest.raises(Paused, match="SIGTERM"):
@@ -73,7 +73,7 @@ def test_embeddings_of_many_images_are_given_up_when_the_round_is_asked_to_yield
     run.progress.close()
 
 
-def test_a_bank_for_steps_that_look_at_no_crop_holds_none_and_the_same_versions_of_the_image(tmp_path):
+def test_without_self_distillation_the_bank_has_no_local_views_and_the_same_global_ones(tmp_path):
     banks = {}
     for lam in (1.0, 0.0):
         run = Run(load(make(tmp_path / f"{lam}", **{**ALL, "lam": lam})))
@@ -83,7 +83,7 @@ def test_a_bank_for_steps_that_look_at_no_crop_holds_none_and_the_same_versions_
     assert np.array_equal(banks[1.0].whole, banks[0.0].whole)
 
 
-def test_views_of_the_bank_are_the_image_a_version_of_it_and_different_crops(tmp_path):
+def test_views_from_the_bank_are_the_unaugmented_an_augmented_and_different_local_ones(tmp_path):
     folder = make(tmp_path / "r", **ALL)
     run = Run(load(folder))
     batch = run.unlabelled_feed().batch(0, 0)
@@ -92,12 +92,12 @@ def test_views_of_the_bank_are_the_image_a_version_of_it_and_different_crops(tmp
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(views[2], views[3])
     again = run.unlabelled_feed().batch(0, 0).views(slice(0, 4))
-    assert all(torch.equal(one, other) for one, other in zip(views, again, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(views, again, strict=True))
     run.progress.close()
 
 
 @pytest.mark.parametrize("file", ["whole.npy", "part.npy", "key.json"])
-def test_a_damaged_bank_is_made_anew(tmp_path, file):
+def test_a_damaged_bank_is_built_again(tmp_path, file):
     folder = make(tmp_path / "r", **ALL)
     whole = Run(load(folder)).token_bank.whole.copy()
     os.truncate(folder / "tokens" / file, (folder / "tokens" / file).stat().st_size // 2)

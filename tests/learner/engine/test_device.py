@@ -1,4 +1,4 @@
-"""What a GPU would refuse: every recipe on a device whose tensors don't meet the host's (`apart.py`)."""
+"""Every recipe on a fake device whose tensors cannot be mixed with CPU tensors (tests/support/learner/fake_device.py)."""
 
 import os
 import subprocess
@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from learner.__main__ import main
-from tests.learner.engine.test_torchrun import difference
-from tests.support.learner.recipe_rounds import ALONE, CONVNET
+from tests.support.learner.recipe_rounds import CLASS_LOSS_ONLY, CONVNET
 from tests.support.learner.round_folders import make_round
+from tests.support.learner.weights import difference
 
 CASES = {
     "distl": {},
@@ -19,14 +19,14 @@ CASES = {
     },
     "evolve, the graph's answers": {"method": "evolve", "targets": "graph", "agree": "heads"},
     "evolve, lower blocks frozen": {"method": "evolve", "frozen_blocks": 1, "cached_views": 2},
-    "pseudo-label": {"method": "pseudo-label", **ALONE, "arch": CONVNET},
-    "kd": {"method": "kd", **ALONE, "kd_teacher": CONVNET},
+    "pseudo-label": {"method": "pseudo-label", **CLASS_LOSS_ONLY, "arch": CONVNET},
+    "kd": {"method": "kd", **CLASS_LOSS_ONLY, "kd_teacher": CONVNET},
     "pretrain": {"method": "pretrain", "targets": "none"},
 }  # fmt: skip
 
 
-def test_every_recipe_learns_on_a_device_apart_and_the_first_learns_what_it_learns_on_the_host(tmp_path):
-    """Attention is another kernel's there, so sums are rounded anew: of the others that would move ranks of neighbours."""
+def test_every_recipe_trains_on_a_fake_device_and_distl_as_on_the_cpu(tmp_path):
+    """Attention is another kernel there: only distl is compared, as rounding can change the neighbours of the others."""
     apart = [make_round(tmp_path / str(n), **recipe) for n, recipe in enumerate(CASES.values())]
     words = [sys.executable, "-m", "tests.support.learner.fake_device", *map(str, apart)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

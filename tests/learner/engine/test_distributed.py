@@ -1,4 +1,4 @@
-"""Several processes take one step: the same step as one process, decided alike, whatever share of the images each has."""
+"""Steps on several ranks: equal to a step on one rank, and with the same decisions on all ranks."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from learner.objectives import dino
 from learner.objectives.correction import correction_step, distil_step
 from learner.round.manifest import Sample
 from learner.round.recipe import resolve
-from tests.learner.engine.test_step import Endless, crowd, make_batch, make_state, parameters
+from tests.support.learner.tiny_states import Endless, limit_memory, make_batch, make_state, parameters
 from tests.support.ports import free_port
 
 torch.set_num_threads(1)
@@ -24,7 +24,7 @@ LABELS = torch.tensor([[1.0, float("nan")], [0.0, 1.0], [float("nan")] * 2, [1.0
 
 
 def together(world, work):
-    """What `work()` gives in each of `world` forked processes (so that a mutation made here holds there), by rank."""
+    """Return the results of `work()` in `world` forked processes, by rank; forked, so that mutations apply there too."""
     port, context = str(free_port()), multiprocessing.get_context("fork")
     answers = context.Queue()
 
@@ -32,23 +32,23 @@ def together(world, work):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         try:
             with distributed.process_group():
-                given = (rank, True, work())
+                outcome = (rank, True, work())
         except (Exception, pytest.fail.Exception):
-            given = (rank, False, traceback.format_exc())
-        answers.put(given)
+            outcome = (rank, False, traceback.format_exc())
+        answers.put(outcome)
 
     processes = [context.Process(target=begin, args=(rank,), daemon=True) for rank in range(world)]
     for process in processes:
         process.start()
-    given = sorted(answers.get(timeout=30) for _ in processes)
+    outcome = sorted(answers.get(timeout=30) for _ in processes)
     for process in processes:
         process.join(60)
-    assert all(well for _, well, _ in given), given
-    return [answer for _, _, answer in given]
+    assert all(well for _, well, _ in outcome), outcome
+    return [answer for _, _, answer in outcome]
 
 
 def shared(samples=4, labels=None):
-    """The batch of `make_batch`, of which each rank has its share, as a feed hands it out."""
+    """Return this rank's share of the batch of `make_batch`, as a feed returns it."""
     whole, mine = make_batch(samples, labels), distributed.rank_slice(samples)
 
     def views(part):
@@ -58,38 +58,38 @@ def shared(samples=4, labels=None):
 
 
 def after(tick, samples=4, labels=None, **overrides):
-    """Numbers told, weights and centre after two steps of `tick`, as lists."""
+    """Return losses, weights and centre after two steps, as lists."""
     state = make_state(**overrides)
-    told = [tick(state, shared(samples, labels)) for _ in range(2)]
-    return told, parameters(state.student).tolist(), state.centres["dino"].centre.flatten().tolist()
+    losses = [tick(state, shared(samples, labels)) for _ in range(2)]
+    return losses, parameters(state.student).tolist(), state.centres["dino"].centre.flatten().tolist()
 
 
-def assert_alike(one, other):
-    for mine, theirs in zip(one[0], other[0], strict=True):
+def assert_alike(numbers, expected):
+    for mine, theirs in zip(numbers[0], expected[0], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5, nan_ok=True)  # monitors are measured in float32
-    np.testing.assert_allclose(one[1], other[1], rtol=1e-7, atol=1e-9)
-    np.testing.assert_allclose(one[2], other[2], rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(numbers[1], expected[1], rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(numbers[2], expected[2], rtol=1e-7, atol=1e-9)
 
 
-def test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three():
+def test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks():
     alone = after(distil_step)
     for world in (2, 3):
-        for given in together(world, lambda: after(distil_step)):
-            assert_alike(given, alone)
+        for outcome in together(world, lambda: after(distil_step)):
+            assert_alike(outcome, alone)
 
 
-def test_unknown_labels_weigh_alike_wherever_they_fall():
+def test_the_loss_does_not_depend_on_which_rank_has_the_unknown_labels():
     alone = after(correction_step, labels=LABELS)
-    for given in together(2, lambda: after(correction_step, labels=LABELS)):
-        assert_alike(given, alone)
+    for outcome in together(2, lambda: after(correction_step, labels=LABELS)):
+        assert_alike(outcome, alone)
 
 
-def test_a_rank_without_an_image_takes_the_same_step():
+def test_a_rank_without_images_makes_the_same_step():
     alone = after(distil_step, samples=2)
     assert_alike(together(3, lambda: after(distil_step, samples=2))[0], alone)
 
 
-def test_a_network_part_that_no_image_reached_stays_without_a_gradient():
+def test_unused_parameters_have_no_gradient_on_several_ranks():
     def untouched():
         state = make_state(correct_loss="ce")
         correction_step(state, shared(2, LABELS[:2]))
@@ -100,7 +100,7 @@ def test_a_network_part_that_no_image_reached_stays_without_a_gradient():
     assert together(3, untouched) == [alone] * 3
 
 
-def test_shares_are_whole_in_order_and_even(monkeypatch):
+def test_rank_slices_cover_all_items_in_order_and_evenly(monkeypatch):
     for world in (1, 2, 3, 5):
         for count in (0, 1, 2, 7):
             parts = []
@@ -113,7 +113,7 @@ def test_shares_are_whole_in_order_and_even(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["unlabelled", "labelled"])
-def test_ranks_make_the_views_of_one_process_image_by_sample(tmp_path, monkeypatch, name):
+def test_ranks_make_the_same_views_as_a_single_process(tmp_path, monkeypatch, name):
     samples = []
     for i in range(5):
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(0, 255, (512, 512)).astype(np.uint8))
@@ -139,11 +139,11 @@ def test_ranks_make_the_views_of_one_process_image_by_sample(tmp_path, monkeypat
             assert torch.equal(torch.cat(parts), whole_view)
 
 
-def test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all():
+def test_out_of_memory_on_one_rank_halves_the_parts_of_all():
     def walked():
         state = make_state()
         if distributed.rank() == 1:
-            crowd(state, 2)  # two views of one image
+            limit_memory(state, 2)  # two views of one image
         state.schedule.lr[:] = 1e-3
         seen = []
 
@@ -155,11 +155,11 @@ def test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all():
             step.run_steps(state, lambda state: distil_step(state, Endless(shared()).batch(0, 0)), stop)
         return state.micro, state.notes
 
-    note = "out of memory: 1 images a pass instead of 2, the same batch and result"
+    note = "out of memory: 1 images in a forward pass instead of 2; same batch, same result"
     assert together(2, walked) == [(1, [note])] * 2
 
 
-def test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_reason():
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all():
     def bad():
         state = make_state()
         before = parameters(state.student)
@@ -178,38 +178,38 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_reason():
 
 
 def test_a_signal_to_one_rank_pauses_all(tmp_path):
-    def asked():
+    def pause():
         writer = progress.ProgressWriter(tmp_path, None, 0.0, 0)
         writer.signal_name = "SIGTERM" if distributed.rank() == 1 else None
         with pytest.raises(Paused) as paused:
             writer.raise_if_paused()
         return str(paused.value)
 
-    assert together(2, asked) == ["SIGTERM"] * 2
+    assert together(2, pause) == ["SIGTERM"] * 2
 
 
-def test_a_refusal_on_one_rank_is_the_last_word_of_all():
+def test_an_error_on_one_rank_ends_all_with_its_reason():
     def refuse():
         if distributed.rank() == 1:
             return distributed.announce_exit("stopped", "no plate")
         try:
             distributed.gather_values("a step's numbers")
-        except OtherRankExited as other:
-            return other.state, other.reason
+        except OtherRankExited as exited:
+            return exited.state, exited.reason
 
     assert together(2, refuse) == [("stopped", "no plate")] * 2
 
 
-def test_the_first_rank_works_alone_and_the_others_read_what_it_found():
-    def found():
+def test_on_rank_zero_runs_alone_and_returns_its_value_on_all_ranks():
+    def values():
         return distributed.on_rank_zero(
             lambda: (distributed.world_size(), distributed.gather_values(7))
         ), distributed.world_size()
 
-    assert together(2, found) == [((1, [7]), 2)] * 2
+    assert together(2, values) == [((1, [7]), 2)] * 2
 
 
-def test_the_first_rank_alone_has_whole_batches():
+def test_rank_zero_alone_has_whole_batches():
     def sizes():
         return distributed.on_rank_zero(lambda: shared().size), shared().size
 
@@ -217,7 +217,7 @@ def test_the_first_rank_alone_has_whole_batches():
 
 
 def nothing(tensors):
-    """Ranks that add nothing up."""
+    """Sum nothing over the ranks."""
 
 
 def local_mean(rows):
@@ -226,46 +226,50 @@ def local_mean(rows):
 
 MUTATIONS = [
     (
-        "test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three",
+        "test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks",
         (distributed, "sum_over_ranks"),
         nothing,
     ),
     (
-        "test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three",
+        "test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks",
         (distributed, "mean_over_ranks"),
         local_mean,
     ),
-    ("test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three", (dino, "share_of"), lambda b, p: 1.0),
+    ("test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks", (dino, "share_of"), lambda b, p: 1.0),
     (
-        "test_a_step_on_unlabelled_images_is_the_same_on_one_rank_two_and_three",
+        "test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks",
         (collapse_monitors, "max_share"),
         lambda assigned: assigned.mean(0, dtype=torch.float64).max(),
     ),
     (
-        "test_unknown_labels_weigh_alike_wherever_they_fall",
+        "test_the_loss_does_not_depend_on_which_rank_has_the_unknown_labels",
         (dino, "label_loss"),
         lambda student, labels, known: step_label_loss(student, labels),
     ),
-    ("test_a_rank_without_an_image_takes_the_same_step", (distributed, "mean_over_ranks"), local_mean),
+    ("test_a_rank_without_images_makes_the_same_step", (distributed, "mean_over_ranks"), local_mean),
     (
-        "test_a_network_part_that_no_image_reached_stays_without_a_gradient",
+        "test_unused_parameters_have_no_gradient_on_several_ranks",
         (distributed, "gather_values"),
         lambda value: [value] * 3,
     ),
-    ("test_shares_are_whole_in_order_and_even", (distributed, "rank_slice"), lambda count: slice(0, count)),
     (
-        "test_memory_that_runs_out_on_one_rank_halves_the_pass_of_all",
+        "test_rank_slices_cover_all_items_in_order_and_evenly",
+        (distributed, "rank_slice"),
+        lambda count: slice(0, count),
+    ),
+    (
+        "test_out_of_memory_on_one_rank_halves_the_parts_of_all",
         (distributed, "gather_values"),
         lambda value: [value],
     ),
     (
-        "test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_reason",
+        "test_a_loss_that_is_not_finite_on_one_rank_stops_all",
         (distributed, "gather_values"),
         lambda value: [value],
     ),
     ("test_a_signal_to_one_rank_pauses_all", (distributed, "gather_values"), lambda value: [value]),
     (
-        "test_the_first_rank_works_alone_and_the_others_read_what_it_found",
+        "test_on_rank_zero_runs_alone_and_returns_its_value_on_all_ranks",
         (distributed, "on_rank_zero"),
         lambda work: work(),
     ),
@@ -273,7 +277,7 @@ MUTATIONS = [
 
 
 def step_label_loss(student, labels):
-    """Each rank's own mean, in place of its part of the whole batch's."""
+    """Return each rank's own mean, not its part of the mean over the whole batch."""
     from learner.objectives.class_losses import label_loss
 
     return label_loss(student, labels)
@@ -283,6 +287,6 @@ def step_label_loss(student, labels):
 def test_every_property_notices_its_mutation(test, where, wrong, monkeypatch, tmp_path):
     monkeypatch.setattr(*where, wrong)
     function = globals()[test]
-    given = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
+    outcome = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
     with pytest.raises(AssertionError):
-        function(**{name: given[name] for name in function.__code__.co_varnames[: function.__code__.co_argcount]})
+        function(**{name: outcome[name] for name in function.__code__.co_varnames[: function.__code__.co_argcount]})

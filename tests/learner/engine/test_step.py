@@ -1,4 +1,4 @@
-"""Single steps: masked labels, memory that runs out, losses that aren't numbers, networks that see nothing."""
+"""Single steps: corrections, unknown labels, out of memory, losses that are not finite, collapse."""
 
 from dataclasses import replace
 
@@ -6,66 +6,35 @@ import numpy as np
 import pytest
 import torch
 
-from learner.engine.optim import Schedule, ema_update, make_optimiser
-from learner.engine.step import Batch, State, Terms, optimiser_step, run_steps
+from learner.engine.optim import ema_update
+from learner.engine.step import Batch, Terms, optimiser_step, run_steps
 from learner.errors import LearnerError
-from learner.networks.heads import make_network
 from learner.objectives.class_losses import label_loss, self_training_loss
 from learner.objectives.correction import correction_due, correction_step, distil_step, distl_step
-from learner.objectives.dino import DinoLoss
 from learner.round.collapse_limits import PATIENCE
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import TINY
+from tests.support.learner.tiny_states import (
+    STEPS,
+    Endless,
+    centre,
+    device_is_full,
+    limit_memory,
+    machine_is_full,
+    make_batch,
+    make_state,
+    parameters,
+)
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
-
-PLAN = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
-STEPS = 60
-
-
-def make_state(**overrides):
-    recipe = resolve("distl", "demo", {**TINY, "batch": 4, "drop_path": 0.0, **overrides})
-    torch.manual_seed(0)
-    student, teacher = make_network(PLAN, recipe, 2).double(), make_network(PLAN, recipe, 2).double()
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    flat = np.full(STEPS, 1e-3)
-    schedule = Schedule(flat, flat * 0, np.full(STEPS, 0.9), np.ones(STEPS), steps_per_epoch=1)
-    centres = torch.nn.ModuleDict({"dino": DinoLoss(recipe.prototypes, 0.1, 0.04, 0.9)}).double()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return State(student, teacher, make_optimiser(student), schedule, recipe, scaler, centres)
-
-
-def centre(state):
-    return state.centres["dino"].centre
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 
 def distilled(state, batch, after=lambda losses: None):
-    """The whole phase on one batch."""
+    """Run a whole phase on one batch."""
     run_steps(state, lambda state: distl_step(state, Endless(batch), None), after)
 
 
-def make_batch(samples=4, labels=None):
-    torch.manual_seed(1)
-    views = [torch.rand(samples, 1, side, side).double() for side in (16, 16, 8, 8)]
-    return Batch(samples, lambda part: [v[part] for v in views], labels)
-
-
-class Endless:
-    """The same batch again and again."""
-
-    def __init__(self, batch, batches=1):
-        self.given, self.batches = batch, batches
-
-    def batch(self, epoch, index):
-        return self.given
-
-
-def parameters(network):
-    return torch.cat([p.detach().flatten() for p in network.parameters()])
-
-
-def test_unknown_labels_weigh_nothing():
+def test_unknown_labels_have_no_weight():
     logits = torch.randn(3, 2).double().requires_grad_()
     labels = torch.tensor([[1.0, float("nan")], [float("nan")] * 2, [0.0, 1.0]]).double()
     loss = label_loss(logits, labels)
@@ -77,20 +46,23 @@ def test_unknown_labels_weigh_nothing():
     assert label_loss(logits, labels * float("nan")).item() == 0
 
 
-def test_a_step_without_a_row_for_a_centre_leaves_it_where_it_is():
-    """As when none of a small batch's views is masked (one in four of a single image's steps)."""
+def test_a_step_without_rows_for_a_centre_does_not_move_it():
+    """Happens where a small batch has no masked view."""
     state = make_state()
     before = centre(state).fill_(0.25).clone()
 
     def none_masked(state, batch, part):
         views = batch.views(part)
-        return Terms(state.student.classify(views[0]).sum(), rows={"dino": views[0].new_empty(0, TINY["prototypes"])})
+        return Terms(
+            state.student.classify(views[0]).sum(),
+            centre_rows={"dino": views[0].new_empty(0, TINY["prototypes"])},
+        )
 
     optimiser_step(state, [(make_batch(), none_masked)])
     assert torch.equal(centre(state), before)
 
 
-def test_half_a_batch_at_a_time_gives_the_same_labelled_step():
+def test_a_labelled_step_in_two_parts_equals_a_whole_one():
     labels = torch.tensor([[1.0, float("nan")], [0.0, 1.0], [float("nan")] * 2, [1.0, 1.0]]).double()
     whole, parts = make_state(), make_state()
     parts.micro = 2
@@ -100,7 +72,7 @@ def test_half_a_batch_at_a_time_gives_the_same_labelled_step():
     assert mine["loss"] == pytest.approx(theirs["loss"])
 
 
-def test_g_correction_moves_the_centre_but_never_the_teacher():
+def test_correction_moves_the_centre_but_not_the_teacher():
     state = make_state()
     before, kept = parameters(state.teacher), centre(state).clone()
     correction_step(state, make_batch(labels=torch.ones(4, 2).double()))
@@ -108,7 +80,7 @@ def test_g_correction_moves_the_centre_but_never_the_teacher():
     assert not torch.equal(centre(state), kept)
 
 
-def test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam():
+def test_correction_with_learning_rate_zero_changes_only_centre_and_adam():
     state = make_state()
     state.schedule.lr[:] = 0
     before = parameters(state.student)
@@ -121,9 +93,9 @@ def test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam():
 
 
 def followed(state, work, freeze_last=False):
-    told = optimiser_step(state, work, freeze_last)
+    losses = optimiser_step(state, work, freeze_last)
     ema_update(state.teacher, state.student, 0.5)
-    return told
+    return losses
 
 
 def at_some_rate(optimiser, schedule, step):
@@ -133,27 +105,27 @@ def at_some_rate(optimiser, schedule, step):
 
 MUTATIONS = [
     (
-        test_g_correction_moves_the_centre_but_never_the_teacher,
+        test_correction_moves_the_centre_but_not_the_teacher,
         "learner.objectives.correction.optimiser_step",
         followed,
     ),
     (
-        test_g_correction_moves_the_centre_but_never_the_teacher,
+        test_correction_moves_the_centre_but_not_the_teacher,
         "learner.objectives.dino.DinoLoss.move",
         lambda dino, mean: None,
     ),
     (
-        test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam,
+        test_correction_with_learning_rate_zero_changes_only_centre_and_adam,
         "learner.objectives.dino.DinoLoss.move",
         lambda dino, mean: None,
     ),
     (
-        test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam,
+        test_correction_with_learning_rate_zero_changes_only_centre_and_adam,
         "learner.engine.step.set_rates",
         at_some_rate,
     ),
     (
-        test_g_correction_at_rate_zero_changes_no_weight_but_the_centre_and_adam,
+        test_correction_with_learning_rate_zero_changes_only_centre_and_adam,
         "torch.optim.AdamW.step",
         lambda optimiser: None,
     ),
@@ -161,19 +133,19 @@ MUTATIONS = [
 
 
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
-def test_g_notices_its_mutations(monkeypatch, test, attribute, wrong):
+def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong):
     monkeypatch.setattr(attribute, wrong)
     with pytest.raises(AssertionError):
         test()
 
 
-def test_label_only_correction_leaves_the_centre():
+def test_correction_with_labels_only_does_not_move_the_centre():
     state = make_state(correct_loss="ce")
     correction_step(state, make_batch(labels=torch.ones(4, 2).double()))
     assert not centre(state).any()
 
 
-def test_poisoned_teacher_teaches_the_opposite():
+def test_a_poisoned_teacher_inverts_the_gradient():
     teacher = torch.tensor([[3.0, -2.0]])
     student = torch.zeros(1, 2, requires_grad=True)
     self_training_loss(student, teacher).backward()
@@ -183,16 +155,16 @@ def test_poisoned_teacher_teaches_the_opposite():
     torch.testing.assert_close(student.grad, -honest)
 
 
-def test_moving_average_ends():
-    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    kept = parameters(one)
-    ema_update(one, other, 1.0)
-    assert torch.equal(parameters(one), kept)
-    ema_update(one, other, 0.0)
-    assert torch.equal(parameters(one), parameters(other))
+def test_ema_with_momentum_one_and_zero():
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    kept = parameters(first)
+    ema_update(first, second, 1.0)
+    assert torch.equal(parameters(first), kept)
+    ema_update(first, second, 0.0)
+    assert torch.equal(parameters(first), parameters(second))
 
 
-def test_corrections_fall_due_at_intervals():
+def test_corrections_are_due_at_intervals():
     recipe = resolve("distl", "gpu")
     assert [s for s in range(1501) if correction_due(recipe, s)] == [0, 500, 1000, 1500]
     later = replace(recipe, correct_first=False)
@@ -201,62 +173,37 @@ def test_corrections_fall_due_at_intervals():
     assert not any(correction_due(replace(recipe, correct_every=0), s) for s in range(1501))
 
 
-class Crowded(torch.nn.Module):
-    """A backbone on a machine with memory for a given number of images."""
-
-    def __init__(self, backbone, room, full):
-        super().__init__()
-        self.inner, self.room, self.full = backbone, room, full
-
-    def forward(self, images):
-        if len(images) > self.room:
-            self.full()
-        return self.inner(images)
-
-
-def device_is_full():
-    raise torch.OutOfMemoryError("no room")
-
-
-def machine_is_full():
-    torch.empty(1 << 60)  # no machine has an exabyte; torch's own words
-
-
-def crowd(state, room, full=device_is_full):
-    state.student.backbone = Crowded(state.student.backbone, room, full)
-
-
 @pytest.mark.parametrize("full", [device_is_full, machine_is_full])
-def test_out_of_memory_halves_the_pass_and_not_the_step(full):
+def test_out_of_memory_halves_the_parts_and_keeps_the_step(full):
     roomy, crowded = make_state(), make_state()
-    crowd(crowded, 2, full)  # two views of one image
+    limit_memory(crowded, 2, full)  # two views of one image
     for state in (roomy, crowded):
         state.schedule = replace(state.schedule, lr=state.schedule.lr[:3])
         distilled(state, make_batch())
     assert crowded.micro == 1
     assert crowded.notes == [
-        "out of memory: 2 images a pass instead of 4, the same batch and result",
-        "out of memory: 1 images a pass instead of 2, the same batch and result",
+        "out of memory: 2 images in a forward pass instead of 4; same batch, same result",
+        "out of memory: 1 images in a forward pass instead of 2; same batch, same result",
     ]
     torch.testing.assert_close(parameters(roomy.student), parameters(crowded.student), rtol=1e-7, atol=1e-8)
 
 
 def test_out_of_memory_with_one_image_stops_the_round():
     state = make_state()
-    crowd(state, 1)
-    with pytest.raises(LearnerError, match="out of memory: one image a pass doesn't fit"):
+    limit_memory(state, 1)
+    with pytest.raises(LearnerError, match="out of memory: a single image does not fit"):
         distilled(state, make_batch())
 
 
-def test_an_error_of_another_kind_is_no_lack_of_memory():
+def test_other_errors_are_not_taken_for_out_of_memory():
     state = make_state()
-    crowd(state, 1, lambda: torch.zeros(2) @ torch.zeros(3))
+    limit_memory(state, 1, lambda: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         distilled(state, make_batch())
     assert state.notes == []
 
 
-def test_loss_that_is_no_number_stops_before_the_weights_are_touched():
+def test_a_loss_that_is_not_finite_stops_before_weights_change():
     state = make_state()
     before = parameters(state.student)
     bad = Batch(4, lambda part: [torch.full((4, 1, s, s), float("inf")).double() for s in (16, 16, 8, 8)])
@@ -265,7 +212,7 @@ def test_loss_that_is_no_number_stops_before_the_weights_are_touched():
     assert torch.equal(parameters(state.student), before)
 
 
-def test_network_that_sees_every_image_alike_is_called_collapsed():
+def test_a_network_with_equal_embeddings_is_called_collapsed():
     state = make_state()
     for network in (state.student, state.teacher):
         torch.nn.init.zeros_(network.backbone.vit.patch_embed.proj.weight)
@@ -276,7 +223,7 @@ def test_network_that_sees_every_image_alike_is_called_collapsed():
     assert len(steps) == PATIENCE - 1
 
 
-def test_one_image_alone_is_no_collapse():
+def test_a_single_image_is_not_called_collapsed():
     state = make_state()
     distilled(state, make_batch(samples=1))
     assert state.step == STEPS

@@ -1,4 +1,4 @@
-"""The last block for the class token alone: to the last digits what the whole block says of it, gradients too."""
+"""The last block for the class token only: outputs and gradients equal those of the whole block."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ import torch
 from learner.networks import class_token
 from learner.networks.backbone import build, plan_of
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 
 def network(**changes):
     torch.manual_seed(0)
     plan = {**plan_of("vit_tiny_patch8_depth2", 32), "embed_dim": 24, "num_heads": 3, **changes}
     made = build(plan, drop_path=0.4).double().train()
-    for parameter in made.parameters():  # biases, scales and places too
+    for parameter in made.parameters():  # biases, scales and position embeddings too
         torch.nn.init.normal_(parameter, std=0.3)
     return made
 
@@ -27,7 +27,7 @@ def through(run, made, images):
 
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}, {"qk_norm": True, "init_values": 0.1, "reg_tokens": 2}])
-def test_the_class_token_alone_is_that_of_the_whole_block_and_so_is_every_gradient(changes):
+def test_the_class_token_and_all_gradients_equal_those_of_the_whole_block(changes):
     made, images = network(**changes), torch.rand(6, 1, 32, 32).double()
 
     def whole(images):
@@ -46,7 +46,7 @@ def test_the_class_token_alone_is_that_of_the_whole_block_and_so_is_every_gradie
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-10)
 
 
-def test_another_kind_of_block_is_run_in_full():
+def test_blocks_of_other_kinds_run_in_full():
     doubling = torch.nn.Module()
     doubling.forward = lambda tokens: 2 * tokens
     assert torch.equal(class_token.class_token(doubling, torch.ones(2, 3, 4)), torch.full((2, 1, 4), 2.0))
@@ -64,4 +64,4 @@ def of_a_patch(block, tokens):
 def test_every_property_notices_its_mutation(wrong, monkeypatch):
     monkeypatch.setattr(class_token, "class_token", wrong)
     with pytest.raises(AssertionError):
-        test_the_class_token_alone_is_that_of_the_whole_block_and_so_is_every_gradient({})
+        test_the_class_token_and_all_gradients_equal_those_of_the_whole_block({})

@@ -1,4 +1,4 @@
-"""Convolutional nets as encoders: by name, from a file, at any size, and a whole round with one."""
+"""Convolutional networks as encoders: by name, from a file, at any size, and a whole round."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from learner.networks.mimetic_init import mimic_trained
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import card, make_round, result
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 ROOT = Path(__file__).resolve().parents[3]
 WIDTHS = {
@@ -47,13 +47,13 @@ def test_embedding_is_the_mean_of_the_last_feature_map_at_any_size(name):
             torch.testing.assert_close(net(images.expand(-1, 3, -1, -1)), theirs)
 
 
-def test_classifier_layers_that_features_never_reach_are_not_carried_along():
+def test_unused_classifier_layers_are_removed():
     whole = timm.create_model("vgg19_bn", num_classes=0)
     assert sum(p.numel() for p in whole.parameters()) > 1e8
     assert sum(p.numel() for p in small("vgg19_bn").parameters()) < 2.1e7
 
 
-def test_copy_for_the_export_leaves_the_trained_net_alone():
+def test_the_copy_for_the_export_does_not_change_the_trained_network():
     plan = plan_of("resnet10t", 64)
     trained = small().train()
     copy = resized(trained, plan, 96).eval()
@@ -65,7 +65,7 @@ def test_copy_for_the_export_leaves_the_trained_net_alone():
     assert next(trained.parameters()).abs().sum() > 0
 
 
-def test_shares_of_places_add_up_to_the_logits_slope():
+def test_contributions_of_positions_sum_to_the_logit():
     net, head = small().double().eval(), ClassHead(512, 2, 16).double()
     embedding, trace = net.trace(torch.rand(2, 1, 96, 64).double())
     slope = head.gradient(embedding)
@@ -78,17 +78,17 @@ def test_every_property_notices_its_mutation(monkeypatch):
     kept = convnet.ConvTrace.contributions
     monkeypatch.setattr(convnet.ConvTrace, "contributions", lambda self, directions: kept(self, directions).abs())
     with pytest.raises(AssertionError):
-        test_shares_of_places_add_up_to_the_logits_slope()
+        test_contributions_of_positions_sum_to_the_logit()
 
 
-def test_attention_is_refused_by_name():
-    with pytest.raises(LearnerError, match="resnet10t is a convolutional net and has no attention"):
+def test_the_error_for_attention_names_the_network():
+    with pytest.raises(LearnerError, match="resnet10t is a convolutional network and has no attention"):
         small().attentions(torch.rand(1, 1, 64, 64))
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mixer_s16_224"])
-def test_other_nets_are_refused(name):
-    with pytest.raises(LearnerError, match="or a convolutional net that takes any image size"):
+def test_networks_of_other_kinds_are_rejected(name):
+    with pytest.raises(LearnerError, match="or a convolutional network that takes any image size"):
         build(plan_of(name, 64))
 
 
@@ -96,33 +96,33 @@ def test_other_nets_are_refused(name):
     "name",
     [
         "deit_tiny_distilled_patch16_224",  # a second class token
-        "vit_small_patch16_18x2_224",  # two attentions a block
-        "beit3_base_patch16_224",  # no norm behind the last block
+        "vit_small_patch16_18x2_224",  # two attentions in a block
+        "beit3_base_patch16_224",  # no norm after the last block
     ],
 )
-def test_a_transformer_that_is_not_the_plain_one_is_refused(name):
+def test_transformers_that_are_not_plain_are_rejected(name):
     with torch.device("meta"), pytest.raises(LearnerError, match="needs a plain vision transformer"):  # no weights
         build(plan_of(name, 64))
 
 
-def test_settings_of_a_transformer_change_nothing():
+def test_a_convnet_ignores_the_settings_of_transformers():
     torch.manual_seed(1)
     plain = build({"timm": "resnet10t"})
     torch.manual_seed(1)
-    other = build({"timm": "resnet10t"}, pos_embed="timm", pool="cls", drop_path=0.5)
-    mimic_trained(other)
-    assert other.pool == "mean"
-    for mine, theirs in zip(plain.parameters(), other.parameters(), strict=True):
+    configured = build({"timm": "resnet10t"}, pos_embed="timm", pool="cls", drop_path=0.5)
+    mimic_trained(configured)
+    assert configured.pool == "mean"
+    for mine, theirs in zip(plain.parameters(), configured.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
-def test_image_sides_follow_the_stride():
+def test_image_sides_are_rounded_to_the_stride():
     with pytest.warns(UserWarning, match="local 48 -> 64 px"):
         recipe = fit_sizes(resolve("distl", "cpu"), small())
     assert (recipe.image_size, recipe.local_size) == (96, 64)
 
 
-def test_file_says_by_its_metadata_which_net_it_is(tmp_path):
+def test_the_metadata_of_a_file_names_its_network(tmp_path):
     net = timm.create_model("resnet10t", num_classes=5).eval()
     weights = {f"module.{key}": value for key, value in net.state_dict().items()}
     save_file(weights, tmp_path / "w.safetensors", metadata={"timm": "resnet10t"})
@@ -134,10 +134,10 @@ def test_file_says_by_its_metadata_which_net_it_is(tmp_path):
         torch.testing.assert_close(again(images), net.forward_features(images).mean((2, 3)))
 
 
-def test_file_without_metadata_needs_the_name(tmp_path):
+def test_a_file_without_metadata_needs_the_timm_name(tmp_path):
     file = tmp_path / "w.safetensors"
     save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), file)
-    with pytest.raises(LearnerError, match='put its timm name, such as arch = "densenet121"'):
+    with pytest.raises(LearnerError, match='set the timm name, such as arch = "densenet121"'):
         read_weights(file, "vit_tiny_patch16")
     plan, _ = open_backbone(resolve("distl", "demo", {"backbone": str(file), "arch": "resnet10t"}))
     assert plan == {"timm": "resnet10t"}
@@ -145,7 +145,7 @@ def test_file_without_metadata_needs_the_name(tmp_path):
         read_weights(file, "resnet50")
 
 
-def test_hub_out_of_reach_names_the_way_out(tmp_path):
+def test_the_error_without_hub_names_the_option_for_a_file(tmp_path):
     code = (
         "from learner.round.recipe import resolve; from learner.networks.backbone import open_backbone; from learner.errors import LearnerError\n"
         "try: open_backbone(resolve('distl', 'demo', {'backbone': 'resnet50.a1_in1k'}))\n"
@@ -157,7 +157,7 @@ def test_hub_out_of_reach_names_the_way_out(tmp_path):
     assert "--backbone FILE" in out.stdout
 
 
-def test_network_without_prototypes_hands_the_embedding_through():
+def test_a_network_without_prototypes_returns_the_embedding():
     recipe = resolve("distl", "demo")
     object.__setattr__(recipe, "prototypes", 0)
     network = make_network({"timm": "resnet10t"}, recipe, 2).eval()
@@ -168,8 +168,8 @@ def test_network_without_prototypes_hands_the_embedding_through():
     assert logits.shape == (6, 2)
 
 
-def test_whole_round_with_a_convolutional_net(tmp_path):
-    arch = "mobilenetv3_small_050"  # squeeze-and-excite, hard swish: what is hardest to export
+def test_a_whole_round_with_a_convolutional_network(tmp_path):
+    arch = "mobilenetv3_small_050"  # squeeze-and-excite and hard swish are hard to export
     folder = make_round(tmp_path / "r", arch=arch, image_size=64, local_size=32, init="mimetic")
     command = [sys.executable, "-m", "learner", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,6 +1,6 @@
-"""The learner's arithmetic against published numbers: official code's inputs and outputs, float64 unless said.
+"""The learner's functions against inputs and outputs of the published code, in float64 unless a test says otherwise.
 
-Every test drives the product's own functions. Tolerances: f64 1e-9 / 1e-10, whole epochs 1e-9, f32 2e-5.
+Tolerances: float64 1e-9 / 1e-10, whole epochs 1e-9, float32 2e-5.
 """
 
 from dataclasses import replace
@@ -28,11 +28,11 @@ from learner.objectives.dino import DinoLoss
 from learner.round.recipe import Recipe
 from tests.support.learner.golden_vectors import close, golden
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 
 def weights(g, prefix):
-    """Parameters under a prefix; a backbone is one level deeper in the product (`backbone.vit`)."""
+    """Return the parameters with a prefix; in this code a backbone is one level deeper (`backbone.vit`)."""
     mine = {k.removeprefix(prefix): v for k, v in g.items() if k.startswith(prefix)}
     return {k.replace("backbone.", "backbone.vit."): v for k, v in mine.items()}
 
@@ -49,7 +49,7 @@ def tiny_network():
 
 
 @pytest.mark.parametrize("name", ["distl_f64", "distl_f32", "fb_f64", "fb_f32"])
-def test_dino_loss_centre_and_gradient_are_the_published_ones(name):
+def test_dino_loss_centre_and_gradient_equal_the_published_code(name):
     g = golden(f"dino_loss_{name}")
     tolerance = {"rtol": 2e-5, "atol": 1e-6} if name.endswith("f32") else {}
     loss_of = DinoLoss(g["student"].shape[2], float(g["student_temp"]), 0.0, float(g["center_momentum"]))
@@ -69,7 +69,7 @@ def test_dino_loss_centre_and_gradient_are_the_published_ones(name):
 def test_prototype_head_forward_and_gradients(name):
     g = golden(name)
     head = DinoHead(12, 20, 16, 8, batch_norm=name.endswith("bn")).double()
-    # the running averages in the file are those of after the forward pass; training mode doesn't read them
+    # the running averages in the file are from after the forward pass; training mode does not read them
     head.load_state_dict(weights(g, "p."))
     x = g["x"].clone().requires_grad_()
     out = head(x)
@@ -87,7 +87,7 @@ def test_class_head_forward():
     close(head(g["x"]).detach(), g["out"])
 
 
-def test_closed_form_gradient_of_the_class_head_is_autograd():
+def test_closed_form_gradient_of_the_class_head_equals_autograd():
     g = golden("cls_head")
     head = ClassHead(12, 3, 10).double()
     head.load_state_dict(weights(g, "p."))
@@ -97,7 +97,7 @@ def test_closed_form_gradient_of_the_class_head_is_autograd():
         close(head.gradient(g["x"])[:, i].detach(), x.grad)
 
 
-def test_schedules_are_the_published_ones():
+def test_schedules_equal_the_published_code():
     g = golden("schedules")
     close(cosine_schedule(5e-5 * 8 / 16, 1e-6, 5, 7, 1), g["lr_distl_1gpu"])
     close(cosine_schedule(5e-5 * 16 / 16, 1e-6, 5, 7, 1), g["lr_distl_2gpu"])
@@ -171,7 +171,7 @@ def test_vision_transformer_output_attention_and_positions_at_three_sizes():
             close(backbone.attentions(g[f"x{side}"])[-1], g[f"attn{side}"])
 
 
-def test_many_crops_come_out_view_major_and_only_globals_are_classified():
+def test_outputs_are_view_major_and_only_global_views_are_classified():
     g = golden("multicrop")
     network = tiny_network()
     network.load_state_dict(weights(g, "p."))
@@ -199,7 +199,7 @@ class Given:
 
 
 def published_epochs(g, micro=0, alpha=True):
-    """Two epochs through the product's own run_steps; yields the state after each."""
+    """Run two epochs with `run_steps`; yield the state after each."""
     student, teacher = tiny_network(), tiny_network()
     student.load_state_dict(weights(g, "init."))
     teacher.load_state_dict(weights(g, "init."))
@@ -227,7 +227,7 @@ def published_epochs(g, micro=0, alpha=True):
 
 @pytest.mark.parametrize("micro", [0, 1, 3])
 @pytest.mark.parametrize("name", ["e2e_epoch_f64", "e2e_epoch_f64_noalpha_nocorrect"])
-def test_two_published_epochs_to_the_last_digit_whatever_fits_into_memory(name, micro):
+def test_two_epochs_equal_the_published_code_for_any_size_of_parts(name, micro):
     g = golden(name)
     ends, seen = published_epochs(g, micro, alpha="noalpha" not in name)
     close(torch.tensor([dino for dino, _ in seen], dtype=torch.float64), g["dino_loss_calls"], atol=1e-9)

@@ -1,4 +1,4 @@
-"""The class head's last fit: neighbours and labels as one linear answer."""
+"""The refit of the class head: the mean of heads fitted to graph and labels."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ NAN = float("nan")
 
 
 def samples(seed=0, groups=12, each=25):
-    """Features (N, 6), truth (N,) and labels (N, 1): groups lie apart; the truth follows one direction, but for one group."""
+    """Return features (N, 6) in separate groups, truth (N,) along one direction, and labels (N, 1) of some images."""
     generator = torch.Generator().manual_seed(seed)
     centres = 3 * torch.randn(groups, 6, generator=generator)
     seen = (centres[:, None] + torch.randn(groups, each, 6, generator=generator)).flatten(0, 1)
@@ -25,17 +25,17 @@ def of(head, seen, truth):
     return auc(head(seen)[:, 0].numpy(), truth.numpy().astype(float))
 
 
-def test_the_mean_is_each_answer_in_its_share_once_both_spread_alike():
+def test_blended_heads_are_weighted_after_scaling_to_equal_spread():
     seen, _, labels = samples()
     first = logistic.fit(seen, labels, 0.02)
     second = logistic.LinearHead(40 * torch.roll(first.weight, 1, 1), first.bias - 7)
     mixed = head_refit.blend_heads(first, second, seen, 0.25)(seen)
-    one, two = first(seen), second(seen)
-    alike = (two - two.mean(0)) / two.std(0) * one.std(0) + one.mean(0)
-    torch.testing.assert_close(mixed, 0.75 * one + 0.25 * alike)
+    logits_1, logits_2 = first(seen), second(seen)
+    alike = (logits_2 - logits_2.mean(0)) / logits_2.std(0) * logits_1.std(0) + logits_1.mean(0)
+    torch.testing.assert_close(mixed, 0.75 * logits_1 + 0.25 * alike)
 
 
-def test_a_finding_of_which_one_answer_knows_nothing_keeps_the_other():
+def test_a_finding_with_one_constant_head_keeps_the_first():
     seen, _, labels = samples()
     first = logistic.fit(seen, torch.cat([labels, labels], 1), 0.02)
     second = logistic.fit(seen, torch.cat([labels, torch.where(labels == 1, NAN, labels)], 1), 0.02)  # no positive
@@ -46,20 +46,20 @@ def test_a_finding_of_which_one_answer_knows_nothing_keeps_the_other():
     torch.testing.assert_close(swapped.weight[1], second.weight[1])
 
 
-def test_the_mean_errs_less_at_its_worst_than_neighbours_or_labels_alone():
-    found = []
+def test_the_blend_is_better_at_its_worst_than_either_head():
+    aucs = []
     for seed in range(12):
         seen, truth, labels = samples(seed)
         soft = head_refit.pseudo_labels(seen, labels, head_refit.shrunk_prevalence(labels), 5, 6)
         near, own = logistic.fit(seen, soft, head_refit.PENALTY), logistic.fit(seen, labels, head_refit.FEW_PENALTY)
         both = head_refit.fit_graph_and_labels(seen, labels, 5, 6)
-        found.append([of(head, seen, truth) for head in (near, own, both)])
-    near, own, both = torch.tensor(found).min(0).values
+        aucs.append([of(head, seen, truth) for head in (near, own, both)])
+    near, own, both = torch.tensor(aucs).min(0).values
     assert both > min(near, own)
     assert both > near
 
 
-def test_weights_of_labels_reach_the_labels_own_fit():
+def test_label_weights_change_the_fit():
     seen, _, labels = samples()
     weights = torch.where(labels == 1, 5.0, 1.0)
     assert not torch.allclose(
@@ -69,16 +69,16 @@ def test_weights_of_labels_reach_the_labels_own_fit():
 
 
 MUTATIONS = [
-    (test_the_mean_is_each_answer_in_its_share_once_both_spread_alike, lambda a, b, seen, share=0.25: a),
-    (test_a_finding_of_which_one_answer_knows_nothing_keeps_the_other, lambda a, b, seen: logistic.LinearHead(
+    (test_blended_heads_are_weighted_after_scaling_to_equal_spread, lambda a, b, seen, share=0.25: a),
+    (test_a_finding_with_one_constant_head_keeps_the_first, lambda a, b, seen: logistic.LinearHead(
         (a.weight + b.weight) / 2, (a.bias + b.bias) / 2)),
-    (test_the_mean_errs_less_at_its_worst_than_neighbours_or_labels_alone, lambda a, b, seen: a),
-    (test_weights_of_labels_reach_the_labels_own_fit, lambda a, b, seen: a),
+    (test_the_blend_is_better_at_its_worst_than_either_head, lambda a, b, seen: a),
+    (test_label_weights_change_the_fit, lambda a, b, seen: a),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("test", "wrong"), MUTATIONS)
-def test_mutations_are_noticed(monkeypatch, test, wrong):
+def test_every_property_notices_its_mutation(monkeypatch, test, wrong):
     monkeypatch.setattr(head_refit, "blend_heads", wrong)
     with pytest.raises(AssertionError):
         test()

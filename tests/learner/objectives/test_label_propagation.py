@@ -1,4 +1,4 @@
-"""Pseudo-labels from neighbours, and the linear answer on features: against scikit-learn, plain loops and their limits."""
+"""Pseudo-labels from the graph, and logistic regression, against scikit-learn, plain loops and closed forms."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ NAN = float("nan")
 
 
 def two_moons(samples=300, seed=0):
-    """Two half circles (N, 2): no straight line parts them, neighbours do; and which one each image is on."""
+    """Return two half circles (N, 2), which no straight line separates, and the circle of each point (N,)."""
     rng = np.random.default_rng(seed)
     angle, side = rng.uniform(0, np.pi, samples), np.arange(samples) % 2
     x = np.where(side, 1 - np.cos(angle), np.cos(angle))
@@ -31,7 +31,7 @@ def few(truth, of_each=3):
     return labels
 
 
-def test_linear_answer_is_scikit_learns():
+def test_logistic_regression_equals_scikit_learn():
     rng = np.random.default_rng(1)
     x = rng.normal(0, [1, 5, 0.1], (80, 3)) + np.array([3, 0, 1])
     y = (x @ [1, 0.3, -4] + rng.normal(0, 2, 80) > x.mean(0) @ [1, 0.3, -4]).astype(float)
@@ -42,7 +42,7 @@ def test_linear_answer_is_scikit_learns():
     np.testing.assert_allclose(ours[:, 0], theirs.fit(scaled, y).decision_function(scaled), atol=1e-5)
 
 
-def test_soft_targets_and_weights_count_like_repeated_images():
+def test_soft_targets_and_weights_equal_repeated_images():
     torch.manual_seed(0)
     x, soft = torch.randn(40, 3), torch.rand(40, 1)
     weights = torch.rand(40, 1)
@@ -52,7 +52,7 @@ def test_soft_targets_and_weights_count_like_repeated_images():
     torch.testing.assert_close(once(x), both(x), atol=0.02, rtol=0)  # the starting odds differ, the minimum doesn't
 
 
-def test_unknown_targets_weigh_nothing_and_one_class_gives_its_odds():
+def test_unknown_targets_are_ignored_and_one_class_gives_its_odds():
     torch.manual_seed(0)
     x, y = torch.randn(30, 4), torch.randint(0, 2, (30, 3)).float()
     y[10:, 0], y[:, 1], y[:, 2] = NAN, NAN, 1.0
@@ -61,18 +61,18 @@ def test_unknown_targets_weigh_nothing_and_one_class_gives_its_odds():
     assert torch.isfinite(some(x)).all()
     assert not some.weight[1:].any()
     assert some.bias[2] > 2
-    # the same ten images decide; only the scale they are measured in is that of all images
+    # the same ten images are fitted; only the standardisation is that of all images
     assert np.corrcoef(some(x)[:, 0], alone(x)[:, 0])[0, 1] > 0.98
 
 
-def test_fewer_images_than_features_have_an_answer_too():
+def test_fewer_images_than_features_can_be_fitted():
     torch.manual_seed(0)
     x, y = torch.randn(12, 100), torch.arange(12)[:, None] % 2.0
     answer = logistic.fit(x, y, 0.01)(x)
     assert ((answer > 0) == (y == 1)).all()
 
 
-def test_neighbours_are_scikit_learns():
+def test_neighbours_equal_scikit_learn():
     torch.manual_seed(0)
     points = torch.randn(500, 8)
     _, where = label_propagation.neighbours(points, 7)
@@ -86,11 +86,11 @@ def test_approximate_neighbours_find_most_of_the_exact_ones(monkeypatch):
     points = torch.randn(20, 8).repeat_interleave(100, 0) + 0.3 * torch.randn(2000, 8)
     exact = label_propagation.neighbours(points, 10)[1]
     monkeypatch.setattr(label_propagation, "EXACT", 100)
-    near, found = label_propagation.neighbours(points, 10)
-    shared = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(exact, found, strict=True)]
+    near, approximate = label_propagation.neighbours(points, 10)
+    shared = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(exact, approximate, strict=True)]
     assert np.mean(shared) > 9.5
     assert (near > -1).all()
-    assert all(i not in row for i, row in enumerate(found.tolist()))
+    assert all(i not in row for i, row in enumerate(approximate.tolist()))
 
 
 def test_whitened_features_have_variance_one_and_no_correlation():
@@ -99,25 +99,25 @@ def test_whitened_features_have_variance_one_and_no_correlation():
     torch.testing.assert_close(white.T @ white / 400, torch.eye(4), atol=1e-4, rtol=0)
 
 
-def test_graph_is_symmetric_and_its_largest_eigenvalue_is_one():
+def test_the_graph_is_symmetric_and_its_largest_eigenvalue_is_one():
     points, _ = two_moons(100)
     matrix = label_propagation.affinity(*label_propagation.neighbours(points, 5)).to_dense()
     torch.testing.assert_close(matrix, matrix.T)
     assert torch.linalg.eigvalsh(matrix).max() == pytest.approx(1, abs=1e-4)
 
 
-def test_propagation_is_its_closed_form():
+def test_propagation_equals_the_closed_form():
     points, truth = two_moons(60)
     matrix = label_propagation.affinity(*label_propagation.neighbours(points, 5))
     labels = few(truth)
-    ours = label_propagation.propagate(matrix, labels, damping=0.5, passes=60)  # .5^60: nothing is left out
+    ours = label_propagation.propagate(matrix, labels, damping=0.5, iterations=60)  # .5^60 is negligible
     seeds = torch.stack([(labels[:, 0] == v).float() / 3 for v in (1, 0)], 1)
     mass = torch.linalg.solve(torch.eye(60) - 0.5 * matrix.to_dense(), 0.5 * seeds)
     mass = mass.clamp(min=1e-12).log()
     torch.testing.assert_close(ours[:, 0], mass[:, 0] - mass[:, 1], atol=1e-3, rtol=1e-3)
 
 
-def test_neighbours_label_what_no_straight_line_parts():
+def test_propagation_separates_what_a_linear_head_cannot():
     points, truth = two_moons()
     labels = few(truth)
     near, where = label_propagation.neighbours(torch.cat([points, torch.ones(300, 1)], 1), 8)
@@ -136,7 +136,7 @@ def test_targets_follow_the_rank_and_the_prevalence_and_keep_known_labels():
     assert (soft[~known] > 0.5).float().mean() == pytest.approx(0.2, abs=0.03)
 
 
-def test_finding_with_one_class_among_its_labels_has_no_target():
+def test_a_finding_with_labels_of_one_class_has_no_target():
     points, truth = two_moons(50)
     labels = torch.cat([few(truth), torch.full((50, 1), NAN)], 1)
     labels[0, 1] = 1.0
@@ -147,7 +147,7 @@ def test_finding_with_one_class_among_its_labels_has_no_target():
 
 MUTATIONS = [
     (
-        test_neighbours_label_what_no_straight_line_parts,
+        test_propagation_separates_what_a_linear_head_cannot,
         "propagate",
         lambda g, labels, **_: labels.nan_to_num(0.5) - 0.5,
     ),
@@ -157,7 +157,11 @@ MUTATIONS = [
         lambda s, p, *_: s.sigmoid(),
     ),
     (test_whitened_features_have_variance_one_and_no_correlation, "whiten", lambda x, c: x[:, :c]),
-    (test_graph_is_symmetric_and_its_largest_eigenvalue_is_one, "affinity", lambda near, where: torch.rand(100, 100)),
+    (
+        test_the_graph_is_symmetric_and_its_largest_eigenvalue_is_one,
+        "affinity",
+        lambda near, where: torch.rand(100, 100),
+    ),
 ]
 
 

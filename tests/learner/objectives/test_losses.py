@@ -1,4 +1,4 @@
-"""The losses and targets of later recipes against published numbers; every test has a mutation that it notices."""
+"""Losses and targets of evolve and kd against published code; each test has a mutation that it detects."""
 
 from math import exp, log
 
@@ -10,7 +10,7 @@ from learner.objectives import class_losses, knowledge_distillation, pseudo_targ
 from learner.objectives.dino import DinoLoss
 from tests.support.learner.golden_vectors import close, golden
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 SINGLE = {"rtol": 2e-5, "atol": 1e-6}  # of float32
 TEMPERATURES = (1, 2, 4, 20)
@@ -29,7 +29,7 @@ def double(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_ibot_terms_and_both_centres_are_the_published_ones():
+def test_ibot_losses_and_centres_equal_the_published_code():
     g = golden("ibot_loss")
     dino, patches = DinoLoss(12, 0.1, 0.07, 0.9).double(), self_supervised.PatchLoss(10, 0.1, 0.07, 0.9).double()
     for step, warmup in enumerate((0.04, None, None, None)):
@@ -43,7 +43,7 @@ def test_ibot_terms_and_both_centres_are_the_published_ones():
         close(patches.centre, g["center2"][step][0])
 
 
-def test_an_image_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_up():
+def test_images_without_masked_patches_count_zero_and_parts_add_up():
     g = golden("ibot_loss")
     patches = self_supervised.PatchLoss(10, 0.1, 0.07, 0.9).double()
     mask = g["mask"][1].flatten(0, 1).flatten(1)
@@ -57,7 +57,7 @@ def test_an_image_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_u
     assert empty.item() == 0
 
 
-def test_koleo_and_its_gradient_are_the_published_ones():
+def test_koleo_and_its_gradient_equal_the_published_code():
     g = golden("koleo")
     x = g["x"].clone().requires_grad_()
     loss = self_supervised.koleo(x)
@@ -66,25 +66,25 @@ def test_koleo_and_its_gradient_are_the_published_ones():
     close(x.grad, g["grad"])
 
 
-def test_sinkhorn_assignment_is_the_published_one():
+def test_sinkhorn_equals_the_published_code():
     g = golden("sinkhorn")
     for iterations in (1, 3):
         close(self_supervised.sinkhorn(g["logits"], float(g["temp"]), iterations), g[f"q{iterations}"], **SINGLE)
 
 
-def test_sinkhorn_stands_temperatures_that_overflow_an_exponential():
+def test_sinkhorn_does_not_overflow_at_low_temperature():
     rows = self_supervised.sinkhorn(golden("sinkhorn")["logits"] * 100, 0.01)
     close(rows.sum(1), torch.ones(8), **SINGLE)
 
 
-def test_kappa_filter_labels_the_published_images():
+def test_kappa_filter_equals_the_published_code():
     g = golden("martins_filter")
     for kappa in (0.25, 0.5, 0.75, 1.0):
         ours = pseudo_targets.kappa_filter(g["score"], float(g["truth"].double().mean()), kappa)
         assert torch.equal(ours.nan_to_num(-1.0).long(), g[f"label_k{kappa}"])
 
 
-def test_distillation_loss_and_gradient_are_the_closed_forms():
+def test_distillation_loss_and_gradient_equal_the_closed_forms():
     g = golden("kd_multilabel")
     for t in TEMPERATURES:
         student = g["zs"].clone().requires_grad_()
@@ -110,7 +110,7 @@ def test_distillation_mixes_labels_and_teacher_in_float32_too():
         close(single.double(), 0.7 * g["hard"] + 0.3 * t**2 * g[f"kl_T{t}"], **SINGLE)
 
 
-def test_the_printed_softmax_form_is_another_loss():
+def test_the_softmax_form_in_the_paper_is_a_different_loss():
     g = golden("kd_multilabel")
     for t in TEMPERATURES:
         softmax = -((g["zt"] / t).softmax(1) * (g["zs"] / t).log_softmax(1)).sum(1).mean()
@@ -118,7 +118,7 @@ def test_the_printed_softmax_form_is_another_loss():
         assert abs(knowledge_distillation.bernoulli_kl(g["zs"], g["zt"], t) / t**2 - softmax) > 1
 
 
-def test_what_teacher_or_labels_do_not_know_weighs_nothing():
+def test_findings_unknown_to_teacher_or_labels_have_no_weight():
     g = golden("kd_multilabel")
     teacher, labels, weights = g["zt"].clone(), g["y"].clone(), torch.linspace(0.5, 2, 14).double()
     teacher[:, 3], labels[2] = torch.nan, torch.nan
@@ -130,7 +130,7 @@ def test_what_teacher_or_labels_do_not_know_weighs_nothing():
     close(student.grad, 0.6 * hard + 0.4 * soft)
 
 
-def test_plain_label_loss_is_bit_for_bit_what_it_was():
+def test_the_label_loss_without_weights_equals_binary_cross_entropy():
     logits, labels = normal(13, 8, 4).float(), (uniform(14, 8, 4) < 0.3).float()
     labels[uniform(15, 8, 4) < 0.2] = UNKNOWN
     known = ~labels.isnan()
@@ -139,7 +139,7 @@ def test_plain_label_loss_is_bit_for_bit_what_it_was():
     assert torch.equal(class_losses.label_loss(logits, labels, torch.tensor(99)), (each * known).sum() / 99)
 
 
-def test_weighted_label_loss_is_that_of_a_plain_loop():
+def test_the_weighted_label_loss_equals_a_plain_loop():
     logits, labels = normal(16, 6, 2), (uniform(17, 6, 2) < 0.5).double()
     labels[0, 0] = UNKNOWN
     of_finding, of_positive, moved, soft = [0.5, 3.0], [4.0, 0.25], [-1.0, 2.0], 0.05
@@ -216,38 +216,38 @@ def without_smoothing(student, labels, smoothing, **weights):
 
 MUTATIONS = [
     (
-        "test_ibot_terms_and_both_centres_are_the_published_ones",
+        "test_ibot_losses_and_centres_equal_the_published_code",
         "learner.objectives.self_supervised.PatchLoss.forward",
         unweighted,
     ),
     (
-        "test_ibot_terms_and_both_centres_are_the_published_ones",
+        "test_ibot_losses_and_centres_equal_the_published_code",
         "learner.objectives.self_supervised.PatchLoss.move",
         lambda patches, mean: patches.centre.mul_(0.1).add_(mean, alpha=0.9),
     ),
     (
-        "test_an_image_without_a_masked_patch_adds_nothing_and_parts_of_a_batch_add_up",
+        "test_images_without_masked_patches_count_zero_and_parts_add_up",
         "learner.objectives.self_supervised.PatchLoss.forward",
         unweighted,
     ),
     (
-        "test_koleo_and_its_gradient_are_the_published_ones",
+        "test_koleo_and_its_gradient_equal_the_published_code",
         "learner.objectives.self_supervised.koleo",
         without_exclusion,
     ),
     (
-        "test_sinkhorn_assignment_is_the_published_one",
+        "test_sinkhorn_equals_the_published_code",
         "learner.objectives.self_supervised.sinkhorn",
         lambda logits, temperature, iterations: (logits / temperature).softmax(1),
     ),
     (
-        "test_sinkhorn_stands_temperatures_that_overflow_an_exponential",
+        "test_sinkhorn_does_not_overflow_at_low_temperature",
         "learner.objectives.self_supervised.sinkhorn",
         overflowing,
     ),
-    ("test_kappa_filter_labels_the_published_images", "learner.objectives.pseudo_targets.hard_labels", high_rule_wins),
+    ("test_kappa_filter_equals_the_published_code", "learner.objectives.pseudo_targets.hard_labels", high_rule_wins),
     (
-        "test_distillation_loss_and_gradient_are_the_closed_forms",
+        "test_distillation_loss_and_gradient_equal_the_closed_forms",
         "learner.objectives.knowledge_distillation.bernoulli_kl",
         softmax_kl,
     ),
@@ -257,18 +257,22 @@ MUTATIONS = [
         lambda student, teacher, t: ((student - teacher) ** 2).mean() / 8,
     ),
     (
-        "test_the_printed_softmax_form_is_another_loss",
+        "test_the_softmax_form_in_the_paper_is_a_different_loss",
         "learner.objectives.knowledge_distillation.bernoulli_kl",
         softmax_cross_entropy,
     ),
     (
-        "test_what_teacher_or_labels_do_not_know_weighs_nothing",
+        "test_findings_unknown_to_teacher_or_labels_have_no_weight",
         "learner.objectives.knowledge_distillation.label_loss",
         lambda student, labels, known, class_weights: class_losses.label_loss(student, labels),
     ),
-    ("test_plain_label_loss_is_bit_for_bit_what_it_was", "learner.objectives.class_losses.label_loss", all_mean),
     (
-        "test_weighted_label_loss_is_that_of_a_plain_loop",
+        "test_the_label_loss_without_weights_equals_binary_cross_entropy",
+        "learner.objectives.class_losses.label_loss",
+        all_mean,
+    ),
+    (
+        "test_the_weighted_label_loss_equals_a_plain_loop",
         "learner.objectives.class_losses.label_loss",
         without_smoothing,
     ),

@@ -1,7 +1,4 @@
-"""What the learner's formulas hold for any input, by letter of the design's list; every test has a mutation it notices.
-
-Here are (a) to (f), (i), (k) to (o): the DINO loss, the class losses, the averages, the targets and distillation.
-"""
+"""Properties of losses, averages, targets and distillation for any input; each test has a mutation that it detects."""
 
 from math import log, sqrt
 
@@ -15,9 +12,9 @@ from learner.objectives import class_losses, knowledge_distillation, pseudo_targ
 from learner.objectives.dino import DinoLoss
 from tests.support.learner.golden_vectors import close
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
-# no shrinking: a mutation is noticed at its first example
+# no shrinking: each mutation is detected at its first example
 few = settings(max_examples=20, derandomize=True, deadline=None, database=None, phases=(Phase.generate,))
 small, numbers, share, seeds = st.integers(2, 9), st.floats(-5, 5), st.floats(0.01, 0.99), st.integers(0, 2**31)
 
@@ -27,7 +24,7 @@ def normal(seed, *shape):
 
 
 def shuffled(seed, samples):
-    """Scores without ties."""
+    """Return scores without ties."""
     return torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).double()
 
 
@@ -36,7 +33,7 @@ def dino_of(prototypes):
 
 
 def linear(seed):
-    """A network with a buffer."""
+    """Return a network with a buffer."""
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).double()
     for i, tensor in enumerate([*network.parameters(), network[1].running_mean]):
         tensor.detach().copy_(normal(seed + i, *tensor.shape))
@@ -45,14 +42,14 @@ def linear(seed):
 
 @few
 @given(small, small, small, numbers, numbers)
-def test_a_constant_logits_cost_ln_k(samples, views, prototypes, student, teacher):
+def test_constant_logits_have_loss_ln_k(samples, views, prototypes, student, teacher):
     flat = torch.ones(views * samples, prototypes).double()
     close(dino_of(prototypes)(student * flat, teacher * flat[: 2 * samples]), log(prototypes))
 
 
 @few
 @given(seeds, small, small)
-def test_b_shifting_teacher_and_centre_changes_nothing(seed, samples, prototypes):
+def test_shifting_teacher_and_centre_does_not_change_the_loss(seed, samples, prototypes):
     student, teacher = normal(seed, 3 * samples, prototypes), normal(seed + 1, 2 * samples, prototypes)
     shift, plain, moved = 5 * normal(seed + 2, 1, prototypes), dino_of(prototypes), dino_of(prototypes)
     moved.centre += shift
@@ -61,7 +58,7 @@ def test_b_shifting_teacher_and_centre_changes_nothing(seed, samples, prototypes
 
 @few
 @given(seeds, st.permutations(range(2, 6)))
-def test_c_pairs_of_different_views_count_alike(seed, order):
+def test_all_pairs_of_different_views_have_equal_weight(seed, order):
     student, teacher = normal(seed, 6, 3, 8), normal(seed + 1, 2, 3, 8)
     loss = dino_of(8)(student.flatten(0, 1), teacher.flatten(0, 1))
     pairs = [(g, v) for g in range(2) for v in range(6) if g != v]
@@ -73,7 +70,7 @@ def test_c_pairs_of_different_views_count_alike(seed, order):
 
 @few
 @given(seeds, st.integers(1, 30))
-def test_d_centres_near_a_constant_mean_geometrically(seed, steps):
+def test_centres_approach_a_constant_mean_geometrically(seed, steps):
     dino, mean = dino_of(7), normal(seed, 1, 7)
     patches = self_supervised.PatchLoss(7, 0.1, 0.04, 0.9).double()
     for _ in range(steps):
@@ -85,7 +82,7 @@ def test_d_centres_near_a_constant_mean_geometrically(seed, steps):
 
 @few
 @given(seeds, small, small)
-def test_e_self_training_pulls_the_noised_view_alone(seed, samples, findings):
+def test_self_training_has_a_gradient_only_for_the_augmented_view(seed, samples, findings):
     student, teacher = normal(seed, 2 * samples, findings).requires_grad_(), normal(seed + 1, samples, findings)
     class_losses.self_training_loss(student[samples:], teacher).backward()
     close(student.grad[samples:], (student[samples:].detach().sigmoid() - teacher.sigmoid()) / (samples * findings))
@@ -94,7 +91,7 @@ def test_e_self_training_pulls_the_noised_view_alone(seed, samples, findings):
 
 @few
 @given(seeds, share)
-def test_f_the_average_keeps_copies_or_blends(seed, momentum):
+def test_ema_keeps_copies_or_blends(seed, momentum):
     for m in (0.0, momentum, 1.0):
         teacher, student = linear(seed), linear(seed + 10)
         weight_averaging.ema_update_with_buffers(teacher, student, m)
@@ -107,7 +104,7 @@ def test_f_the_average_keeps_copies_or_blends(seed, momentum):
 
 @few
 @given(seeds, small, small)
-def test_i_hot_distillation_is_an_eighth_of_squares(seed, samples, findings):
+def test_distillation_at_high_temperature_is_an_eighth_of_the_squared_difference(seed, samples, findings):
     student, teacher = normal(seed, samples, findings), normal(seed + 1, samples, findings)
     close(knowledge_distillation.bernoulli_kl(student, teacher, 1e4), ((student - teacher) ** 2).mean() / 8, rtol=1e-4)
     assert knowledge_distillation.bernoulli_kl(student, student, 2.0) == 0
@@ -116,12 +113,12 @@ def test_i_hot_distillation_is_an_eighth_of_squares(seed, samples, findings):
 
 @few
 @given(seeds, small, small)
-def test_i_only_the_softmax_gradient_cancels_over_findings(seed, samples, findings):
+def test_only_the_softmax_gradient_sums_to_zero_over_findings(seed, samples, findings):
     bernoulli, softmax = (
         normal(seed, samples, findings).requires_grad_(),
         normal(seed, samples, findings).requires_grad_(),
     )
-    teacher = bernoulli.detach() + 1  # surer of every finding at once: softmax can't say that
+    teacher = bernoulli.detach() + 1  # higher for all findings at once, which a softmax cannot express
     (-(teacher.softmax(1) * softmax.log_softmax(1)).sum(1).mean()).backward()
     close(softmax.grad.sum(1), torch.zeros(samples).double())
     knowledge_distillation.bernoulli_kl(bernoulli, teacher, 2.0).backward()
@@ -130,7 +127,7 @@ def test_i_only_the_softmax_gradient_cancels_over_findings(seed, samples, findin
 
 @few
 @given(seeds, st.integers(2, 300), share, share)
-def test_k_the_filter_keeps_its_share_at_any_scale(seed, samples, ratio, kappa):
+def test_the_kappa_filter_keeps_its_share_for_scores_of_any_scale(seed, samples, ratio, kappa):
     scores = shuffled(seed, samples)
     labels = pseudo_targets.kappa_filter(scores, ratio, kappa)
     kept = int(kappa * ratio * samples) + int(kappa * (1 - ratio) * samples)
@@ -142,7 +139,7 @@ def test_k_the_filter_keeps_its_share_at_any_scale(seed, samples, ratio, kappa):
 
 @few
 @given(seeds, small, small)
-def test_l_alignment_to_its_own_mean_is_the_identity(seed, samples, findings):
+def test_alignment_to_the_own_mean_is_the_identity(seed, samples, findings):
     logits, mean, prevalence = (
         normal(seed, samples, findings),
         normal(seed, findings).sigmoid(),
@@ -155,7 +152,7 @@ def test_l_alignment_to_its_own_mean_is_the_identity(seed, samples, findings):
 
 @few
 @given(seeds, st.integers(2, 300), share)
-def test_l_kappa_one_labels_every_image_at_the_prevalence(seed, samples, part):
+def test_kappa_one_labels_every_image_at_the_prevalence(seed, samples, part):
     positives = min(max(1, round(part * samples)), samples - 1)
     scores = torch.stack([shuffled(seed, samples), shuffled(seed + 1, samples)], 1)
     prevalence = torch.tensor([positives, samples - positives]).double() / samples
@@ -166,7 +163,7 @@ def test_l_kappa_one_labels_every_image_at_the_prevalence(seed, samples, part):
 
 @few
 @given(seeds, small, small, share)
-def test_m_sinkhorn_rows_sum_to_one(seed, samples, prototypes, temperature):
+def test_sinkhorn_rows_sum_to_one(seed, samples, prototypes, temperature):
     rows = self_supervised.sinkhorn(normal(seed, samples, prototypes), temperature)
     close(rows.sum(1), torch.ones(samples).double())
     columns = self_supervised.sinkhorn(normal(seed, samples, prototypes), 1.0, iterations=200).sum(0)
@@ -177,7 +174,7 @@ def test_m_sinkhorn_rows_sum_to_one(seed, samples, prototypes, temperature):
 
 @few
 @given(seeds, small, small)
-def test_n_koleo_of_twins_and_of_orthonormal_rows(seed, samples, width):
+def test_koleo_of_equal_and_of_orthonormal_rows(seed, samples, width):
     row = normal(seed, 1, width)
     close(self_supervised.koleo(row.expand(2, -1)), -log(1e-8 * sqrt(width) + 1e-8), rtol=1e-3)
     close(self_supervised.koleo(torch.linalg.qr(normal(seed, samples, samples))[0]), -log(sqrt(2)), atol=1e-7)
@@ -186,7 +183,7 @@ def test_n_koleo_of_twins_and_of_orthonormal_rows(seed, samples, width):
 
 @few
 @given(seeds, share)
-def test_o_wise_ends_at_champion_and_candidate(seed, a):
+def test_wise_with_share_0_and_1_is_champion_and_candidate(seed, a):
     champion, candidate = linear(seed).state_dict(), linear(seed + 10).state_dict()
     candidate["1.num_batches_tracked"] += 3
     for name in champion:
@@ -248,60 +245,24 @@ def no_floor(x):
 
 
 MUTATIONS = [
-    ("test_a_constant_logits_cost_ln_k", "learner.objectives.dino.DinoLoss.forward", summed),
-    ("test_b_shifting_teacher_and_centre_changes_nothing", "learner.objectives.dino.DinoLoss.forward", without_centre),
-    ("test_c_pairs_of_different_views_count_alike", "learner.objectives.dino.DinoLoss.forward", all_pairs),
-    ("test_d_centres_near_a_constant_mean_geometrically", "learner.objectives.dino.DinoLoss.move", swallow),
-    ("test_d_centres_near_a_constant_mean_geometrically", "learner.objectives.self_supervised.PatchLoss.move", swallow),
-    (
-        "test_e_self_training_pulls_the_noised_view_alone",
-        "learner.objectives.class_losses.self_training_loss",
-        lambda student, teacher: (student.sigmoid() - teacher.sigmoid()).square().mean(),
-    ),
-    (
-        "test_f_the_average_keeps_copies_or_blends",
-        "learner.engine.weight_averaging.ema_update_with_buffers",
-        buffers_forgotten,
-    ),
-    (
-        "test_f_the_average_keeps_copies_or_blends",
-        "learner.engine.weight_averaging.ema_update",
-        lambda teacher, student, m: teacher.load_state_dict(student.state_dict()),
-    ),
-    (
-        "test_i_hot_distillation_is_an_eighth_of_squares",
-        "learner.objectives.knowledge_distillation.bernoulli_kl",
-        squared,
-    ),
-    (
-        "test_i_only_the_softmax_gradient_cancels_over_findings",
-        "learner.objectives.knowledge_distillation.bernoulli_kl",
-        centred,
-    ),
-    ("test_k_the_filter_keeps_its_share_at_any_scale", "learner.objectives.pseudo_targets.kappa_filter", fixed_cut),
-    (
-        "test_l_alignment_to_its_own_mean_is_the_identity",
-        "learner.objectives.pseudo_targets.align",
-        lambda logits, mean, prevalence: logits - mean.logit() - prevalence.logit(),
-    ),
-    (
-        "test_l_kappa_one_labels_every_image_at_the_prevalence",
-        "learner.objectives.pseudo_targets.class_thresholds",
-        quartiles,
-    ),
-    ("test_m_sinkhorn_rows_sum_to_one", "learner.objectives.self_supervised.sinkhorn", only_columns),
-    (
-        "test_m_sinkhorn_rows_sum_to_one",
-        "learner.objectives.self_supervised.sinkhorn",
-        lambda logits, temperature, iterations=3: (logits / temperature).softmax(1),
-    ),
-    ("test_n_koleo_of_twins_and_of_orthonormal_rows", "learner.objectives.self_supervised.koleo", no_floor),
-    (
-        "test_o_wise_ends_at_champion_and_candidate",
-        "learner.engine.weight_averaging.wise",
-        lambda champion, candidate, a: weight_averaging.running_mean(champion, candidate, 1),
-    ),
-]
+    ("test_constant_logits_have_loss_ln_k", "learner.objectives.dino.DinoLoss.forward", summed),
+    ("test_shifting_teacher_and_centre_does_not_change_the_loss", "learner.objectives.dino.DinoLoss.forward", without_centre),
+    ("test_all_pairs_of_different_views_have_equal_weight", "learner.objectives.dino.DinoLoss.forward", all_pairs),
+    ("test_centres_approach_a_constant_mean_geometrically", "learner.objectives.dino.DinoLoss.move", swallow),
+    ("test_centres_approach_a_constant_mean_geometrically", "learner.objectives.self_supervised.PatchLoss.move", swallow),
+    ("test_self_training_has_a_gradient_only_for_the_augmented_view", "learner.objectives.class_losses.self_training_loss", lambda student, teacher: (student.sigmoid() - teacher.sigmoid()).square().mean()),
+    ("test_ema_keeps_copies_or_blends", "learner.engine.weight_averaging.ema_update_with_buffers", buffers_forgotten),
+    ("test_ema_keeps_copies_or_blends", "learner.engine.weight_averaging.ema_update", lambda teacher, student, m: teacher.load_state_dict(student.state_dict())),
+    ("test_distillation_at_high_temperature_is_an_eighth_of_the_squared_difference", "learner.objectives.knowledge_distillation.bernoulli_kl", squared),
+    ("test_only_the_softmax_gradient_sums_to_zero_over_findings", "learner.objectives.knowledge_distillation.bernoulli_kl", centred),
+    ("test_the_kappa_filter_keeps_its_share_for_scores_of_any_scale", "learner.objectives.pseudo_targets.kappa_filter", fixed_cut),
+    ("test_alignment_to_the_own_mean_is_the_identity", "learner.objectives.pseudo_targets.align", lambda logits, mean, prevalence: logits - mean.logit() - prevalence.logit()),
+    ("test_kappa_one_labels_every_image_at_the_prevalence", "learner.objectives.pseudo_targets.class_thresholds", quartiles),
+    ("test_sinkhorn_rows_sum_to_one", "learner.objectives.self_supervised.sinkhorn", only_columns),
+    ("test_sinkhorn_rows_sum_to_one", "learner.objectives.self_supervised.sinkhorn", lambda logits, temperature, iterations=3: (logits / temperature).softmax(1)),
+    ("test_koleo_of_equal_and_of_orthonormal_rows", "learner.objectives.self_supervised.koleo", no_floor),
+    ("test_wise_with_share_0_and_1_is_champion_and_candidate", "learner.engine.weight_averaging.wise", lambda champion, candidate, a: weight_averaging.running_mean(champion, candidate, 1)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)

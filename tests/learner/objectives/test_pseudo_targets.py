@@ -1,4 +1,4 @@
-"""Targets, weights and masks beside plain-loop and second-library versions; every test has a mutation it notices."""
+"""Targets, weights and masks against plain loops and second libraries; each test has a mutation that it detects."""
 
 from math import exp
 from statistics import fmean, pstdev
@@ -12,7 +12,7 @@ from learner.engine import weight_averaging
 from learner.objectives import pseudo_targets, self_supervised
 from tests.support.learner.golden_vectors import close
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
 UNKNOWN = float("nan")
 SIDE = 14
@@ -39,24 +39,26 @@ def test_masks_cover_the_drawn_share_of_the_drawn_images():
     assert self_supervised.block_masks(numbers, SIDE, chance=1.0).flatten(1).sum(1).min() >= round(0.1 * SIDE**2)
 
 
-def test_a_mask_depends_on_nothing_but_its_own_numbers():
+def test_a_mask_depends_only_on_its_numbers():
     numbers = uniform(2, 40, self_supervised.MASK_NUMBERS)
     masks = self_supervised.block_masks(numbers, SIDE, chance=1.0)
     assert torch.equal(self_supervised.block_masks(numbers[7:9], SIDE, chance=1.0), masks[7:9])
     assert len({mask.numpy().tobytes() for mask in masks}) == 40
 
 
-def test_masks_are_blocks_and_not_scattered_patches():
+def test_masks_are_blocks_of_patches():
     masks = self_supervised.block_masks(uniform(3, 200, self_supervised.MASK_NUMBERS), SIDE, chance=1.0)
     pairs = (masks[:, 1:] & masks[:, :-1]).sum() + (masks[:, :, 1:] & masks[:, :, :-1]).sum()
-    assert pairs / masks.sum() > 1.4  # neighbours a masked patch has to the right and below: 2 in a large block
-    assert masks.float().mean(0).min() > 0.05  # and no place is spared
+    assert pairs / masks.sum() > 1.4  # masked neighbours to the right and below: 2 in a large block
+    assert masks.float().mean(0).min() > 0.05  # and every position is masked sometimes
 
 
-def test_rectangles_have_the_drawn_place_and_shape():
+def test_rectangles_have_the_drawn_position_and_shape():
     numbers = torch.full((1, self_supervised.MASK_NUMBERS), 0.5).double()
     numbers[:, 1] = 0.3
-    numbers[:, 2 + 2 * self_supervised.BLOCKS : 2 + 3 * self_supervised.BLOCKS] = 0.0  # the flattest, all in the middle
+    numbers[:, 2 + 2 * self_supervised.BLOCKS : 2 + 3 * self_supervised.BLOCKS] = (
+        0.0  # the flattest rectangles, all in the middle
+    )
     rows, columns = self_supervised.block_masks(numbers, 30, chance=1.0)[0].nonzero().T
     assert (rows.max() - rows.min() + 1) / (columns.max() - columns.min() + 1) == pytest.approx(0.3, abs=0.05)
     numbers[:, 2 : 2 + 2 * self_supervised.BLOCKS] = double(0, 0, 1, 1, 0, 1, 0, 1)  # one to each corner
@@ -75,7 +77,7 @@ def test_prevalence_of_few_images_shrinks_to_the_overall_rate():
     assert pseudo_targets.shrunk_prevalence(torch.zeros(9, 2)).gt(0).all()
 
 
-def test_filter_by_finding_takes_its_ratio_from_other_images():
+def test_the_filter_takes_its_ratio_from_other_images():
     scores, labels = normal(4, 50, 2), (uniform(5, 30, 2) < torch.tensor([0.1, 0.6])).double()
     ratios = pseudo_targets.shrunk_prevalence(labels).tolist()
     each = [pseudo_targets.kappa_filter(scores[:, i], ratios[i], 0.5) for i in range(2)]
@@ -86,7 +88,7 @@ def test_filter_by_finding_takes_its_ratio_from_other_images():
     assert counts[0] < counts[1]
 
 
-def test_thresholds_are_quantiles_of_a_part_filled_buffer():
+def test_thresholds_are_quantiles_that_ignore_nan():
     scores = normal(6, 80, 2)
     scores[60:, 1] = UNKNOWN
     low, high = pseudo_targets.class_thresholds(scores, double(0.1, 0.3), 0.8)
@@ -94,24 +96,24 @@ def test_thresholds_are_quantiles_of_a_part_filled_buffer():
     close(high, double(np.quantile(scores[:, 0], 1 - 0.08), np.quantile(scores[:60, 1], 1 - 0.24)))
 
 
-def test_low_rule_wins_ties_and_the_middle_is_dropped():
+def test_ties_become_negative_and_the_middle_is_left_out():
     labels = pseudo_targets.hard_labels(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(2.0), torch.tensor(4.0))
     assert labels.nan_to_num(-1).tolist() == [0, 0, -1, 1]
     assert pseudo_targets.kappa_filter(torch.ones(6), 0.5, 1.0).tolist() == [0.0] * 6
 
 
-def test_aligned_answers_come_near_the_prevalence():
+def test_aligned_probabilities_approach_the_prevalence():
     logits, prevalence = normal(7, 4000, 2) + double(1, -3), double(0.1, 0.2)
     answers, mean = logits.sigmoid().mean(0), prevalence
     for _ in range(600):
         mean = pseudo_targets.move_mean(mean, answers, momentum=0.98)
     close(mean, answers, rtol=1e-4)
-    # near, not at: a shift of logits by the mean answer's is exact only where the answers are alike
+    # approximate: shifting logits by that of the mean is exact only for equal probabilities
     aligned = pseudo_targets.align(logits, mean, prevalence).sigmoid().mean(0)
     assert ((aligned - prevalence).abs() < 0.2 * (answers - prevalence).abs()).all()
 
 
-def test_soft_weights_are_those_of_a_plain_loop():
+def test_soft_weights_equal_a_plain_loop():
     logits, reference, cut = normal(8, 20, 3), 2 * normal(9, 60, 3), double(0.0, 0.5, 9.0)
     reference[50:] = UNKNOWN
     weights = pseudo_targets.soft_weights(logits, reference, cut)
@@ -125,14 +127,14 @@ def test_soft_weights_are_those_of_a_plain_loop():
             close(weights[sample, finding], exp(-(short**2) / (2 * pstdev(same) ** 2)))
 
 
-def test_a_side_never_seen_weighs_nothing():
+def test_a_side_without_reference_has_weight_zero():
     weights = pseudo_targets.soft_weights(
         torch.tensor([[2.0], [-2.0]]), torch.tensor([[-1.0], [-1.5]]), torch.tensor([0.0])
     )
     assert weights.tolist() == [[0.0], [1.0]]
 
 
-def test_two_heads_agree_where_they_say_the_same():
+def test_agreement_is_one_for_equal_and_zero_for_opposite_heads():
     a, b = normal(10, 5, 3), normal(11, 5, 3)
     assert pseudo_targets.agreement(a, a).eq(1).all()
     assert torch.equal(pseudo_targets.agreement(a, b), pseudo_targets.agreement(b, a))
@@ -140,17 +142,17 @@ def test_two_heads_agree_where_they_say_the_same():
     assert pseudo_targets.agreement(a, a + 1).gt(pseudo_targets.agreement(a, a + 2)).all()
 
 
-def test_the_ramp_rises_to_one_and_stays():
+def test_the_ramp_up_rises_to_one():
     assert [pseudo_targets.ramp_up(t) for t in (-9, 0, 0.5, 1, 7)] == [exp(-5), exp(-5), exp(-1.25), 1, 1]
 
 
-def test_ten_crops_are_torchvisions():
+def test_ten_crops_equal_torchvision():
     for side in (20, 21, 23):
         images = uniform(12, 2, 1, side, side + 2)
         assert torch.equal(pseudo_targets.ten_crop(images, 16), torch.stack(torchvision_ten_crop(images, [16, 16])))
 
 
-def test_running_mean_and_soup_are_the_mean_of_all():
+def test_running_mean_and_soup_equal_the_mean():
     states = [{"w": normal(i, 2, 3), "seen": torch.tensor(i)} for i in range(5)]
     mean = states[0]
     for count in range(1, 5):
@@ -163,11 +165,11 @@ def test_running_mean_and_soup_are_the_mean_of_all():
     assert states[0]["w"].any()
 
 
-def test_what_cannot_be_done_says_why():
-    one, other = {"w": torch.zeros(2)}, {"w": torch.zeros(3), "v": torch.zeros(1)}
+def test_impossible_arguments_raise_with_a_reason():
+    first, second = {"w": torch.zeros(2)}, {"w": torch.zeros(3), "v": torch.zeros(1)}
     for wrong, why in (
-        (lambda: weight_averaging.wise(one, other, 0.5), "2 weights differ in name or shape, first v"),
-        (lambda: weight_averaging.wise(one, one, 1.5), "between 0 and 1"),
+        (lambda: weight_averaging.wise(first, second, 0.5), "2 weights differ in name or shape, first v"),
+        (lambda: weight_averaging.wise(first, first, 1.5), "between 0 and 1"),
         (lambda: weight_averaging.soup([]), "at least one"),
         (lambda: pseudo_targets.kappa_filter(torch.ones(3), 0.5, 0.0), "above 0 and at most 1"),
         (lambda: pseudo_targets.class_thresholds(torch.ones(3, 1), torch.ones(1), 1.1), "above 0 and at most 1"),
@@ -221,62 +223,66 @@ def other_order(images, size):
 
 MUTATIONS = [
     ("test_masks_cover_the_drawn_share_of_the_drawn_images", "learner.objectives.self_supervised.block_masks", quarter),
-    ("test_a_mask_depends_on_nothing_but_its_own_numbers", "learner.objectives.self_supervised.block_masks", scattered),
-    ("test_a_mask_depends_on_nothing_but_its_own_numbers", "learner.objectives.self_supervised.block_masks", quarter),
-    ("test_masks_are_blocks_and_not_scattered_patches", "learner.objectives.self_supervised.block_masks", scattered),
-    ("test_masks_are_blocks_and_not_scattered_patches", "learner.objectives.self_supervised.block_masks", quarter),
-    ("test_rectangles_have_the_drawn_place_and_shape", "learner.objectives.self_supervised.ASPECT", (0.0, 0.0)),
-    ("test_rectangles_have_the_drawn_place_and_shape", "learner.objectives.self_supervised.block_masks", quarter),
+    ("test_a_mask_depends_only_on_its_numbers", "learner.objectives.self_supervised.block_masks", scattered),
+    ("test_a_mask_depends_only_on_its_numbers", "learner.objectives.self_supervised.block_masks", quarter),
+    ("test_masks_are_blocks_of_patches", "learner.objectives.self_supervised.block_masks", scattered),
+    ("test_masks_are_blocks_of_patches", "learner.objectives.self_supervised.block_masks", quarter),
+    ("test_rectangles_have_the_drawn_position_and_shape", "learner.objectives.self_supervised.ASPECT", (0.0, 0.0)),
+    ("test_rectangles_have_the_drawn_position_and_shape", "learner.objectives.self_supervised.block_masks", quarter),
     (
         "test_prevalence_of_few_images_shrinks_to_the_overall_rate",
         "learner.objectives.pseudo_targets.shrunk_prevalence",
         no_prior,
     ),
     (
-        "test_filter_by_finding_takes_its_ratio_from_other_images",
+        "test_the_filter_takes_its_ratio_from_other_images",
         "learner.objectives.pseudo_targets.kappa_labels",
         of_the_scored_samples,
     ),
     (
-        "test_thresholds_are_quantiles_of_a_part_filled_buffer",
+        "test_thresholds_are_quantiles_that_ignore_nan",
         "learner.objectives.pseudo_targets.class_thresholds",
         unfilled_counts_as_zero,
     ),
     (
-        "test_low_rule_wins_ties_and_the_middle_is_dropped",
+        "test_ties_become_negative_and_the_middle_is_left_out",
         "learner.objectives.pseudo_targets.hard_labels",
         high_rule_wins,
     ),
     (
-        "test_aligned_answers_come_near_the_prevalence",
+        "test_aligned_probabilities_approach_the_prevalence",
         "learner.objectives.pseudo_targets.align",
         lambda logits, mean, prevalence: logits + mean.logit() - prevalence.logit(),
     ),
     (
-        "test_aligned_answers_come_near_the_prevalence",
+        "test_aligned_probabilities_approach_the_prevalence",
         "learner.objectives.pseudo_targets.move_mean",
         lambda mean, batch, momentum: mean,
     ),
-    ("test_soft_weights_are_those_of_a_plain_loop", "learner.objectives.pseudo_targets.soft_weights", both_sides_alike),
-    ("test_a_side_never_seen_weighs_nothing", "learner.objectives.pseudo_targets.soft_weights", both_sides_alike),
+    ("test_soft_weights_equal_a_plain_loop", "learner.objectives.pseudo_targets.soft_weights", both_sides_alike),
     (
-        "test_two_heads_agree_where_they_say_the_same",
+        "test_a_side_without_reference_has_weight_zero",
+        "learner.objectives.pseudo_targets.soft_weights",
+        both_sides_alike,
+    ),
+    (
+        "test_agreement_is_one_for_equal_and_zero_for_opposite_heads",
         "learner.objectives.pseudo_targets.agreement",
         lambda a, b: a.sigmoid() * b.sigmoid() + (-a).sigmoid() * (-b).sigmoid(),
     ),
     (
-        "test_the_ramp_rises_to_one_and_stays",
+        "test_the_ramp_up_rises_to_one",
         "learner.objectives.pseudo_targets.ramp_up",
         lambda t: exp(-5 * (1 - t) ** 2),
     ),
-    ("test_ten_crops_are_torchvisions", "learner.objectives.pseudo_targets.ten_crop", other_order),
+    ("test_ten_crops_equal_torchvision", "learner.objectives.pseudo_targets.ten_crop", other_order),
     (
-        "test_running_mean_and_soup_are_the_mean_of_all",
+        "test_running_mean_and_soup_equal_the_mean",
         "learner.engine.weight_averaging.running_mean",
         lambda mean, new, count: weight_averaging.wise(mean, new, 0.5),
     ),
     (
-        "test_what_cannot_be_done_says_why",
+        "test_impossible_arguments_raise_with_a_reason",
         "learner.engine.weight_averaging.soup",
         lambda ingredients: next(iter(ingredients)) if ingredients else None,
     ),
@@ -286,7 +292,7 @@ MUTATIONS = [
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong):
     monkeypatch.setattr(attribute, wrong)
-    with pytest.raises((AssertionError, pytest.fail.Exception)):  # the latter where an error isn't raised any more
+    with pytest.raises((AssertionError, pytest.fail.Exception)):  # the latter where no error is raised
         globals()[test]()
 
 

@@ -1,4 +1,4 @@
-"""Rounds of the recipe kd: between two kinds of network, every strategy, resumed at any step, in parts and whole."""
+"""Rounds of the recipe kd: strategies, different networks, parents, resuming, steps in parts."""
 
 import inspect
 from dataclasses import replace
@@ -17,24 +17,23 @@ from learner.objectives.knowledge_distillation import bernoulli_kl
 from learner.recipes import kd
 from learner.round.recipe import resolve
 from tests.support.learner.recipe_rounds import (
-    ALONE,
+    CLASS_LOSS_ONLY,
     CONVNET,
     check_killed_and_restarted,
     check_phases,
     check_stopping_after_every_step,
-    copy_of,
     opened,
     phases_of,
     rows_of,
-    same,
     whole_rounds,
     without_label,
 )
 from tests.support.learner.round_folders import make_round, result
+from tests.support.learner.weights import copy_of, same
 
-KD = {**ALONE, "method": "kd", "kd_teacher": CONVNET}
+KD = {**CLASS_LOSS_ONLY, "method": "kd", "kd_teacher": CONVNET}
 CASES = {
-    "standard": KD,  # a convolutional net teaches a transformer
+    "standard": KD,  # the teacher is a convolutional network, the student a transformer
     "reversed": {**KD, "kd_strategy": "reversed"},
     "self": {**KD, "kd_strategy": "self", "arch": CONVNET},
 }
@@ -51,27 +50,27 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_phase_has_its_steps_and_leaves_two_models(whole, case):
+def test_each_phase_has_its_steps_and_two_models_are_exported(whole, case):
     check_phases(whole(case), PHASES[case])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_h_stopping_after_every_single_step_changes_no_bit(whole, tmp_path, monkeypatch, case):
+def test_pausing_after_every_step_changes_no_bit(whole, tmp_path, monkeypatch, case):
     folder, steps = make_round(tmp_path / "r", **CASES[case]), sum(PHASES[case].values())
     check_stopping_after_every_step(whole(case), folder, steps, monkeypatch)
 
 
-def test_killed_while_the_student_learns_and_restarted_equals_the_uninterrupted_one(whole, tmp_path):
+def test_a_round_killed_in_training_and_restarted_equals_an_uninterrupted_one(whole, tmp_path):
     check_killed_and_restarted(whole("standard"), make_round(tmp_path / "r", checkpoint_seconds=0, **KD))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_served_network_is_the_taught_one(whole, case):
+def test_the_served_network_is_the_student(whole, case):
     plan = read_file(whole(case) / "final/state.safetensors", tensors=False)[1]["plan"]
     assert plan.get("timm") == (None if case == "standard" else CONVNET)
 
 
-def test_round_without_labels_is_refused(tmp_path):
+def test_a_round_without_labels_is_rejected(tmp_path):
     folder = make_round(tmp_path / "r", train=(0, 8), **KD)
     assert main([str(folder)]) == 3
     assert "no labelled train image" in result(folder)["reason"]
@@ -79,8 +78,8 @@ def test_round_without_labels_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["base", "standard", "self"])
-def test_kd_goes_on_from_a_parent(whole, tmp_path, strategy):
-    """As the student, but in `self` as the teacher of one that starts anew."""
+def test_kd_starts_from_a_parent(whole, tmp_path, strategy):
+    """The parent is the student, in "self" the teacher of a new student."""
     state = whole("standard") / "final/state.safetensors"
     parent, begun = {"bundle": "abc", "state": str(state)}, []
     folder = make_round(tmp_path / "r", parent=parent, **KD, kd_strategy=strategy)
@@ -99,14 +98,14 @@ def test_kd_goes_on_from_a_parent(whole, tmp_path, strategy):
     assert {row["phase"] for row in rows_of(folder)} == {"kd"} | ({"teacher"} if strategy == "standard" else set())
 
 
-def test_reversed_has_no_parent(whole, tmp_path):
+def test_reversed_rejects_a_parent(whole, tmp_path):
     parent = {"bundle": "abc", "state": str(whole("standard") / "t0/state.safetensors")}
     folder = make_round(tmp_path / "r", parent=parent, **KD, kd_strategy="reversed")
     assert main([str(folder)]) == 3
     assert 'use "standard"' in result(folder)["reason"]
 
 
-def test_teacher_that_cannot_see_the_images_is_refused_before_anything_is_trained(tmp_path):
+def test_a_teacher_of_another_image_size_is_rejected_before_training(tmp_path):
     folder = make_round(tmp_path / "r", **{**KD, "kd_teacher": "vit_tiny_patch7_depth1"})
     assert main([str(folder)]) == 3
     assert "no multiple of its patch 7" in result(folder)["reason"]
@@ -114,15 +113,15 @@ def test_teacher_that_cannot_see_the_images_is_refused_before_anything_is_traine
 
 
 @pytest.mark.parametrize("profile", ["gpu", "cpu", "demo"])
-def test_the_recipe_carries_no_prototypes_and_no_crops_at_any_size(profile):
+def test_the_recipe_has_no_prototypes_and_no_local_views_in_any_profile(profile):
     recipe = resolve("kd", profile)
     assert (recipe.method, recipe.prototypes, recipe.local_views) == ("kd", 0, 0)
 
 
-# -- what no step may do; each is told to fail in MUTATIONS
+# -- properties of a step; MUTATIONS has a wrong version for each
 
 
-def test_teacher_of_kd_stands_still_in_eval_mode(tmp_path):
+def test_the_teacher_of_kd_does_not_change_and_is_in_eval_mode(tmp_path):
     folder, seen = make_round(tmp_path / "r", **KD, validation=0, calibration=0), []
     step = kd.kd_step
 
@@ -139,7 +138,7 @@ def test_teacher_of_kd_stands_still_in_eval_mode(tmp_path):
 
 
 def kd_step(run, feeds, teacher=None, **recipe):
-    """One step of a student beside its own copy as teacher; the losses, and the student after it."""
+    """Return the losses of a step with a copy of the student as teacher, and the student after it."""
     run.recipe = replace(run.recipe, drop_path=0.0, **recipe)
     state = run.new_state("kd", run.schedule(feeds[0], 2, 1e-3))
     run.from_weights(None)(state)
@@ -148,7 +147,7 @@ def kd_step(run, feeds, teacher=None, **recipe):
     return kd.kd_step(state, teacher, feeds), state
 
 
-def test_images_without_a_label_bring_answers_only(tmp_path):
+def test_unlabelled_images_have_only_the_distillation_loss(tmp_path):
     run = opened(tmp_path / "r", **KD)
     teacher = run.new_network()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
@@ -165,22 +164,22 @@ def test_images_without_a_label_bring_answers_only(tmp_path):
     run.progress.close()
 
 
-def test_step_in_parts_costs_what_the_whole_costs(tmp_path):
+def test_a_step_in_parts_has_the_loss_of_a_whole_one(tmp_path):
     run = opened(tmp_path / "r", **KD)
     teacher = run.new_network()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
     feeds = [run.labelled_feed("t0"), run.feed(without_label(run), "unlabelled", 0, False)]
-    whole, one = kd_step(run, feeds, teacher)
-    parts, other = kd_step(run, feeds, teacher, micro_batch=1)
+    whole, in_one_part = kd_step(run, feeds, teacher)
+    parts, in_parts = kd_step(run, feeds, teacher, micro_batch=1)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
-    # gradients, not weights: Adam's first step makes a full step of a gradient that is zero but for rounding
-    for mine, theirs in zip(one.student.parameters(), other.student.parameters(), strict=True):
+    # compare gradients, not weights: Adam turns the rounding of a zero gradient into a full step
+    for mine, theirs in zip(in_one_part.student.parameters(), in_parts.student.parameters(), strict=True):
         if mine.grad is not None and theirs.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)
     run.progress.close()
 
 
-def test_loss_is_the_bernoulli_form_on_the_same_view(tmp_path):
+def test_the_loss_is_the_bernoulli_form_on_the_same_view(tmp_path):
     run = opened(tmp_path / "r", **KD)
     teacher = run.new_network().eval()
     torch.nn.init.constant_(teacher.cls_head.mlp[-1].bias, 2.0)
@@ -191,14 +190,14 @@ def test_loss_is_the_bernoulli_form_on_the_same_view(tmp_path):
     everything = slice(0, batch.size)
     terms = kd.kd_objective(teacher, 1.0, {})(state, batch, everything)
     view = batch.views(everything)[1]
-    guess, told = state.student.classify(view), teacher.classify(view)
-    expected = 0.5 * label_loss(guess, batch.labels) + 0.5 * bernoulli_kl(guess, told, 2.0)
+    student_logits, teacher_logits = state.student.classify(view), teacher.classify(view)
+    expected = 0.5 * label_loss(student_logits, batch.labels) + 0.5 * bernoulli_kl(student_logits, teacher_logits, 2.0)
     torch.testing.assert_close(terms.loss, expected)
-    assert expected - 0.5 * label_loss(guess, batch.labels) > 0.1
+    assert expected - 0.5 * label_loss(student_logits, batch.labels) > 0.1
     run.progress.close()
 
 
-def test_without_the_teachers_share_a_step_is_one_on_labels(tmp_path):
+def test_a_step_with_alpha_zero_is_a_supervised_step(tmp_path):
     run = opened(tmp_path / "r", **KD)
     feed = run.labelled_feed("t0")
     _, taught = kd_step(run, [feed], kd_alpha=0.0)
@@ -211,7 +210,7 @@ def test_without_the_teachers_share_a_step_is_one_on_labels(tmp_path):
     run.progress.close()
 
 
-def test_defective_teacher_has_a_quarter_of_the_epochs_at_their_own_rates(tmp_path):
+def test_a_defective_teacher_has_the_first_quarter_of_the_schedule(tmp_path):
     run = opened(tmp_path / "r", **KD)
     whole = run.schedule(run.labelled_feed("t0"), 8, 1e-3)
     short = kd.first_quarter(whole)
@@ -231,27 +230,27 @@ def unshared(teacher, share, balance):
 
 TEACHING = kd.kd_objective
 MUTATIONS = [
-    ("test_teacher_of_kd_stands_still_in_eval_mode", "torch.nn.Module.eval", in_train_mode),
-    ("test_images_without_a_label_bring_answers_only", "learner.recipes.kd.kd_objective", unshared),
-    ("test_step_in_parts_costs_what_the_whole_costs", "learner.recipes.kd.share_of", lambda batch, part: 1.0),
+    ("test_the_teacher_of_kd_does_not_change_and_is_in_eval_mode", "torch.nn.Module.eval", in_train_mode),
+    ("test_unlabelled_images_have_only_the_distillation_loss", "learner.recipes.kd.kd_objective", unshared),
+    ("test_a_step_in_parts_has_the_loss_of_a_whole_one", "learner.recipes.kd.share_of", lambda batch, part: 1.0),
     (
-        "test_loss_is_the_bernoulli_form_on_the_same_view",
+        "test_the_loss_is_the_bernoulli_form_on_the_same_view",
         "learner.objectives.knowledge_distillation.bernoulli_kl",
         lambda student, teacher, temperature: bernoulli_kl(student, teacher, 1.0),
     ),
     (
-        "test_without_the_teachers_share_a_step_is_one_on_labels",
+        "test_a_step_with_alpha_zero_is_a_supervised_step",
         "learner.objectives.knowledge_distillation.label_loss",
-        lambda guess, labels, known: label_loss(guess, 1 - labels, known),
+        lambda student_logits, labels, known: label_loss(student_logits, 1 - labels, known),
     ),
-    ("test_defective_teacher_has_a_quarter_of_the_epochs_at_their_own_rates", "learner.recipes.kd.first_quarter", lambda whole: whole),
+    ("test_a_defective_teacher_has_the_first_quarter_of_the_schedule", "learner.recipes.kd.first_quarter", lambda whole: whole),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(monkeypatch, tmp_path, test, attribute, wrong):
     monkeypatch.setattr(attribute, wrong)
-    given = {"tmp_path": tmp_path, "flip": False}
+    available = {"tmp_path": tmp_path, "flip": False}
     wanted = inspect.signature(globals()[test]).parameters
     with pytest.raises(AssertionError):
-        globals()[test](**{name: given[name] for name in wanted})
+        globals()[test](**{name: available[name] for name in wanted})

@@ -1,4 +1,4 @@
-"""Rounds of `evolve` that go on from a parent: what it knew and this round's labels don't say stays known."""
+"""Rounds of `evolve` that start from a parent: networks, heads and findings without labels."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ torch.use_deterministic_algorithms(True)
 
 @pytest.fixture
 def opened(tmp_path):
-    """Opens a round after one whose networks differ and know both findings; `edit` changes its manifest."""
+    """Return a function that opens a round with a parent whose networks differ; `edit` changes the manifest."""
     runs = []
 
     def open_round(edit=lambda manifest: None, parent=None, **overrides):
@@ -52,7 +52,7 @@ def without_a_positive_mass(manifest):
 
 @pytest.mark.parametrize("refit", ["graph", "linear"])
 @pytest.mark.parametrize(("edit", "kept"), [(without_labels, [True, True]), (without_a_positive_mass, [False, True])])
-def test_a_finding_that_no_label_tells_of_keeps_the_parents_head(opened, edit, kept, refit):
+def test_a_finding_without_labels_keeps_the_parents_head(opened, edit, kept, refit):
     run = opened(edit, refit=refit)
     state = evolve.initial_state(run, run.from_parent)
     before = evolve.head_of(state.student)
@@ -63,14 +63,14 @@ def test_a_finding_that_no_label_tells_of_keeps_the_parents_head(opened, edit, k
         assert same.tolist() == kept
 
 
-def test_the_anchor_is_what_the_parent_serves(opened):
+def test_replay_distils_from_the_network_that_the_parent_serves(opened):
     run = opened(replay=0.25)
     table = evolve.pseudo_label_table(run, evolve.initial_state(run, run.from_parent))
     samples = run.manifest.unlabelled
     torch.testing.assert_close(table["champion"], evolve.logits_of(run, run.champion(), samples))
 
 
-def test_a_round_after_a_served_teacher_begins_with_it(opened):
+def test_a_round_after_a_served_teacher_starts_from_it(opened):
     run = opened(parent={"method": "distl", "lam": 0.5, "serve": "teacher"})
     state, served = evolve.initial_state(run, run.from_parent), run.champion().state_dict()
     assert all(torch.equal(value, served[key]) for key, value in state.student.state_dict().items())
@@ -85,9 +85,9 @@ def test_frozen_blocks_that_a_parent_trained_are_the_same_in_both_networks(opene
 
 
 @pytest.mark.parametrize("targets", ["graph", "none"])
-def test_a_round_in_which_neighbours_have_no_label_to_pass_on_is_refused(opened, targets):
+def test_targets_graph_without_labels_is_rejected(opened, targets):
     run = opened(without_labels, targets=targets)
-    with pytest.raises(ManifestError, match='leave targets = "teacher"'):
+    with pytest.raises(ManifestError, match='or set targets = "teacher"'):
         evolve.train(run)
 
 
@@ -102,7 +102,7 @@ ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0}  # a network of `k
         (ALONE, {"lam": 1.0, "ibot": 1.0}, ["head.", "mask", "patch_head."]),
     ],
 )
-def test_a_head_that_the_parents_recipe_had_no_use_for_begins_anew_and_alike(opened, parent, child, begins_anew):
+def test_a_head_that_the_parent_lacks_is_new_and_equal_in_both_networks(opened, parent, child, begins_anew):
     run = opened(parent=parent, **child)
     state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     fresh = {name: value.clone() for name, value in state.student.state_dict().items()}
@@ -114,7 +114,7 @@ def test_a_head_that_the_parents_recipe_had_no_use_for_begins_anew_and_alike(ope
         assert not anew or torch.equal(value, teacher[name]), name
 
 
-def test_a_class_head_that_is_missing_is_refused_as_ever(opened):
+def test_a_parent_without_class_head_is_rejected(opened):
     run = opened()
     tensors = {name: value for name, value in run._parent()[0].items() if "cls_head" not in name}
     with pytest.raises(LearnerError, match=r"student\.cls_head\.mlp\.0\.weight is missing"):

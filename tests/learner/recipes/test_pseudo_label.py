@@ -1,4 +1,4 @@
-"""Rounds of the recipe pseudo-label: what the teacher may see, what the student learns, resumed at any step."""
+"""Rounds of the recipe pseudo-label: inputs of teacher and student, parents, resuming."""
 
 import inspect
 from dataclasses import replace
@@ -16,22 +16,21 @@ from learner.recipes import pseudo_label
 from learner.round.recipe import resolve
 from learner.training.run import Run
 from tests.support.learner.recipe_rounds import (
-    ALONE,
+    CLASS_LOSS_ONLY,
     CONVNET,
     check_killed_and_restarted,
     check_phases,
     check_stopping_after_every_step,
-    copy_of,
     opened,
     phases_of,
     rows_of,
-    same,
     whole_rounds,
     without_label,
 )
 from tests.support.learner.round_folders import card, make_round, result
+from tests.support.learner.weights import copy_of, same
 
-PSEUDO = {**ALONE, "method": "pseudo-label", "finetune_epochs": 2, "arch": CONVNET}
+PSEUDO = {**CLASS_LOSS_ONLY, "method": "pseudo-label", "finetune_epochs": 2, "arch": CONVNET}
 PHASES = {"t0": 4, "pseudo": 4, "finetune": 4}
 
 
@@ -40,52 +39,52 @@ def whole(tmp_path_factory):
     return whole_rounds(tmp_path_factory, {"pseudo-label": PSEUDO})("pseudo-label")
 
 
-def test_each_phase_has_its_steps_and_leaves_two_models(whole):
+def test_each_phase_has_its_steps_and_two_models_are_exported(whole):
     check_phases(whole, PHASES)
 
 
-def test_h_stopping_after_every_single_step_changes_no_bit(whole, tmp_path, monkeypatch):
+def test_pausing_after_every_step_changes_no_bit(whole, tmp_path, monkeypatch):
     check_stopping_after_every_step(whole, make_round(tmp_path / "r", **PSEUDO), sum(PHASES.values()), monkeypatch)
 
 
-def test_killed_while_the_student_learns_and_restarted_equals_the_uninterrupted_one(whole, tmp_path):
+def test_a_round_killed_in_training_and_restarted_equals_an_uninterrupted_one(whole, tmp_path):
     check_killed_and_restarted(whole, make_round(tmp_path / "r", checkpoint_seconds=0, **PSEUDO))
 
 
-def test_the_served_network_is_the_taught_one(whole):
+def test_the_served_network_is_the_student(whole):
     assert read_file(whole / "final/state.safetensors", tensors=False)[1]["plan"] == {"timm": CONVNET}
 
 
-def test_round_without_labels_is_refused(tmp_path):
+def test_a_round_without_labels_is_rejected(tmp_path):
     folder = make_round(tmp_path / "r", train=(0, 8), **PSEUDO)
     assert main([str(folder)]) == 3
     assert "no labelled train image" in result(folder)["reason"]
     assert not (folder / "t0").exists()
 
 
-def test_what_the_teacher_labelled_is_told_and_its_quality_is_not_made_up(whole):
+def test_the_note_has_the_share_of_pseudo_labels_and_no_invented_auc(whole):
     (note,) = [row for row in rows_of(whole) if row.get("kind") == "pseudo"]
     labels = read_file(whole / "checkpoint/pseudo-labels.safetensors")[0]["labels"]
     assert note["pseudo_rate"] == pytest.approx(1 - labels.isnan().float().mean().item(), rel=1e-5)
     assert note["pseudo_auc"] is None
 
 
-def test_round_without_an_unlabelled_image_finetunes_its_teacher(tmp_path):
+def test_a_round_without_unlabelled_images_finetunes_its_teacher(tmp_path):
     folder = make_round(tmp_path / "r", train=(6, 0), validation=0, calibration=0, **PSEUDO)
     phases_of(folder)
     assert {row["phase"] for row in rows_of(folder)} == {"t0", "finetune"}
 
 
-def test_pseudo_label_goes_on_with_the_parents_served_network_as_teacher(tmp_path, monkeypatch):
+def test_the_teacher_is_the_network_that_the_parent_serves(tmp_path, monkeypatch):
     first = make_round(tmp_path / "first", serve="teacher", train=(4, 0), epochs=1, t0_epochs=1)
     assert main([str(first)]) == 0
     parent = {"bundle": "abc", "state": str(first / "final/state.safetensors")}
     folder, teachers = make_round(tmp_path / "r", parent=parent, **{**PSEUDO, "arch": "vit_tiny_patch8_depth1"}), []
-    asked = pseudo_label.pseudo_labels
+    original = pseudo_label.pseudo_labels
 
     def watched(run, teacher, samples):
         teachers.append(copy_of(teacher))
-        return asked(run, teacher, samples)
+        return original(run, teacher, samples)
 
     monkeypatch.setattr(pseudo_label, "pseudo_labels", watched)
     assert main([str(folder)]) == 0
@@ -95,44 +94,48 @@ def test_pseudo_label_goes_on_with_the_parents_served_network_as_teacher(tmp_pat
     assert all(torch.equal(value, served[f"teacher.{key}"]) for key, value in teachers[0].items())
 
 
-def test_pseudo_labels_parent_of_another_network_than_the_backbone_is_refused(whole, tmp_path):
+def test_a_parent_with_another_network_than_the_backbone_is_rejected(whole, tmp_path):
     parent = {"bundle": "abc", "state": str(whole / "t0/state.safetensors")}
     folder = make_round(tmp_path / "r", parent=parent, **{**PSEUDO, "arch": "vit_tiny_patch8_depth2"})
     assert main([str(folder)]) == 3
-    assert "give the one the parent began with" in result(folder)["reason"]
+    assert "use the backbone that the parent was trained from" in result(folder)["reason"]
 
 
 @pytest.mark.parametrize("profile", ["gpu", "cpu", "demo"])
-def test_the_recipe_carries_no_prototypes_and_no_crops_at_any_size(profile):
+def test_the_recipe_has_no_prototypes_and_no_local_views_in_any_profile(profile):
     recipe = resolve("pseudo-label", profile)
     assert (recipe.method, recipe.prototypes, recipe.local_views) == ("pseudo-label", 0, 0)
 
 
-# -- what no step may do; each is told to fail in MUTATIONS
+# -- properties of a step; MUTATIONS has a wrong version for each
 
 
-def test_teacher_labels_in_eval_mode_and_keeps_its_statistics(tmp_path):
+def test_the_teacher_predicts_in_eval_mode_and_keeps_its_statistics(tmp_path):
     run = opened(tmp_path / "r", **PSEUDO)
     teacher = run.new_network()
     before, samples = copy_of(teacher), without_label(run)
     answers = pseudo_label.predict(run, teacher, samples)
     assert same(before, copy_of(teacher))
     assert teacher.training
-    alone = pseudo_label.predict(run, teacher, samples[:1])  # batch norm would see the company in train mode
+    alone = pseudo_label.predict(
+        run, teacher, samples[:1]
+    )  # in train mode batch norm would depend on the other samples
     torch.testing.assert_close(alone, answers[:1])
     run.progress.close()
 
 
-def test_true_labels_of_unlabelled_images_change_no_pseudo_label(tmp_path):
+def test_true_labels_of_unlabelled_images_do_not_change_pseudo_labels(tmp_path):
     run = opened(tmp_path / "r", train=(6, 20), **PSEUDO)
     teacher, samples = run.new_network(), without_label(run)
     hidden = [replace(sample, labels=(1, 1)) for sample in samples]
-    blind, told = (pseudo_label.pseudo_labels(run, teacher, given) for given in (samples, hidden))
-    torch.testing.assert_close(blind, told, equal_nan=True)
+    without_labels, with_labels = (
+        pseudo_label.pseudo_labels(run, teacher, available) for available in (samples, hidden)
+    )
+    torch.testing.assert_close(without_labels, with_labels, equal_nan=True)
     run.progress.close()
 
 
-def test_student_learns_pseudo_labels_alone_and_of_unlabelled_images_alone(tmp_path):
+def test_the_student_trains_only_on_pseudo_labels_of_unlabelled_images(tmp_path):
     folder, fed = make_round(tmp_path / "r", train=(6, 16), validation=0, kappa=0.3, **PSEUDO), {}
     feed = Run.feed
 
@@ -152,11 +155,11 @@ def test_student_learns_pseudo_labels_alone_and_of_unlabelled_images_alone(tmp_p
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_answers_are_the_mean_over_crops_that_are_mirrored_only_where_images_are(tmp_path, flip):
+def test_predictions_are_the_mean_over_crops_mirrored_only_with_flip(tmp_path, flip):
     run = opened(tmp_path / "r", flip=flip, **{**PSEUDO, "arch": "vit_tiny_patch8_depth1"})
     teacher, samples = run.new_network().eval(), without_label(run)
     images = normalise(to_image(read_plates(samples), resize_matrix(512, 32)), run.recipe)
-    side = 24  # 7/8 of 32 in whole patches of 8
+    side = 24  # 7/8 of 32, a multiple of the patch of 8
     boxes = [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]
     views = [image[..., y : y + side, x : x + side] for image in (images, images.flip(-1)) for y, x in boxes]
     with torch.no_grad():
@@ -166,7 +169,7 @@ def test_answers_are_the_mean_over_crops_that_are_mirrored_only_where_images_are
     run.progress.close()
 
 
-def test_best_epoch_is_kept_and_the_first_of_equals(tmp_path):
+def test_the_first_of_the_best_epochs_is_kept(tmp_path):
     run = opened(tmp_path / "r", **PSEUDO)
     state = run.new_state("t0", run.schedule(run.labelled_feed("t0"), 1, 1e-3))
     for epoch, value in enumerate([0.6, 0.8, 0.8, 0.7]):
@@ -205,19 +208,19 @@ def latest(run, state, value):
 
 
 MUTATIONS = [
-    ("test_teacher_labels_in_eval_mode_and_keeps_its_statistics", "torch.nn.Module.eval", in_train_mode),
+    ("test_the_teacher_predicts_in_eval_mode_and_keeps_its_statistics", "torch.nn.Module.eval", in_train_mode),
     (
-        "test_true_labels_of_unlabelled_images_change_no_pseudo_label",
+        "test_true_labels_of_unlabelled_images_do_not_change_pseudo_labels",
         "learner.recipes.pseudo_label.pseudo_labels",
         prevalence_of_the_scored,
     ),
     (
-        "test_student_learns_pseudo_labels_alone_and_of_unlabelled_images_alone",
+        "test_the_student_trains_only_on_pseudo_labels_of_unlabelled_images",
         "learner.recipes.pseudo_label.labelled_rows",
         lambda labels: list(range(len(labels))),
     ),
-    ("test_answers_are_the_mean_over_crops_that_are_mirrored_only_where_images_are", "learner.recipes.pseudo_label.ten_crop", always_ten),
-    ("test_best_epoch_is_kept_and_the_first_of_equals", "learner.recipes.pseudo_label.keep_best", latest),
+    ("test_predictions_are_the_mean_over_crops_mirrored_only_with_flip", "learner.recipes.pseudo_label.ten_crop", always_ten),
+    ("test_the_first_of_the_best_epochs_is_kept", "learner.recipes.pseudo_label.keep_best", latest),
     (
         "test_macro_auc_is_the_mean_over_findings_with_both_classes",
         "learner.recipes.pseudo_label.auc",
@@ -229,7 +232,7 @@ MUTATIONS = [
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(monkeypatch, tmp_path, test, attribute, wrong):
     monkeypatch.setattr(attribute, wrong)
-    given = {"tmp_path": tmp_path, "flip": False}
+    available = {"tmp_path": tmp_path, "flip": False}
     wanted = inspect.signature(globals()[test]).parameters
     with pytest.raises(AssertionError):
-        globals()[test](**{name: given[name] for name in wanted})
+        globals()[test](**{name: available[name] for name in wanted})

@@ -1,4 +1,4 @@
-"""What a manifest may not say, and what a round folder holds."""
+"""Manifests and recipes: what is rejected, version 1, locks and whole folders."""
 
 import json
 import subprocess
@@ -30,9 +30,9 @@ def spoiled(plain, folder, change):
     return folder
 
 
-def test_manifest_becomes_a_round(plain):
+def test_a_manifest_is_loaded(plain):
     round_ = load(plain)
-    assert (len(round_.labelled), len(round_.unlabelled)) == (6, 14)  # the pool holds the labelled ones too
+    assert (len(round_.labelled), len(round_.unlabelled)) == (6, 14)  # the pool includes the labelled images
     assert round_.samples[0].labels == (1, 0)
     assert round_.recipe.seed == 3
 
@@ -58,14 +58,14 @@ REFUSED = [
     (lambda m: m["recipe"].update(flip="no"), "expected bool"),
     (lambda m: m["recipe"].update(clip=-1), "clip = -1.0: must not be below 0"),
     (lambda m: m["recipe"].update(weight_decay=float("nan")), "weight_decay = nan: expected float"),
-    (lambda m: m["recipe"].update(prototypes=0), "distils, which takes 2 at least"),
+    (lambda m: m["recipe"].update(prototypes=0), "needs at least 2"),
     (lambda m: m.update(seed=-1), "seed = -1: too small"),
     (lambda m: m["images"][0].update(patient=7) or m["images"][-1].update(patient="7"), "patient 7 is in train and in"),
 ]
 
 
 @pytest.mark.parametrize(("change", "why"), REFUSED, ids=[why for _, why in REFUSED])
-def test_manifest_is_refused(plain, tmp_path, change, why):
+def test_a_wrong_manifest_is_rejected_with_its_reason(plain, tmp_path, change, why):
     with pytest.raises(ManifestError, match=why.replace(".", r"\.")):
         load(spoiled(plain, tmp_path, change))
 
@@ -94,8 +94,8 @@ def test_unchecked_manifest_raises_for_a_missing_file_and_for_a_file_that_is_no_
 ODD = [None, 1, -1, 1.5, float("nan"), 10**400, True, "", "x", [], {}, [[]], [None], {"a": 1}]
 
 
-def test_no_key_of_any_kind_is_more_than_a_round_or_a_refusal(plain, tmp_path):
-    """Whatever stands in a manifest, a person reads why; a crash would be started again and again."""
+def test_odd_values_of_any_key_load_or_raise_manifest_error(plain, tmp_path):
+    """Any value gives a reason for people; after a crash the agent would restart the round again and again."""
     whole = spoiled(plain, tmp_path, lambda m: m.update(parent={"bundle": "abc", "state": "manifest.json"}))
     sound, refused = read_manifest(whole), set()
     load(whole)
@@ -114,13 +114,13 @@ def test_no_key_of_any_kind_is_more_than_a_round_or_a_refusal(plain, tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"null", b"[]", b"\xff\xfe"])
-def test_what_is_no_manifest_at_all_is_refused(tmp_path, text):
+def test_files_that_are_no_manifest_are_rejected(tmp_path, text):
     (tmp_path / "manifest.json").write_bytes(text)
     with pytest.raises(ManifestError):
         load(tmp_path)
 
 
-def test_what_is_no_plate_is_refused(tmp_path):
+def test_files_that_are_no_plate_are_rejected(tmp_path):
     np.savez(tmp_path / "archive.npy.npz", np.zeros((512, 512), np.uint8))
     (tmp_path / "archive.npy.npz").rename(tmp_path / "archive.npy")
     np.save(tmp_path / "small.npy", np.zeros((256, 256), np.uint8))
@@ -134,35 +134,35 @@ def test_what_is_no_plate_is_refused(tmp_path):
             read_plate(tmp_path / f"{name}.npy")
 
 
-@pytest.mark.parametrize(("one", "other"), [(0, -1), (0, 14), (14, -1)])
-def test_p_no_patient_is_in_two_ranges_and_the_check_is_what_sees_it(plain, tmp_path, monkeypatch, one, other):
-    """Train, validation and calibration, two by two; without the check the manifest would pass."""
+@pytest.mark.parametrize(("first", "second"), [(0, -1), (0, 14), (14, -1)])
+def test_a_patient_in_two_ranges_is_rejected_by_its_own_check(plain, tmp_path, monkeypatch, first, second):
+    """For each pair of ranges; without this check the manifest would load."""
 
     def change(manifest):
-        manifest["images"][other].update(patient=manifest["images"][one]["patient"])
+        manifest["images"][second].update(patient=manifest["images"][first]["patient"])
 
-    assert len({read_manifest(plain)["images"][i]["range"] for i in (one, other)}) == 2
+    assert len({read_manifest(plain)["images"][i]["range"] for i in (first, second)}) == 2
     with pytest.raises(ManifestError, match="split by patient"):
         load(spoiled(plain, tmp_path, change))
-    monkeypatch.setattr("learner.round.manifest._one_range", lambda where, row, range_of: None)
+    monkeypatch.setattr("learner.round.manifest._check_patient_range", lambda where, row, range_of: None)
     load(tmp_path)
 
 
-def test_window_may_move_without_making_it_another_round(plain, tmp_path):
+def test_the_fingerprint_does_not_depend_on_the_window(plain, tmp_path):
     later = spoiled(plain, tmp_path, lambda m: m.update(until="2030-01-01T05:00:00+00:00", plates="plates"))
     assert load(later).fingerprint == load(plain).fingerprint
     other = spoiled(plain, tmp_path, lambda m: m.update(seed=4, plates="plates"))
     assert load(other).fingerprint != load(plain).fingerprint
 
 
-def test_two_learners_never_share_a_round(tmp_path):
+def test_two_learners_cannot_lock_the_same_round(tmp_path):
     with lock_round(tmp_path), pytest.raises(RoundBusy), lock_round(tmp_path):
         pass
     with lock_round(tmp_path):
         pass
 
 
-def test_folder_is_whole_or_absent(tmp_path):
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "t0") as folder:
         write_json(folder / "card.json", {})
         raise KeyboardInterrupt
@@ -173,7 +173,7 @@ def test_folder_is_whole_or_absent(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["t0"]
 
 
-def test_recipe_survives_json():
+def test_recipes_are_equal_after_json():
     for name in RECIPES:
         for profile in ("gpu", "cpu", "demo"):
             recipe = resolve(name, profile)
@@ -192,7 +192,7 @@ def test_published_sizes_are_the_defaults():
     [{"lam": 2}, {"batch": 0}, {"device": "tpu"}, {"global_scale": [0.9, 0.5]}, {"local_size": 999}, {"epochs": 1.5},
      {"flip": 1}, {"lr": 0}],
 )  # fmt: skip
-def test_wrong_values_are_refused(bad):
+def test_wrong_values_are_rejected(bad):
     with pytest.raises(RecipeError, match=next(iter(bad))):
         resolve("distl", "demo", bad)
 
@@ -215,19 +215,19 @@ def test_wrong_values_are_refused(bad):
         ("pretrain", {"lam": 0.0, "ibot": 0.0, "koleo": 0.0}, "nothing to learn"),
     ],
 )
-def test_a_key_that_would_do_nothing_is_refused_with_a_way_out(name, idle, way_out):
+def test_a_key_without_effect_is_rejected_with_a_solution(name, idle, way_out):
     with pytest.raises(RecipeError, match=way_out):
         resolve(name, "gpu", idle)
 
 
-def test_unknown_recipe_and_profile_name_what_there_is():
+def test_errors_for_unknown_recipe_and_profile_list_the_known_ones():
     with pytest.raises(RecipeError, match="there is distl"):
         resolve("dist", "gpu")
     with pytest.raises(RecipeError, match="gpu, cpu, demo"):
         resolve("distl", "tpu")
 
 
-def test_recipe_and_round_dir_leave_torch_alone():
+def test_recipe_and_manifest_do_not_import_torch():
     code = "import sys, learner, learner.round.recipe, learner.round.manifest; print('torch' in sys.modules, 'timm' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]

@@ -1,7 +1,8 @@
-"""A device apart: tensors that refuse to meet those of the host, as a GPU's do, on a machine without a GPU.
+"""A fake device: its tensors cannot be mixed with CPU tensors, as on a GPU; for machines without a GPU.
 
-`python -m tests.support.learner.fake_device ROUND...` learns rounds on it, the first with its bundle, in a process of its own, since a process has one such backend. Its
-numbers are computed on the host; streams, nccl, half precision and CUDA's own kernels are not looked at.
+`python -m tests.support.learner.fake_device ROUND...` trains rounds on it, the first with its exports. It needs its own
+process, because a process can have only one such backend. Numbers are computed on the CPU; streams, nccl, half precision
+and CUDA kernels are not covered.
 """
 
 import sys
@@ -26,13 +27,13 @@ from learner.training.export import probe_plates
 from learner.training.run import Run
 from tests.support.learner.recipe_rounds import phases_of
 
-INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index"}  # by the host's integers too
-BETWEEN = {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense"}  # what may cross
-JOINED = {"aten::cat", "aten::stack"}  # take no number of the host
+INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index"}  # CPU integers may be the index
+TRANSFERS = {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense"}  # between CPU and device
+JOINED = {"aten::cat", "aten::stack"}  # do not take CPU scalars
 
 
 class Backend:
-    """What torch asks of a backend's module."""
+    """The functions that torch calls of a backend's module."""
 
     is_available = is_initialized = staticmethod(lambda: True)
     device_count = staticmethod(lambda: 1)
@@ -41,17 +42,17 @@ class Backend:
     _is_in_bad_fork = staticmethod(lambda: False)
 
 
-_setup_privateuseone_for_python_backend("apart", backend_module=Backend())
-DEVICE = torch.device("apart", 0)
+_setup_privateuseone_for_python_backend("fake", backend_module=Backend())
+DEVICE = torch.device("fake", 0)
 
 
-class Apart(torch.Tensor):
-    """A tensor of the device, around one of the host."""
+class DeviceTensor(torch.Tensor):
+    """A tensor of the device, around a CPU tensor."""
 
     inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> "Apart":
+    def __new__(cls, inner: torch.Tensor) -> "DeviceTensor":
         made = torch.Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             device=DEVICE,
@@ -66,12 +67,12 @@ class Apart(torch.Tensor):
     def tolist(self) -> list:
         return self.inner.tolist()  # torch has none for subclasses
 
-    def new_tensor(self, data: Any, dtype: torch.dtype | None = None) -> "Apart":
-        return Apart(torch.tensor(data, dtype=dtype or self.dtype))
+    def new_tensor(self, data: Any, dtype: torch.dtype | None = None) -> "DeviceTensor":
+        return DeviceTensor(torch.tensor(data, dtype=dtype or self.dtype))
 
 
-class Made(TorchDispatchMode):
-    """Tensors that are made on the device, or sent there from the host."""
+class CreationMode(TorchDispatchMode):
+    """Makes tensors on the device, and sends CPU tensors there."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         there = torch.device((kwargs or {}).get("device") or "cpu").type == DEVICE.type
@@ -79,13 +80,13 @@ class Made(TorchDispatchMode):
 
 
 def run(func: Any, args: tuple, kwargs: dict) -> Any:
-    """One operation, on the tensors inside; RuntimeError where it would mix host and device."""
+    """Run one operation on the inner tensors. Raises RuntimeError where it mixes CPU and device."""
     check(func._schema, args, kwargs)
     wrapped, there = {}, False
 
     def inside(value: Any) -> Any:
         nonlocal there
-        if not isinstance(value, Apart):
+        if not isinstance(value, DeviceTensor):
             return value
         there, wrapped[id(value.inner)] = True, value
         return value.inner
@@ -102,28 +103,28 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
             return value
         if (known := wrapped.get(id(value))) is not None:
             return known  # written in place
-        return Apart(value) if there else value
+        return DeviceTensor(value) if there else value
 
     return tree_map(outside, func(*plain, **named))
 
 
 def check(schema: Any, args: tuple, kwargs: dict) -> None:
-    """The rule of a GPU: an operand of the host may be a single number, or the integers of an index."""
+    """Raise RuntimeError unless CPU operands are single numbers or integer indices: the rule of a GPU."""
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
-    host = [value for value in tensors if not isinstance(value, Apart)]
-    if len(host) in (0, len(tensors)) or schema.name in BETWEEN:
+    host = [value for value in tensors if not isinstance(value, DeviceTensor)]
+    if len(host) in (0, len(tensors)) or schema.name in TRANSFERS:
         return
     changed = schema.is_mutable and args[0] is host[0]
     wrong = [value for value in host if value.dim() or schema.name in JOINED or changed]
-    if schema.name in INDEXED and isinstance(args[0], Apart):
+    if schema.name in INDEXED and isinstance(args[0], DeviceTensor):
         wrong = [value for value in wrong if value.is_floating_point()]
     if wrong:
         raise RuntimeError(
-            f"{schema.name}: tensors of the host, {[tuple(v.shape) for v in wrong]}, beside the device's"
+            f"{schema.name}: CPU tensors {[tuple(v.shape) for v in wrong]} mixed with tensors of the device"
         )
 
 
-def refused(work: Callable[[], object]) -> bool:
+def raises(work: Callable[[], object]) -> bool:
     try:
         work()
     except (RuntimeError, TypeError):
@@ -131,19 +132,19 @@ def refused(work: Callable[[], object]) -> bool:
     return False
 
 
-def device_refuses() -> None:
-    """It would be no test if the device took everything."""
+def check_mixed_operands() -> None:
+    """Check that the device rejects mixed operands."""
     there, here = torch.ones(3, device=DEVICE), torch.ones(3)
     assert torch.equal((there * torch.tensor(2.0) + 1).cpu(), here * 3)
     mixed = (
         lambda: there + here, lambda: torch.stack([there[0], here[0]]), lambda: here[there.long()],
         lambda: here.add_(there), lambda: np.asarray(there), lambda: torch.where(here > 0, there, there),
     )  # fmt: skip
-    assert all(map(refused, mixed))
+    assert all(map(raises, mixed))
 
 
-def explained(folder: Path) -> None:
-    """Every map of a round's network, made on the device."""
+def check_saliency(folder: Path) -> None:
+    """Make every saliency map of a round's network on the device."""
     work = Run(load(folder))
     try:
         recipe = work.recipe
@@ -164,10 +165,10 @@ def explained(folder: Path) -> None:
 
 if __name__ == "__main__":
     learner.training.run.prepare_device = lambda recipe: (prepare_device(recipe), (DEVICE, None))[1]
-    with Made():
-        device_refuses()
+    with CreationMode():
+        check_mixed_operands()
         first, *others = map(Path, sys.argv[1:])
         assert main([str(first)]) == 0
-        explained(first)
-        for one in others:
-            phases_of(one)
+        check_saliency(first)
+        for folder in others:
+            phases_of(folder)

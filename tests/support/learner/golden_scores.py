@@ -57,5 +57,5 @@ class Site:
 
 
 def row(verdict: Verdict, name: str, finding: str | None = None) -> Check:
-    (found,) = [c for c in verdict.checks if c.name == name and c.finding == finding]
-    return found
+    (check,) = [c for c in verdict.checks if c.name == name and c.finding == finding]
+    return check

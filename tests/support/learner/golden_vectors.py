@@ -1,4 +1,4 @@
-"""Published numbers for tests: the arrays of a golden file, and what counts as equal (float64)."""
+"""Inputs and outputs of published code for tests, and the tolerance of comparisons in float64."""
 
 from pathlib import Path
 

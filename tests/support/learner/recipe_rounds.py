@@ -1,4 +1,4 @@
-"""What tests of the recipes pseudo-label and kd share: their rounds, run whole or step by step, and what they left."""
+"""Rounds of the recipes pseudo-label and kd for tests: trained whole or step by step, and checks of their files."""
 
 import importlib
 import json
@@ -7,22 +7,21 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
 from learner.__main__ import main
 from learner.engine import distributed
 from learner.engine.progress import ProgressWriter
 from learner.round.manifest import load
 from learner.training.run import Run
-from tests.learner.round.test_round import same_weights, start, wait_for
+from tests.support.learner.processes import start, wait_for
 from tests.support.learner.round_folders import card, make_round, result
+from tests.support.learner.weights import same_weights
 
-ALONE = {"prototypes": 0, "local_views": 0, "init": "mimetic"}
-CONVNET = "test_resnet"  # a residual net of .4 million weights, with batch norm
+CLASS_LOSS_ONLY = {"prototypes": 0, "local_views": 0, "init": "mimetic"}
+CONVNET = "test_resnet"  # a residual network with .4 million weights and batch norm
 
 
 def whole_rounds(tmp_path_factory, cases):
-    """The folder of a first round of a case, run to its end once."""
+    """Return a function that trains the first round of a case once and returns its folder."""
     made = {}
 
     def folder_of(case):
@@ -34,41 +33,42 @@ def whole_rounds(tmp_path_factory, cases):
     return folder_of
 
 
-EPS = 1e-3  # of Adam: small beside the gradients of these rounds (.1), large beside their rounding (1e-8 to 1e-6)
+EPS = 1e-3  # of Adam: much smaller than the gradients of these rounds (.1), much larger than their rounding (1e-6)
 
 
-class Bare(Run):
-    """A run that writes no bundle: where only its phases are looked at, and sums in another order are compared.
+class PhasesOnly(Run):
+    """A run without exports and with a larger eps of Adam, to compare runs that sum in another order.
 
-    Adam divides a gradient by its own size: where the true one is as good as zero, its rounding would be a whole step.
+    Adam divides a gradient by its own size: where the true gradient is zero, rounding would make a full step.
     """
 
     def export(self, name, state, serve, chosen=None, plan=None):
         pass
 
-    def state(self, *given, **named):
-        state = super().new_state(*given, **named)
+    def new_state(self, *arguments, **keywords):
+        state = super().new_state(*arguments, **keywords)
         for group in state.optimiser.param_groups:
             group["eps"] = EPS
         return state
 
 
 def phases_of(folder):
-    """All phases of a round folder's recipe."""
-    round_ = load(folder)
-    run = Bare(round_)
+    """Train all phases of a round folder's recipe."""
+    manifest = load(folder)
+    run = PhasesOnly(manifest)
     try:
-        importlib.import_module(f"learner.recipes.{round_.recipe.method.replace('-', '_')}").train(run)
+        importlib.import_module(f"learner.recipes.{manifest.recipe.method.replace('-', '_')}").train(run)
     finally:
         run.progress.close()
 
 
 def rows_of(folder):
+    """Return the rows of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def opened(folder, **overrides):
-    """A run on a new round, before its first phase."""
+    """Return a run on a new round."""
     make_round(folder, **overrides)
     return Run(load(folder))
 
@@ -77,16 +77,8 @@ def without_label(run):
     return [sample for sample in run.manifest.unlabelled if not sample.labelled]
 
 
-def copy_of(network):
-    return {key: value.clone() for key, value in network.state_dict().items()}
-
-
-def same(one, other):
-    return all(torch.equal(one[key], other[key]) for key in one)
-
-
 def check_phases(folder, phases):
-    """Each phase has its steps and the round leaves two models."""
+    """Check the number of steps of each phase, and that the round exported two models."""
     steps = [row["phase"] for row in rows_of(folder) if "kind" not in row]
     assert {phase: steps.count(phase) for phase in steps} == phases
     assert sorted(path.name for path in (folder / "final").iterdir()) == sorted(
@@ -97,17 +89,17 @@ def check_phases(folder, phases):
 
 
 def check_stopping_after_every_step(reference, folder, steps, monkeypatch):
-    """Through batch norm's statistics, the best epoch so far and a teacher of another kind; bitwise, on the CPU."""
+    """Check that a round that pauses after every step equals an uninterrupted one bit for bit, on the CPU."""
     starts, step = 0, ProgressWriter.write_step
 
-    def step_and_ask(progress, state, losses):
+    def step_and_pause(progress, state, losses):
         step(progress, state, losses)
         progress.signal_name = "one step"
 
-    monkeypatch.setattr(ProgressWriter, "write_step", step_and_ask)
+    monkeypatch.setattr(ProgressWriter, "write_step", step_and_pause)
     while (code := main([str(folder)])) == 75:
         starts += 1
-        assert result(folder)["reason"] == "one step"  # a signal from outside would be a pause too
+        assert result(folder)["reason"] == "one step"  # and not a signal from outside
     assert code == 0
     assert starts == steps
     for model in ("t0", "final"):
@@ -117,7 +109,7 @@ def check_stopping_after_every_step(reference, folder, steps, monkeypatch):
 
 
 def check_killed_and_restarted(reference, folder):
-    """Killed while the student learns and started again, a round equals the uninterrupted one."""
+    """Check that a round killed while the student trains, and restarted, equals an uninterrupted one."""
     process = start(folder)
     wait_for(folder / "t0/state.safetensors", process)
     os.kill(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Round folders for the learner's tests: tiny images with squares for findings, and a network that trains in seconds."""
+"""Round folders for the learner's tests: plates with squares as findings, and a network that trains in seconds."""
 
 import json
 from pathlib import Path
@@ -14,14 +14,14 @@ TINY = {
     "correct_every": 2, "correct_loss": "mix", "correct_first": False, "lam": 0.5, "pool": "cls", "init": "timm", "t0_lr": 1e-3, "lr": 1e-3, "device": "cpu", "drop_path": 0.1,
 }  # fmt: skip
 SMALL = {**TINY, "class_hidden": 0, "pool": "both", "neighbours": 3, "components": 4, "epochs": 1, "t0_epochs": 1}
-ALL = {  # every term, blocks frozen
+ALL = {  # all losses, with frozen blocks
     "arch": "vit_tiny_patch8_depth2", "frozen_blocks": 1, "cached_views": 2, "ibot": 0.5, "koleo": 0.1, "agree": "heads",
     "thresholds": True, "average": "all", "lam": 1.0, "targets": "graph", "replay": 0.25,
 }  # fmt: skip
 
 
 def xray(labels, seed):
-    """uint8 [512, 512]: noise, and one bright square a finding."""
+    """Return a plate, uint8 [512, 512]: noise, and one bright square for each positive label."""
     rng = np.random.default_rng(seed)
     plate = rng.normal(100, 20, (512, 512))
     for i, value in enumerate(labels):
@@ -31,7 +31,7 @@ def xray(labels, seed):
 
 
 def make_round(folder, train=(6, 8), validation=6, calibration=12, parent=None, until=None, seed=3, **overrides):
-    """Write plates and manifest; `train` = images with and without labels. Returns the folder."""
+    """Write plates and manifest and return the folder; `train`: numbers of images with and without labels."""
     folder = Path(folder)
     (folder / "plates").mkdir(parents=True)
     samples, rng = [], np.random.default_rng(seed)
@@ -72,7 +72,7 @@ def card(folder, name="final"):
 
 
 def make(folder, method="evolve", samples=None, **overrides):
-    """A round folder of a small recipe; `images` as in `make_round`. Returns the folder."""
+    """Write a round folder with a small recipe and return it; `samples`: keywords of `make_round`."""
     folder = make_round(folder, **(samples or {}))
     recipe = resolve(method, "demo", {**SMALL, **overrides})
     write_manifest(folder, read_manifest(folder) | {"recipe": recipe.to_dict()})

@@ -1,10 +1,8 @@
-"""Whole rounds: from a manifest to the parts of a bundle, with pauses, crashes, bad nights and very few images."""
+"""Whole rounds from manifest to bundle parts: pauses, crashes, poisoned teachers, very few images."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,38 +14,20 @@ import torch
 from learner.__main__ import main
 from learner.engine.checkpoint import load_state, read_file
 from learner.engine.progress import ProgressWriter
+from tests.support.learner.processes import start, wait_for
 from tests.support.learner.round_folders import FINDINGS, card, make_round, read_manifest, result, write_manifest
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support.learner.weights import same_weights
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A first round, run to its end."""
+    """A trained first round."""
     folder = make_round(tmp_path_factory.mktemp("trained") / "r")
     assert main([str(folder)]) == 0
     return folder
 
 
-def start(folder):
-    return subprocess.Popen([sys.executable, "-m", "learner", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(path, process, seconds=90):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < end, f"no {path}"
-        time.sleep(0.02)
-
-
-def same_weights(one, other):
-    mine, theirs = read_file(one)[0], read_file(other)[0]
-    assert mine.keys() == theirs.keys()
-    return all(torch.equal(mine[key], theirs[key]) for key in mine)
-
-
-def test_first_round_leaves_two_bundles_worth_of_parts(trained):
+def test_a_first_round_exports_the_parts_of_two_bundles(trained):
     parts = ["card.json", "model.onnx", "probe.npz", "state.safetensors", "thresholds.json"]
     for name in ("t0", "final"):
         assert sorted(p.name for p in (trained / name).iterdir()) == parts
@@ -58,21 +38,21 @@ def test_first_round_leaves_two_bundles_worth_of_parts(trained):
     assert not same_weights(trained / "t0/state.safetensors", trained / "final/state.safetensors")
 
 
-def test_steps_and_corrections_are_those_of_the_recipe(trained):
+def test_numbers_of_steps_and_corrections_are_those_of_the_recipe(trained):
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["phase"] == "t0" for row in rows) == 2 * 2  # 6 images in batches of 4, two epochs
-    steps = 2 * 3  # 14 images, 4 a batch, the short one dropped, two epochs
+    steps = 2 * 3  # 14 images in batches of 4, the short one dropped, two epochs
     bursts = len([s for s in range(steps) if s and s % 2 == 0])
     assert sum(row["phase"] == "distil" for row in rows) == steps + bursts * 2
 
 
-def test_card_and_thresholds_say_what_was_measured_and_how(trained):
-    said = card(trained)
-    assert said["recipe"] == read_manifest(trained)["recipe"] | {"seed": 3}
-    assert said["poison"] is False
-    assert said["metrics"]["mass"]["n"] == 6
-    assert said["parity"]["images"] == 6
-    assert max(said["parity"]["1"], said["parity"]["8"]) <= 1e-3
+def test_card_and_thresholds_have_the_measurements_and_their_rules(trained):
+    values = card(trained)
+    assert values["recipe"] == read_manifest(trained)["recipe"] | {"seed": 3}
+    assert values["poison"] is False
+    assert values["metrics"]["mass"]["n"] == 6
+    assert values["parity"]["images"] == 6
+    assert max(values["parity"]["1"], values["parity"]["8"]) <= 1e-3
     limits = json.loads((trained / "final/thresholds.json").read_text())
     assert list(limits) == list(FINDINGS)
     for limit in limits.values():
@@ -80,7 +60,7 @@ def test_card_and_thresholds_say_what_was_measured_and_how(trained):
         assert limit["n"] == 12
 
 
-def test_graph_takes_any_number_of_plates_and_agrees_with_its_probe(trained):
+def test_the_onnx_graph_takes_any_batch_size_and_equals_its_probe(trained):
     session = onnxruntime.InferenceSession(trained / "final/model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].type == "tensor(uint8)"
     assert session.get_inputs()[0].shape[1:] == [512, 512]
@@ -99,14 +79,14 @@ def test_finished_round_is_not_trained_again(trained):
     assert (trained / "final/model.onnx").stat().st_mtime_ns == before
 
 
-def test_the_first_model_is_kept_with_itself_as_teacher_for_whoever_goes_on_from_it(trained):
+def test_the_model_of_t0_is_saved_as_student_and_teacher(trained):
     weights, _ = read_file(trained / "t0/state.safetensors")
     pairs = [(key, key.replace("student.", "teacher.", 1)) for key in weights if key.startswith("student.")]
     assert pairs
     assert all(torch.equal(weights[mine], weights[theirs]) for mine, theirs in pairs)
 
 
-def test_next_round_starts_from_its_parent_without_t0(trained, tmp_path):
+def test_a_later_round_starts_from_its_parent_without_t0(trained, tmp_path):
     parent = {"bundle": "abc", "state": str(trained / "final/state.safetensors")}
     folder = make_round(tmp_path / "r", parent=parent, backbone="/nowhere.safetensors", seed=4)
     assert main([str(folder)]) == 0
@@ -114,33 +94,33 @@ def test_next_round_starts_from_its_parent_without_t0(trained, tmp_path):
     assert card(folder)["parent"] == "abc"
 
 
-def test_parent_with_other_findings_is_refused(trained, tmp_path):
+def test_a_parent_with_other_findings_is_rejected(trained, tmp_path):
     folder = make_round(tmp_path / "r", parent={"bundle": "abc", "state": str(trained / "t0/state.safetensors")})
     write_manifest(folder, read_manifest(folder) | {"findings": ["mass", "effusion"]})
     assert main([str(folder)]) == 3
-    assert "parent abc knows ['effusion', 'mass']" in result(folder)["reason"]
+    assert "parent abc has findings ['effusion', 'mass']" in result(folder)["reason"]
 
 
-def test_parent_of_another_size_is_refused(trained, tmp_path):
+def test_a_parent_of_another_size_is_rejected(trained, tmp_path):
     parent = {"bundle": "abc", "state": str(trained / "t0/state.safetensors")}
     folder = make_round(tmp_path / "r", parent=parent, prototypes=64)
     assert main([str(folder)]) == 3
     assert "head.last_layer.weight_g is of shape [32, 1]" in result(folder)["reason"]
 
 
-def test_h_stopping_after_every_single_step_changes_no_bit(trained, tmp_path, monkeypatch):
-    """Through the feeds, the corrections and stochastic depth; bitwise, on the CPU."""
+def test_pausing_after_every_step_changes_no_bit(trained, tmp_path, monkeypatch):
+    """Covers feeds, corrections and stochastic depth; bit for bit, on the CPU."""
     folder, starts = make_round(tmp_path / "r"), 0
     step = ProgressWriter.write_step
 
-    def step_and_ask(progress, state, losses):
+    def step_and_pause(progress, state, losses):
         step(progress, state, losses)
         progress.signal_name = "one step"
 
-    monkeypatch.setattr(ProgressWriter, "write_step", step_and_ask)
+    monkeypatch.setattr(ProgressWriter, "write_step", step_and_pause)
     while (code := main([str(folder)])) == 75:
         starts += 1
-        assert result(folder)["reason"] == "one step"  # a signal from outside would be a pause too
+        assert result(folder)["reason"] == "one step"  # and not a signal from outside
     assert code == 0
     assert starts == 4 + 6 + 2 * 2  # steps of T=0, of the unlabelled images, and of corrections
     assert same_weights(trained / "t0/state.safetensors", folder / "t0/state.safetensors")
@@ -152,30 +132,30 @@ def forget_moments(saved, state):
     state.optimiser.state.clear()
 
 
-def forget_the_burst(saved, state):
+def forget_burst(saved, state):
     load_state(saved, state)
     state.burst = None
 
 
-@pytest.mark.parametrize("wrong", [forget_moments, forget_the_burst])
-def test_h_notices_a_resume_that_forgets(trained, tmp_path, monkeypatch, wrong):
-    """Stopped once, within a correction: going on without Adam's moments, or without the rest of the burst."""
+@pytest.mark.parametrize("wrong", [forget_moments, forget_burst])
+def test_a_resume_without_moments_or_burst_differs(trained, tmp_path, monkeypatch, wrong):
+    """Pauses within a correction and resumes without Adam's moments, or without the rest of the correction."""
     folder, step = make_round(tmp_path / "r"), ProgressWriter.write_step
 
-    def step_and_ask(progress, state, losses):
+    def step_and_pause(progress, state, losses):
         step(progress, state, losses)
         if state.burst == 1:
             progress.signal_name = "one step"
 
     with monkeypatch.context() as patch:
-        patch.setattr(ProgressWriter, "write_step", step_and_ask)
+        patch.setattr(ProgressWriter, "write_step", step_and_pause)
         assert main([str(folder)]) == 75
-    monkeypatch.setattr("learner.training.run.load_state", wrong)
+    monkeypatch.setattr("learner.engine.checkpoint.load_state", wrong)
     assert main([str(folder)]) == 0
     assert not same_weights(trained / "final/state.safetensors", folder / "final/state.safetensors")
 
 
-def test_killed_and_restarted_round_equals_the_uninterrupted_one(trained, tmp_path):
+def test_a_killed_and_restarted_round_equals_an_uninterrupted_one(trained, tmp_path):
     folder = make_round(tmp_path / "r", checkpoint_seconds=0)
     process = start(folder)
     wait_for(folder / "checkpoint/state.safetensors", process)
@@ -189,7 +169,7 @@ def test_killed_and_restarted_round_equals_the_uninterrupted_one(trained, tmp_pa
     assert len(lines) == len((trained / "metrics.jsonl").read_text().splitlines())
 
 
-def test_sigterm_saves_the_round_and_answers_75(tmp_path):
+def test_sigterm_saves_the_round_and_exits_75(tmp_path):
     folder = make_round(tmp_path / "r", t0_epochs=5000)
     process = start(folder)
     wait_for(folder / "progress.json", process)
@@ -203,19 +183,19 @@ def test_sigterm_saves_the_round_and_answers_75(tmp_path):
     assert not list(folder.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_torch_is_still_imported_is_a_pause_too(tmp_path, asked):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_import_of_torch_pauses_the_round(tmp_path, number):
     folder = make_round(tmp_path / "r", t0_epochs=5000)
     process = start(folder)
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None, process.stderr.read()
-    process.send_signal(asked)
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 75
-    assert (result(folder)["state"], result(folder)["reason"]) == ("paused", asked.name)
+    assert (result(folder)["state"], result(folder)["reason"]) == ("paused", number.name)
 
 
-def test_end_of_the_window_pauses_and_a_later_window_goes_on(tmp_path):
+def test_the_end_of_the_window_pauses_and_a_later_window_resumes(tmp_path):
     folder = make_round(tmp_path / "r", until="2020-01-01T05:00:00+00:00")
     assert main([str(folder)]) == 75
     assert "the window ended at 2020-01-01" in result(folder)["reason"]
@@ -223,7 +203,7 @@ def test_end_of_the_window_pauses_and_a_later_window_goes_on(tmp_path):
     assert main([str(folder)]) == 0
 
 
-def test_busy_round_is_left_alone(tmp_path, capsys):
+def test_a_locked_round_is_not_trained(tmp_path, capsys):
     from learner.round.folder import lock_round
 
     folder = make_round(tmp_path / "r")
@@ -232,26 +212,26 @@ def test_busy_round_is_left_alone(tmp_path, capsys):
     assert "another learner" in capsys.readouterr().err
 
 
-def test_bad_night_is_recorded_in_the_card(tmp_path):
+def test_a_poisoned_teacher_is_recorded_in_the_card(tmp_path):
     folder = make_round(tmp_path / "r", poison_teacher=True)
     assert main([str(folder)]) == 0
     assert card(folder)["poison"] is True
     assert card(folder)["recipe"]["poison_teacher"] is True
 
 
-def test_five_labelled_images_and_nothing_else_still_make_a_model(tmp_path):
+def test_five_labelled_images_are_enough_for_a_model(tmp_path):
     folder = make_round(tmp_path / "r", train=(5, 0), validation=0, calibration=0, batch=16)
     assert main([str(folder)]) == 0
-    said = card(folder)
-    assert said["metrics"] == {name: {"auc": None, "n": 0} for name in FINDINGS}
-    assert said["parity"]["images"] == 0
+    values = card(folder)
+    assert values["metrics"] == {name: {"auc": None, "n": 0} for name in FINDINGS}
+    assert values["parity"]["images"] == 0
     limits = json.loads((folder / "final/thresholds.json").read_text())
     for limit in limits.values():
         assert (limit["threshold"], limit["rule"], limit["temperature"]) == (0.5, "0.5: no calibration labels", 1.0)
         assert limit["sensitivity"] is None
 
 
-def test_one_class_absent_in_validation_has_no_auc(tmp_path):
+def test_a_finding_with_one_class_in_validation_has_no_auc(tmp_path):
     folder = make_round(tmp_path / "r", train=(5, 3), t0_epochs=1, epochs=1)
     manifest = read_manifest(folder)
     for sample in manifest["images"]:
@@ -262,25 +242,25 @@ def test_one_class_absent_in_validation_has_no_auc(tmp_path):
     assert card(folder)["metrics"] == {"effusion": {"auc": None, "n": 0}, "mass": {"auc": None, "n": 6}}
 
 
-def test_single_image_round_runs(tmp_path):
+def test_a_round_with_a_single_image_is_trained(tmp_path):
     folder = make_round(tmp_path / "r", train=(1, 0), validation=0, calibration=0)
     assert main([str(folder)]) == 0
 
 
-def test_batch_norm_that_sees_one_value_a_channel_stops_the_round_with_that_reason(tmp_path):
+def test_batch_norm_with_one_value_per_channel_stops_the_round_with_that_reason(tmp_path):
     alone = {"prototypes": 0, "local_views": 0, "method": "kd", "kd_strategy": "base"}
     folder = make_round(tmp_path / "r", train=(1, 0), validation=0, calibration=0, arch="test_resnet", **alone)
     assert main([str(folder)]) == 3
-    assert result(folder)["reason"].startswith("batch norm: a pass over one image leaves one value a channel")
+    assert result(folder)["reason"].startswith("batch norm: a forward pass over one image leaves one value per channel")
 
 
-def test_first_round_without_labels_is_refused(tmp_path):
+def test_a_first_round_without_labels_is_rejected(tmp_path):
     folder = make_round(tmp_path / "r", train=(0, 8))
     assert main([str(folder)]) == 3
     assert "a first round needs labels" in result(folder)["reason"]
 
 
-def test_golden_image_stops_the_round_before_anything_is_trained(tmp_path):
+def test_a_golden_image_stops_the_round_before_training(tmp_path):
     folder = make_round(tmp_path / "r")
     manifest = read_manifest(folder)
     manifest["images"][7]["range"] = "golden"

@@ -1,4 +1,4 @@
-"""Which weights a round of `evolve` keeps: candidates, running means and the round that is taken back."""
+"""The choice of weights in `evolve`: candidates, running mean, and keeping the champion."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
 
-def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps(tmp_path, monkeypatch):
+def test_the_running_mean_covers_the_last_fifth_of_the_steps(tmp_path, monkeypatch):
     students, step = [], ProgressWriter.write_step
 
     def watched(progress, state, losses):
@@ -36,7 +36,7 @@ def test_the_running_mean_is_that_of_the_students_of_the_last_fifth_of_the_steps
     assert not any(key.startswith("extra.") for key in read_file(folder / "final/state.safetensors")[0])
 
 
-def test_the_running_mean_is_served_where_validation_prefers_it(tmp_path):
+def test_the_running_mean_is_chosen_where_it_is_best_on_validation(tmp_path):
     run = Run(load(make(tmp_path / "r", samples={"validation": 24}, refit="none", average="all")))
     final = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     champion = run.new_network()
@@ -54,24 +54,24 @@ def test_the_running_mean_is_served_where_validation_prefers_it(tmp_path):
     run.progress.close()
 
 
-def test_batch_norm_of_averaged_weights_is_measured_on_the_images(tmp_path):
+def test_batch_norm_of_averaged_weights_is_computed_from_the_images(tmp_path):
     folder = make(tmp_path / "r", arch="test_resnet", average="all", refit="none", lam=0.0, prototypes=0, local_views=0)
     assert main([str(folder)]) == 0, result(folder)
     run = Run(load(folder))
     backbone = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3)).student.backbone
     norm = next(module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d))
-    came = []
-    norm.register_forward_hook(lambda _, given, __: came.append(given[0].detach()))
+    inputs = []
+    norm.register_forward_hook(lambda _, arguments, __: inputs.append(arguments[0].detach()))
     recompute_batch_norm(backbone, evolve.unaugmented_batches(run))
-    torch.testing.assert_close(norm.running_mean, came[0].mean((0, 2, 3)))
-    torch.testing.assert_close(norm.running_var, came[0].var((0, 2, 3)))
-    assert (len(came), len(came[0])) == (1, 14)
+    torch.testing.assert_close(norm.running_mean, inputs[0].mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, inputs[0].var((0, 2, 3)))
+    assert (len(inputs), len(inputs[0])) == (1, 14)
     assert (norm.momentum, norm.training) == (0.1, True)
     run.progress.close()
 
 
 @pytest.mark.parametrize(("factor", "chosen"), [(-1.0, "champion"), (0.5, "teacher")])
-def test_only_a_round_that_did_harm_is_taken_back(tmp_path, factor, chosen):
+def test_the_champion_is_kept_only_where_the_round_made_it_worse(tmp_path, factor, chosen):
     run = Run(load(make(tmp_path / "r", samples={"validation": 24}, refit="none", average="ema")))
     samples = run.manifest.of("validation")
     final = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
@@ -82,7 +82,7 @@ def test_only_a_round_that_did_harm_is_taken_back(tmp_path, factor, chosen):
     final.student = run.new_network()
     final.student.load_state_dict(kept)
     for layer in final.student.cls_head.parameters():
-        layer.data *= factor  # -1: every answer turned round; .5: the same order of images
+        layer.data *= factor  # -1: all logits negated; .5: same order of images
     final.teacher.load_state_dict(final.student.state_dict())
     assert evolve.choose_candidate(run, final, champion) == chosen
     for key, value in final.student.state_dict().items():

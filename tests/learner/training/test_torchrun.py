@@ -1,4 +1,4 @@
-"""A round under a real torchrun: what one process learns, also when a worker is killed, asked to pause, or left behind."""
+"""Rounds under a real torchrun: equal to a single process, also after workers were killed or paused."""
 
 import json
 import os
@@ -13,29 +13,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from learner.engine.checkpoint import read_file
 from learner.errors import RoundBusy
 from learner.round.folder import lock_round
 from tests.support.learner.recipe_rounds import phases_of
 from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest
+from tests.support.learner.weights import difference
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--max-restarts", "3"]
-# Stochastic depth draws for the images of a rank, so its masks are others; everything else is to be the same.
+# Stochastic depth draws for the images of each rank, so its masks differ; everything else must be equal.
 KEYS = {"drop_path": 0.0, "checkpoint_seconds": 0}
 
 
 def learner(folder, launcher):
     log = (folder / "log").open("w")
     words = [*launcher, "-m", "learner", str(folder)]
-    return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=surroundings(folder))
+    return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=environment(folder))
 
 
-def surroundings(folder):
-    """One thread a process, and what torchrun writes beside the round: by default it stays in /tmp."""
+def environment(folder):
+    """One thread for each process; torchrun's files go into the round folder, as it does not remove them."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PET_LOG_DIR": str(folder / "torchrun")}
 
 
@@ -46,38 +46,19 @@ def finished(process, folder, code=0, seconds=120):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A first round with corrections, T=0 included, learnt by one process: an odd batch, and a late one of one image."""
+    """A first round with corrections and T=0 in one process; it has an odd batch and a last batch of one image."""
     folder = make_round(tmp_path_factory.mktemp("alone") / "r", train=(5, 8), **KEYS)
     return finished(learner(folder, [sys.executable]), folder)
 
 
 @pytest.fixture
 def copy(alone, tmp_path):
-    """The same round, not begun; plates and all at the same times, as on a shared disk."""
+    """The same round, not started; all files have the same modification times, as on a shared disk."""
     folder = tmp_path / "r"
     folder.mkdir()
     shutil.copytree(alone / "plates", folder / "plates", copy_function=shutil.copy2)
     shutil.copy2(alone / "manifest.json", folder)
     return folder
-
-
-def difference(one, other, file="final/state.safetensors"):
-    """Largest difference of any trained number, relative where it is above 1 (kept logits); but for the biases of keys.
-
-    A bias that all keys share moves every score of a query alike, so softmax drops it, and no answer depends on it: its
-    gradient is rounding noise, and Adam makes steps of noise.
-    """
-    mine, theirs = (read_file(folder / file)[0] for folder in (one, other))
-    assert mine.keys() == theirs.keys()
-    worst = 0.0
-    for name, value in mine.items():
-        assert torch.equal(value.isnan(), theirs[name].isnan()), name
-        gap = ((value - theirs[name]).abs() / value.abs().clamp(min=1)).nan_to_num(0.0)
-        if name.endswith("qkv.bias"):
-            query, _, key_value = gap.chunk(3)
-            gap = torch.cat([query, key_value])
-        worst = max(worst, gap.max().item())
-    return worst
 
 
 def answers(folder):
@@ -87,7 +68,7 @@ def answers(folder):
 
 def workers(process):
     """Process ids of torchrun's workers, by rank."""
-    found = {}
+    pids = {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:
@@ -96,8 +77,8 @@ def workers(process):
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
             if parent == process.pid and "RANK" in facts:
-                found[int(facts["RANK"])] = int(path.name)
-    return found
+                pids[int(facts["RANK"])] = int(path.name)
+    return pids
 
 
 def wait_until(true, process, folder, seconds=60):
@@ -134,48 +115,50 @@ RECIPES = {
 }
 
 
-def test_two_processes_learn_what_one_learns_by_the_other_recipes(tmp_path):
-    """Transformers without stochastic depth: every sum of these recipes is over the whole batch. Nothing is exported.
+def test_two_ranks_train_like_one_with_the_other_recipes(tmp_path):
+    """Transformers without stochastic depth; every sum of these recipes is over the whole batch. Exports nothing.
 
-    Adam's eps is larger than a rounding (see `Bare`): at 1e-8 one weight in 35 000 differs by up to 2e-5.
+    Adam's eps is larger than rounding errors (see `PhasesOnly`); with 1e-8 one weight in 35 000 differs by up to 2e-5.
     """
     folders = {}
-    for side in ("one", "two"):
+    for side in ("single", "double"):
         folders[side] = [
             make_round(tmp_path / side / name.replace(", ", "-"), train=(5, 8), **recipe)
             for name, recipe in RECIPES.items()
         ]
-    words = [*TORCHRUN, "-m", "tests.support.learner.recipe_rounds", *map(str, folders["two"])]
-    together = subprocess.Popen(words, cwd=ROOT, env=surroundings(folders["two"][0]))
-    for folder in folders["one"]:
+    words = [*TORCHRUN, "-m", "tests.support.learner.recipe_rounds", *map(str, folders["double"])]
+    together = subprocess.Popen(words, cwd=ROOT, env=environment(folders["double"][0]))
+    for folder in folders["single"]:
         phases_of(folder)
     assert together.wait(300) == 0
-    for one, two in zip(*folders.values(), strict=True):
-        phases = {file.name for file in (one / "checkpoint").iterdir()}
-        assert phases == {file.name for file in (two / "checkpoint").iterdir()}
+    for single, double in zip(*folders.values(), strict=True):
+        phases = {file.name for file in (single / "checkpoint").iterdir()}
+        assert phases == {file.name for file in (double / "checkpoint").iterdir()}
         for name in phases - {"state.safetensors"}:
-            assert difference(one, two, f"checkpoint/{name}") <= 1e-6, f"{one.name}: {name}"
-        told = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
-        for mine, theirs in zip(*told, strict=True):
-            numbers = [key for key, value in mine.items() if isinstance(value, float) and key != "seconds"]
-            assert mine.keys() == theirs.keys()
-            assert [mine[key] for key in numbers] == pytest.approx(
-                [theirs[key] for key in numbers], rel=1e-4, abs=1e-6
-            ), one.name
-        assert steps(two) == steps(one)
+            assert difference(single, double, f"checkpoint/{name}") <= 1e-6, f"{single.name}: {name}"
+        metrics = [
+            [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (single, double)
+        ]
+        for tensors, expected in zip(*metrics, strict=True):
+            numbers = [key for key, value in tensors.items() if isinstance(value, float) and key != "seconds"]
+            assert tensors.keys() == expected.keys()
+            assert [tensors[key] for key in numbers] == pytest.approx(
+                [expected[key] for key in numbers], rel=1e-4, abs=1e-6
+            ), single.name
+        assert steps(double) == steps(single)
 
 
-def test_two_processes_learn_what_one_learns(alone, copy):
+def test_two_ranks_train_like_one(alone, copy):
     finished(learner(copy, TORCHRUN), copy)
     assert difference(alone, copy) <= 1e-6
     np.testing.assert_allclose(answers(copy), answers(alone), atol=1e-6)
-    said = result(copy)
-    assert (said["state"], said["reason"], said["labelled"], said["unlabelled"]) == ("trained", None, 5, 13)
+    outcome = result(copy)
+    assert (outcome["state"], outcome["reason"], outcome["labelled"], outcome["unlabelled"]) == ("trained", None, 5, 13)
     assert steps(copy) == steps(alone)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_worker_that_is_killed_is_started_again_and_nothing_is_lost(alone, copy, rank):
+def test_a_killed_worker_is_restarted_and_nothing_is_lost(alone, copy, rank):
     process = learner(copy, TORCHRUN)
     at = random.randint(1, steps(alone) - 1)
     wait_until(lambda: (copy / "checkpoint/state.safetensors").exists() and steps(copy) >= at, process, copy)
@@ -186,20 +169,20 @@ def test_a_worker_that_is_killed_is_started_again_and_nothing_is_lost(alone, cop
     assert steps(copy) == steps(alone)
 
 
-def test_two_torchruns_as_on_two_machines_share_a_round_and_both_begin_again_when_a_worker_of_one_dies(alone, copy):
+def test_two_torchruns_share_a_round_and_restart_when_a_worker_dies(alone, copy):
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test"]
     each = [TORCHRUN[0], "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", *meet, "--local-addr"]
-    other = learner(copy, [*each, "127.0.0.2"])
+    second = learner(copy, [*each, "127.0.0.2"])
     first = learner(copy, [*each, "127.0.0.1"])
     wait_until(lambda: steps(copy) >= 2, first, copy)
-    os.kill(workers(other)[1], signal.SIGKILL)
+    os.kill(workers(second)[1], signal.SIGKILL)
     finished(first, copy)
-    finished(other, copy)
+    finished(second, copy)
     assert difference(alone, copy) <= 1e-6
     assert result(copy)["state"] == "trained"
 
 
-def test_sigterm_of_torchrun_leaves_a_checkpoint_within_twenty_seconds(copy):
+def test_sigterm_to_torchrun_writes_a_checkpoint_within_20_seconds(copy):
     write_manifest(copy, with_recipe(copy, t0_epochs=5000, checkpoint_seconds=60))
     process = learner(copy, TORCHRUN)
     wait_until(lambda: (copy / "progress.json").exists(), process, copy)
@@ -211,7 +194,7 @@ def test_sigterm_of_torchrun_leaves_a_checkpoint_within_twenty_seconds(copy):
     assert read_file(copy / "checkpoint/state.safetensors")[1]["cursor"]["step"] > 0
 
 
-def test_a_worker_that_waits_for_the_others_can_be_ended(copy, monkeypatch):
+def test_a_worker_that_waits_for_others_ends_on_sigterm(copy, monkeypatch):
     port = free_port()
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(key, value)
@@ -225,11 +208,11 @@ def test_a_worker_that_waits_for_the_others_can_be_ended(copy, monkeypatch):
 
 
 def listens(port):
-    with socket.socket() as asked:
-        return asked.connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_sigterm_of_one_worker_pauses_all_and_torchrun_starts_none_again(copy):
+def test_sigterm_to_one_worker_pauses_all_and_torchrun_restarts_none(copy):
     write_manifest(copy, with_recipe(copy, t0_epochs=5000))
     process = learner(copy, TORCHRUN)
     wait_until(lambda: (copy / "progress.json").exists(), process, copy)
@@ -238,7 +221,7 @@ def test_sigterm_of_one_worker_pauses_all_and_torchrun_starts_none_again(copy):
     assert (result(copy)["state"], result(copy)["reason"]) == ("paused", "SIGTERM")
 
 
-def test_workers_whose_torchrun_was_killed_pause_and_leave_the_round_free(copy):
+def test_workers_of_a_killed_torchrun_pause_and_free_the_lock(copy):
     write_manifest(copy, with_recipe(copy, t0_epochs=5000))
     process = learner(copy, TORCHRUN)
     wait_until(lambda: (copy / "progress.json").exists(), process, copy)
@@ -251,7 +234,7 @@ def test_workers_whose_torchrun_was_killed_pause_and_leave_the_round_free(copy):
     assert read_file(copy / "checkpoint/state.safetensors")[1]["cursor"]["step"] > 0
 
 
-def test_a_refusal_is_said_once_and_not_tried_again(copy):
+def test_an_error_in_the_manifest_is_printed_once_and_not_retried(copy):
     manifest = read_manifest(copy)
     manifest["images"][0]["range"] = "golden"
     write_manifest(copy, manifest)

@@ -1,4 +1,4 @@
-"""`evolve` as it is by default: neighbours and labels make the first teacher, its soft answers are all a step learns."""
+"""`evolve` with its default keys: a first teacher from graph and labels, and steps on its probabilities only."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def run(tmp_path):
 
 
 def fitted(run, network):
-    """What neighbours and labels say on the features of this network."""
+    """Return the logits of graph and labels on the features of this network."""
     samples = run.manifest.unlabelled
     return head_refit.fit_graph_and_labels(run.embeddings(network, samples), label_table(samples), 3, 4)
 
@@ -34,18 +34,18 @@ def weight(network):
     return network.cls_head.mlp[-1].weight.detach().double()
 
 
-def test_a_step_looks_at_the_original_and_one_noised_view_alone(run, monkeypatch):
-    seen, look = [], steps.look
-    monkeypatch.setattr(steps, "look", lambda net, views, *rest: seen.append(len(views)) or look(net, views, *rest))
+def test_a_step_uses_only_the_unaugmented_and_one_augmented_view(run, monkeypatch):
+    seen, look = [], steps.encode
+    monkeypatch.setattr(steps, "encode", lambda net, views, *rest: seen.append(len(views)) or look(net, views, *rest))
     state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     run.from_backbone(state)
-    losses = steps.evolve(state, run.unlabelled_feed(), None, evolve.pseudo_label_table(run, state))
+    losses = steps.teacher_student_step(state, run.unlabelled_feed(), None, evolve.pseudo_label_table(run, state))
     assert seen == [1, 1]
     assert {"pseudo", "cls_std"} <= losses.keys()
     assert not {"dino", "ibot", "koleo", "labels", "teacher_kl"} & losses.keys()
 
 
-def test_no_crop_is_made_for_a_step_that_looks_at_none(tmp_path, monkeypatch):
+def test_no_local_views_are_made_where_a_step_uses_none(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
         "learner.recipes.evolve.teacher_student_step",
@@ -57,7 +57,7 @@ def test_no_crop_is_made_for_a_step_that_looks_at_none(tmp_path, monkeypatch):
     assert made == [0, 2]
 
 
-def test_the_first_teacher_is_the_model_before_with_neighbours_and_labels_in_its_head(run):
+def test_the_first_teacher_is_the_model_before_with_a_refitted_head(run):
     state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     run.from_backbone(state)
     evolve.refit_first_teacher(run, state)
@@ -66,7 +66,7 @@ def test_the_first_teacher_is_the_model_before_with_neighbours_and_labels_in_its
         assert torch.equal(value, state.teacher.state_dict()[key]), key
 
 
-def test_a_trained_head_keeps_its_half_when_neighbours_have_their_say(run):
+def test_a_trained_head_keeps_half_of_the_refitted_head(run):
     network = run.new_network()
     torch.nn.init.normal_(network.cls_head.mlp[-1].weight, generator=torch.Generator().manual_seed(1))
     own, near = evolve.head_of(network), fitted(run, network)
@@ -78,21 +78,21 @@ def test_a_trained_head_keeps_its_half_when_neighbours_have_their_say(run):
 
 
 @pytest.mark.parametrize(("average", "kept"), [("trained", "teacher"), ("least", "refit")])
-def test_where_validation_tells_nothing_apart_the_order_of_candidates_decides(run, average, kept):
+def test_without_differences_on_validation_the_first_candidate_is_chosen(run, average, kept):
     final = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     run.from_backbone(final)
     run.recipe = run.recipe.override({"average": average, "refit": "none"})
     assert evolve.choose_candidate(run, final, final.teacher) == kept
 
 
-def test_a_round_says_that_every_image_was_answered(tmp_path):
+def test_the_note_says_that_every_image_has_a_pseudo_label(tmp_path):
     folder = make(tmp_path / "r", lam=0.0)
     assert main([str(folder)]) == 0, result(folder)
-    said = [row["pseudo_rate"] for row in rows(folder) if row.get("kind") == "pseudo"]
-    assert said == [1.0]
+    rates = [row["pseudo_rate"] for row in rows(folder) if row.get("kind") == "pseudo"]
+    assert rates == [1.0]
 
 
-def test_the_card_says_that_a_class_head_of_three_layers_is_not_fitted_anew(tmp_path):
+def test_the_card_notes_that_a_head_of_three_layers_is_not_refitted(tmp_path):
     folder = make(tmp_path / "r", lam=0.0, class_hidden=16)
     assert main([str(folder)]) == 0, result(folder)
     assert [note.split(" is for")[0] for note in card(folder)["notes"]] == ['refit = "graph"']

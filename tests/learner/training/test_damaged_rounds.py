@@ -1,4 +1,4 @@
-"""Rounds that can't go on as they are: damaged or foreign checkpoints and parents, weights that blew up, no memory."""
+"""Rounds that stop with a reason: damaged checkpoints and parents, diverged weights, no memory."""
 
 import shutil
 
@@ -8,19 +8,19 @@ from safetensors.torch import save_file
 
 from learner.__main__ import main
 from learner.engine.step import optimiser_step
-from tests.support.learner.recipe_rounds import ALONE, CONVNET
+from tests.support.learner.recipe_rounds import CLASS_LOSS_ONLY, CONVNET
 from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A first round, run to its end."""
+    """A trained first round."""
     folder = make_round(tmp_path_factory.mktemp("trained") / "r")
     assert main([str(folder)]) == 0
     return folder
 
 
-def test_checkpoint_of_another_manifest_is_refused(tmp_path):
+def test_checkpoint_of_another_manifest_is_rejected(tmp_path):
     folder = make_round(tmp_path / "r", until="2020-01-01T05:00:00+00:00")
     assert main([str(folder)]) == 75
     write_manifest(folder, read_manifest(folder) | {"seed": 9})
@@ -41,7 +41,7 @@ def empty(path):
 
 
 @pytest.mark.parametrize("spoil", [cut, foreign, empty])
-def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_without_it_the_round_goes_on(tmp_path, spoil):
+def test_a_damaged_checkpoint_is_named_and_without_it_the_round_starts(tmp_path, spoil):
     folder = make_round(tmp_path / "r", until="2020-01-01T05:00:00+00:00")
     assert main([str(folder)]) == 75
     spoil(folder / "checkpoint/state.safetensors")
@@ -52,7 +52,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_without_it_the_r
 
 
 @pytest.mark.parametrize("spoil", [cut, foreign, empty])
-def test_a_damaged_or_foreign_parent_is_refused_by_name(trained, tmp_path, spoil):
+def test_a_damaged_parent_is_named(trained, tmp_path, spoil):
     state = tmp_path / "parent.safetensors"
     shutil.copy(trained / "final/state.safetensors", state)
     spoil(state)
@@ -61,16 +61,16 @@ def test_a_damaged_or_foreign_parent_is_refused_by_name(trained, tmp_path, spoil
     assert "parent.safetensors" in result(folder)["reason"]
 
 
-def test_weights_that_the_last_step_blew_up_become_no_model(tmp_path):
-    """Its loss was a number: only what the network then answers tells."""
+def test_weights_that_diverge_in_the_last_step_are_not_exported(tmp_path):
+    """The last loss was finite: only the output of the network shows it."""
     keys = {"t0_epochs": 1, "t0_lr": 1e15, "warmup_epochs": 0}
     folder = make_round(tmp_path / "r", train=(4, 0), validation=0, calibration=0, **keys)
     assert main([str(folder)]) == 3
-    assert "non-finite: answers to the probe" in result(folder)["reason"]
+    assert "non-finite: logits of the probe" in result(folder)["reason"]
     assert not (folder / "t0").exists()
 
 
-def test_memory_that_runs_out_outside_of_a_step_stops_the_round_with_that_reason(tmp_path, monkeypatch):
+def test_running_out_of_memory_outside_of_a_step_stops_the_round(tmp_path, monkeypatch):
     folder = make_round(tmp_path / "r")
     monkeypatch.setattr("learner.training.run.prepare_device", lambda recipe: torch.empty(1 << 60))
     assert main([str(folder)]) == 3
@@ -78,19 +78,20 @@ def test_memory_that_runs_out_outside_of_a_step_stops_the_round_with_that_reason
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {**ALONE, "method": "kd", "kd_teacher": CONVNET}, {**ALONE, "method": "pseudo-label"}]
+    "keys",
+    [{}, {**CLASS_LOSS_ONLY, "method": "kd", "kd_teacher": CONVNET}, {**CLASS_LOSS_ONLY, "method": "pseudo-label"}],
 )
-def test_a_halved_pass_is_noted_for_the_card_also_where_another_process_ends_the_round(tmp_path, monkeypatch, keys):
-    """It happens at the first step of T=0; later phases, some of other networks, carry the note on."""
+def test_the_note_about_halved_parts_reaches_the_card_in_a_later_process(tmp_path, monkeypatch, keys):
+    """Memory runs out in the first step of T=0; later phases, also of other networks, keep the note."""
     folder = make_round(
         tmp_path / "r", train=(4, 0), validation=0, calibration=0, **{**keys, "t0_epochs": 1, "epochs": 1}
     )
-    given = [torch.OutOfMemoryError("full")]
+    errors = [torch.OutOfMemoryError("full")]
 
-    def full_once(*given_, **named):
-        if given:
-            raise given.pop()
-        return optimiser_step(*given_, **named)
+    def full_once(*arguments, **named):
+        if errors:
+            raise errors.pop()
+        return optimiser_step(*arguments, **named)
 
     def noted(run, name, state, *_, **__):
         seen[name] = [*state.notes]
@@ -100,8 +101,8 @@ def test_a_halved_pass_is_noted_for_the_card_also_where_another_process_ends_the
     monkeypatch.setattr("learner.training.run.Run.export", noted)
     assert main([str(folder)]) == 0
     first = dict(seen)
-    assert [note.split(" instead")[0] for note in first["t0"]] == ["out of memory: 2 images a pass"]
+    assert [note.split(" instead")[0] for note in first["t0"]] == ["out of memory: 2 images in a forward pass"]
     assert first["final"] == first["t0"]
     seen.clear()
-    assert main([str(folder)]) == 0  # all phases are read
+    assert main([str(folder)]) == 0  # reads all phases
     assert seen == first

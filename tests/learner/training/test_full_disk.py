@@ -1,4 +1,4 @@
-"""A round on a disk that is full and then is not, on a real small file system: it pauses, and loses nothing."""
+"""A round on a real small file system that gets full: it pauses, keeps its checkpoint and resumes."""
 
 import subprocess
 import sys
@@ -6,13 +6,13 @@ import sys
 import pytest
 
 from learner.engine.checkpoint import read_file
-from tests.learner.round.test_round import ROOT, wait_for
+from tests.support.learner.processes import ROOT, wait_for
 from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest
 from tests.support.small_disk import small_disk
 
 pytestmark = pytest.mark.peer("mount")
 
-DISK_MB = 64  # a checkpoint here takes 8, and as much while it is replaced
+DISK_MB = 64  # a checkpoint takes 8, and 8 more while it is replaced
 
 
 def learner(disk, folder):
@@ -20,13 +20,13 @@ def learner(disk, folder):
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_full_disk_pauses_the_round_keeps_its_checkpoint_whole_and_with_room_it_goes_on(tmp_path):
+def test_a_full_disk_pauses_the_round_and_keeps_its_checkpoint(tmp_path):
     with small_disk(tmp_path / "disk", DISK_MB) as disk:
         folder = make_round(disk.seen / "r", t0_epochs=100_000, checkpoint_seconds=0)
         process = learner(disk, "r")
         wait_for(folder / "checkpoint/state.safetensors", process)
         ballast = disk.fill()
-        while process.poll() is None:  # others take every byte that it gives up
+        while process.poll() is None:  # take every byte that the round frees
             ballast = disk.fill()
         assert process.returncode == 75, process.communicate()[1]
         assert "disk full" in result(folder)["reason"]
