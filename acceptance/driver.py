@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from bench.common.appliance import ROOT, Failed, dcmtk, free_port_pair, is_ready, wait_until
+from bench.common.appliance import ROOT, Failed, dcmtk, free_ports, is_ready, wait_until
 
 AET = "CXRLOOP"
 READY_S, SETTLE_S = 120, 900
@@ -42,7 +42,7 @@ class Appliance:
     @classmethod
     def make(cls, root: Path, profile: str, changed: dict[str, str]) -> Appliance:
         """Run `cxrloop init`, then set the keys of `changed` in appliance.toml."""
-        port = free_port_pair()
+        port = free_ports(2)[0]
         arguments = ("init", str(root), "--finding", "Pneumonia", "--profile", profile, "--port", str(port), "--json")
         subprocess.run(cxrloop(*arguments), check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         site = cls(root, port)

@@ -17,7 +17,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.support.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "cli_time.json"
@@ -76,13 +79,6 @@ def checkout(name: str, where: Path, site: Path, folder: Path) -> Checkout:
     text = re.sub(r"^port = \d+$", lambda _: f"port = {next(ports)}", settings.read_text("utf-8"), flags=re.M)
     settings.write_text(text, "utf-8")
     return Checkout(name, sys.executable, where, copied) if where.is_dir() else Checkout(name, str(where), None, copied)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listening.getsockname()[1] for listening in sockets]
 
 
 def processor_seconds(command: list[str], environment: dict[str, str]) -> tuple[float, int]:

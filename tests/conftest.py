@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from agent.site import config
 from agent.site.site import Site, init
 from tests.support import small_disk
+from tests.support.ports import free_ports
 
 PEERS = {
     "dcmtk": ("dcmsend", "storescu", "echoscu"),
@@ -77,19 +77,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{len(not_run)} peer tests did not run: {'; '.join(why)}")
 
 
-def free_port() -> int:
-    """A port that is free now, and whose next one is too."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
-
-
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     """A fresh demo-sized site with three findings and no window."""
@@ -98,12 +85,12 @@ def site(tmp_path: Path) -> Site:
 
 def make_site(folder: Path, **sections: dict) -> Site:
     """A site whose settings differ from the demo's by `sections`."""
-    port = free_port()
+    port, infer_port = free_ports(2)
     values: dict = {
         "site": {"findings": ["cardiomegaly", "effusion", "opacity"]},
         "node": {"port": port, "min_free_mb": 1},
         "admission": {"quality": False},  # most tests' images are patterns, no chests
-        "infer": {"port": port + 1, "provider": "cpu", "threads": 1},
+        "infer": {"port": infer_port, "provider": "cpu", "threads": 1},
         "patients": {"golden": 0.4, "golden_next": 0.0, "calibration": 0.1, "validation": 0.1},
         "learn": {"profile": "demo", "window": ""},
     }

@@ -1,5 +1,6 @@
 """The documents agree with the program: generated pages are current, shown commands exist, links lead somewhere."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from agent.cli.main import app
 from agent.site import config
+from agent.site.site import FOLDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATOR = runpy.run_path(str(ROOT / "tools/generate_docs.py"))
@@ -98,6 +100,41 @@ def test_links_between_pages_lead_somewhere(page):
 def test_python_commands_on_a_page_name_files_that_exist(page):
     scripts = re.findall(r"`python ((?:bench|acceptance|tools)/[\w/]+\.py)", page.read_text("utf-8"))
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+def definitions(path: Path) -> set[str]:
+    """Return the functions and classes of a Python file, methods as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
+            names |= {f"{node.name}.{method.name}" for method in methods}
+    return names
+
+
+def folder_exists(folder: str, package: str) -> bool:
+    """Return True for a folder of the repository, a room of `package`, or a folder of a site."""
+    is_room = bool(package) and (ROOT / package / folder).is_dir()
+    return (ROOT / folder).is_dir() or is_room or folder.split("/")[0] in FOLDERS
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_files_folders_and_names_of_code_on_a_page_exist(page):
+    wrong, package, places = [], "", 0
+    for line in (ROOT / page).read_text("utf-8").splitlines():
+        if line.startswith("#"):
+            heading = re.fullmatch(r"### `(\w+)/`.*", line)
+            package = heading[1] if heading else ""
+        wrong += [folder for folder in re.findall(r"`([\w./]+/)`", line) if not folder_exists(folder, package)]
+        for file, name in re.findall(r"`((?:\w+/)+\w+\.(?:py|md|toml))(?::([\w.]+))?`", line):
+            paths = sorted(ROOT.glob(file.replace("NAME", "[!_]*")))  # NAME stands for every file there
+            has_name = not name or all(name in definitions(path) for path in paths)
+            wrong += [] if paths and has_name else [f"{file}:{name}"]
+            places += bool(name)
+    assert wrong == []
+    assert places > 5, "this test finds no names on the page: has their form changed?"
 
 
 def test_readme_quotes_the_committed_output_of_the_demo():

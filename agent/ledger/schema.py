@@ -73,7 +73,7 @@ EVALUATION = """
 ALTER TABLE round RENAME COLUMN look TO evaluate;
 UPDATE round SET state = 'inconclusive' WHERE state = 'not_shown';
 UPDATE round SET state = 'not_evaluated' WHERE state = 'no_look';
--- One row an evaluation, written before any golden score is read: the row spends alpha. `rules`: hash of the gate's rules,
+-- One row an evaluation, written before any golden score is read: the row spends alpha. `rules`: the gate's rules as JSON,
 -- empty for an evaluation of version 0.1, which did not record them.
 CREATE TABLE evaluation (
   id INTEGER PRIMARY KEY, round TEXT NOT NULL, bundle TEXT NOT NULL, champion TEXT NOT NULL, baseline TEXT NOT NULL,

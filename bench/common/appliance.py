@@ -24,26 +24,6 @@ class Failed(Exception):
     """A step of a run that cannot continue; the message names the command and its output."""
 
 
-def free_ports(count: int) -> list[int]:
-    """Return that many different free ports on loopback."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def free_port_pair() -> int:
-    """Return a free port on loopback whose next port is free too: `cxrloop init` gives it to the model server."""
-    for port in range(12000, 60000, 10):
-        try:
-            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
-                return port
-        except OSError:
-            continue
-    raise Failed("no two neighbouring free ports on loopback")
-
-
 def wait_until(
     condition: Callable[[], object], process: subprocess.Popen | None = None,
     reason: Callable[[], object] = lambda: "", seconds: float = WAIT_S,

@@ -25,7 +25,6 @@ from dicom.dataset.facts import COMMITMENT_INSTANCE, STORAGE_COMMITMENT, VERIFIC
 from dicom.dataset.part10 import EXPLICIT_LE, HOSTILE, IMPLICIT_LE, open_envelope, read_header
 from dicom.errors import Unreadable
 
-REJECTED_TRANSIENT = 2  # result of an A-ASSOCIATE-RJ (PS3.8 table 9-21)
 MAX_CONTEXTS = 128  # PS3.8: odd identifiers from 1 to 255
 TIMEOUT = 30  # seconds for an answer
 TRANSFER = "Sta6"  # PS3.8 9.2.1: association established, ready for data transfer
@@ -67,20 +66,6 @@ def echo(
     """Return whether the node at host:port answers C-ECHO with Success; over TLS if a context is given."""
     connection = _Connection(host, port, called_aet, calling_aet, [(VERIFICATION, IMPLICIT_LE)], tls)
     try:
-        return connection.is_open and connection.association.send_c_echo().get("Status") == 0
-    finally:
-        connection.close()
-
-
-def is_running(
-    host: str, port: int, called_aet: str, calling_aet: str = "CXRSEND", tls: ssl.SSLContext | None = None
-) -> bool:
-    """Return whether the node at host:port is running: it answers C-ECHO, or rejects at its association limit."""
-    connection = _Connection(host, port, called_aet, calling_aet, [(VERIFICATION, IMPLICIT_LE)], tls)
-    try:
-        answer = connection.association.acceptor.primitive
-        if connection.association.is_rejected and answer is not None:
-            return answer.result == REJECTED_TRANSIENT
         return connection.is_open and connection.association.send_c_echo().get("Status") == 0
     finally:
         connection.close()

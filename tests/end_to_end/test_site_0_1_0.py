@@ -13,10 +13,10 @@ import pytest
 from agent.results import outbox, reporting
 from agent.site.site import Site
 from deploy.client import Client
-from tests.conftest import free_port
 from tests.support.agent.appliance import Appliance
 from tests.support.deploy.model_server import start
 from tests.support.dicom.storage_scp import Archive
+from tests.support.ports import free_ports
 
 SITES = Path(__file__).resolve().parents[1] / "sites"
 BASELINE, FIRST, SECOND = "42277d156950", "b28de33b801b", "14be6da4baed"
@@ -115,7 +115,7 @@ def test_the_paused_round_goes_on_from_its_checkpoint_to_a_candidate(old, ask):
 
 
 def test_the_one_waiting_result_reaches_the_pacs(old):
-    port = free_port()
+    port = free_ports(2)[0]
     settings = old / "appliance.toml"
     settings.write_text(settings.read_text("utf-8").replace("PACS@127.0.0.1:11119", f"PACS@127.0.0.1:{port}"), "utf-8")
     site = Site.open(old)

@@ -12,8 +12,9 @@ import pytest
 
 from agent.errors import Problem
 from agent.network import connections, node
-from tests.conftest import free_port, make_site
+from tests.conftest import make_site
 from tests.support.dicom.pacs import wait_for
+from tests.support.ports import free_port
 
 
 def test_every_line_of_readiness_is_one_write_since_four_processes_share_the_stream(tmp_path: Path):

@@ -8,13 +8,12 @@ from pynetdicom import evt
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import C_STORE_RSP
 
-from dicom.client.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, deliver, echo, is_running, send
-from dicom.dataset.facts import VERIFICATION
+from dicom.client.sender import NO_ASSOCIATION, NO_CONTEXT, UNREADABLE, deliver, echo, send
 from dicom.dataset.part10 import EXPLICIT_LE, IMPLICIT_LE
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS, JPEG_LS
 from dicom.node.listener import Listener, Node
 from dicom.store.inbox import Inbox
-from tests.support.dicom.pacs import associate, save, wait_for, xray
+from tests.support.dicom.pacs import save, xray
 from tests.support.dicom.storage_scp import Archive
 from tests.support.ports import free_port
 
@@ -53,19 +52,6 @@ def test_without_a_peer_nothing_is_sent():
     port = free_port()
     assert not echo("127.0.0.1", port, "CXRLOOP")
     assert [status for _, status in send([xray()], "127.0.0.1", port, "CXRLOOP")] == [None]
-
-
-def test_a_node_at_its_association_limit_is_running(tmp_path):
-    listener = Listener(Node(port=0, max_associations=1), Inbox(tmp_path / "inbox", 0))
-    listener.start()
-    try:
-        assert is_running("127.0.0.1", listener.port, "CXRLOOP")
-        assert not is_running("127.0.0.1", listener.port, "OTHER")
-        assert wait_for(lambda: associate(listener.port, [(VERIFICATION, EXPLICIT_LE)]).is_established)
-        assert not echo("127.0.0.1", listener.port, "CXRLOOP")
-        assert is_running("127.0.0.1", listener.port, "CXRLOOP")
-    finally:
-        listener.stop()
 
 
 def test_results_come_while_sending(node):

@@ -16,8 +16,8 @@ from learner.objectives import dino
 from learner.objectives.correction import correction_step, distil_step
 from learner.round.manifest import Sample
 from learner.round.recipe import resolve
-from tests.conftest import free_port
 from tests.learner.engine.test_step import Endless, crowd, make_batch, make_state, parameters
+from tests.support.ports import free_port
 
 torch.set_num_threads(1)
 LABELS = torch.tensor([[1.0, float("nan")], [0.0, 1.0], [float("nan")] * 2, [1.0, 1.0]]).double()

@@ -18,9 +18,9 @@ import torch
 from learner.engine.checkpoint import read_file
 from learner.errors import RoundBusy
 from learner.round.folder import lock_round
-from tests.conftest import free_port
 from tests.support.learner.recipe_rounds import phases_of
 from tests.support.learner.round_folders import make_round, read_manifest, result, write_manifest
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--max-restarts", "3"]
