@@ -103,7 +103,8 @@ class Appliance:
         elif name == "learner":
             pids = [pid for pid, _, line in processes() if f"-m learner {self.root}/rounds/" in line]
         else:
-            command_line = f"serve --only {name} --config {self.root}/appliance.toml"
+            program = "-m agent.network.node" if name == "listen" else f"serve --only {name} --config"
+            command_line = f"{program} {self.root}/appliance.toml"
             pids = [pid for pid, _, line in processes() if command_line in line]
         return pids[0] if pids else None
 

@@ -19,7 +19,7 @@ def health(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_the_health_check_passes_when_the_server_answers_without_a_model(tmp_path):
     with serving(Site(tmp_path / "s")) as (_, client):
-        url = str(client._http.base_url)
+        url = client.url
         assert health("--http", f"{url}/healthz", "--tcp", url.removeprefix("http://")).returncode == 0
         assert health("--http", f"{url}/readyz").stderr == "unhealthy: HTTP Error 503: Service Unavailable\n"
 
