@@ -140,7 +140,7 @@ def test_shares_cannot_change_after_the_first_image(tmp_path):
     with site.ledger() as ledger:
         fix_shares(ledger, site.config.patients)
         fix_shares(ledger, site.config.patients)
-        with pytest.raises(Problem, match="cannot change"):
+        with pytest.raises(Problem, match="can't change later"):
             fix_shares(ledger, site.config.patients.model_copy(update={"golden": 0.2}))
 
 

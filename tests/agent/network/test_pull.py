@@ -36,12 +36,12 @@ def test_a_span_is_queried_day_by_day_newest_first():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "pull what"),
+        ((), "give at least one of"),
         (("--patient", "P*"), "without wildcards"),
         (("--study", "x"), "not a Study Instance UID"),
         (("--since", "20260101x"), "YYYY-MM-DD"),
         (("--since", "2026-02-01", "--until", "2026-01-01"), "before --since"),
-        (("--priors", "--patient", "P1"), "goes without"),
+        (("--priors", "--patient", "P1"), "excludes"),
         (("--patient", "P1", "--modality", "C R"), "names such as"),
         (("--patient", "P1", "--how", "push"), "get or move"),
     ],
