@@ -33,6 +33,7 @@ RETIRED = {  # pattern -> what to write in its place
 OLD_NAMES = {  # the only places where a retired word may stand: they read what 0.1 wrote
     "agent/ledger/schema_0_1.py",
     "agent/ledger/schema.py",
+    "learner/round/manifest.py",
 }
 
 

@@ -1,7 +1,6 @@
 """Backbones: any plain timm vision transformer or convolutional network as the encoder, by name or from a file.
 
-A checkpoint stores a backbone as a plan (`learner.networks.architecture`), from which `build` makes it again without the
-hub or the original file.
+A checkpoint stores a plan (`learner.networks.architecture`), from which `build` makes the network without hub or file.
 """
 
 import warnings
@@ -153,8 +152,7 @@ def resample_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int]
         return table
     if mode == "timm":
         return resample_abs_pos_embed(table, new_size=list(new), old_size=list(old), num_prefix_tokens=prefix)
-    head, grid = table[:, :prefix], table[:, prefix:]
-    grid = grid.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    head, grid = table[:, :prefix], table[:, prefix:].reshape(1, *old, -1).permute(0, 3, 1, 2)
     scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])  # as DINO: .1 avoids a grid that is rounded down
     grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
     return torch.cat([head, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
@@ -192,9 +190,8 @@ def resized(trained: Backbone | ConvNet, plan: Plan, size: int) -> Backbone | Co
     if isinstance(trained, ConvNet):
         return deepcopy(trained)
     native = cast(Backbone, build({**plan, "img_size": size}, trained.mode, trained.pool))
-    weights = trained.vit.state_dict()
-    grid = size // trained.patch
-    native.load({**weights, "pos_embed": trained.positions(grid, grid)})
+    positions = trained.positions(size // trained.patch, size // trained.patch)
+    native.load({**trained.vit.state_dict(), "pos_embed": positions})
     return native
 
 

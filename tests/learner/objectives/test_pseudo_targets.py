@@ -14,8 +14,7 @@ from tests.support.learner.golden_vectors import close
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 
-UNKNOWN = float("nan")
-SIDE = 14
+UNKNOWN, SIDE = float("nan"), 14
 
 
 def normal(seed, *shape):
@@ -270,11 +269,7 @@ MUTATIONS = [
         "learner.objectives.pseudo_targets.agreement",
         lambda a, b: a.sigmoid() * b.sigmoid() + (-a).sigmoid() * (-b).sigmoid(),
     ),
-    (
-        "test_the_ramp_up_rises_to_one",
-        "learner.objectives.pseudo_targets.ramp_up",
-        lambda t: exp(-5 * (1 - t) ** 2),
-    ),
+    ("test_the_ramp_up_rises_to_one", "learner.objectives.pseudo_targets.ramp_up", lambda t: exp(-5 * (1 - t) ** 2)),
     ("test_ten_crops_equal_torchvision", "learner.objectives.pseudo_targets.ten_crop", other_order),
     (
         "test_running_mean_and_soup_equal_the_mean",
@@ -298,5 +293,5 @@ def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong
 
 def test_no_property_is_without_a_mutation():
     properties = {name for name in globals() if name.startswith("test_")}
-    last = {"test_every_property_notices_its_mutation", "test_no_property_is_without_a_mutation"}
-    assert properties - last == {name for name, *_ in MUTATIONS}
+    properties -= {"test_every_property_notices_its_mutation", "test_no_property_is_without_a_mutation"}
+    assert properties == {name for name, *_ in MUTATIONS}
