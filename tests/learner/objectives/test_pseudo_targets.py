@@ -222,68 +222,60 @@ def other_order(images, size):
 
 
 MUTATIONS = [
-    ("test_masks_cover_the_drawn_share_of_the_drawn_images", "learner.objectives.self_supervised.block_masks", quarter),
-    ("test_a_mask_depends_only_on_its_numbers", "learner.objectives.self_supervised.block_masks", scattered),
-    ("test_a_mask_depends_only_on_its_numbers", "learner.objectives.self_supervised.block_masks", quarter),
-    ("test_masks_are_blocks_of_patches", "learner.objectives.self_supervised.block_masks", scattered),
-    ("test_masks_are_blocks_of_patches", "learner.objectives.self_supervised.block_masks", quarter),
-    ("test_rectangles_have_the_drawn_position_and_shape", "learner.objectives.self_supervised.ASPECT", (0.0, 0.0)),
-    ("test_rectangles_have_the_drawn_position_and_shape", "learner.objectives.self_supervised.block_masks", quarter),
+    ("test_masks_cover_the_drawn_share_of_the_drawn_images", "objectives.self_supervised.block_masks", quarter),
+    ("test_a_mask_depends_only_on_its_numbers", "objectives.self_supervised.block_masks", scattered),
+    ("test_a_mask_depends_only_on_its_numbers", "objectives.self_supervised.block_masks", quarter),
+    ("test_masks_are_blocks_of_patches", "objectives.self_supervised.block_masks", scattered),
+    ("test_masks_are_blocks_of_patches", "objectives.self_supervised.block_masks", quarter),
+    ("test_rectangles_have_the_drawn_position_and_shape", "objectives.self_supervised.ASPECT", (0.0, 0.0)),
+    ("test_rectangles_have_the_drawn_position_and_shape", "objectives.self_supervised.block_masks", quarter),
     (
         "test_prevalence_of_few_images_shrinks_to_the_overall_rate",
-        "learner.objectives.pseudo_targets.shrunk_prevalence",
+        "objectives.pseudo_targets.shrunk_prevalence",
         no_prior,
     ),
     (
         "test_the_filter_takes_its_ratio_from_other_images",
-        "learner.objectives.pseudo_targets.kappa_labels",
+        "objectives.pseudo_targets.kappa_labels",
         of_the_scored_samples,
     ),
     (
         "test_thresholds_are_quantiles_that_ignore_nan",
-        "learner.objectives.pseudo_targets.class_thresholds",
+        "objectives.pseudo_targets.class_thresholds",
         unfilled_counts_as_zero,
     ),
     (
         "test_ties_become_negative_and_the_middle_is_left_out",
-        "learner.objectives.pseudo_targets.hard_labels",
+        "objectives.pseudo_targets.hard_labels",
         high_rule_wins,
     ),
     (
         "test_aligned_probabilities_approach_the_prevalence",
-        "learner.objectives.pseudo_targets.align",
+        "objectives.pseudo_targets.align",
         lambda logits, mean, prevalence: logits + mean.logit() - prevalence.logit(),
     ),
     (
         "test_aligned_probabilities_approach_the_prevalence",
-        "learner.objectives.pseudo_targets.move_mean",
+        "objectives.pseudo_targets.move_mean",
         lambda mean, batch, momentum: mean,
     ),
-    ("test_soft_weights_equal_a_plain_loop", "learner.objectives.pseudo_targets.soft_weights", both_sides_alike),
-    (
-        "test_a_side_without_reference_has_weight_zero",
-        "learner.objectives.pseudo_targets.soft_weights",
-        both_sides_alike,
-    ),
+    ("test_soft_weights_equal_a_plain_loop", "objectives.pseudo_targets.soft_weights", both_sides_alike),
+    ("test_a_side_without_reference_has_weight_zero", "objectives.pseudo_targets.soft_weights", both_sides_alike),
     (
         "test_agreement_is_one_for_equal_and_zero_for_opposite_heads",
-        "learner.objectives.pseudo_targets.agreement",
+        "objectives.pseudo_targets.agreement",
         lambda a, b: a.sigmoid() * b.sigmoid() + (-a).sigmoid() * (-b).sigmoid(),
     ),
-    (
-        "test_the_ramp_up_rises_to_one",
-        "learner.objectives.pseudo_targets.ramp_up",
-        lambda t: exp(-5 * (1 - t) ** 2),
-    ),
-    ("test_ten_crops_equal_torchvision", "learner.objectives.pseudo_targets.ten_crop", other_order),
+    ("test_the_ramp_up_rises_to_one", "objectives.pseudo_targets.ramp_up", lambda t: exp(-5 * (1 - t) ** 2)),
+    ("test_ten_crops_equal_torchvision", "objectives.pseudo_targets.ten_crop", other_order),
     (
         "test_running_mean_and_soup_equal_the_mean",
-        "learner.engine.weight_averaging.running_mean",
+        "engine.weight_averaging.running_mean",
         lambda mean, new, count: weight_averaging.wise(mean, new, 0.5),
     ),
     (
         "test_impossible_arguments_raise_with_a_reason",
-        "learner.engine.weight_averaging.soup",
+        "engine.weight_averaging.soup",
         lambda ingredients: next(iter(ingredients)) if ingredients else None,
     ),
 ]
@@ -291,7 +283,7 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("test", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(monkeypatch, test, attribute, wrong):
-    monkeypatch.setattr(attribute, wrong)
+    monkeypatch.setattr(f"learner.{attribute}", wrong)
     with pytest.raises((AssertionError, pytest.fail.Exception)):  # the latter where no error is raised
         globals()[test]()
 
