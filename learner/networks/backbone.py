@@ -196,10 +196,7 @@ def resized(trained: Backbone | ConvNet, plan: Plan, size: int) -> Backbone | Co
 
 
 def open_backbone(recipe: Recipe) -> tuple[Plan, dict[str, Tensor] | None]:
-    """Return plan and pretrained weights of the recipe's backbone; weights None, with a warning, for "random".
-
-    Raises LearnerError for a file or name that cannot be used.
-    """
+    """Return plan and weights of the recipe's backbone; None, with a warning, for "random". Raises LearnerError."""
     if recipe.backbone == "random":
         warnings.warn(
             f"no pretrained backbone: {recipe.arch} starts from random weights and will learn little from few images; "
@@ -220,9 +217,8 @@ def _from_hub(name: str) -> tuple[Plan, dict[str, Tensor]]:
     try:
         net = _created(model, pretrained=True)
     except HUB_ERRORS as error:
-        raise LearnerError(
-            f'backbone = "{name}": the hub can\'t be reached ({type(error).__name__}); {hint}'
-        ) from error
+        reason = f"the hub can't be reached ({type(error).__name__})"
+        raise LearnerError(f'backbone = "{name}": {reason}; {hint}') from error
     return {"timm": model}, timm_network(_wrapped(net, model)).state_dict()
 
 
