@@ -22,7 +22,7 @@ def patient_key(key: bytes, patient_id: str, issuer: str, study_uid: str) -> tup
 
 
 def fraction(key: bytes, patient_key: str) -> float:
-    """Return a number in [0, 1), fixed for a patient, that assigns the patient to a split."""
+    """Return a number in [0, 1), fixed for a patient, that assigns the patient to a range."""
     return (int.from_bytes(_hmac(key, b"range", patient_key)[:8]) >> 11) / (1 << 53)
 
 

@@ -61,7 +61,8 @@ def forget_command(
         str | None, typer.Option(help="the pseudonym instead of the id, as images ls --json prints it")
     ] = None,
     issuer: Annotated[
-        list[str] | None, typer.Option(help="issuer of the patient id, where images name one; repeat it")
+        list[str] | None,
+        typer.Option(help="issuer of the patient id, where images name one; may be given several times"),
     ] = None,
     and_refuse: Annotated[bool, typer.Option("--and-refuse", help="also refuse later images of this patient")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="change nothing; print what would be erased")] = False,

@@ -91,9 +91,7 @@ def images_rerun(
             help=f"all images in this state: {', '.join(RERUN_STATES)}", autocompletion=completion.rerun_states
         ),
     ] = None,
-    failed: Annotated[
-        bool, typer.Option("--failed", help="send the results again that the PACS refused, unchanged")
-    ] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="resend refused results without scoring again")] = False,
     by: By = "images rerun",
     settings: Config = None,
     json_out: Json = False,
@@ -112,7 +110,12 @@ def images_rerun(
 
 @labels_app.command("import")
 def labels_import(
-    file: Annotated[Path, typer.Argument(metavar="FILE.csv", help="columns sop_uid or file, finding, value")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE.csv", help="columns: (sop_uid or file), finding, value (1, 0 or empty); optional source, by"
+        ),
+    ],
     by: By = "labels import",
     settings: Config = None,
     json_out: Json = False,
@@ -158,7 +161,10 @@ def _print_golden(golden: dict[str, Any], json_out: bool) -> None:
 
 @golden_app.command("power")
 def golden_power(settings: Config = None, json_out: Json = False) -> None:
-    """Show the statistical power of the next evaluation, per finding, at the correlation of this site's scores."""
+    """Show the statistical power of the next evaluation, per finding.
+
+    Computed using how strongly the scores of two models agree here.
+    """
     from agent.rounds import power
 
     with console.errors(), open_site(settings) as (site, ledger):

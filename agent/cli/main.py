@@ -29,7 +29,7 @@ app = typer.Typer(
 
 
 def serve(
-    only: Annotated[str, typer.Option(help="run only these parts, by comma: listen, infer, learn")] = "",
+    only: Annotated[str, typer.Option(help="run only these parts, comma-separated: listen, infer, learn")] = "",
     child: Annotated[int, typer.Option(hidden=True)] = 0,
     settings: Config = None,
 ) -> None:

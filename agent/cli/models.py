@@ -14,7 +14,10 @@ from agent.cli.options import By, Config, Json, open_site
 models_app = typer.Typer(no_args_is_help=True, help="Models (bundles).")
 Reason = Annotated[str, typer.Option(help="why; kept in the audit")]
 BundleName = Annotated[
-    str, typer.Argument(metavar="BUNDLE", autocompletion=completion.bundles, help="a bundle, or the round that made it")
+    str,
+    typer.Argument(
+        metavar="BUNDLE|ROUND", autocompletion=completion.bundles, help="a bundle, or the round that made it"
+    ),
 ]
 RoundName = Annotated[
     str, typer.Argument(metavar="ROUND", autocompletion=completion.rounds, help="a round, such as r0007, or its bundle")
@@ -111,7 +114,7 @@ def evaluate(
 ) -> None:
     """Spend one evaluation on an existing candidate.
 
-    The same comparison (champion, baseline, golden set, rules) is paid once; later calls print its stored verdict.
+    The same comparison (champion, baseline, golden set, rules) spends alpha only once; later calls print its stored verdict.
     """
     from agent.rounds.evaluation import evaluate as spend_evaluation
 

@@ -37,14 +37,14 @@ def pull_command(
         str,
         typer.Option("--from", help="AET@host:port or AET@host:port/tls, an AE title of node.peers, or https://..."),
     ],
-    patient: Annotated[list[str] | None, typer.Option(help="a patient id; repeat it")] = None,
-    study: Annotated[list[str] | None, typer.Option(help="a Study Instance UID; repeat it")] = None,
+    patient: Annotated[list[str] | None, typer.Option(help="a patient id; may be given several times")] = None,
+    study: Annotated[list[str] | None, typer.Option(help="a Study Instance UID; may be given several times")] = None,
     priors: Annotated[
         bool, typer.Option("--priors", help="fetch priors of every patient with an original in the store")
     ] = False,
     since: Annotated[str, typer.Option(help="first study date, YYYY-MM-DD")] = "",
     until: Annotated[str, typer.Option(help="last study date, YYYY-MM-DD")] = "",
-    modality: Annotated[str, typer.Option(help="modalities, by comma")] = "CR,DX",
+    modality: Annotated[str, typer.Option(help="modalities, comma-separated")] = "CR,DX",
     limit: Annotated[int, typer.Option(min=0, help="fetch at most this many images in this run; 0 = all")] = 0,
     per_minute: Annotated[int, typer.Option(min=0, help="fetch at most this many images a minute; 0 = no limit")] = 0,
     how: Annotated[str, typer.Option(help="get (C-GET) or move (C-MOVE to our own node)")] = "get",

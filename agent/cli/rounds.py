@@ -23,7 +23,7 @@ round_app = typer.Typer(no_args_is_help=True, help="Rounds of learning.")
 RoundName = typer.Argument(
     metavar="ROUND", autocompletion=completion.rounds, help="a round, such as r0007, or its bundle"
 )
-Until = Annotated[str | None, typer.Option(help="pause at HH:MM, site time")]
+Until = Annotated[str | None, typer.Option(help="pause at HH:MM, in the site's time zone")]
 Look = Annotated[bool, typer.Option("--look", hidden=True, help="the name of --evaluate in version 0.1")]
 
 
@@ -44,7 +44,7 @@ def round_run(
     settings: Config = None,
     json_out: Json = False,
 ) -> None:
-    """Run a round now; resumes an unfinished round, waits for a running one."""
+    """Run a round now. If a round is unfinished, resume it; if one is running, wait."""
     with console.errors(), open_site(settings) as (site, ledger):
         evaluate = evaluate_or_look(evaluate, look)
         if not now:
@@ -219,7 +219,7 @@ def round_logs(
         ),
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="print new lines until the round rests; Ctrl-C leaves")
+        bool, typer.Option("--follow", help="print new lines until it pauses or ends; Ctrl-C stops only the display")
     ] = False,
     settings: Config = None,
     json_out: Json = False,

@@ -28,7 +28,9 @@ def init_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder of the new site")],
     aet: Annotated[str, typer.Option(help="AE title of the DICOM node")] = "CXRLOOP",
     port: Annotated[int, typer.Option(help="port of the DICOM node; the model server takes the next one")] = 11112,
-    finding: Annotated[list[str] | None, typer.Option(help="a finding that the model predicts; repeat it")] = None,
+    finding: Annotated[
+        list[str] | None, typer.Option(help="a finding that the model predicts; may be given several times")
+    ] = None,
     backbone: Annotated[
         str, typer.Option(help='starting weights: "random", a timm name, or a .safetensors file')
     ] = "random",

@@ -41,7 +41,7 @@ def approve(site: Site, ledger: Ledger, name: str, by: str, reason: str) -> dict
             earlier = {row["by"].casefold() for row in ledger.rows("SELECT by FROM approval WHERE bundle = ?", bundle)}
             if by.casefold() in earlier:
                 raise Refused(
-                    f"approve {bundle}: {by} has approved already; another person must (approvers = {needed})"
+                    f"approve {bundle}: {by} has approved already; a second person must approve (approvers = {needed})"
                 )
             count = len(earlier) + 1
             ledger.insert("approval", bundle=bundle, by=by, reason=reason, at=utc())

@@ -71,7 +71,7 @@ def finish(site: Site, ledger: Ledger, current: Round) -> Round:
 def evaluate(site: Site, ledger: Ledger, name: str) -> dict[str, Any]:
     """Spend one evaluation on a candidate, by its bundle or round; return `{"round", "bundle", "state", "verdict"}`.
 
-    The same comparison is paid once: later calls return its stored verdict. Raises Refused for a model that is no candidate
+    The same comparison spends alpha only once: later calls return its stored verdict. Raises Refused for a model that is no candidate
     and for a spent budget; Problem while a round runs, and where the site has nothing to compare with.
     """
     try:

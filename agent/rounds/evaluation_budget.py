@@ -1,6 +1,7 @@
 """The year's error budget: what evaluations have spent, what is left, and whether one is due.
 
 A year's alpha is split evenly over `gate.evaluations_per_year`. A new golden set gives nothing back.
+Spending is in `evaluation.py:_spend`.
 """
 
 from dataclasses import dataclass
@@ -56,9 +57,9 @@ def alpha_of_evaluation(site: Site) -> float:
 
 
 def evaluation_due(site: Site, ledger: Ledger, now: datetime) -> bool:
-    """Return True when the next evaluation may be spent, with a year's evaluations spread evenly.
+    """Return True when enough time has passed since the last evaluation: a year / `gate.evaluations_per_year`.
 
-    Counted from the last evaluation, else from the first model's deployment; False before there is a model.
+    Before the first evaluation, the time counts from the first model's deployment. False before there is a model.
     """
     last = ledger.value("SELECT max(at) FROM evaluation") or ledger.value("SELECT min(at) FROM deployment")
     return last is not None and now - when(last) >= YEAR / site.config.gate.evaluations_per_year

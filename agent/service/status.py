@@ -135,14 +135,14 @@ def _forgotten(ledger: Ledger) -> list[tuple[str, str, bool]]:
 
 
 def _certificate(site: Site) -> list[tuple[str, str, bool]]:
-    """Return an alert when the node's certificate ends soon or can't be used."""
+    """Return an alert when the node's certificate expires soon or can't be used."""
     try:
         days = connections.certificate_days_left(site)
     except Problem as wrong:
         return [("certificate", str(wrong), True)]
     if days is None or days > RENEW_DAYS:
         return []
-    return [("certificate", f"node.tls_cert ends in {days} days; renew it, then restart the node", False)]
+    return [("certificate", f"node.tls_cert expires in {days} days; renew it, then restart the node", False)]
 
 
 def _pointer(site: Site, current: Model | None, server: dict | None) -> list[tuple[str, str, bool]]:

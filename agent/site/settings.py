@@ -132,7 +132,9 @@ class LearnKeys(Section):
     backbone: str = Field(
         "random", description='starting weights: "random", a timm name on the hub, or a .safetensors file'
     )
-    window: str = Field("22:00-05:00", description='when rounds may run, "HH:MM-HH:MM" in site time; "" = never')
+    window: str = Field(
+        "22:00-05:00", description='when rounds may run, "HH:MM-HH:MM" in the site\'s time zone; "" = never'
+    )
     min_new: int = Field(50, description="skip the night with fewer new training images than this", ge=0)
     max_unlabelled: int = Field(20000, description="most unlabelled images of a round, newest first", ge=1)
     launcher: str = Field(

@@ -1,4 +1,4 @@
-"""The admission rules, applied to the header alone: cheap, in a fixed order, each reason with tag and value.
+"""The header rules of admission: cheap, in a fixed order, each reason with tag and value.
 
 Decodes no pixels and opens no file; docs/decisions.md gives the reasons for the rules.
 """
@@ -167,7 +167,7 @@ def _pixels(image: Header, syntax: str, rules: Admission) -> None:
     if photometric.startswith(("RGB", "YBR", "PALETTE", "HSV", "ARGB", "CMYK", "XYB")):
         raise _rejected("PhotometricInterpretation (0028,0004)", photometric, "not grayscale")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise Quarantined(f"PhotometricInterpretation (0028,0004) = {shown(photometric)}: no such interpretation")
+        raise Quarantined(f"PhotometricInterpretation (0028,0004) = {shown(photometric)}: not a defined value")
     samples = header.short(ds, "SamplesPerPixel")
     if samples not in (None, 1):
         raise _rejected("SamplesPerPixel (0028,0002)", samples, "not grayscale")
@@ -176,7 +176,7 @@ def _pixels(image: Header, syntax: str, rules: Admission) -> None:
         raise Quarantined(f"Rows (0028,0010) x Columns (0028,0011) = {rows} x {columns}")
     if min(rows, columns) < rules.min_side:
         size = f"{rows} x {columns}"
-        raise _rejected("Rows (0028,0010) x Columns (0028,0011)", size, f"under {rules.min_side} px a side")
+        raise _rejected("Rows (0028,0010) x Columns (0028,0011)", size, f"shorter side under {rules.min_side} pixels")
     if rows * columns > MAX_PIXELS:
         raise Quarantined(f"Rows (0028,0010) x Columns (0028,0011) = {rows} x {columns}: larger than any detector")
     _depth(ds)

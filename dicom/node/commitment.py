@@ -38,7 +38,8 @@ REQUEST_COMMITMENT = 1  # action type (PS3.4 J.3.2)
 ALL_COMMITTED, SOME_FAILED = 1, 2  # event types (PS3.4 J.3.3)
 
 MOST_REFERENCES = 10_000  # instances in one request: three years of one patient's images are a few hundred
-MOST_PENDING = 1_000  # requests without an accepted report; more are refused, the peer accepts no reports
+# requests without an accepted report; above this, requests are refused: the peer is evidently not accepting reports
+MOST_PENDING = 1_000
 KEPT_S = 72 * 3600  # a report not accepted for three days is dropped: the peer has asked again, or given up
 BACKOFF_S = (2, 10, 30, 60, 300, 900)  # between attempts for one request
 

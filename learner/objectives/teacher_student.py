@@ -37,7 +37,7 @@ from learner.objectives.pseudo_targets import MeanPrediction, align, class_thres
 from learner.objectives.self_supervised import MASK_NUMBERS, block_masks, koleo, sinkhorn
 
 RAMP = 0.3  # share of the phase in which the pseudo-label loss ramps up
-LATE = 0.9  # share of the phase after which self-supervised losses have half their weight
+LATE = 0.9  # share of the phase after which self-supervised losses have half their weight: class losses dominate at the end
 LAST = 5  # the running mean of weights is over the last fifth of the steps
 MEAN = "swa."  # prefix of the running mean in `State.extra`
 SCORES = "scores"  # in `State.extra`: the teacher's newest logits (N, F) of all unlabelled images
@@ -46,7 +46,7 @@ SCORES = "scores"  # in `State.extra`: the teacher's newest logits (N, F) of all
 def teacher_student_step(
     state: State, unlabelled: Feed, labelled: Feed | None, table: dict[str, Tensor], balance: Balance | None = None
 ) -> Losses:
-    """Make one step on an unlabelled and a labelled batch, then update the EMA teacher.
+    """Make one step on unlabelled and labelled images together, then update the EMA teacher.
 
     table, by position in the unlabelled feed: `soft` (N, F) targets and `weight` (N, F), both absent where the teacher
     gives the targets; `champion` (N, F), logits of the model before this round, for `replay` and "soft"; `prevalence` (F,).

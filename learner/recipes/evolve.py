@@ -227,7 +227,10 @@ def choose_candidate(run: Run, final: State, champion: Network) -> str:
 
 
 def candidates(run: Run, final: State, champion: Network) -> dict[str, Weights]:
-    """Return the candidates of the recipe's `average` by name, the default first; see docs/learning.md."""
+    """Return the candidates of the recipe's `average` by name; docs/learning.md describes them.
+
+    Candidates, in order of preference when validation can't distinguish them.
+    """
     before, student, teacher = (net.state_dict() for net in (champion, final.student, final.teacher))
     mixed = {f"wise {a:g}": wise(before, teacher, a) for a in MIXES}
     match run.recipe.average:

@@ -151,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _current_keys(written: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest with version 2's keys: version 1, of cxrloop 0.1.0, had `films` in place of `images`."""
+    """Return the manifest with version 2's keys: version 1, of cxrloop 0.1.0, had another name for `images`."""
     if written.get("version") != 1 or "films" not in written:
         return written
     rest = {key: value for key, value in written.items() if key != "films"}

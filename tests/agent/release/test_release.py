@@ -67,7 +67,7 @@ def test_two_approvers_are_two_people(tmp_path):
         bundle = passed(ledger, add_model(site, ledger, 2)["round"])
         first = release.approve(site, ledger, bundle, "Dr. A", "it passed")
         assert first == {"bundle": bundle, "state": "requested", "swap_seconds": None}
-        with pytest.raises(Refused, match="another person"):
+        with pytest.raises(Refused, match="a second person must approve"):
             release.approve(site, ledger, bundle, "dr. a", "again")
         assert release.approve(site, ledger, bundle, "Dr. B", "I agree")["state"] == "probation"
 

@@ -199,5 +199,5 @@ def test_children_are_admitted_if_the_site_allows_it(tmp_path):
 
 def test_a_tiny_image_is_rejected_by_the_limit_of_the_site(tmp_path):
     ds = xray(side=63)
-    assert "63 x 63: under 64 px a side" in examined(tmp_path, ds).reason
+    assert "63 x 63: shorter side under 64 pixels" in examined(tmp_path, ds).reason
     assert examined(tmp_path, ds, Admission(min_side=32)).outcome == "admitted"

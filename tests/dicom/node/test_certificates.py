@@ -95,7 +95,7 @@ def test_serve_and_status_work_with_mutual_tls(tmp_path, hospital):
 def test_a_certificate_that_expires_soon_raises_an_alert(tmp_path, hospital):
     site = tls_site(tmp_path, hospital.issue("node", ends=9 * DAY))
     alerts = Appliance(site).ask("status")["alerts"]
-    assert "ends in 8 days" in next(alert["detail"] for alert in alerts if alert["kind"] == "certificate")
+    assert "expires in 8 days" in next(alert["detail"] for alert in alerts if alert["kind"] == "certificate")
 
 
 def test_a_peer_over_tls_needs_a_certificate_of_ours(tmp_path):
