@@ -124,27 +124,48 @@ def evaluate(
 
 
 def _print_verdict(stored: dict[str, Any]) -> None:
-
-    columns = ("check", "finding", "reference", "candidate", "observed", "interval", "required", "outcome")
-    console.table(columns, [_check_row(check) for check in stored["checks"]])
+    """Print the comparisons of AUC, the other checks, the outcome in one line, and the budget."""
+    compared = [check for check in stored["checks"] if check["reference"] is not None]
+    others = [check for check in stored["checks"] if check["reference"] is None]
+    console.table(("finding", "check", "AUC", "ref.", "diff.", "interval", "outcome"), map(_comparison_row, compared))
+    required = sorted({check["required"] for check in compared})
+    if required:
+        console.people.print(f"diff.: AUC minus reference; required: {'; '.join(required)}")
+    notes = dict.fromkeys((check["finding"], check["note"]) for check in compared if _is_noted(check))
+    for finding, note in notes:
+        console.people.print(f"{finding}: {note}")
+    console.people.print("")
+    console.table(("check", "finding", "measured", "required", "outcome"), map(_check_row, others))
     console.people.print(f"\n{stored['line']}")
     budget = stored["budget"]
     console.people.print(f"alpha spent in the last year {budget['spent']:.4f}, left {budget['left']:.4f}")
 
 
+def _is_noted(check: dict[str, Any]) -> bool:
+    return bool(check["note"]) and check["outcome"] in ("inconclusive", "fail")
+
+
+def _comparison_row(check: dict[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a comparison: two AUCs, their difference and its interval."""
+    return (
+        check["finding"] or "",
+        check["name"],
+        f"{check['candidate']:.3f}",
+        f"{check['reference']:.3f}",
+        f"{check['observed']:+.3f}",
+        f"[{check['ci'][0]:+.3f}, {check['ci'][1]:+.3f}]" if check["ci"] else "",
+        check["outcome"],
+    )
+
+
 def _check_row(check: dict[str, Any]) -> tuple[str, ...]:
-    """Return the cells of a check: two AUCs and their difference, or the number that was measured."""
-    compared = check["reference"] is not None
-    note = f" ({check['note']})" if check["note"] and check["outcome"] in ("inconclusive", "fail") else ""
+    """Return the cells of a check that measures one number."""
     return (
         check["name"],
         check["finding"] or "",
-        f"{check['reference']:.3f}" if compared else "",
-        f"{check['candidate']:.3f}" if compared else "",
-        "" if check["observed"] is None else f"{check['observed']:{'+' if compared else ''}.3f}",
-        f"[{check['ci'][0]:+.3f}, {check['ci'][1]:+.3f}]" if check["ci"] else "",
+        "" if check["observed"] is None else f"{check['observed']:.3f}",
         check["required"],
-        check["outcome"] + note,
+        check["outcome"] + (f" ({check['note']})" if _is_noted(check) else ""),
     )
 
 

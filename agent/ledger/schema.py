@@ -72,7 +72,8 @@ ALTER TABLE pulled RENAME COLUMN films TO images;
 EVALUATION = """
 ALTER TABLE round RENAME COLUMN look TO evaluate;
 UPDATE round SET state = 'inconclusive' WHERE state = 'not_shown';
-UPDATE round SET state = 'not_evaluated' WHERE state = 'no_look';
+UPDATE round SET state = 'not_evaluated', reason = replace(replace(reason, 'no look is due', 'no evaluation is due'),
+  '`--look` spends one', '`cxrloop evaluate ' || name || '` spends one') WHERE state = 'no_look';
 -- One row an evaluation, written before any golden score is read: the row spends alpha. `rules`: the gate's rules as JSON,
 -- empty for an evaluation of version 0.1, which did not record them.
 CREATE TABLE evaluation (
