@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/cxrloop demo $(if $(FROM),--from "$(FROM)")
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready
 	$(BIN)/ruff check .

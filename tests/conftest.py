@@ -1,4 +1,4 @@
-"""What every test may use: a site folder, and the rule for tests that talk to programs pip does not bring."""
+"""Fixtures of all tests, the rule for tests that need programs outside pip, and the order in which files run."""
 
 import os
 import shutil
@@ -21,35 +21,49 @@ PEERS = {
     "sqlite3": ("sqlite3",),
     "openssl": ("openssl",),
 }
-MOUNT = "mount"  # no program: the kernel's leave to mount a small file system
+MOUNT = "mount"  # no program: the kernel must allow mounting a small file system
 HINT = "make peers"
 not_run: list[str] = []
+# Files with the longest tests start first, so that no worker ends with one of them while the others are idle.
+SLOW_FIRST = (
+    "agent/rounds/test_inspection", "agent/results/test_explain", "learner/training/test_torchrun",
+    "learner/engine/test_device", "end_to_end/test_site_0_1_0", "end_to_end/test_straight_line",
+    "learner/training/test_round", "learner/recipes/test_evolve", "learner/recipes/test_kd",
+    "agent/service/test_scheduler", "agent/rounds/test_training_launcher", "learner/recipes/test_pseudo_label",
+    "end_to_end/test_crash", "agent/results/test_returned", "agent/erasure/test_forget", "agent/network/",
+)  # fmt: skip
 
 
 def missing_peers(wanted: tuple[str, ...]) -> list[str]:
-    """Which of these Debian packages, or MOUNT, are not here (of all packages when none is named)."""
+    """Return which of these Debian packages, or MOUNT, are missing (of all packages when none is named)."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     return [
-        n for n in wanted or tuple(PEERS)
-        if not (small_disk.way() if n == MOUNT else all(shutil.which(program, os.F_OK, path) for program in PEERS[n]))
+        peer for peer in wanted or tuple(PEERS)
+        if not (small_disk.way() if peer == MOUNT else all(shutil.which(name, os.F_OK, path) for name in PEERS[peer]))
     ]  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With CI=true a missing program fails its tests; elsewhere they are left out, and the end of the run says so.
+    """Put slow files first; leave out tests whose program is missing, which the end of the run reports.
 
-    Where the kernel grants no mount, no program helps: those tests are left out everywhere.
+    With CI=true a missing program fails its tests instead. Where the kernel allows no mount, installing helps nothing:
+    those tests are left out everywhere.
     """
     strict = os.environ.get("CI") == "true"
-    kept, out = [], []
+    kept, left_out = [], []
     for item in items:
         mark = item.get_closest_marker("peer")
         missing = missing_peers(mark.args) if mark else []
-        (out if missing and (missing == [MOUNT] or not strict) else kept).append(item)
-    not_run.extend(item.nodeid for item in out)
-    if out:
-        config.hook.pytest_deselected(items=out)
-        items[:] = kept
+        (left_out if missing and (missing == [MOUNT] or not strict) else kept).append(item)
+    not_run.extend(item.nodeid for item in left_out)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+    items[:] = sorted(kept, key=place_in_run)
+
+
+def place_in_run(item: pytest.Item) -> int:
+    """Return the place of a test's file in SLOW_FIRST, or the end; sorting is stable, so files stay whole."""
+    return next((n for n, name in enumerate(SLOW_FIRST) if f"tests/{name}" in item.nodeid), len(SLOW_FIRST))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -59,14 +73,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of pytest-xdist hands on what it left out."""
-    if (said := getattr(session.config, "workeroutput", None)) is not None:
-        said["not_run"] = not_run
+    """Hand the list of tests that did not run from a worker of pytest-xdist to the main process."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["not_run"] = not_run
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    not_run[:] = getattr(node, "workeroutput", {}).get("not_run", not_run)  # each worker leaves out the same
+    not_run[:] = getattr(node, "workeroutput", {}).get("not_run", not_run)  # every worker leaves out the same tests
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -79,12 +93,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    """A fresh demo-sized site with three findings and no window."""
+    """Return a new site of profile demo with three findings and no nightly window."""
     return make_site(tmp_path / "site")
 
 
 def make_site(folder: Path, **sections: dict) -> Site:
-    """A site whose settings differ from the demo's by `sections`."""
+    """Return a new site; `sections` replace keys of the settings below."""
     port, infer_port = free_ports(2)
     values: dict = {
         "site": {"findings": ["cardiomegaly", "effusion", "opacity"]},
