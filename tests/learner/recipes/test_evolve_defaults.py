@@ -95,5 +95,5 @@ def test_the_note_says_that_every_image_has_a_pseudo_label(tmp_path):
 def test_the_card_notes_that_a_head_of_three_layers_is_not_refitted(tmp_path):
     folder = make(tmp_path / "r", lam=0.0, class_hidden=16)
     assert main([str(folder)]) == 0, result(folder)
-    assert [note.split(" is for")[0] for note in card(folder)["notes"]] == ['refit = "graph"']
+    assert [note.split(" needs")[0] for note in card(folder)["notes"]] == ['refit = "graph"']
     assert card(folder, "t0")["notes"] == []

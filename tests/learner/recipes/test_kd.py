@@ -132,7 +132,7 @@ def test_the_teacher_of_kd_does_not_change_and_is_in_eval_mode(tmp_path):
         return losses
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kd, "be_taught", watched)
+        patch.setattr(kd, "kd_step", watched)
         phases_of(folder)
     assert seen == [True] * 4
 

@@ -21,13 +21,16 @@ def opened(tmp_path):
 
     def open_round(edit=lambda manifest: None, parent=None, **overrides):
         first = Run(load(make(tmp_path / f"first {len(runs)}", **{"lam": 0.0, **(parent or {})})))
-        state, generator = first.state("evolve", first.schedule(first.unlabelled(), 1, 1e-3)), torch.Generator()
+        state, generator = (
+            first.new_state("evolve", first.schedule(first.unlabelled_feed(), 1, 1e-3)),
+            torch.Generator(),
+        )
         for number, network in enumerate((state.student, state.teacher)):
             for value in network.parameters():
                 torch.nn.init.normal_(value, 0, 0.1, generator=generator.manual_seed(number))
-        at = tmp_path / f"{len(runs)}.safetensors"
-        save_weights(at, state, first.plan, first.round.findings)
-        parent = {"bundle": "abc", "state": str(at)}
+        state_file = tmp_path / f"{len(runs)}.safetensors"
+        save_weights(state_file, state, first.plan, first.manifest.findings)
+        parent = {"bundle": "abc", "state": str(state_file)}
         folder = make(tmp_path / f"r {len(runs)}", samples={"parent": parent}, **{"lam": 0.0, **overrides})
         manifest = read_manifest(folder)
         edit(manifest)
@@ -85,33 +88,33 @@ def test_frozen_blocks_that_a_parent_trained_are_the_same_in_both_networks(opene
 
 
 @pytest.mark.parametrize("targets", ["graph", "none"])
-def test_targets_graph_without_labels_is_rejected(opened, targets):
+def test_other_targets_than_teacher_without_labels_are_rejected(opened, targets):
     run = opened(without_labels, targets=targets)
     with pytest.raises(ManifestError, match='or set targets = "teacher"'):
         evolve.train(run)
 
 
-ALONE = {"prototypes": 0, "local_views": 0, "freeze_last": 0}  # a network of `kd` or `pseudo-label`
+CLASS_LOSS_ONLY = {"prototypes": 0, "local_views": 0, "freeze_last": 0}  # a network of `kd` or `pseudo-label`
 
 
 @pytest.mark.parametrize(
-    ("parent", "child", "begins_anew"),
+    ("parent", "child", "new_parts"),
     [
-        (ALONE, {"lam": 1.0}, ["head."]),
+        (CLASS_LOSS_ONLY, {"lam": 1.0}, ["head."]),
         ({}, {"lam": 1.0, "ibot": 1.0}, ["mask", "patch_head."]),
-        (ALONE, {"lam": 1.0, "ibot": 1.0}, ["head.", "mask", "patch_head."]),
+        (CLASS_LOSS_ONLY, {"lam": 1.0, "ibot": 1.0}, ["head.", "mask", "patch_head."]),
     ],
 )
-def test_a_head_that_the_parent_lacks_is_new_and_equal_in_both_networks(opened, parent, child, begins_anew):
+def test_a_head_that_the_parent_lacks_is_new_and_equal_in_both_networks(opened, parent, child, new_parts):
     run = opened(parent=parent, **child)
     state = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     fresh = {name: value.clone() for name, value in state.student.state_dict().items()}
     run.from_parent(state)
     student, teacher = state.student.state_dict(), state.teacher.state_dict()
     for name, value in student.items():
-        anew = name.startswith(tuple(begins_anew))
-        assert torch.equal(value, fresh[name]) is anew, name
-        assert not anew or torch.equal(value, teacher[name]), name
+        is_new = name.startswith(tuple(new_parts))
+        assert torch.equal(value, fresh[name]) is is_new, name
+        assert not is_new or torch.equal(value, teacher[name]), name
 
 
 def test_a_parent_without_class_head_is_rejected(opened):
