@@ -171,7 +171,7 @@ def _swap(answer: dict[str, Any]) -> str:
     if answer.get("exit"):
         message = answer["message"]
         return f"exit {answer['exit']}, {message if len(message) < 160 else message[:157] + '...'}"
-    return f"{answer['bundle']} is in service ({answer['state']}), swapped in {answer['swap_seconds']} s."
+    return f"{answer['bundle']} is in service ({answer['state']}); the swap took {answer['swap_seconds']} s."
 
 
 def _rollback(demo: Demo) -> None:
