@@ -50,7 +50,9 @@ def draw_nights(root: Path, nights: list[dict[str, Any]], figure: Path, say: Cal
         ]
         floor = estimate(raw_pixels(site, ledger, plates), reference)
     for name, value, low, high, _ in points:
-        say(f"  {name.replace(chr(10), ', '):36} macro AUC {value:.3f} [{low:.3f}, {high:.3f}]")
+        say(
+            f"  {name.replace(chr(10) + '(', ' (').replace(chr(10), ', '):36} macro AUC {value:.3f} [{low:.3f}, {high:.3f}]"
+        )
     name, (value, low, high) = "logistic regression on raw pixels", floor
     say(f"  {name:36} macro AUC {value:.3f} [{low:.3f}, {high:.3f}]")
     _plot(points, floor, len(plates), figure)
