@@ -162,7 +162,7 @@ def _objects(
     now: datetime,
 ) -> Iterator[Dataset]:  # fmt: skip
     """Yield each result's object, with its result in `in_delivery`; store why an object can't be made."""
-    from agent.results.objects import (  # highdicom: most of a second, not for every command
+    from agent.results.result_objects import (  # highdicom: most of a second, not for every command
         HeaderIncomplete,
         make_object,
     )

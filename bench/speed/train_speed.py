@@ -34,8 +34,8 @@ from learner.engine.optim import make_optimiser, make_schedule
 from learner.engine.step import Batch, State
 from learner.networks.backbone import plan_of
 from learner.networks.heads import make_network
-from learner.objectives.correction import distil_step
 from learner.objectives.dino import DinoLoss
+from learner.objectives.distl_steps import unlabelled_step
 from learner.round.manifest import Sample
 from learner.round.recipe import Recipe, resolve
 
@@ -96,7 +96,7 @@ class Learner:
 
     def step(self, batch: Batch) -> None:
         """Take one optimiser step."""
-        distil_step(self.state, batch)
+        unlabelled_step(self.state, batch)
         self.state.step += 1
 
 

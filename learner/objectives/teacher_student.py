@@ -30,8 +30,8 @@ from learner.networks.backbone import Backbone
 from learner.networks.heads import Network
 from learner.objectives.batchwise import WholeBatchRows, koleo_from_gradient, koleo_gradient, over_whole_batch
 from learner.objectives.class_losses import Balance, label_loss
-from learner.objectives.correction import Feed, next_batch
 from learner.objectives.dino import autocast
+from learner.objectives.distl_steps import Feed, next_batch
 from learner.objectives.knowledge_distillation import bernoulli_kl
 from learner.objectives.pseudo_targets import MeanPrediction, align, class_thresholds, ramp_up, soft_weights
 from learner.objectives.self_supervised import MASK_NUMBERS, block_masks, koleo, sinkhorn

@@ -5,7 +5,7 @@ class probabilities; corrections on the labelled images follow at intervals. A l
 parent, with new optimiser, schedules and centre.
 """
 
-from learner.objectives.correction import distl_step
+from learner.objectives.distl_steps import distl_step
 from learner.training.run import Run
 from learner.training.supervised import train_on_labels
 

@@ -18,8 +18,8 @@ from learner.networks.architecture import Plan
 from learner.networks.backbone import Backbone, build, open_backbone
 from learner.networks.heads import Network
 from learner.objectives.class_losses import Balance
-from learner.objectives.correction import Feed, next_batch, supervised_step
 from learner.objectives.dino import autocast
+from learner.objectives.distl_steps import Feed, next_batch, supervised_step
 from learner.objectives.knowledge_distillation import kd_loss
 from learner.round.recipe import Recipe
 from learner.training.run import Run

@@ -21,7 +21,7 @@ from learner.errors import ManifestError
 from learner.evaluation.calibrate import auc
 from learner.networks.backbone import Backbone
 from learner.networks.heads import Network
-from learner.objectives.correction import Feed, supervised_step
+from learner.objectives.distl_steps import Feed, supervised_step
 from learner.objectives.pseudo_targets import kappa_labels, ten_crop
 from learner.round.manifest import Sample
 from learner.training.run import Run

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from learner.data.plates import label_table
 from learner.engine.step import State
 from learner.objectives.class_losses import Balance, class_balance
-from learner.objectives.correction import supervised_step
+from learner.objectives.distl_steps import supervised_step
 from learner.training.run import Run
 
 

@@ -13,7 +13,7 @@ from learner.engine import collapse_monitors, distributed, progress, step
 from learner.engine.step import Batch
 from learner.errors import LearnerError, OtherRankExited, Paused
 from learner.objectives import dino
-from learner.objectives.correction import correction_step, distil_step
+from learner.objectives.distl_steps import correction_step, unlabelled_step
 from learner.round.manifest import Sample
 from learner.round.recipe import resolve
 from tests.support.learner.tiny_states import Endless, limit_memory, make_batch, make_state, parameters
@@ -72,9 +72,9 @@ def assert_alike(numbers, expected):
 
 
 def test_an_unlabelled_step_is_the_same_on_1_2_and_3_ranks():
-    alone = after(distil_step)
+    alone = after(unlabelled_step)
     for world in (2, 3):
-        for outcome in together(world, lambda: after(distil_step)):
+        for outcome in together(world, lambda: after(unlabelled_step)):
             assert_alike(outcome, alone)
 
 
@@ -85,8 +85,8 @@ def test_the_loss_does_not_depend_on_which_rank_has_the_unknown_labels():
 
 
 def test_a_rank_without_images_makes_the_same_step():
-    alone = after(distil_step, samples=2)
-    assert_alike(together(3, lambda: after(distil_step, samples=2))[0], alone)
+    alone = after(unlabelled_step, samples=2)
+    assert_alike(together(3, lambda: after(unlabelled_step, samples=2))[0], alone)
 
 
 def test_unused_parameters_have_no_gradient_on_several_ranks():
@@ -152,7 +152,7 @@ def test_out_of_memory_on_one_rank_halves_the_parts_of_all():
             raise LearnerError("enough")
 
         with pytest.raises(LearnerError, match="enough"):
-            step.run_steps(state, lambda state: distil_step(state, Endless(shared()).batch(0, 0)), stop)
+            step.run_steps(state, lambda state: unlabelled_step(state, Endless(shared()).batch(0, 0)), stop)
         return state.micro, state.notes
 
     note = "out of memory: 1 images in a forward pass instead of 2; same batch, same result"
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all():
             good = batch.views
             batch.views = lambda part: [view * float("inf") for view in good(part)]
         with pytest.raises(LearnerError) as stopped:
-            distil_step(state, batch)
+            unlabelled_step(state, batch)
         assert torch.equal(parameters(state.student), before)
         return str(stopped.value)
 

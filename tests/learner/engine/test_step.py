@@ -10,7 +10,7 @@ from learner.engine.optim import ema_update
 from learner.engine.step import Batch, Terms, optimiser_step, run_steps
 from learner.errors import LearnerError
 from learner.objectives.class_losses import label_loss, self_training_loss
-from learner.objectives.correction import correction_due, correction_step, distil_step, distl_step
+from learner.objectives.distl_steps import correction_due, correction_step, distl_step, unlabelled_step
 from learner.round.collapse_limits import PATIENCE
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import TINY
@@ -106,7 +106,7 @@ def at_some_rate(optimiser, schedule, step):
 MUTATIONS = [
     (
         test_correction_moves_the_centre_but_not_the_teacher,
-        "learner.objectives.correction.optimiser_step",
+        "learner.objectives.distl_steps.optimiser_step",
         followed,
     ),
     (
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_before_weights_change():
     before = parameters(state.student)
     bad = Batch(4, lambda part: [torch.full((4, 1, s, s), float("inf")).double() for s in (16, 16, 8, 8)])
     with pytest.raises(LearnerError, match="non-finite: the loss is nan"):
-        distil_step(state, bad)
+        unlabelled_step(state, bad)
     assert torch.equal(parameters(state.student), before)
 
 

@@ -23,8 +23,8 @@ from learner.engine.step import Batch, State, run_steps
 from learner.networks.backbone import Backbone
 from learner.networks.heads import ClassHead, DinoHead, Network
 from learner.objectives.class_losses import label_loss, self_training_loss
-from learner.objectives.correction import distl_step
 from learner.objectives.dino import DinoLoss
+from learner.objectives.distl_steps import distl_step
 from learner.round.recipe import Recipe
 from tests.support.learner.golden_vectors import close, golden
 

@@ -6,8 +6,8 @@ import torch
 from learner.data.plates import label_table
 from learner.errors import RecipeError
 from learner.objectives.class_losses import class_balance, label_loss, weight_table
-from learner.objectives.correction import supervised_step
 from learner.objectives.dino import correction
+from learner.objectives.distl_steps import supervised_step
 from learner.objectives.teacher_student import label_objective
 from learner.recipes import evolve
 from learner.recipes.kd import kd_objective

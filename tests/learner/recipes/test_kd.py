@@ -12,7 +12,7 @@ from learner.engine.checkpoint import read_file
 from learner.engine.progress import ProgressWriter
 from learner.engine.step import Batch
 from learner.objectives.class_losses import label_loss
-from learner.objectives.correction import supervised_step
+from learner.objectives.distl_steps import supervised_step
 from learner.objectives.knowledge_distillation import bernoulli_kl
 from learner.recipes import kd
 from learner.round.recipe import resolve

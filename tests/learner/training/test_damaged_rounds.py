@@ -97,7 +97,7 @@ def test_the_note_about_halved_parts_reaches_the_card_in_a_later_process(tmp_pat
         seen[name] = [*state.notes]
 
     seen = {}
-    monkeypatch.setattr("learner.objectives.correction.optimiser_step", full_once)
+    monkeypatch.setattr("learner.objectives.distl_steps.optimiser_step", full_once)
     monkeypatch.setattr("learner.training.run.Run.export", noted)
     assert main([str(folder)]) == 0
     first = dict(seen)

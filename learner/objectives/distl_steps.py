@@ -39,7 +39,7 @@ def supervised_step(state: State, labelled: Feed, balance: Balance | None = None
     return losses
 
 
-def distil_step(state: State, batch: Batch) -> Losses:
+def unlabelled_step(state: State, batch: Batch) -> Losses:
     """Make one step on unlabelled images with DINO and self-training losses, then update the EMA teacher."""
     recipe, ramp = state.recipe, float(state.schedule.alpha[state.epoch])
     objective = self_distillation(recipe.lam, (1 - recipe.lam) * ramp)
@@ -60,7 +60,7 @@ def correction_step(state: State, batch: Batch) -> Losses:
 def distl_step(state: State, unlabelled: Feed, labelled: Feed | None) -> Losses:
     """Make one optimiser step of DISTL, unlabelled or correction, and move the cursor."""
     if state.burst is None:
-        losses = distil_step(state, next_batch(unlabelled, state.step))
+        losses = unlabelled_step(state, next_batch(unlabelled, state.step))
         if labelled is not None and correction_due(state.recipe, state.step):
             state.burst = 0
         else:
