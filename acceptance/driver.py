@@ -19,7 +19,8 @@ from typing import Any
 
 import httpx
 
-from bench.common.appliance import ROOT, Failed, dcmtk, free_ports, is_ready, wait_until
+from bench.common.appliance import ROOT, Failed, dcmtk, is_ready, wait_until
+from tests.support.ports import free_ports
 
 AET = "CXRLOOP"
 READY_S, SETTLE_S = 120, 900

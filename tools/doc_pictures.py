@@ -24,11 +24,12 @@ from agent.rounds import import_model
 from agent.site import config
 from agent.site.site import init
 from bench.common import results
-from bench.common.appliance import ROOT, WAIT_S, dcmtk, free_ports, orthanc, serving, wait_until
+from bench.common.appliance import ROOT, WAIT_S, dcmtk, orthanc, serving, wait_until
 from dicom.client.sender import send
 from dicom.phantom.phantom import Phantom, draw
 from dicom.phantom.wrap import wrap
 from dicom.pixels.plate import decode, render
+from tests.support.ports import free_ports
 
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
 GRID = 16

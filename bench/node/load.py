@@ -19,11 +19,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.common.appliance import accepts, free_ports, python_path, wait_until
+from bench.common.appliance import accepts, python_path, wait_until
 from bench.node.sender import ImageFile, associate, encoded, pdu, store
 from dicom.dataset.facts import COMPUTED_RADIOGRAPHY
 from dicom.dataset.part10 import EXPLICIT_LE, open_envelope
 from dicom.phantom.wrap import wrap
+from tests.support.ports import free_ports
 
 UID_ROOT = "1.2.826.0.1.3680043.8.498.77."
 DIGITS = 12  # of the last component; every UID has the length of the one it replaces

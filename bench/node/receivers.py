@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from agent.network import node
 from agent.site import config
 from agent.site.site import init
-from bench.common.appliance import Failed, accepts, dcmtk, free_ports, orthanc_command, python_path, wait_until
+from bench.common.appliance import Failed, accepts, dcmtk, orthanc_command, python_path, wait_until
+from tests.support.ports import free_ports
 
 TUNED = {"TCP_BUFFER_LENGTH": "1048576", "TCP_NODELAY": "1"}
 START_S, STOP_S = 30, 10

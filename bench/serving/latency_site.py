@@ -26,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from agent.rounds import import_model
 from agent.site import config
 from agent.site.site import Site, init
-from bench.common.appliance import free_ports, orthanc, serving
+from bench.common.appliance import orthanc, serving
 from learner.networks.backbone import build, plan_of
 from learner.networks.heads import ClassHead, Network
 from learner.round.recipe import resolve
 from learner.training.export import ServedModel, export_onnx
+from tests.support.ports import free_ports
 
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
 SYNTAXES = ("uncompressed", "JPEG-LS", "JPEG 2000 lossless")

@@ -290,7 +290,7 @@ def test_no_library_prints_a_uid_or_a_name_into_the_log_while_a_result_is_made(t
         "from agent.cli import main as cli; from dicom.outgoing.structured_report import report; from dicom.client.sender import _Image\n"
         "from dicom.outgoing.results import Score, Scored, read_image; from datetime import datetime, UTC\n"
         "scored = Scored('ab', 'b', (Score('effusion', .5, .5),), datetime.now(UTC), 'd', '0')\n"
-        f"cli.app = lambda: _Image(report(read_image(Path({str(tmp_path / 'image.dcm')!r})), scored)); cli.main()"
+        f"cli.app = lambda **_: _Image(report(read_image(Path({str(tmp_path / 'image.dcm')!r})), scored)); cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
