@@ -9,26 +9,10 @@ from dicom.dataset.facts import DIGITAL_XRAY_PROCESSING, RESULT_UID_ROOT, SECOND
 from dicom.dataset.part10 import content_sha256
 from dicom.dataset.syntaxes import JPEG_LS
 from dicom.intake.examine import Admission, examine
+from tests.support.dicom.examining import EVERYONE, GROWN_UPS, changed, examined
 from tests.support.dicom.pacs import KEY, save, xray
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*VR.*:UserWarning")  # of pydicom, while the tests write invalid values
-
-GROWN_UPS, EVERYONE = Admission(), Admission(children=True)
-
-
-def examined(tmp_path, ds, rules=GROWN_UPS):
-    return examine(save(ds, tmp_path / "image.dcm"), KEY, rules)
-
-
-def changed(**values):
-    ds = xray()
-    del ds.ViewCodeSequence, ds.AnatomicRegionSequence
-    for keyword, value in values.items():
-        if value is None:
-            ds.pop(keyword, None)
-        else:
-            setattr(ds, keyword, value)
-    return ds
 
 
 def code(value):

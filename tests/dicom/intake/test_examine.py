@@ -8,29 +8,13 @@ import pytest
 
 from dicom.dataset.facts import HEARTBEAT_ID
 from dicom.dataset.syntaxes import JPEG_2000_LOSSLESS
-from dicom.intake.examine import Admission, examine
+from dicom.intake.examine import examine
 from dicom.phantom.wrap import wrap
 from dicom.pixels.plate import to_plate
+from tests.support.dicom.examining import GROWN_UPS, changed, examined
 from tests.support.dicom.pacs import KEY, save, xray
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*VR.*:UserWarning")  # of pydicom, while the tests write invalid values
-
-GROWN_UPS, EVERYONE = Admission(), Admission(children=True)
-
-
-def examined(tmp_path, ds, rules=GROWN_UPS):
-    return examine(save(ds, tmp_path / "image.dcm"), KEY, rules)
-
-
-def changed(**values):
-    ds = xray()
-    del ds.ViewCodeSequence, ds.AnatomicRegionSequence
-    for keyword, value in values.items():
-        if value is None:
-            ds.pop(keyword, None)
-        else:
-            setattr(ds, keyword, value)
-    return ds
 
 
 @pytest.mark.parametrize("value", [0, 7, 255])
