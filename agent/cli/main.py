@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from agent import console
-from agent.cli import completion, erasure, images, models, pull, rounds, site
+from agent.cli import backbone, completion, erasure, images, models, pull, rounds, site
 from agent.cli.options import Config
 from agent.errors import Problem
 from cxrloop import __version__
@@ -97,6 +97,7 @@ erasure.register(app)
 pull.register(app)
 rounds.register(app)
 models.register(app)
+backbone.register(app)
 completion.register(app)
 
 

@@ -59,8 +59,12 @@ def init_command(
 
 
 def _absolute(backbone: str) -> str:
+    from learner.round.backbone_file import is_file_name
+
     path = Path(backbone)
-    if not backbone.endswith(".safetensors"):
+    if not is_file_name(backbone):
+        if path.is_file():
+            raise Problem(f"--backbone {backbone}: not a .safetensors file; convert it with `cxrloop backbone fetch`")
         return backbone
     if not path.is_file():
         raise Problem(f"--backbone {backbone}: no such file")

@@ -11,7 +11,7 @@ from agent.ledger import audit
 from agent.ledger.database import Ledger
 from agent.release import models
 from agent.release.models import Model
-from agent.rounds import records
+from agent.rounds import backbones, records
 from agent.rounds.records import Round
 from agent.site.site import Site
 from cxrloop.durable import read_json
@@ -64,7 +64,7 @@ def plan(
 def resolve_recipe(site: Site, name: str) -> Recipe:
     """Return a recipe by its name, or from a TOML file with `base = "NAME"` and changed keys; raises Problem."""
     learn = site.config.learn
-    overrides: dict[str, Any] = {} if learn.backbone == "random" else {"backbone": _backbone(site, learn.backbone)}
+    overrides: dict[str, Any] = {} if learn.backbone == "random" else {"backbone": learn.backbone}
     path = site.root / name
     try:
         if name.endswith(".toml"):
@@ -74,8 +74,8 @@ def resolve_recipe(site: Site, name: str) -> Recipe:
             base = str(keys.pop("base", ""))
             if base not in RECIPES:
                 raise Problem(f'{path}: base = "{base}": must be one of {", ".join(sorted(RECIPES))}')
-            return resolve(base, learn.profile, {**overrides, "name": path.stem, **keys})
-        return resolve(name, learn.profile, overrides)
+            return backbones.identified(site, resolve(base, learn.profile, {**overrides, "name": path.stem, **keys}))
+        return backbones.identified(site, resolve(name, learn.profile, overrides))
     except RecipeError as error:
         raise Problem(str(error)) from None
 
@@ -85,10 +85,6 @@ def _table(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except ValueError as error:  # not TOML, or not UTF-8
         raise Problem(f"{path}: {error}") from None
-
-
-def _backbone(site: Site, backbone: str) -> str:
-    return str((site.root / backbone).resolve()) if backbone.endswith(".safetensors") else backbone
 
 
 def parent_of_next(ledger: Ledger) -> Model | None:
@@ -107,16 +103,13 @@ def parent_of_next(ledger: Ledger) -> Model | None:
 def starts_fresh(site: Site, parent: Model, recipe: Recipe) -> bool:
     """Return True when a round can't start from this parent: another backbone, or other findings.
 
-    Starting from the parent would ignore the recipe's backbone, and a class head fits its own findings only. A backbone
-    file that was moved since, or the backbone "random", counts as the same backbone.
+    Starting from the parent would ignore the recipe's backbone, and a class head fits its own findings only.
     """
     assert parent.training_state is not None
     card = read_json((site.root / parent.training_state).with_name("card.json"))
     if card.get("findings", [*site.findings]) != [*site.findings]:
         return True
-    first = card.get("recipe", {}).get("backbone", recipe.backbone)
-    moved = Path(first).name == Path(recipe.backbone).name and not Path(first).exists()
-    return recipe.backbone not in ("random", first) and not moved
+    return backbones.is_another(card.get("recipe", {}), recipe)
 
 
 def training_images(site: Site, ledger: Ledger) -> list[dict[str, Any]]:

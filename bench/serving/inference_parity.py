@@ -26,8 +26,9 @@ from learner.evaluation import pixel_baseline
 from learner.evaluation.auc import auc, interval
 from learner.evaluation.model_choice import macro_curve
 from learner.evaluation.verdict import Rules
-from learner.networks.backbone import build, open_backbone
+from learner.networks.backbone import build
 from learner.networks.heads import ClassHead, Network
+from learner.networks.pretrained import open_backbone
 from learner.objectives import logistic
 from learner.recipes.evolve import FEW_PENALTY, set_head
 from learner.round.manifest import RoundManifest, Sample
@@ -106,9 +107,10 @@ def train(data: Path, backbone: Path, work: Path, seed: int = 0) -> Trained:
     """Train a network of the recipe `evolve` on this backbone; its graph is in `work`."""
     images = read_images(data, work, seed)
     recipe = resolve("evolve", "gpu", {"backbone": str(backbone), "image_size": SIDE})
-    plan, weights = open_backbone(recipe)
+    opened = open_backbone(recipe)
+    plan = opened.plan
     net = build(plan, recipe.pos_embed, recipe.pool)
-    net.load(weights or {})
+    net.load(opened.tensors or {})
     network = Network(net, nn.Identity(), ClassHead(net.dim, 1, recipe.class_hidden))
     served = ServedModel(network, plan, recipe).eval()
     labels = label_table(images["train"])

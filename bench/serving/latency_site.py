@@ -27,7 +27,8 @@ from agent.rounds import import_model
 from agent.site import config
 from agent.site.site import Site, init
 from bench.common.appliance import orthanc, serving
-from learner.networks.backbone import build, plan_of
+from learner.networks.architecture import plan_of
+from learner.networks.backbone import build
 from learner.networks.heads import ClassHead, Network
 from learner.round.recipe import resolve
 from learner.training.export import ServedModel, export_onnx

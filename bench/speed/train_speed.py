@@ -32,7 +32,7 @@ from learner.data.feed import ImageFeed
 from learner.data.packed_plates import open_packed_plates
 from learner.engine.optim import make_optimiser, make_schedule
 from learner.engine.step import Batch, State
-from learner.networks.backbone import plan_of
+from learner.networks.architecture import plan_of
 from learner.networks.heads import make_network
 from learner.objectives.dino import DinoLoss
 from learner.objectives.distl_steps import unlabelled_step

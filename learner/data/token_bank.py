@@ -27,7 +27,7 @@ from learner.round.manifest import Sample
 from learner.round.recipe import Recipe
 
 KEYS = (  # of the recipe, that change the tokens
-    "seed", "arch", "backbone", "init", "pos_embed", "image_size", "local_size", "mean", "std",
+    "seed", "arch", "init", "pos_embed", "image_size", "local_size", "mean", "std",
     "frozen_blocks", "cached_views", "global_scale", "local_scale", "flip", "rotate", "global_noise", "local_noise",
     "precision",
 )  # fmt: skip
@@ -75,7 +75,11 @@ def open_token_bank(
     """
     folder = round_folder / "tokens"
     made_of = {key: getattr(recipe, key) for key in KEYS} | {"crops": local_versions(recipe)}
-    made_of |= {"weights": weights, "images": [f.image for f in samples]}
+    made_of |= {
+        "backbone": recipe.backbone_sha256 or recipe.backbone,
+        "weights": weights,
+        "images": [f.image for f in samples],
+    }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     if not cache_key.matches(folder, key):
         shutil.rmtree(folder, ignore_errors=True)

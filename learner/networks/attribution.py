@@ -3,27 +3,23 @@
 In closed form from one forward pass, without autograd, so that it can be exported to ONNX.
 """
 
-from typing import cast
-
 import torch
-from timm.layers.attention import Attention
-from timm.layers.layer_scale import LayerScale
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 
 class Trace:
     """Tensors of the last block in one forward pass.
 
-    `last`: class token (B, D) before the final norm; `patches` (B, h w, D) after it, empty where the pool is the class
+    `norm`: the final LayerNorm; `projection` (width, heads x head width): from the last attention's heads to the residual;
+    `last`: class token (B, width) before the norm; `patches` (B, h w, width) after it, empty where the pool is the class
     token; `attention` (B, heads, tokens) of the class token; `value` (B, heads, tokens, head width); `grid` (h, w).
     """
 
     def __init__(
-        self, vit: VisionTransformer, pool: str, last: Tensor, patches: Tensor, attention: Tensor, value: Tensor,
-        grid: tuple[int, int],
+        self, pool: str, norm: nn.LayerNorm, projection: Tensor, last: Tensor, patches: Tensor, attention: Tensor,
+        value: Tensor, grid: tuple[int, int],
     ) -> None:  # fmt: skip
-        self.vit, self.pool, self.last, self.patches = vit, pool, last, patches
+        self.pool, self.norm, self.projection, self.last, self.patches = pool, norm, projection, last, patches
         self.attention, self.value, self.grid = attention, value, grid
 
     def contributions(self, directions: Tensor) -> Tensor:
@@ -43,23 +39,15 @@ class Trace:
         return (directions @ self.patches.transpose(1, 2) / self.patches.shape[1]).unflatten(-1, self.grid)
 
     def _through_class_token(self, directions: Tensor) -> Tensor:
-        norm, (block, attention) = cast(nn.LayerNorm, self.vit.norm), last_block(self.vit)
         centred = self.last - self.last.mean(-1, keepdim=True)
-        spread = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        spread = (centred.square().mean(-1, keepdim=True) + self.norm.eps).sqrt()
         shape = (centred / spread)[:, None]
-        back = directions * norm.weight
+        back = directions * self.norm.weight
         back = back - back.mean(-1, keepdim=True) - shape * (back * shape).mean(-1, keepdim=True)
-        through_norm = back / spread[:, None]  # (B, F, D)
-        if isinstance(block.ls1, LayerScale):
-            through_norm = through_norm * block.ls1.gamma
+        through_norm = back / spread[:, None]  # (B, F, width)
         heads, width = self.value.shape[1], self.value.shape[3]
-        by_head = (through_norm @ attention.proj.weight).unflatten(-1, (heads, width))  # (B, F, heads, width)
+        by_head = (through_norm @ self.projection).unflatten(-1, (heads, width))  # (B, F, heads, head width)
         per_token = torch.einsum("bfhd,bhnd->bfhn", by_head, self.value)
-        share = (per_token * self.attention[:, None]).sum(2)[:, :, self.vit.num_prefix_tokens :]
-        return share.unflatten(-1, self.grid)
-
-
-def last_block(vit: VisionTransformer) -> tuple[Block, Attention]:
-    """Return the last block and its attention module."""
-    block = cast(Block, vit.blocks[-1])
-    return block, cast(Attention, block.attn)
+        share = (per_token * self.attention[:, None]).sum(2)
+        high, wide = self.grid
+        return share[:, :, -high * wide :].unflatten(-1, self.grid)  # the patches are the last tokens

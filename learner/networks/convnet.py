@@ -99,5 +99,5 @@ def _drop_unused(net: nn.Module) -> torch.Size:
 def _no_features(name: str) -> LearnerError:
     return LearnerError(
         f'backbone = "{name}": needs a plain vision transformer with one class token, learned positions and a last norm, '
-        "or a convolutional network that takes any image size"
+        "an EVA-02 transformer such as EVA-X, or a convolutional network that takes any image size"
     )

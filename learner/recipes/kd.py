@@ -15,12 +15,14 @@ from learner.engine.optim import Schedule
 from learner.engine.step import Batch, Losses, Objective, State, Terms, in_float32, optimiser_step, share_of
 from learner.errors import LearnerError, ManifestError
 from learner.networks.architecture import Plan
-from learner.networks.backbone import Backbone, build, open_backbone
+from learner.networks.backbone import Backbone, build
 from learner.networks.heads import Network
+from learner.networks.pretrained import open_backbone
 from learner.objectives.class_losses import Balance
 from learner.objectives.dino import autocast
 from learner.objectives.distl_steps import Feed, next_batch, supervised_step
 from learner.objectives.knowledge_distillation import kd_loss
+from learner.round.backbone_file import is_file_name
 from learner.round.recipe import Recipe
 from learner.training.run import Run
 from learner.training.supervised import label_balance, train_on_labels
@@ -74,8 +76,9 @@ def teacher_plan(recipe: Recipe) -> tuple[Plan, dict[str, Tensor] | None]:
     The network must accept the round's image size, and no blocks may be frozen.
     """
     name = recipe.kd_teacher
-    keys = {"backbone": name} if name.endswith(".safetensors") else {"backbone": "random", "arch": name}
-    plan, weights = open_backbone(replace(recipe, **keys))
+    keys = {"backbone": name} if is_file_name(name) else {"backbone": "random", "arch": name}
+    opened = open_backbone(replace(recipe, **keys, backbone_sha256=""))
+    plan, weights = opened.plan, opened.tensors
     network = build(plan)
     if recipe.frozen_blocks:
         raise LearnerError("frozen_blocks: kd_teacher cannot use cached tokens; set frozen_blocks = 0")

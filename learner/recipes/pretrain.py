@@ -4,6 +4,7 @@ Trains with DINO, iBOT and KoLeo on all train images and writes the EMA teacher'
 round folder (timm's key names, for `--backbone FILE`). Then T=0 on the labelled images makes a model that can be evaluated.
 """
 
+import json
 from functools import partial
 
 from safetensors.torch import save
@@ -11,7 +12,7 @@ from safetensors.torch import save
 from cxrloop.durable import write_atomic
 from learner.engine.step import State
 from learner.errors import ManifestError
-from learner.networks.backbone import weights_of
+from learner.networks.pretrained import weights_of
 from learner.objectives.teacher_student import teacher_student_step
 from learner.recipes.evolve import fit_head
 from learner.training.run import Run
@@ -45,6 +46,7 @@ def from_teacher(run: Run, pretrained: State, state: State) -> None:
 
 
 def write_backbone(run: Run, pretrained: State) -> None:
-    """Write the teacher's backbone to ROUND/backbone.safetensors, atomically."""
+    """Write the teacher's backbone to ROUND/backbone.safetensors, atomically, with its image size, mean and std."""
     weights, note = weights_of(pretrained.teacher.backbone, run.plan)
+    note |= {key: json.dumps(getattr(run.recipe, key)) for key in ("image_size", "mean", "std")}
     write_atomic(run.manifest.folder / BACKBONE, save(weights, metadata=note))

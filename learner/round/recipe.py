@@ -22,12 +22,16 @@ class Recipe:
     # -- the network
     arch: str = "vit_small_patch16"  # vit_{tiny,small,base}_patchN, optionally _depthM; used when backbone = "random"
     backbone: str = "random"  # "random", a timm hub name, or the path of a .safetensors file (its shape is inferred)
+    backbone_sha256: str = ""  # of the tensors of a backbone file, written when the round is planned; "" = not known
     pos_embed: str = "dino"  # interpolation of position embeddings to another image size: "dino" or "timm"
     pool: str = "cls"  # the embedding: "cls" = class token (as published), "mean" = mean of the patches, or "both"
     init: str = "timm"  # of a random backbone: "timm", or "mimetic" (like trained attention weights; for few images)
     image_size: int = 256  # pixels a side
     local_size: int = 128  # pixels a side of a local crop
     local_views: int = 8  # local crops of an image in a step
+    # "recipe" = mean and std below; "backbone" = those that the backbone was trained with, where its file or timm states
+    # them. A pretrained backbone sets "backbone", unless the site's recipe file sets mean or std
+    normalise: str = "recipe"
     mean: float = 0.0  # subtracted from grey levels in [0, 1]; DISTL subtracts nothing
     std: float = 1.0  # grey levels are then divided by it; DISTL does not divide
     prototypes: int = 65536  # outputs of the DINO head; 0 = no DINO head
@@ -211,8 +215,12 @@ def resolve(name: str, profile: str, overrides: Mapping[str, Any] | None = None)
         raise RecipeError(f'profile = "{profile}": no such profile; there is {", ".join(PROFILES)}')
     sized = RECIPES[name].override({**PROFILES[profile], **SIZED.get((name, profile), {}), "profile": profile})
     whole = sized.override(overrides or {})
-    pretrained = PRETRAINED.get((name, profile), {}) if whole.backbone != "random" else {}
-    return whole.override({key: value for key, value in pretrained.items() if key not in (overrides or {})})
+    if whole.backbone == "random":
+        return whole
+    own = {*(overrides or {})}
+    scale = {} if own & {"mean", "std"} else {"normalise": "backbone"}
+    pretrained = scale | PRETRAINED.get((name, profile), {})
+    return whole.override({key: value for key, value in pretrained.items() if key not in own})
 
 
 def _known(key: str) -> str:

@@ -10,6 +10,7 @@ from learner.errors import RecipeError
 
 CHOICES = {
     "pos_embed": ("dino", "timm"),
+    "normalise": ("recipe", "backbone"),
     "pool": ("cls", "mean", "both"),
     "init": ("timm", "mimetic"),
     "correct_loss": ("mix", "ce"),

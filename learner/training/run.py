@@ -20,17 +20,19 @@ from learner.data.packed_plates import PackedPlates, open_packed_plates
 from learner.data.token_bank import TokenBank, TokenFeed, open_token_bank
 from learner.engine import checkpoint, distributed
 from learner.engine.device import prepare_device
-from learner.engine.init_weights import copy_frozen_weights, from_weights, keep_parent_shapes
+from learner.engine.init_weights import copy_frozen_weights, from_weights
 from learner.engine.optim import Schedule, make_optimiser, make_schedule
 from learner.engine.progress import ProgressWriter
 from learner.engine.step import Losses, State, StepFunction, require_finite, run_steps
 from learner.errors import LearnerError, ManifestError, Paused
-from learner.networks.backbone import Backbone, Plan, build, fit_sizes, open_backbone
+from learner.networks.architecture import Plan
+from learner.networks.backbone import Backbone, build, fit_sizes
 from learner.networks.heads import Network, make_network
 from learner.objectives.centring import make_centres
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
 from learner.training.export import write_parts
+from learner.training.start import find_start, open_same_backbone
 
 Start = Callable[[State], None]  # sets the initial weights of a phase
 SCORING_BATCH = 64  # images in one forward pass without gradients
@@ -45,20 +47,12 @@ class Run:
         if distributed.is_rank_zero():
             self.checkpoint_folder.mkdir(exist_ok=True)
         self.device, self.dtype = prepare_device(manifest.recipe)
-        self.weights: dict[str, Tensor] | None = None
         self.token_banks: dict[bool, TokenBank] = {}
         self.notes: list[str] = []  # of the phases so far
         self.header = self._open_checkpoint()
-        if self.header:
-            self.plan = self.header["plan"]
-        elif manifest.parent_state:
-            self.plan = checkpoint.read_header(manifest.parent_state, "plan")["plan"]
-        else:
-            self.plan, self.weights = open_backbone(manifest.recipe)
-        recipe = manifest.recipe
-        if manifest.parent_state:
-            recipe = keep_parent_shapes(recipe, checkpoint.read_header(manifest.parent_state, "recipe")["recipe"])
-        self.recipe = fit_sizes(recipe, build(self.plan))
+        start = find_start(manifest, self.header)
+        self.plan, self.weights = start.plan, start.weights
+        self.recipe = fit_sizes(start.recipe, build(self.plan))
         spent, kept = (self.header["seconds"], self.header["metrics_bytes"]) if self.header else (0.0, 0)
         self.progress = ProgressWriter(manifest.folder, manifest.until, spent, kept)
 
@@ -185,11 +179,7 @@ class Run:
     def from_backbone(self, state: State) -> None:
         """Load the recipe's backbone into both networks. Raises LearnerError where the parent has another network."""
         if self.weights is None and (self.header or self.manifest.parent):  # the plan came from one of them
-            plan, self.weights = open_backbone(self.manifest.recipe)
-            if plan != self.plan:
-                raise LearnerError(
-                    f"the parent is {self.plan}, the backbone {plan}; use the backbone that the parent was trained from"
-                )
+            self.weights = open_same_backbone(self.manifest, self.plan)
         self.from_weights(self.weights)(state)
 
     def from_parent(self, state: State) -> None:

@@ -4,13 +4,42 @@ import json
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from agent.errors import Problem
 from agent.ledger.database import utc
 from agent.rounds import planning
 from cxrloop.durable import write_json
 from learner.round import manifest
+from learner.round.backbone_file import content_hash
 from tests.support.agent.rounds import labelled_site
+
+
+def backbone_file(path, value: float, **metadata: str) -> str:
+    """Write a file with one tensor of this value; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"cls_token": np.full((1, 1, 4), value, np.float32)}, path, metadata or None)
+    return str(path)
+
+
+def planned_parent(site, first: dict, named: str, findings: list[str]) -> tuple:
+    """Plan a round of a site whose model in service was trained with the recipe keys `first`; return its parent twice."""
+    parts = site.rounds / "r0001" / "t0"
+    parts.mkdir(parents=True)
+    write_json(parts / "card.json", {"recipe": first, "findings": findings})
+    learn = site.config.learn.model_copy(update={"backbone": named})
+    site = replace(site, config=site.config.model_copy(update={"learn": learn}))
+    with site.ledger() as ledger:
+        with ledger.transaction():
+            ledger.insert("bundle", id="b" * 12, state="live", is_baseline=1,
+                          training_state="rounds/r0001/t0/state.safetensors", created_at=utc())  # fmt: skip
+        planned = planning.plan(site, ledger, "now", datetime.now(UTC))
+        return planned.parent, manifest.read_manifest(site.rounds / planned.name)
+
+
+KEPT = ("b" * 12, {"bundle": "b" * 12, "state": "../../rounds/r0001/t0/state.safetensors"})
 
 
 @pytest.mark.parametrize(
@@ -19,30 +48,41 @@ from tests.support.agent.rounds import labelled_site
         ("random", "random", [], False),
         ("random", "random", ["nodule"], True),
         ("random", "rounds/r0001/backbone.safetensors", [], True),  # what `pretrain` left
-        ("other.safetensors", "mine.safetensors", [], True),
+        ("other.safetensors", "mine.safetensors", [], True),  # other tensors
+        ("copy.safetensors", "mine.safetensors", [], False),  # the same tensors under another name
         ("vit_tiny_patch16_224", "random", [], False),
+        ("vit_tiny_patch16_224", "vit_small_patch16_224", [], True),
         ("/moved/since/mine.safetensors", "mine.safetensors", [], False),
     ],
 )
 def test_a_round_starts_fresh_with_another_backbone_or_other_findings(tmp_path, first, named, new, fresh):
     site = labelled_site(tmp_path)
+    for name, value in (("other", 1.0), ("mine", 2.0), ("copy", 2.0)):
+        backbone_file(site.root / f"{name}.safetensors", value)
     first = str(site.root / first) if first.endswith(".safetensors") else first
-    for name in ("other.safetensors", "mine.safetensors"):
-        (site.root / name).touch()
-    parts = site.rounds / "r0001" / "t0"
-    parts.mkdir(parents=True)
-    write_json(parts / "card.json", {"recipe": {"backbone": first}, "findings": [*site.findings, *new]})
-    learn = site.config.learn.model_copy(update={"backbone": named})
-    site = replace(site, config=site.config.model_copy(update={"learn": learn}))
-    with site.ledger() as ledger:
-        with ledger.transaction():
-            ledger.insert("bundle", id="b" * 12, state="live", is_baseline=1,
-                          training_state="rounds/r0001/t0/state.safetensors", created_at=utc())  # fmt: skip
-        planned = planning.plan(site, ledger, "now", datetime.now(UTC))
-        written = manifest.read_manifest(site.rounds / planned.name)
-    assert (planned.parent, written["parent"]) == (
-        (None, None) if fresh else ("b" * 12, {"bundle": "b" * 12, "state": "../../rounds/r0001/t0/state.safetensors"})
-    )
+    parent, written = planned_parent(site, {"backbone": first}, named, [*site.findings, *new])
+    assert (parent, written["parent"]) == ((None, None) if fresh else KEPT)
+
+
+@pytest.mark.parametrize(("now", "fresh"), [(1.0, False), (2.0, True)])
+def test_the_content_of_a_backbone_file_decides_not_its_name(tmp_path, now, fresh):
+    """The file was replaced, or written anew with other metadata, since the parent's round was planned."""
+    site = labelled_site(tmp_path)
+    path = site.root / "mine.safetensors"
+    first = {"backbone": backbone_file(path, 1.0), "backbone_sha256": content_hash(path)}
+    backbone_file(path, now, licence="mit")
+    parent, written = planned_parent(site, first, "mine.safetensors", [*site.findings])
+    assert (parent is None) == fresh
+    assert written["recipe"]["backbone"] == str(path)
+    assert (written["recipe"]["backbone_sha256"] == first["backbone_sha256"]) == (not fresh)
+
+
+def test_a_damaged_backbone_file_is_named_and_nothing_is_planned(tmp_path):
+    site = labelled_site(tmp_path)
+    (site.root / "mine.safetensors").write_bytes(b"<html>not found</html>")
+    with pytest.raises(Problem, match=r"mine\.safetensors: not a safetensors file"):
+        planned_parent(site, {"backbone": "random"}, "mine.safetensors", [*site.findings])
+    assert not (site.rounds / "r0002").exists()
 
 
 def test_a_manifest_of_version_1_is_read_with_todays_keys_and_keeps_its_own_when_the_window_changes(tmp_path):

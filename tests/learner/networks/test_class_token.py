@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from learner.networks import class_token
-from learner.networks.backbone import build, plan_of
+from learner.networks.architecture import plan_of
+from learner.networks.backbone import build
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
 

@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from learner.engine.checkpoint import read_file
 from learner.errors import LearnerError
 from learner.networks import convnet
-from learner.networks.backbone import build, fit_sizes, open_backbone, plan_of, read_weights, resized
+from learner.networks.architecture import plan_of
+from learner.networks.backbone import build, fit_sizes, resized
 from learner.networks.heads import ClassHead, make_network
 from learner.networks.mimetic_init import mimic_trained
+from learner.networks.pretrained import open_backbone, read_pretrained
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import card, make_round, result
 
@@ -126,9 +128,9 @@ def test_the_metadata_of_a_file_names_its_network(tmp_path):
     net = timm.create_model("resnet10t", num_classes=5).eval()
     weights = {f"module.{key}": value for key, value in net.state_dict().items()}
     save_file(weights, tmp_path / "w.safetensors", metadata={"timm": "resnet10t"})
-    plan, weights = read_weights(tmp_path / "w.safetensors")
-    again = build(plan).eval()
-    again.load(weights)
+    read = read_pretrained(tmp_path / "w.safetensors").require_whole("w")
+    again = build(read.plan).eval()
+    again.load(read.tensors)
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(again(images), net.forward_features(images).mean((2, 3)))
@@ -138,16 +140,16 @@ def test_a_file_without_metadata_needs_the_timm_name(tmp_path):
     file = tmp_path / "w.safetensors"
     save_file(timm.create_model("resnet10t", num_classes=0).state_dict(), file)
     with pytest.raises(LearnerError, match='set the timm name, such as arch = "densenet121"'):
-        read_weights(file, "vit_tiny_patch16")
-    plan, _ = open_backbone(resolve("distl", "demo", {"backbone": str(file), "arch": "resnet10t"}))
-    assert plan == {"timm": "resnet10t"}
+        read_pretrained(file, "vit_tiny_patch16").require_whole("w")
+    opened = open_backbone(resolve("distl", "demo", {"backbone": str(file), "arch": "resnet10t"}))
+    assert opened.plan == {"timm": "resnet10t"}
     with pytest.raises(LearnerError, match="of another shape"):
-        read_weights(file, "resnet50")
+        read_pretrained(file, "resnet50").require_whole("w")
 
 
 def test_the_error_without_hub_names_the_option_for_a_file(tmp_path):
     code = (
-        "from learner.round.recipe import resolve; from learner.networks.backbone import open_backbone; from learner.errors import LearnerError\n"
+        "from learner.round.recipe import resolve; from learner.networks.pretrained import open_backbone; from learner.errors import LearnerError\n"
         "try: open_backbone(resolve('distl', 'demo', {'backbone': 'resnet50.a1_in1k'}))\n"
         "except LearnerError as error: print(error)"
     )
