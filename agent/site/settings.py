@@ -127,7 +127,7 @@ class PatientKeys(Section):
 class LearnKeys(Section):
     """The nightly round."""
 
-    recipe: str = Field("distl", description='name of a recipe, or a TOML file with base = "NAME" and its keys')
+    recipe: str = Field("evolve", description='name of a recipe, or a TOML file with base = "NAME" and its keys')
     profile: Literal["gpu", "cpu", "demo"] = Field("cpu", description="sizes of the recipe: gpu, cpu or demo")
     backbone: str = Field(
         "random", description='starting weights: "random", a timm name on the hub, or a .safetensors file'

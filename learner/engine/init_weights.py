@@ -9,17 +9,12 @@ from learner.engine.step import State
 from learner.networks.mimetic_init import mimic_trained
 from learner.round.recipe import Recipe
 
-CLASS_SHAPE_KEYS = ("pool", "class_hidden", "pos_embed")  # recipe keys that shape backbone and class head
+CLASS_SHAPE_KEYS = ("pool", "class_hidden", "pos_embed", "blocks")  # recipe keys that shape backbone and class head
 DINO_SHAPE_KEYS = ("prototypes", "head_hidden", "bottleneck")  # recipe keys that shape the DINO head
 
 
 def keep_parent_shapes(recipe: Recipe, parent: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with the head shapes of a parent that another method trained.
-
-    With the same method the recipe stays as it is; if its sizes have changed, loading the parent raises LearnerError.
-    """
-    if parent.get("method", "distl") == recipe.method:
-        return recipe
+    """Return the recipe with the parent's shapes: the parent may be of another method, or of an earlier version's recipe."""
     both = recipe.prototypes and parent.get("prototypes")
     keys = CLASS_SHAPE_KEYS + (DINO_SHAPE_KEYS if both else ())
     return recipe.override({key: parent[key] for key in keys if key in parent})

@@ -6,6 +6,8 @@ In closed form from one forward pass, without autograd, so that it can be export
 import torch
 from torch import Tensor, nn
 
+from learner.networks.pooling import patch_contributions
+
 
 class Trace:
     """Tensors of the last block in one forward pass.
@@ -25,18 +27,18 @@ class Trace:
     def contributions(self, directions: Tensor) -> Tensor:
         """Return the contribution of each patch along `directions` (B, F, D) of the embedding: (B, F, h, w).
 
-        Pool "mean": the patch's share of the mean. Pool "cls": the patch's value in the last attention, times the
+        Pools "mean" and "grid": the patch's share of the means. Pool "cls": the patch's value in the last attention, times the
         gradient of the direction through the final LayerNorm; the last MLP is left out. Pool "both": the sum of the two.
         """
-        if self.pool == "mean":
-            return self._through_mean(directions)
+        if self.pool in ("mean", "grid"):
+            return self._through_patches(directions, self.pool)
         if self.pool == "cls":
             return self._through_class_token(directions)
         first, second = directions.chunk(2, -1)
-        return self._through_class_token(first) + self._through_mean(second)
+        return self._through_class_token(first) + self._through_patches(second, "mean")
 
-    def _through_mean(self, directions: Tensor) -> Tensor:
-        return (directions @ self.patches.transpose(1, 2) / self.patches.shape[1]).unflatten(-1, self.grid)
+    def _through_patches(self, directions: Tensor, pool: str) -> Tensor:
+        return patch_contributions(self.patches, directions, pool).unflatten(-1, self.grid)
 
     def _through_class_token(self, directions: Tensor) -> Tensor:
         centred = self.last - self.last.mean(-1, keepdim=True)

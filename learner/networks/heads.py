@@ -13,17 +13,22 @@ from learner.errors import LearnerError
 from learner.networks.architecture import Plan
 from learner.networks.backbone import Backbone, build
 from learner.networks.convnet import ConvNet
+from learner.networks.pooling import WIDTHS
 from learner.round.recipe import Recipe
 
 
 class DinoHead(nn.Module):
     """Embeddings (N, D) to prototype logits (N, K): MLP, L2 normalisation, cosines with K prototypes (Caron et al. 2021).
 
-    The prototypes are a weight-normalised layer whose g is frozen at 1.
+    The prototypes are a weight-normalised layer whose g is frozen at 1. With `cells`, an embedding is the cells of an
+    image, D each; the head takes their mean, because a crop has other places in its cells than the whole image.
     """
 
-    def __init__(self, dim: int, prototypes: int, hidden: int, bottleneck: int, batch_norm: bool = False) -> None:
+    def __init__(
+        self, dim: int, prototypes: int, hidden: int, bottleneck: int, batch_norm: bool = False, cells: int = 1
+    ) -> None:
         super().__init__()
+        self.cells, dim = cells, dim // cells
         layers: list[nn.Module] = []
         for inner in (dim, hidden):
             layers.append(nn.Linear(inner, hidden))
@@ -35,6 +40,8 @@ class DinoHead(nn.Module):
         self.last_layer = Prototypes(bottleneck, prototypes)
 
     def forward(self, cls: Tensor) -> Tensor:
+        if self.cells > 1:
+            cls = cls.unflatten(-1, (self.cells, -1)).mean(-2)
         return self.last_layer(F.normalize(self.mlp(cls), dim=-1))
 
 
@@ -118,7 +125,8 @@ def make_network(plan: Plan, recipe: Recipe, findings: int, drop_path: float = 0
     backbone = build(plan, recipe.pos_embed, recipe.pool, drop_path).freeze(recipe.frozen_blocks)
     head: DinoHead | nn.Identity = nn.Identity()
     if recipe.prototypes:
-        head = DinoHead(backbone.dim, recipe.prototypes, recipe.head_hidden, recipe.bottleneck)
+        cells = WIDTHS["grid"] if backbone.pool == "grid" else 1
+        head = DinoHead(backbone.dim, recipe.prototypes, recipe.head_hidden, recipe.bottleneck, cells=cells)
     network = Network(backbone, head, ClassHead(backbone.dim, findings, recipe.class_hidden))
     if recipe.ibot:
         if not isinstance(backbone, Backbone):

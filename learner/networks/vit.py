@@ -14,20 +14,22 @@ from torch import Tensor, nn
 from learner.errors import LearnerError
 from learner.networks.attribution import Trace
 from learner.networks.class_token import class_token, finish_block, is_plain_block
+from learner.networks.pooling import WIDTHS, pool_tokens
 
 
 class Backbone(nn.Module):
     """A vision transformer: images (B, 1 or 3, H, W), H and W multiples of its patch, to embeddings (B, D).
 
-    The embedding is the class token ("cls", as published), the mean of the patches ("mean") or both concatenated ("both",
-    D doubled). Also takes tokens (B, n, width) behind the frozen blocks in place of images.
+    The embedding pools the last tokens (`learner.networks.pooling`): the class token ("cls", as published), the mean of the
+    patches ("mean"), both concatenated ("both"), or means over cells of the image ("grid"; square images only). Also takes
+    tokens (B, n, width) behind the frozen blocks in place of images.
     """
 
     def __init__(self, vit: VisionTransformer, pos_embed: str = "dino", pool: str = "cls") -> None:
         super().__init__()
         self.vit = vit
         self.mode, self.pool = pos_embed, pool
-        self.dim = vit.embed_dim * (2 if pool == "both" else 1)
+        self.dim = vit.embed_dim * WIDTHS[pool]
         self.frozen = 0  # number of frozen lower blocks, which `lower` runs
         self.patch = int(vit.patch_embed.feat_ratio())  # pixels; with a hybrid's convolutions
 
@@ -59,10 +61,7 @@ class Backbone(nn.Module):
 
     def embedding(self, tokens: Tensor) -> Tensor:
         """Return the embedding (B, D) of the tokens after the final norm."""
-        if self.pool == "cls":
-            return tokens[:, 0]
-        mean = tokens[:, self.vit.num_prefix_tokens :].mean(1)
-        return mean if self.pool == "mean" else torch.cat([tokens[:, 0], mean], 1)
+        return pool_tokens(tokens, self.pool, self.vit.num_prefix_tokens)
 
     def lower(self, images: Tensor) -> Tensor:
         """Return the tokens (B, prefix + h w, width) of images behind the frozen blocks."""

@@ -1,4 +1,7 @@
-"""Logistic regression on fixed features by Newton's method, with soft targets and weights; the linear class head."""
+"""Logistic regression on fixed features, with soft targets and weights; the linear class head.
+
+By Newton's method; by L-BFGS where both images and features are many, as Newton's equations then take minutes.
+"""
 
 from dataclasses import dataclass
 
@@ -6,6 +9,8 @@ import torch
 from torch import Tensor
 
 STEPS = 30  # of Newton's method at most; six to ten are usual
+NEWTON_SIZE = 1000  # images or features, the fewer of both, up to which Newton is used
+LBFGS_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,15 @@ def fit(features: Tensor, targets: Tensor, penalty: float, weights: Tensor | Non
     mean, scale = x.mean(0), x.std(0, correction=0)
     scale = torch.where(scale > 1e-9, scale, torch.ones_like(scale))
     x = (x - mean) / scale
+    known = ~targets.isnan()
+    if min(int(known.sum(0).max()), x.shape[1]) > NEWTON_SIZE:
+        rows = known.any(1)
+        weight, bias = _lbfgs(x[rows].float(), targets[rows], None if weights is None else weights[rows], penalty)
+        return LinearHead(weight / scale, bias - weight / scale @ mean)
     columns = []
     for i in range(targets.shape[1]):
-        known = ~targets[:, i].isnan()
         weight = torch.ones_like(x[:, 0]) if weights is None else weights[:, i].double()
-        columns.append(_newton(x[known], targets[known, i].double(), weight[known], penalty))
+        columns.append(_newton(x[known[:, i]], targets[known[:, i], i].double(), weight[known[:, i]], penalty))
     weight = torch.stack([w for w, _ in columns]) / scale
     bias = torch.stack([b for _, b in columns]) - weight @ mean
     return LinearHead(weight, bias)
@@ -76,3 +85,25 @@ def _loss(design: Tensor, y: Tensor, weight: Tensor, beta: Tensor, ridge: Tensor
     """Return the weighted log loss plus penalty."""
     odds = design @ beta
     return (weight * (torch.nn.functional.softplus(odds) - y * odds)).sum() + 0.5 * (ridge * beta**2).sum()
+
+
+def _lbfgs(x: Tensor, targets: Tensor, weights: Tensor | None, penalty: float) -> tuple[Tensor, Tensor]:
+    """Return weights (F, D) and biases (F,), float64, of all findings together; x (N, D) standardised, float32."""
+    each = (~targets.isnan()).float() if weights is None else weights.float() * ~targets.isnan()
+    total = each.sum(0).clamp(min=1e-9)
+    truth = targets.nan_to_num(0.0).float()
+    weight = torch.zeros(targets.shape[1], x.shape[1], requires_grad=True)
+    bias = torch.logit(((each * truth).sum(0) + 0.5) / (total + 1)).requires_grad_()
+    solver = torch.optim.LBFGS([weight, bias], max_iter=LBFGS_STEPS, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        odds = x @ weight.T + bias
+        each_loss = each * (torch.nn.functional.softplus(odds) - truth * odds)
+        value = (each_loss.sum(0) / total).sum() + 0.5 * penalty * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        solver.step(loss)
+    return weight.detach().double(), bias.detach().double()

@@ -1,11 +1,14 @@
-"""`evolve`: self-training for few labels, with pseudo-labels from a neighbour graph.
+"""`evolve`: self-training for few labels.
 
-1. Fit the class head to the labels and to pseudo-labels from a graph of the model's embeddings; that is the first teacher.
-2. Train the student on augmented views with the EMA teacher's probabilities; without pretrained weights also on labels.
+1. Fit the class head to the labels, and simple features beside it: this blend is the first teacher (`blend`).
+2. Train the student on augmented views: with the teacher's probabilities, by self-distillation, and on the labels.
 3. Refit the class head of each candidate model on its new embeddings, and choose a candidate on validation patients.
+4. Refit the blend to labels and pseudo-labels.
+
+Other recipe keys take pseudo-labels from a neighbour graph or from the EMA teacher, and leave out parts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -19,6 +22,7 @@ from learner.engine.weight_averaging import Weights, recompute_batch_norm, soup,
 from learner.errors import ManifestError
 from learner.evaluation.auc import Curve
 from learner.evaluation.model_choice import first_as_good, macro_curve
+from learner.networks.blend import Blend, read_blend
 from learner.networks.heads import Network
 from learner.objectives import logistic
 from learner.objectives.class_losses import weight_table
@@ -29,10 +33,12 @@ from learner.objectives.head_refit import (
     combine_by_finding,
     fit_graph_and_labels,
 )
-from learner.objectives.label_propagation import has_both_classes, pseudo_labels
+from learner.objectives.label_propagation import has_both_classes, pseudo_labels, soft_targets_by_rank
 from learner.objectives.pseudo_targets import agreement, class_thresholds, hard_labels, shrunk_prevalence, soft_weights
+from learner.objectives.shared_heads import fit_heads
 from learner.objectives.teacher_student import pop_weight_mean, teacher_student_step
 from learner.round.manifest import Sample
+from learner.training.blend_fit import SimpleTable, blend_logits, fit_blend, simple_table, with_pseudo_labels
 from learner.training.run import SCORING_BATCH, Run
 from learner.training.supervised import label_balance, train_on_labels
 
@@ -44,22 +50,23 @@ TOLERANCE = 0.02  # macro AUC on validation that all candidates may lose before 
 def train(run: Run) -> None:
     """Train T=0 if there is no parent, then the student on all train images, and export the chosen candidate."""
     recipe = run.recipe
-    if not run.manifest.labelled and recipe.targets != "teacher":
+    if not run.manifest.labelled and recipe.targets not in ("teacher", "blend"):
         raise ManifestError(
             f'manifest: no labelled train image, and targets = "{recipe.targets}" uses no teacher: label some train images, '
             'or set targets = "teacher"'
         )
-    start = (
-        run.from_student(train_on_labels(run, partial(start_with_fitted_head, run)))
-        if run.is_first_round
-        else run.from_parent
-    )
+    simple = simple_table(run) if recipe.blend else None
+    if run.is_first_round:
+        first = train_on_labels(run, partial(start_with_fitted_head, run), partial(add_blend, run, simple, None))
+        start, before = run.from_student(first), read_blend(first.extra)
+    else:
+        start, before = run.from_parent, run.parent_blend()
     if recipe.class_hidden and recipe.refit != "none":
         run.notes = [
             *run.notes,
             f'refit = "{recipe.refit}" needs a linear class head; this one has three layers and is not refitted',
         ]
-    table = run.compute_once("targets", lambda: pseudo_label_table(run, initial_state(run, start)))
+    table = run.compute_once("targets", lambda: pseudo_label_table(run, initial_state(run, start), before))
     unlabelled = run.feed(run.manifest.unlabelled, "unlabelled", recipe.local_views if recipe.lam else 0, False)
     labelled = run.labelled_feed("labelled") if run.manifest.labelled and recipe.label_weight else None
     schedule, balance = run.schedule(unlabelled, recipe.epochs, recipe.lr), label_balance(run)
@@ -75,8 +82,22 @@ def train(run: Run) -> None:
         "evolve", schedule, start_phase, lambda state: teacher_student_step(state, unlabelled, labelled, table, balance)
     )
     champion = initial_state(run, start).student
-    chosen = choose_candidate(run, final, champion)
+    chosen = choose_candidate(run, final, champion, table)
+    pseudo = pseudo_by_image(run, table) if recipe.targets == "blend" else None
+    add_blend(run, simple, pseudo, final)
     run.export("final", final, "student", chosen)
+
+
+def add_blend(run: Run, simple: SimpleTable | None, pseudo: Mapping[int, Tensor] | None, state: State) -> None:
+    """Put the blend of the student and the simple features into the state; nothing without simple features."""
+    if simple:
+        state.extra |= fit_blend(run, state.student, simple, pseudo).tensors()
+
+
+def pseudo_by_image(run: Run, table: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Return the table's soft targets (F,) by image, in host memory."""
+    rows = zip(run.manifest.unlabelled, table["soft"].cpu(), strict=True)
+    return {sample.image: soft for sample, soft in rows}
 
 
 def initial_state(run: Run, start: Callable[[State], None]) -> State:
@@ -93,8 +114,11 @@ def start_with_fitted_head(run: Run, state: State) -> None:
     state.teacher.load_state_dict(state.student.state_dict())
 
 
-def pseudo_label_table(run: Run, state: State) -> dict[str, Tensor]:
-    """Return the table of `teacher_student_step` for the unlabelled images, from the networks in `state`."""
+def pseudo_label_table(run: Run, state: State, before: Blend | None = None) -> dict[str, Tensor]:
+    """Return the table of `teacher_student_step` for the unlabelled images, from the networks in `state`.
+
+    before: the blend before the round, of the same networks; None = the network's answers alone.
+    """
     recipe, samples = run.recipe, run.manifest.unlabelled
     labels = label_table(samples)
     prevalence = shrunk_prevalence(labels)
@@ -103,6 +127,8 @@ def pseudo_label_table(run: Run, state: State) -> dict[str, Tensor]:
         table["champion"] = logits_of(run, state.student, samples)
     if recipe.targets == "teacher":
         table["rate"] = torch.ones(())  # every image has a target
+    if recipe.targets == "blend":
+        table |= blend_targets(run, state, before, labels, prevalence)
     if recipe.targets == "graph":
         features = run.embeddings(state.teacher, samples)
         soft = pseudo_labels(features, labels, prevalence, recipe.neighbours, recipe.components)
@@ -130,6 +156,19 @@ def pseudo_label_table(run: Run, state: State) -> dict[str, Tensor]:
     return table
 
 
+def blend_targets(
+    run: Run, state: State, before: Blend | None, labels: Tensor, prevalence: Tensor
+) -> dict[str, Tensor]:
+    """Return soft targets from the blend's ranks, and their weights; labels (N, F) where they are known."""
+    samples = run.manifest.unlabelled
+    logits = logits_of(run, state.student, samples)
+    if before:
+        logits = blend_logits(run, before, logits, samples)
+    soft = soft_targets_by_rank(logits, prevalence)
+    soft = torch.where(labels.isnan(), 1 - soft if run.recipe.poison_teacher else soft, labels)
+    return {"soft": soft, "weight": torch.ones_like(soft), "rate": torch.ones(())}
+
+
 def split_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return labels (N, F) twice, each with every second known label of each class; nan elsewhere."""
     first = torch.full_like(labels, float("nan"))
@@ -146,7 +185,11 @@ def fit_head(run: Run, network: Network) -> None:
     if run.recipe.class_hidden == 0:
         samples, labels = run.manifest.labelled, label_table(run.manifest.labelled)
         features, weights = run.embeddings(network, samples), label_weights(run, labels)
-        set_head(network, logistic.fit(features, labels, FEW_PENALTY, weights))
+        blended = run.recipe.blend
+        set_head(
+            network,
+            fit_heads(features, labels, weights) if blended else logistic.fit(features, labels, FEW_PENALTY, weights),
+        )
 
 
 def label_weights(run: Run, labels: Tensor) -> Tensor | None:
@@ -169,10 +212,10 @@ def set_head(network: Network, head: logistic.LinearHead) -> None:
         layer.bias.copy_(head.bias)
 
 
-def refit(run: Run, network: Network, trained_share: float = 0.0) -> None:
-    """Refit the class head on the network's embeddings, as the recipe's `refit`: to the labels, or to graph and labels.
+def refit(run: Run, network: Network, trained_share: float = 0.0, table: Mapping[str, Tensor] | None = None) -> None:
+    """Refit the class head on the network's embeddings as the recipe's `refit`: to labels, also with graph or pseudo-labels.
 
-    trained_share: share of the trained head in the mean with the fit to graph and labels. In later rounds, a finding
+    table: soft targets for "pseudo".     trained_share: share of the trained head in the mean with the fit to graph and labels. In later rounds, a finding
     without labels of both classes keeps its head.
     """
     recipe, samples = run.recipe, run.manifest.unlabelled
@@ -183,7 +226,10 @@ def refit(run: Run, network: Network, trained_share: float = 0.0) -> None:
         fit_head(run, network)
     else:
         features, weights = run.embeddings(network, samples), label_weights(run, labels)
-        fitted = fit_graph_and_labels(features, labels, recipe.neighbours, recipe.components, weights)
+        if recipe.refit == "pseudo":
+            fitted = fit_heads(features, *with_pseudo_labels(samples, pseudo_by_image(run, table) if table else None))
+        else:
+            fitted = fit_graph_and_labels(features, labels, recipe.neighbours, recipe.components, weights)
         set_head(network, blend_heads(fitted, before, features, trained_share) if trained_share else fitted)
     if not run.is_first_round:
         set_head(network, combine_by_finding(has_both_classes(labels), head_of(network), before))
@@ -195,7 +241,7 @@ def refit_first_teacher(run: Run, state: State) -> None:
     state.teacher.load_state_dict(state.student.state_dict())
 
 
-def choose_candidate(run: Run, final: State, champion: Network) -> str:
+def choose_candidate(run: Run, final: State, champion: Network, table: Mapping[str, Tensor]) -> str:
     """Load the chosen candidate into the student and return its name.
 
     Chooses the first candidate within one standard error of the best on validation; the first one where validation has
@@ -209,7 +255,8 @@ def choose_candidate(run: Run, final: State, champion: Network) -> str:
         final.student.load_state_dict({k: v.clone() for k, v in start.items()})
         if kind not in ("refit", "student", "teacher"):
             recompute_batch_norm(final.student.backbone, unaugmented_batches(run))
-        refit(run, final.student, TRAINED_SHARE if not run.is_first_round or kind not in UNTRAINED else 0.0)
+        share = TRAINED_SHARE if not run.is_first_round or kind not in UNTRAINED else 0.0
+        refit(run, final.student, share, table)
         weights.append({k: v.clone() for k, v in final.student.state_dict().items()})
         auc = validation_auc(run, final.student, samples)
         if auc is None:

@@ -24,7 +24,11 @@ class Recipe:
     backbone: str = "random"  # "random", a timm hub name, or the path of a .safetensors file (its shape is inferred)
     backbone_sha256: str = ""  # of the tensors of a backbone file, written when the round is planned; "" = not known
     pos_embed: str = "dino"  # interpolation of position embeddings to another image size: "dino" or "timm"
-    pool: str = "cls"  # the embedding: "cls" = class token (as published), "mean" = mean of the patches, or "both"
+    # the embedding: "cls" = class token (as published), "mean" = mean of the patches, "both", or "grid" = means over eight
+    # cells, each with its mirror image
+    pool: str = "cls"
+    blocks: int = 0  # lower blocks of a pretrained transformer that are used; 0 = all, -1 = two thirds of them
+    blend: bool = False  # add linear heads on simple features of the site's own images to the network's answer
     init: str = "timm"  # of a random backbone: "timm", or "mimetic" (like trained attention weights; for few images)
     image_size: int = 256  # pixels a side
     local_size: int = 128  # pixels a side of a local crop
@@ -71,7 +75,9 @@ class Recipe:
     # -- evolve: more self-supervision, pseudo-labels from neighbours, labels in every step
     ibot: float = 0.0  # weight of the masked-patch loss of iBOT
     koleo: float = 0.0  # weight of the KoLeo loss, which spreads the embeddings of a batch
-    targets: str = "teacher"  # source of pseudo-labels: "teacher" (its probabilities), "graph" (neighbours) or "none"
+    # source of pseudo-labels: "teacher" (its probabilities), "graph" (neighbours), "blend" (the answers before the round)
+    # or "none"
+    targets: str = "teacher"
     pseudo_weight: float = 1.0  # weight of the pseudo-label loss after its ramp-up
     align: bool = False  # shift the teacher's logits so that their mean matches the labelled prevalence
     # weight of each pseudo-label: "none" = 1; "teacher" = agreement of graph and teacher; "heads" = agreement of two
@@ -82,7 +88,8 @@ class Recipe:
     components: int = 64  # principal components of the features in the graph
     label_weight: float = 1.0  # weight of the label loss in every step
     replay: float = 0.0  # weight of distillation from the champion (the parent's model)
-    # refit of the class head at the end of the round: "none", "linear" (to the labels) or "graph" (to graph and labels)
+    # refit of the class head at the end of the round: "none", "linear" (to the labels), "graph" (to graph and labels) or
+    # "pseudo" (to labels and pseudo-labels)
     refit: str = "none"
     # models to choose from on validation images, the first one by default: "ema" = teacher, student; "wise" = mean of
     # champion and teacher; "trained" = teacher, mean of champion and teacher, champion with a refitted head; "least" =
@@ -150,8 +157,9 @@ RECIPES: dict[str, Recipe] = {
     "distl": Recipe(),
     "evolve": Recipe(**{
         **_IMAGENET_GREY, "name": "evolve", "method": "evolve", "pool": "both", "class_hidden": 0, "prototypes": 8192,
-        "batch": 32, "lr": 5e-5, "t0_lr": 2e-5, "lam": 0.0, "ema_base": 0.99, "components": 32, "refit": "graph",
-        "average": "trained", "rotate": 10.0, "pos_embed": "timm",
+        "batch": 32, "lr": 5e-5, "t0_lr": 1e-6, "t0_epochs": 1, "lam": 0.1, "ema_base": 0.99, "components": 32,
+        "blend": True, "targets": "blend", "refit": "pseudo", "average": "trained", "rotate": 10.0, "pos_embed": "timm",
+        "label_weight": 0.5,
     }),
     "pretrain": Recipe(**{
         **_IMAGENET_GREY, "name": "pretrain", "method": "pretrain", "prototypes": 8192, "batch": 32, "lam": 1.0, "ibot": 1.0,
@@ -200,8 +208,23 @@ SIZED: dict[tuple[str, str], dict[str, Any]] = {
 # no gain.
 PRETRAINED: dict[tuple[str, str], dict[str, Any]] = {
     ("distl", "cpu"): {"frozen_blocks": -1},
-    ("evolve", "gpu"): {"label_weight": 0.0},
-    ("evolve", "cpu"): {"label_weight": 0.0, "frozen_blocks": -1},
+    ("evolve", "gpu"): {"blocks": -1, "pool": "grid"},
+    ("evolve", "cpu"): {
+        "blocks": -1,
+        "pool": "grid",
+        "image_size": 224,
+        "local_size": 112,
+        "local_views": 2,
+        "frozen_blocks": -1,
+        "cached_views": 2,
+        "epochs": 2,
+        "lr": 1e-4,
+        "t0_epochs": 1,
+        "t0_steps": 0,
+        "t0_lr": 1e-6,
+        "warmup_epochs": 0,
+        "drop_path": 0.0,
+    },
     ("kd", "cpu"): {"t0_steps": 75},  # kd and pretrain train all blocks, for half as many steps
     ("pretrain", "cpu"): {"t0_steps": 75},
 }

@@ -11,17 +11,17 @@ from learner.errors import RecipeError
 CHOICES = {
     "pos_embed": ("dino", "timm"),
     "normalise": ("recipe", "backbone"),
-    "pool": ("cls", "mean", "both"),
+    "pool": ("cls", "mean", "both", "grid"),
     "init": ("timm", "mimetic"),
     "correct_loss": ("mix", "ce"),
     "serve": ("student", "teacher"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "fp32", "bf16"),
     "method": ("distl", "evolve", "pseudo-label", "kd", "pretrain"),
-    "targets": ("teacher", "graph", "none"),
+    "targets": ("teacher", "graph", "blend", "none"),
     "agree": ("none", "teacher", "heads", "soft"),
     "centring": ("centre", "sinkhorn"),
-    "refit": ("none", "linear", "graph"),
+    "refit": ("none", "linear", "graph", "pseudo"),
     "average": ("ema", "wise", "trained", "least", "all"),
     "balance": ("none", "effective"),
     "kd_strategy": ("base", "standard", "reversed", "defective", "self"),
@@ -29,7 +29,7 @@ CHOICES = {
 # must not be negative: that would reverse the sign of a loss or of a step
 WEIGHTS = ("lr_min", "weight_decay", "clip", "ibot", "koleo", "pseudo_weight", "label_weight", "replay", "rotate")
 MAY_BE_ZERO = {
-    "local_views", "prototypes", "class_hidden", "correct_every", "freeze_last", "t0_steps", "warmup_epochs",
+    "blocks", "local_views", "prototypes", "class_hidden", "correct_every", "freeze_last", "t0_steps", "warmup_epochs",
     "micro_batch", "seed", "threads", "checkpoint_seconds",
 }  # fmt: skip
 ANY_LOSS = "set one of lam, ibot, koleo above 0, or (evolve) targets to other than none, or label_weight above 0"
@@ -42,7 +42,7 @@ def check(recipe: Any) -> None:
             raise RecipeError(f'recipe: {key} = "{getattr(recipe, key)}": must be one of {", ".join(allowed)}')
     for f in fields(recipe):
         value = getattr(recipe, f.name)
-        least = -1 if f.name == "frozen_blocks" else 0 if f.name in MAY_BE_ZERO else 1
+        least = -1 if f.name in ("frozen_blocks", "blocks") else 0 if f.name in MAY_BE_ZERO else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise RecipeError(f"recipe: {f.name} = {value}: too small")
     for key in ("lam", "ema_base", "drop_path", "centre_momentum", "global_noise", "local_noise", "kappa", "kd_alpha"):
@@ -104,12 +104,16 @@ def _check_effect(recipe: Any) -> None:
             recipe.targets == "graph",
             'it selects pseudo-labels of the graph; set targets = "graph"',
         ),
+        ("refit", "none", recipe.refit != "pseudo" or recipe.targets == "blend", 'set targets = "blend"'),
+        ("targets", "teacher", recipe.targets != "blend" or recipe.blend, "set blend = true"),
         ("centring", "centre", has_prototype_loss, "it balances prototypes; set lam or ibot above 0"),
     )
     for key, default, has_effect, solution in rules:
         if getattr(recipe, key) != default and not has_effect:
             raise RecipeError(f"recipe: {key} = {getattr(recipe, key)!r} has no effect here: {solution}")
-    allowed = {"none": ("none",), "teacher": ("none", "soft"), "graph": CHOICES["agree"]}[recipe.targets]
+    allowed = {"none": ("none",), "blend": ("none",), "teacher": ("none", "soft"), "graph": CHOICES["agree"]}[
+        recipe.targets
+    ]
     if recipe.agree not in allowed:
         raise RecipeError(
             f'recipe: agree = "{recipe.agree}" has no effect with targets = "{recipe.targets}": set targets = "graph"'

@@ -30,6 +30,7 @@ from learner.engine.step import State, require_finite
 from learner.errors import LearnerError
 from learner.evaluation.calibrate import auc, temperature, threshold
 from learner.networks.backbone import Plan, resized
+from learner.networks.blend import Blend, grey_levels, read_blend
 from learner.networks.heads import Network
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
@@ -43,14 +44,16 @@ PROBES = 8
 class ServedModel(nn.Module):
     """The served model: uint8 plates (N, 512, 512) to logits (N, F), embedding (N, D) and heatmap (N, F, g, g).
 
-    The heatmap is the signed contribution of each patch to the logit through the last attention, in logits.
+    The heatmap is the signed contribution of each patch to the logit through the last attention, in logits; with a blend
+    also that of its simple features. `blend` None: the network's logits alone.
     """
 
     matrix: Tensor
     temperatures: Tensor
 
-    def __init__(self, network: Network, plan: Plan, recipe: Recipe) -> None:
+    def __init__(self, network: Network, plan: Plan, recipe: Recipe, blend: Blend | None = None) -> None:
         super().__init__()
+        self.blend = blend
         self.backbone = resized(network.backbone, plan, recipe.image_size)
         self.cls_head = network.cls_head
         self.recipe = recipe
@@ -60,8 +63,11 @@ class ServedModel(nn.Module):
     def forward(self, plates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = normalise(to_image(plates, self.matrix), self.recipe)
         cls, trace = self.backbone.trace(images)
-        heatmap = trace.contributions(self.cls_head.gradient(cls))
-        return self.cls_head(cls) / self.temperatures, cls, heatmap / self.temperatures[:, None, None]
+        logits, heatmap = self.cls_head(cls), trace.contributions(self.cls_head.gradient(cls))
+        if self.blend is not None:
+            grey = grey_levels(plates)
+            logits, heatmap = self.blend(grey, logits), self.blend.contributions(grey, heatmap)
+        return logits / self.temperatures, cls, heatmap / self.temperatures[:, None, None]
 
 
 def write_parts(
@@ -79,7 +85,8 @@ def write_parts(
     differ, or where the output is not finite.
     """
     device = next(state.student.parameters()).device
-    model = ServedModel(state.teacher if serve == "teacher" else state.student, plan, state.recipe).to(device).eval()
+    network = state.teacher if serve == "teacher" else state.student
+    model = ServedModel(network, plan, state.recipe, read_blend(state.extra)).to(device).eval()
     with torch.no_grad():
         require_finite("logits of the probe", model(torch.from_numpy(probe_plates()).to(device)))
     metrics = {}

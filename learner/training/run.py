@@ -27,6 +27,7 @@ from learner.engine.step import Losses, State, StepFunction, require_finite, run
 from learner.errors import LearnerError, ManifestError, Paused
 from learner.networks.architecture import Plan
 from learner.networks.backbone import Backbone, build, fit_sizes
+from learner.networks.blend import Blend, read_blend
 from learner.networks.heads import Network, make_network
 from learner.objectives.centring import make_centres
 from learner.round.manifest import RoundManifest, Sample
@@ -196,6 +197,11 @@ class Run:
         network = self.new_network()
         checkpoint.load_network(network, tensors, served)
         return network
+
+    def parent_blend(self) -> Blend | None:
+        """Return the blend that the parent serves, None where it serves its network alone. Raises LearnerError."""
+        extra = {k.removeprefix("extra."): v for k, v in self._parent()[0].items() if k.startswith("extra.")}
+        return read_blend(extra)
 
     def _parent(self) -> tuple[dict[str, Tensor], str]:
         """Return the parent's tensors and the prefix of its served network. Raises LearnerError for other findings."""

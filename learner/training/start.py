@@ -10,6 +10,7 @@ from learner.engine import checkpoint
 from learner.engine.init_weights import keep_parent_shapes
 from learner.errors import LearnerError
 from learner.networks.architecture import Plan
+from learner.networks.depth import keep_lower_blocks
 from learner.networks.pretrained import open_backbone
 from learner.round.manifest import RoundManifest
 from learner.round.recipe import Recipe
@@ -36,7 +37,8 @@ def find_start(manifest: RoundManifest, header: Mapping[str, Any] | None) -> Sta
     if earlier:
         return Start(earlier["plan"], None, _with_earlier_scale(recipe, earlier.get("recipe", {})))
     opened = open_backbone(recipe)
-    return Start(opened.plan, opened.tensors, _with_scale(recipe, opened.mean, opened.std))
+    plan, tensors = keep_lower_blocks(opened.plan, opened.tensors, recipe.blocks)
+    return Start(plan, tensors, _with_scale(recipe, opened.mean, opened.std))
 
 
 def _with_scale(recipe: Recipe, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Recipe:
@@ -59,9 +61,10 @@ def open_same_backbone(manifest: RoundManifest, plan: Plan) -> dict[str, Tensor]
     Another content (SHA-256 of the tensors) is another backbone, and so is another plan.
     """
     opened = open_backbone(manifest.recipe)
-    if opened.plan != plan:
+    found, tensors = keep_lower_blocks(opened.plan, opened.tensors, plan.get("depth", 0))
+    if found != plan:
         raise LearnerError(
-            f"the parent is {plan}, the backbone {opened.plan}; use the backbone that the parent was trained from"
+            f"the parent is {plan}, the backbone {found}; use the backbone that the parent was trained from"
         )
     parent = checkpoint.read_header(manifest.parent_state, "recipe")["recipe"] if manifest.parent_state else {}
     first, now = parent.get("backbone_sha256", ""), opened.sha256 if manifest.recipe.backbone_sha256 else ""
@@ -70,4 +73,4 @@ def open_same_backbone(manifest: RoundManifest, plan: Plan) -> dict[str, Tensor]
             f"the parent was trained from tensors with SHA-256 {first[:12]}, the backbone {manifest.recipe.backbone} has "
             f"{now[:12]}; use the backbone that the parent was trained from"
         )
-    return opened.tensors
+    return tensors

@@ -9,15 +9,17 @@ from learner.objectives.distl_steps import supervised_step
 from learner.training.run import Run
 
 
-def train_on_labels(run: Run, start: Callable[[State], None]) -> State:
+def train_on_labels(run: Run, start: Callable[[State], None], finish: Callable[[State], None] | None = None) -> State:
     """Train phase `t0` from the initial weights of `start` and return its state; a first round exports it.
 
-    Both networks are the student then: the EMA of so few steps is not useful, and the published code discards it too.
+    `finish` changes the trained state before the export. Both networks are the student then: the EMA of so few steps is not useful, and the published code discards it too.
     """
     recipe, samples, balance = run.recipe, run.labelled_feed("t0"), label_balance(run)
     schedule = run.schedule(samples, recipe.t0_epochs, recipe.t0_lr, recipe.t0_steps)
     state = run.train_phase("t0", schedule, start, lambda state: supervised_step(state, samples, balance))
     state.teacher.load_state_dict(state.student.state_dict())
+    if finish:
+        finish(state)
     if run.is_first_round:
         run.export("t0", state, "student")
     return state

@@ -1,0 +1,64 @@
+"""Pooling: how the tokens of a transformer, or a map of simple features, become one vector for each image."""
+
+import torch
+from torch import Tensor
+
+CELLS = 4  # rows and columns of the grid of pool "grid"
+WIDTHS = {"cls": 1, "mean": 1, "both": 2, "grid": CELLS * CELLS // 2}  # width of the embedding, in widths of a token
+
+
+def cell_weights(side: int, cells: int) -> Tensor:
+    """Return (cells, side): row i takes the mean of positions floor(i side / cells) to ceil((i + 1) side / cells)."""
+    positions = torch.arange(side)
+    first = torch.arange(cells) * side // cells
+    last = -(-(torch.arange(cells) + 1) * side // cells)
+    inside = (positions >= first[:, None]) & (positions < last[:, None])
+    return inside.float() / inside.sum(1, keepdim=True)
+
+
+def cell_means(features: Tensor, cells: int = CELLS) -> Tensor:
+    """Return the mean of each cell, (B, C, cells, cells), of features (B, C, h, w)."""
+    down = cell_weights(features.shape[-2], cells).to(features)
+    across = cell_weights(features.shape[-1], cells).to(features)
+    return down @ features @ across.T
+
+
+def spread(maps: Tensor, side: int) -> Tensor:
+    """Return maps (..., h, w) on another grid, (..., side, side), with the same sum."""
+    down, across = (cell_weights(length, side).to(maps) for length in maps.shape[-2:])
+    return (down / down.sum(0)) @ maps @ (across / across.sum(0)).T
+
+
+def mirrored_cell_weights(high: int, wide: int) -> Tensor:
+    """Return (CELLS * CELLS / 2, high wide): weights of the patches in each cell together with its mirror image.
+
+    Left and right share a cell, because few labels cannot teach a linear head that both lungs get the same findings.
+    """
+    cells = cell_weights(high, CELLS)[:, None, :, None] * cell_weights(wide, CELLS)[None, :, None, :]
+    half = (cells + cells.flip(1))[:, : CELLS // 2] / 2
+    return half.reshape(-1, high * wide)
+
+
+def pool_tokens(tokens: Tensor, pool: str, prefix: int) -> Tensor:
+    """Return embeddings (B, WIDTHS[pool] D) of tokens (B, prefix + h w, D) after the last norm; h = w for "grid"."""
+    if pool == "cls":
+        return tokens[:, 0]
+    patches = tokens[:, prefix:]
+    if pool == "grid":
+        side = int(patches.shape[1] ** 0.5)
+        return (mirrored_cell_weights(side, side).to(patches) @ patches).flatten(1)
+    mean = patches.mean(1)
+    return mean if pool == "mean" else torch.cat([tokens[:, 0], mean], 1)
+
+
+def patch_contributions(patches: Tensor, directions: Tensor, pool: str) -> Tensor:
+    """Return what each patch adds to the embedding along directions (B, F, D'), (B, F, h w); pools "mean" and "grid".
+
+    patches (B, h w, D) after the last norm. The sum over patches is directions . embedding.
+    """
+    if pool == "mean":
+        return directions @ patches.transpose(1, 2) / patches.shape[1]
+    side = int(patches.shape[1] ** 0.5)
+    weights = mirrored_cell_weights(side, side).to(patches)
+    by_cell = directions.unflatten(-1, (len(weights), -1)) @ patches.transpose(1, 2)[:, None]  # (B, F, cells, h w)
+    return (by_cell * weights).sum(2)
