@@ -4,6 +4,7 @@ Needs a route to the hub, or its cache on this machine; `HF_ENDPOINT` names anot
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,14 @@ def download(name: str) -> tuple[Path, str, dict[str, str]]:
     return path, "", {key: value for key, value in stated.items() if value} | {"source": f"{repository}/{file}"}
 
 
+def _endpoint() -> str | None:
+    """Return the server that takes the hub's place, None for the hub."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
 def _file(name: str, repository: str, file: str) -> Path:
     try:
-        return Path(hf_hub_download(repository, file))
+        return Path(hf_hub_download(repository, file, endpoint=_endpoint()))
     except LocalEntryNotFoundError as error:
         reason = f"the hub can't be reached ({type(error).__name__})"
     except (RepositoryNotFoundError, EntryNotFoundError):
@@ -74,9 +80,9 @@ def _stated(repository: str) -> dict[str, Any]:
     """Return licence, mean, std and image size as far as the repository states them."""
     stated: dict[str, Any] = {}
     try:
-        card: Any = HfApi().model_info(repository).card_data or {}
+        card: Any = HfApi(_endpoint()).model_info(repository).card_data or {}
         stated["licence"] = card.get("license_name") or card.get("license")
-        config = json.loads(Path(hf_hub_download(repository, CONFIG)).read_text("utf-8"))
+        config = json.loads(Path(hf_hub_download(repository, CONFIG, endpoint=_endpoint())).read_text("utf-8"))
     except (*HUB_ERRORS, ValueError):
         return stated  # the weights are here; the report says "unknown"
     size = config.get("crop_size") or config.get("size") or {}
