@@ -24,6 +24,7 @@ from learner.recipes import distl, evolve
 from learner.round.manifest import RoundManifest
 from learner.round.recipe import Recipe
 from learner.training.blend_fit import blend_logits
+from learner.training.head_fit import logits_of
 from learner.training.run import Run
 
 Tell = Callable[[int, dict[str, np.ndarray]], None]
@@ -59,7 +60,7 @@ class CellRun(Run):
         answers = {"chosen": np.array(chosen or "")}
         for test, places in (("test", self.division.test), ("validation", self.division.validation)):
             samples = [self.place.adults.samples[i] for i in places]
-            logits = evolve.logits_of(self, network, samples)
+            logits = logits_of(self, network, samples)
             answers[test] = (blend_logits(self, blend, logits, samples) if blend else logits).numpy()
         self.tell(name, answers)
 

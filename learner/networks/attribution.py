@@ -14,15 +14,16 @@ class Trace:
 
     `norm`: the final LayerNorm; `projection` (width, heads x head width): from the last attention's heads to the residual;
     `last`: class token (B, width) before the norm; `patches` (B, h w, width) after it, empty where the pool is the class
-    token; `attention` (B, heads, tokens) of the class token; `value` (B, heads, tokens, head width); `grid` (h, w).
+    token; `attention` (B, heads, tokens) of the class token; `value` (B, heads, tokens, head width); `grid` (h, w);
+    `cells` of `pool_tokens`.
     """
 
     def __init__(
         self, pool: str, norm: nn.LayerNorm, projection: Tensor, last: Tensor, patches: Tensor, attention: Tensor,
-        value: Tensor, grid: tuple[int, int],
+        value: Tensor, grid: tuple[int, int], cells: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.pool, self.norm, self.projection, self.last, self.patches = pool, norm, projection, last, patches
-        self.attention, self.value, self.grid = attention, value, grid
+        self.attention, self.value, self.grid, self.cells = attention, value, grid, cells
 
     def contributions(self, directions: Tensor) -> Tensor:
         """Return the contribution of each patch along `directions` (B, F, D) of the embedding: (B, F, h, w).
@@ -38,7 +39,7 @@ class Trace:
         return self._through_class_token(first) + self._through_patches(second, "mean")
 
     def _through_patches(self, directions: Tensor, pool: str) -> Tensor:
-        return patch_contributions(self.patches, directions, pool).unflatten(-1, self.grid)
+        return patch_contributions(self.patches, directions, pool, self.cells).unflatten(-1, self.grid)
 
     def _through_class_token(self, directions: Tensor) -> Tensor:
         centred = self.last - self.last.mean(-1, keepdim=True)

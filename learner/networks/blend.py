@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from learner.networks.pooling import spread_weights
 from learner.networks.simple_features import STRIDES, Patches, Pixels
 
 PREFIX = "blend."  # of its tensors in `State.extra`
@@ -24,6 +25,7 @@ class Part(nn.Module):
 
     weight: Tensor
     mean: Tensor
+    grid: Tensor
 
     def __init__(self, features: Pixels | Patches, weight: Tensor, mean: Tensor) -> None:
         super().__init__()
@@ -35,9 +37,13 @@ class Part(nn.Module):
         """Return logits (B, F) of grey levels (B, 512, 512) in [0, 1], less those of the mean image."""
         return (self.features(grey) - self.mean) @ self.weight.T
 
-    def contributions(self, grey: Tensor, side: int) -> Tensor:
-        """Return what each place adds to the logits, (B, F, side, side); the sum is `forward`."""
-        return self.features.contributions(grey, self.weight, self.mean, side)
+    def set_grid(self, side: int) -> None:
+        """Set the grid of `contributions`: side x side places."""
+        self.register_buffer("grid", spread_weights(self.features.side, side).to(self.weight), persistent=False)
+
+    def contributions(self, grey: Tensor) -> Tensor:
+        """Return what each place adds to the logits, (B, F, side, side) of `set_grid`; the sum is `forward`."""
+        return self.grid @ self.features.contributions(grey, self.weight, self.mean) @ self.grid.T
 
 
 class Blend(nn.Module):
@@ -57,11 +63,16 @@ class Blend(nn.Module):
         return self.scale * network + self.bias + sum(part(grey) for part in self.parts.values())
 
     def contributions(self, grey: Tensor, network: Tensor) -> Tensor:
-        """Return the heatmap (B, F, g, g) of the blend from that of the network, (B, F, g, g)."""
+        """Return the heatmap (B, F, g, g) of the blend from that of the network, (B, F, g, g), g of `set_grid`."""
         maps = self.scale[:, None, None] * network
         for part in self.parts.values():
-            maps = maps + cast(Part, part).contributions(grey, network.shape[-1])
+            maps = maps + cast(Part, part).contributions(grey)
         return maps
+
+    def set_grid(self, side: int) -> None:
+        """Set the grid of the heatmap: side x side places."""
+        for part in self.parts.values():
+            cast(Part, part).set_grid(side)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, as `read_blend` takes them."""

@@ -1,5 +1,7 @@
 """Pooling: how the tokens of a transformer, or a map of simple features, become one vector for each image."""
 
+from math import isqrt
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,10 @@ def cell_means(features: Tensor, cells: int = CELLS) -> Tensor:
     return down @ features @ across.T
 
 
-def spread(maps: Tensor, side: int) -> Tensor:
-    """Return maps (..., h, w) on another grid, (..., side, side), with the same sum."""
-    down, across = (cell_weights(length, side).to(maps) for length in maps.shape[-2:])
-    return (down / down.sum(0)) @ maps @ (across / across.sum(0)).T
+def spread_weights(old: int, new: int) -> Tensor:
+    """Return R (new, old), whose columns sum to 1: R @ x @ R.T is a map x (old, old) on another grid, with the same sum."""
+    weights = cell_weights(old, new)
+    return weights / weights.sum(0)
 
 
 def mirrored_cell_weights(high: int, wide: int) -> Tensor:
@@ -39,26 +41,35 @@ def mirrored_cell_weights(high: int, wide: int) -> Tensor:
     return half.reshape(-1, high * wide)
 
 
-def pool_tokens(tokens: Tensor, pool: str, prefix: int) -> Tensor:
-    """Return embeddings (B, WIDTHS[pool] D) of tokens (B, prefix + h w, D) after the last norm; h = w for "grid"."""
+def pool_tokens(tokens: Tensor, pool: str, prefix: int, cells: Tensor | None = None) -> Tensor:
+    """Return embeddings (B, WIDTHS[pool] D) of tokens (B, prefix + h w, D) after the last norm; h = w for "grid".
+
+    cells: `mirrored_cell_weights` of the usual h and w, so that an exported graph holds them as a constant.
+    """
     if pool == "cls":
         return tokens[:, 0]
     patches = tokens[:, prefix:]
     if pool == "grid":
-        side = int(patches.shape[1] ** 0.5)
-        return (mirrored_cell_weights(side, side).to(patches) @ patches).flatten(1)
+        return (_cells_of(patches, cells) @ patches).flatten(1)
     mean = patches.mean(1)
     return mean if pool == "mean" else torch.cat([tokens[:, 0], mean], 1)
 
 
-def patch_contributions(patches: Tensor, directions: Tensor, pool: str) -> Tensor:
+def _cells_of(patches: Tensor, cells: Tensor | None) -> Tensor:
+    """Return `cells` where they fit the number of patches, else those of a square grid."""
+    if cells is not None and cells.shape[1] == patches.shape[1]:
+        return cells.to(patches.dtype)
+    side = isqrt(patches.shape[1])
+    return mirrored_cell_weights(side, side).to(patches)
+
+
+def patch_contributions(patches: Tensor, directions: Tensor, pool: str, cells: Tensor | None = None) -> Tensor:
     """Return what each patch adds to the embedding along directions (B, F, D'), (B, F, h w); pools "mean" and "grid".
 
     patches (B, h w, D) after the last norm. The sum over patches is directions . embedding.
     """
     if pool == "mean":
         return directions @ patches.transpose(1, 2) / patches.shape[1]
-    side = int(patches.shape[1] ** 0.5)
-    weights = mirrored_cell_weights(side, side).to(patches)
+    weights = _cells_of(patches, cells)
     by_cell = directions.unflatten(-1, (len(weights), -1)) @ patches.transpose(1, 2)[:, None]  # (B, F, cells, h w)
     return (by_cell * weights).sum(2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cxrloop.plate import PLATE_SHAPE
 from learner.data.augment import resize_matrix
-from learner.networks.pooling import CELLS, cell_means, cell_weights, spread
+from learner.networks.pooling import CELLS, cell_weights
 
 SIDE = 24  # pixels a side of the reduced image, as in `learner.evaluation.pixel_baseline`
 PATCH = 8  # pixels a side of a patch
@@ -21,13 +21,19 @@ CONTRAST = 10 / 255**2  # added to a patch's variance: noise in dark corners sta
 class Pixels(nn.Module):
     """Grey levels in [0, 1], (B, 512, 512), to the means of 24 x 24 areas, (B, 576)."""
 
-    def forward(self, grey: Tensor) -> Tensor:
-        return cell_means(grey[:, None], SIDE).flatten(1)
+    side = SIDE  # of `contributions`
+    areas: Tensor
 
-    def contributions(self, grey: Tensor, weight: Tensor, mean: Tensor, side: int) -> Tensor:
-        """Return what each place adds to weight (F, 576) . (features - mean), (B, F, side, side)."""
-        areas = (self(grey) - mean)[:, None] * weight
-        return spread(areas.unflatten(-1, (SIDE, SIDE)), side)
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("areas", cell_weights(PLATE_SHAPE[0], SIDE), persistent=False)
+
+    def forward(self, grey: Tensor) -> Tensor:
+        return (self.areas @ grey @ self.areas.T).flatten(1)
+
+    def contributions(self, grey: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
+        """Return what each place adds to weight (F, 576) . (features - mean), (B, F, 24, 24)."""
+        return ((self(grey) - mean)[:, None] * weight).unflatten(-1, (SIDE, SIDE))
 
 
 class Patches(nn.Module):
@@ -40,6 +46,7 @@ class Patches(nn.Module):
     offset: Tensor
     centroids: Tensor
     matrix: Tensor
+    cells: Tensor
 
     def __init__(self, size: int, whiten: Tensor, offset: Tensor, centroids: Tensor) -> None:
         super().__init__()
@@ -47,13 +54,15 @@ class Patches(nn.Module):
         for name, value in (("whiten", whiten), ("offset", offset), ("centroids", centroids)):
             self.register_buffer(name, value)
         self.register_buffer("matrix", resize_matrix(PLATE_SHAPE[0], size).to(whiten), persistent=False)
+        self.side = (size - PATCH) // STRIDES[size] + 1  # patches in a row, and of `contributions`
+        self.register_buffer("cells", cell_weights(self.side, CELLS).to(whiten), persistent=False)
 
     def forward(self, grey: Tensor) -> Tensor:
         images = self.matrix @ grey @ self.matrix.T
         return (self._cells(images) + self._cells(images.flip(-1))) / 2
 
     def _cells(self, images: Tensor) -> Tensor:
-        return cell_means(self.activations(images)).flatten(1)
+        return (self.cells @ self.activations(images) @ self.cells.T).flatten(1)
 
     def activations(self, images: Tensor) -> Tensor:
         """Return triangle activations max(0, mean distance - distance), (B, K, h, w), of images (B, size, size)."""
@@ -63,22 +72,20 @@ class Patches(nn.Module):
         distance = (white.square().sum(1, keepdim=True) + lengths - 2 * products).clamp(min=1e-6).sqrt()
         return (distance.mean(1, keepdim=True) - distance).relu()
 
-    def contributions(self, grey: Tensor, weight: Tensor, mean: Tensor, side: int) -> Tensor:
-        """Return what each place adds to weight (F, 16 K) . (features - mean), (B, F, side, side)."""
+    def contributions(self, grey: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
+        """Return what each place adds to weight (F, 16 K) . (features - mean), (B, F, h, w)."""
         images = self.matrix @ grey @ self.matrix.T
         straight = self._contributions(images, weight, mean)
         mirrored = self._contributions(images.flip(-1), weight, mean).flip(-1)
-        return spread((straight + mirrored) / 2, side)
+        return (straight + mirrored) / 2
 
     def _contributions(self, images: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
         active = self.activations(images)
-        high, wide = active.shape[-2:]
-        cells = cell_weights(high, CELLS)[:, None, :, None] * cell_weights(wide, CELLS)[None, :, None, :]
-        cells = cells.reshape(CELLS * CELLS, -1).to(active)  # (16, h w)
+        cells = (self.cells[:, None, :, None] * self.cells[None, :, None, :]).flatten(2).flatten(0, 1)  # (16, h w)
         by_cell = weight.unflatten(-1, (-1, CELLS * CELLS)).transpose(1, 2)  # (F, 16, K)
         sums = by_cell[None] @ active.flatten(2)[:, None]  # (B, F, 16, h w)
         level = (by_cell * mean.unflatten(-1, (-1, CELLS * CELLS)).T).sum(-1)  # (F, 16): the mean image's part
-        return ((sums - level[..., None]) * cells).sum(2).unflatten(-1, (high, wide))
+        return ((sums - level[..., None]) * cells).sum(2).unflatten(-1, (self.side, self.side))
 
 
 def whitened_patches(images: Tensor, stride: int, whiten: Tensor, offset: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from learner.errors import LearnerError
 from learner.networks.attribution import Trace
 from learner.networks.class_token import class_token, finish_block, is_plain_block
-from learner.networks.pooling import WIDTHS, pool_tokens
+from learner.networks.pooling import WIDTHS, mirrored_cell_weights, pool_tokens
 
 
 class Backbone(nn.Module):
@@ -25,11 +25,15 @@ class Backbone(nn.Module):
     tokens (B, n, width) behind the frozen blocks in place of images.
     """
 
+    cells: Tensor | None
+
     def __init__(self, vit: VisionTransformer, pos_embed: str = "dino", pool: str = "cls") -> None:
         super().__init__()
         self.vit = vit
         self.mode, self.pool = pos_embed, pool
         self.dim = vit.embed_dim * WIDTHS[pool]
+        grid = mirrored_cell_weights(*vit.patch_embed.grid_size) if pool == "grid" else None
+        self.register_buffer("cells", grid, persistent=False)  # of images of the size that the network was built for
         self.frozen = 0  # number of frozen lower blocks, which `lower` runs
         self.patch = int(vit.patch_embed.feat_ratio())  # pixels; with a hybrid's convolutions
 
@@ -61,7 +65,7 @@ class Backbone(nn.Module):
 
     def embedding(self, tokens: Tensor) -> Tensor:
         """Return the embedding (B, D) of the tokens after the final norm."""
-        return pool_tokens(tokens, self.pool, self.vit.num_prefix_tokens)
+        return pool_tokens(tokens, self.pool, self.vit.num_prefix_tokens, self.cells)
 
     def lower(self, images: Tensor) -> Tensor:
         """Return the tokens (B, prefix + h w, width) of images behind the frozen blocks."""
@@ -142,7 +146,7 @@ class Backbone(nn.Module):
         grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
         return self.embedding(normed), Trace(
             self.pool, cast(nn.LayerNorm, vit.norm), self.projection(block), last[:, 0], normed[:, first:],
-            attention[:, :, 0], value, grid,
+            attention[:, :, 0], value, grid, self.cells,
         )  # fmt: skip
 
 

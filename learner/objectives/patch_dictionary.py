@@ -6,7 +6,8 @@ from torch import Tensor
 from learner.networks.simple_features import CONTRAST, PATCH, Patches
 
 CENTROIDS = 400
-SAMPLES = 60_000  # patches drawn from all images together
+SAMPLES = 60_000  # patches drawn from all images together, and at most SAMPLES_EACH for each image
+SAMPLES_EACH = 1000
 ITERATIONS = 12
 SMALLEST = 0.1  # added to the eigenvalues before whitening: rounding noise of flat patches is not scaled up
 CHUNK = 20_000  # patches whose distances are in memory at once
@@ -34,8 +35,9 @@ def contrast_normalised(patches: Tensor) -> Tensor:
 
 def _random_patches(images: Tensor, draw: torch.Generator) -> Tensor:
     count, side = images.shape[0], images.shape[-1] - PATCH + 1
-    which = torch.randint(count, (SAMPLES,), generator=draw)
-    top, left = (torch.randint(side, (SAMPLES,), generator=draw) for _ in range(2))
+    samples = min(SAMPLES, SAMPLES_EACH * count)
+    which = torch.randint(count, (samples,), generator=draw)
+    top, left = (torch.randint(side, (samples,), generator=draw) for _ in range(2))
     inside = torch.arange(PATCH)
     rows, columns = top[:, None, None] + inside[None, :, None], left[:, None, None] + inside[None, None, :]
     return images[which[:, None, None], rows, columns].flatten(1)

@@ -10,11 +10,10 @@ Other recipe keys take pseudo-labels from a neighbour graph or from the EMA teac
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from learner.data.plates import label_table
 from learner.engine.step import State
@@ -25,20 +24,16 @@ from learner.evaluation.model_choice import first_as_good, macro_curve
 from learner.networks.blend import Blend, read_blend
 from learner.networks.heads import Network
 from learner.objectives import logistic
-from learner.objectives.class_losses import weight_table
 from learner.objectives.head_refit import (
     FEW_PENALTY,
     TRAINED_SHARE,
-    blend_heads,
-    combine_by_finding,
-    fit_graph_and_labels,
 )
-from learner.objectives.label_propagation import has_both_classes, pseudo_labels, soft_targets_by_rank
+from learner.objectives.label_propagation import pseudo_labels, soft_targets_by_rank
 from learner.objectives.pseudo_targets import agreement, class_thresholds, hard_labels, shrunk_prevalence, soft_weights
-from learner.objectives.shared_heads import fit_heads
 from learner.objectives.teacher_student import pop_weight_mean, teacher_student_step
 from learner.round.manifest import Sample
-from learner.training.blend_fit import SimpleTable, blend_logits, fit_blend, simple_table, with_pseudo_labels
+from learner.training.blend_fit import SimpleTable, blend_logits, fit_blend, simple_table
+from learner.training.head_fit import fit_head, logits_of, pseudo_by_image, refit
 from learner.training.run import SCORING_BATCH, Run
 from learner.training.supervised import label_balance, train_on_labels
 
@@ -92,12 +87,6 @@ def add_blend(run: Run, simple: SimpleTable | None, pseudo: Mapping[int, Tensor]
     """Put the blend of the student and the simple features into the state; nothing without simple features."""
     if simple:
         state.extra |= fit_blend(run, state.student, simple, pseudo).tensors()
-
-
-def pseudo_by_image(run: Run, table: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Return the table's soft targets (F,) by image, in host memory."""
-    rows = zip(run.manifest.unlabelled, table["soft"].cpu(), strict=True)
-    return {sample.image: soft for sample, soft in rows}
 
 
 def initial_state(run: Run, start: Callable[[State], None]) -> State:
@@ -180,68 +169,13 @@ def split_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def fit_head(run: Run, network: Network) -> None:
-    """Fit a linear class head to the labelled images by logistic regression on the network's embeddings."""
-    if run.recipe.class_hidden == 0:
-        samples, labels = run.manifest.labelled, label_table(run.manifest.labelled)
-        features, weights = run.embeddings(network, samples), label_weights(run, labels)
-        blended = run.recipe.blend
-        set_head(
-            network,
-            fit_heads(features, labels, weights) if blended else logistic.fit(features, labels, FEW_PENALTY, weights),
-        )
-
-
-def label_weights(run: Run, labels: Tensor) -> Tensor | None:
-    """Return the weights (N, F) of labels (N, F) by the recipe's `balance`; None = equal."""
-    weights = weight_table(labels.to(run.device), label_balance(run))
-    return None if weights is None else weights.cpu()
-
-
-def head_of(network: Network) -> logistic.LinearHead:
-    """Return the network's linear class head, float64 in host memory."""
-    layer = cast(nn.Linear, network.cls_head.mlp[-1])
-    return logistic.LinearHead(layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu())
-
-
-def set_head(network: Network, head: logistic.LinearHead) -> None:
-    """Set the network's linear class head."""
-    layer = cast(nn.Linear, network.cls_head.mlp[-1])
-    with torch.no_grad():
-        layer.weight.copy_(head.weight)
-        layer.bias.copy_(head.bias)
-
-
-def refit(run: Run, network: Network, trained_share: float = 0.0, table: Mapping[str, Tensor] | None = None) -> None:
-    """Refit the class head on the network's embeddings as the recipe's `refit`: to labels, also with graph or pseudo-labels.
-
-    table: soft targets for "pseudo".     trained_share: share of the trained head in the mean with the fit to graph and labels. In later rounds, a finding
-    without labels of both classes keeps its head.
-    """
-    recipe, samples = run.recipe, run.manifest.unlabelled
-    if recipe.refit == "none" or recipe.class_hidden or not run.manifest.labelled:
-        return
-    before, labels = head_of(network), label_table(samples)
-    if recipe.refit == "linear":
-        fit_head(run, network)
-    else:
-        features, weights = run.embeddings(network, samples), label_weights(run, labels)
-        if recipe.refit == "pseudo":
-            fitted = fit_heads(features, *with_pseudo_labels(samples, pseudo_by_image(run, table) if table else None))
-        else:
-            fitted = fit_graph_and_labels(features, labels, recipe.neighbours, recipe.components, weights)
-        set_head(network, blend_heads(fitted, before, features, trained_share) if trained_share else fitted)
-    if not run.is_first_round:
-        set_head(network, combine_by_finding(has_both_classes(labels), head_of(network), before))
-
-
 def refit_first_teacher(run: Run, state: State) -> None:
     """Refit the student's class head to graph and labels and copy it to the teacher, which so starts from them."""
     refit(run, state.student, 0.0 if run.is_first_round else TRAINED_SHARE)
     state.teacher.load_state_dict(state.student.state_dict())
 
 
-def choose_candidate(run: Run, final: State, champion: Network, table: Mapping[str, Tensor]) -> str:
+def choose_candidate(run: Run, final: State, champion: Network, table: Mapping[str, Tensor] | None = None) -> str:
     """Load the chosen candidate into the student and return its name.
 
     Chooses the first candidate within one standard error of the best on validation; the first one where validation has
@@ -306,8 +240,3 @@ def validation_auc(run: Run, network: Network, samples: Sequence[Sample]) -> Cur
         return None
     logits = logits_of(run, network, samples).numpy()
     return macro_curve(logits, label_table(samples).numpy(), [sample.patient for sample in samples])
-
-
-def logits_of(run: Run, network: Network, samples: Sequence[Sample]) -> Tensor:
-    """Return class logits (N, F) of unaugmented images, float32 in host memory."""
-    return network.cls_head(run.embeddings(network, samples).to(run.device)).float().detach().cpu()

@@ -17,11 +17,11 @@ from learner.objectives.blend_shares import MOST, SLOPE, fit_shares, held_out_lo
 from learner.objectives.patch_dictionary import learn_patches
 from learner.objectives.shared_heads import fit_heads
 from learner.round.manifest import Sample
+from learner.training.head_fit import with_pseudo_labels
 from learner.training.run import Run
 
 LEARNT_FROM = 2000  # images that the patches are learnt from; more change the centroids little
 FITTED_TO = 4096  # train images that the heads are fitted to, the labelled ones first: it bounds the memory
-PSEUDO_WEIGHT = 0.3  # of a pseudo-label beside a label
 AT_ONCE = 64  # plates in memory at once
 # prior shares of the network and of each simple part: a pretrained network tells more than the patches, a random one less
 PRIORS = {
@@ -103,17 +103,6 @@ def fit_blend(run: Run, network: Network, table: SimpleTable, pseudo: Mapping[in
     for share, (name, head) in zip(shares[1:], heads.items(), strict=True):
         parts[name] = Part(table.modules[name], share * head.weight, table.features[name].mean(0))
     return Blend(scale, bias - scale * level, parts)
-
-
-def with_pseudo_labels(samples: Sequence[Sample], pseudo: Mapping[int, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return targets and weights, (N, F) each: labels where they are known, else pseudo-labels at PSEUDO_WEIGHT."""
-    labels = label_table(samples)
-    if pseudo is None:
-        return labels, (~labels.isnan()).double()
-    unknown = torch.full_like(labels[0], float("nan"))
-    soft = torch.stack([pseudo.get(sample.image, unknown) for sample in samples]).to(labels)
-    targets = torch.where(labels.isnan(), soft, labels)
-    return targets, torch.where(labels.isnan(), PSEUDO_WEIGHT, 1.0).double() * ~targets.isnan()
 
 
 def network_head_logits(network: Network, embeddings: Tensor) -> Tensor:

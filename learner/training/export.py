@@ -53,8 +53,10 @@ class ServedModel(nn.Module):
 
     def __init__(self, network: Network, plan: Plan, recipe: Recipe, blend: Blend | None = None) -> None:
         super().__init__()
-        self.blend = blend
         self.backbone = resized(network.backbone, plan, recipe.image_size)
+        self.blend = blend
+        if blend is not None:
+            blend.set_grid(recipe.image_size // self.backbone.patch)
         self.cls_head = network.cls_head
         self.recipe = recipe
         self.register_buffer("matrix", resize_matrix(PLATE_SHAPE[0], recipe.image_size))

@@ -5,14 +5,15 @@ import torch
 
 from learner.data.plates import label_table
 from learner.errors import RecipeError
+from learner.objectives import logistic
 from learner.objectives.class_losses import class_balance, label_loss, weight_table
 from learner.objectives.dino import correction
 from learner.objectives.distl_steps import supervised_step
 from learner.objectives.teacher_student import label_objective
-from learner.recipes import evolve
 from learner.recipes.kd import kd_objective
 from learner.round.manifest import load
 from learner.round.recipe import resolve
+from learner.training import head_fit
 from learner.training.run import Run
 from learner.training.supervised import label_balance
 from tests.support.learner.recipe_rounds import opened
@@ -120,9 +121,9 @@ def test_a_balanced_step_uses_the_weights(tmp_path):
 
 def test_the_first_class_head_of_evolve_is_fitted_with_the_weights(tmp_path, monkeypatch):
     run = opened(tmp_path / "r", method="evolve", class_hidden=0, balance="effective")
-    fit, calls = evolve.logistic.fit, []
-    monkeypatch.setattr(evolve.logistic, "fit", lambda *arguments: calls.append(arguments) or fit(*arguments))
-    evolve.fit_head(run, run.new_network())
+    fit, calls = logistic.fit, []
+    monkeypatch.setattr(head_fit.logistic, "fit", lambda *arguments: calls.append(arguments) or fit(*arguments))
+    head_fit.fit_head(run, run.new_network())
     labels = label_table(run.manifest.labelled)
     torch.testing.assert_close(calls[0][3], weight_table(labels, class_balance(labels)))
     run.progress.close()

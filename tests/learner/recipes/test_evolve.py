@@ -10,11 +10,13 @@ from learner.__main__ import main
 from learner.data.plates import label_table
 from learner.engine.checkpoint import read_file
 from learner.engine.progress import ProgressWriter
-from learner.networks.backbone import read_weights
 from learner.networks.heads import make_network
+from learner.networks.pretrained import read_pretrained
+from learner.objectives import logistic
 from learner.objectives import teacher_student as steps
 from learner.recipes import evolve
 from learner.round.manifest import load
+from learner.training import head_fit
 from learner.training.run import Run
 from tests.support.learner.round_folders import ALL, card, make, read_manifest, result, write_manifest
 
@@ -194,8 +196,8 @@ def test_a_set_head_predicts_like_its_regression(evolved):
     torch.manual_seed(0)
     network = make_network(read_file(evolved / "t0/state.safetensors")[1]["plan"], replace(round_.recipe, ibot=0.0), 2)
     seen = torch.randn(30, network.backbone.dim)
-    answer = evolve.logistic.fit(seen, (seen[:, :2] > 0).float(), 0.1)
-    evolve.set_head(network, answer)
+    answer = logistic.fit(seen, (seen[:, :2] > 0).float(), 0.1)
+    head_fit.set_head(network, answer)
     torch.testing.assert_close(network.cls_head(seen).double(), answer(seen), atol=1e-5, rtol=1e-4)
     directions = network.cls_head.gradient(seen)
     torch.testing.assert_close(directions, answer.weight.float().expand(30, -1, -1))
@@ -212,7 +214,8 @@ def test_labels_of_unlabelled_images_do_not_change_the_targets(evolved):
 def test_pretraining_writes_a_backbone_for_later_rounds(tmp_path):
     folder = make(tmp_path / "r", "pretrain", epochs=2, prototypes=32, arch="vit_tiny_patch8_depth2")
     assert main([str(folder)]) == 0
-    plan, weights = read_weights(folder / "backbone.safetensors")
+    saved = read_pretrained(folder / "backbone.safetensors")
+    plan, weights = saved.plan, saved.tensors
     trained = read_file(folder / "checkpoint/pretrain.safetensors")[0]
     assert all(torch.equal(value, trained[f"teacher.backbone.vit.{key}"]) for key, value in weights.items())
     assert plan["embed_dim"] == 192
@@ -231,7 +234,7 @@ def test_pretraining_without_labels_writes_its_backbone_and_stops_with_a_reason(
     assert main([str(folder)]) == 3
     assert "no labelled train image" in result(folder)["reason"]
     assert f"--backbone {folder / 'backbone.safetensors'}" in result(folder)["reason"]
-    read_weights(folder / "backbone.safetensors")
+    read_pretrained(folder / "backbone.safetensors").require_whole("backbone")
 
 
 def test_a_round_keeps_the_head_shapes_of_a_parent_of_another_method(tmp_path):

@@ -8,8 +8,10 @@ from learner.data.plates import label_table
 from learner.engine.checkpoint import read_file
 from learner.engine.progress import ProgressWriter
 from learner.engine.weight_averaging import recompute_batch_norm
+from learner.objectives import logistic
 from learner.recipes import evolve
 from learner.round.manifest import load
+from learner.training import head_fit
 from learner.training.run import Run
 from tests.support.learner.round_folders import make, result
 
@@ -41,10 +43,10 @@ def test_the_running_mean_is_chosen_where_it_is_best_on_validation(tmp_path):
     final = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     champion = run.new_network()
     champion.load_state_dict(final.student.state_dict())
-    answer = evolve.logistic.fit(
+    answer = logistic.fit(
         run.embeddings(champion, run.manifest.of("validation")), label_table(run.manifest.of("validation")), 0.1
     )
-    evolve.set_head(final.student, answer)
+    head_fit.set_head(final.student, answer)
     final.extra = {f"swa.{key}": value.clone() for key, value in final.student.state_dict().items()}
     for network in (champion, final.teacher, final.student):
         network.cls_head.load_state_dict({k: -v for k, v in final.student.cls_head.state_dict().items()})
@@ -77,7 +79,7 @@ def test_the_champion_is_kept_only_where_the_round_made_it_worse(tmp_path, facto
     final = run.new_state("evolve", run.schedule(run.unlabelled_feed(), 1, 1e-3))
     champion = final.student
     seen = run.embeddings(champion, samples)
-    evolve.set_head(champion, evolve.logistic.fit(seen, label_table(samples), 1e-3))
+    head_fit.set_head(champion, logistic.fit(seen, label_table(samples), 1e-3))
     kept = {key: value.clone() for key, value in champion.state_dict().items()}
     final.student = run.new_network()
     final.student.load_state_dict(kept)

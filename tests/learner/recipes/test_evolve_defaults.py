@@ -9,6 +9,7 @@ from learner.objectives import head_refit
 from learner.objectives import teacher_student as steps
 from learner.recipes import evolve
 from learner.round.manifest import load
+from learner.training import head_fit
 from learner.training.run import Run
 from tests.learner.recipes.test_evolve import rows
 from tests.support.learner.round_folders import card, make, result
@@ -69,9 +70,9 @@ def test_the_first_teacher_is_the_model_before_with_a_refitted_head(run):
 def test_a_trained_head_keeps_half_of_the_refitted_head(run):
     network = run.new_network()
     torch.nn.init.normal_(network.cls_head.mlp[-1].weight, generator=torch.Generator().manual_seed(1))
-    own, near = evolve.head_of(network), fitted(run, network)
+    own, near = head_fit.head_of(network), fitted(run, network)
     seen = run.embeddings(network, run.manifest.unlabelled)
-    evolve.refit(run, network, 0.5)
+    head_fit.refit(run, network, 0.5)
     torch.testing.assert_close(
         weight(network), head_refit.blend_heads(near, own, seen, 0.5).weight, rtol=1e-5, atol=1e-7
     )

@@ -7,6 +7,7 @@ from learner.engine.checkpoint import load_network, save_weights
 from learner.errors import LearnerError, ManifestError
 from learner.recipes import evolve
 from learner.round.manifest import load
+from learner.training import head_fit
 from learner.training.run import Run
 from tests.support.learner.round_folders import make, read_manifest, write_manifest
 
@@ -58,10 +59,10 @@ def without_a_positive_mass(manifest):
 def test_a_finding_without_labels_keeps_the_parents_head(opened, edit, kept, refit):
     run = opened(edit, refit=refit)
     state = evolve.initial_state(run, run.from_parent)
-    before = evolve.head_of(state.student)
+    before = head_fit.head_of(state.student)
     evolve.refit_first_teacher(run, state)
     for network in (state.student, state.teacher):
-        after = evolve.head_of(network)
+        after = head_fit.head_of(network)
         same = (after.weight == before.weight).all(1) & (after.bias == before.bias)
         assert same.tolist() == kept
 
@@ -70,7 +71,7 @@ def test_replay_distils_from_the_network_that_the_parent_serves(opened):
     run = opened(replay=0.25)
     table = evolve.pseudo_label_table(run, evolve.initial_state(run, run.from_parent))
     samples = run.manifest.unlabelled
-    torch.testing.assert_close(table["champion"], evolve.logits_of(run, run.champion(), samples))
+    torch.testing.assert_close(table["champion"], head_fit.logits_of(run, run.champion(), samples))
 
 
 def test_a_round_after_a_served_teacher_starts_from_it(opened):

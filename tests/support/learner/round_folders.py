@@ -14,6 +14,7 @@ TINY = {
     "correct_every": 2, "correct_loss": "mix", "correct_first": False, "lam": 0.5, "pool": "cls", "init": "timm", "t0_lr": 1e-3, "lr": 1e-3, "device": "cpu", "drop_path": 0.1,
 }  # fmt: skip
 SMALL = {**TINY, "class_hidden": 0, "pool": "both", "neighbours": 3, "components": 4, "epochs": 1, "t0_epochs": 1}
+GRAPH = {"blend": False, "targets": "teacher", "refit": "graph", "label_weight": 1.0}  # of `evolve`
 ALL = {  # all losses, with frozen blocks
     "arch": "vit_tiny_patch8_depth2", "frozen_blocks": 1, "cached_views": 2, "ibot": 0.5, "koleo": 0.1, "agree": "heads",
     "thresholds": True, "average": "all", "lam": 1.0, "targets": "graph", "replay": 0.25,
@@ -72,8 +73,11 @@ def card(folder, name="final"):
 
 
 def make(folder, method="evolve", samples=None, **overrides):
-    """Write a round folder with a small recipe and return it; `samples`: keywords of `make_round`."""
+    """Write a round folder with a small recipe and return it; `samples`: keywords of `make_round`.
+
+    `evolve` has the network alone, with a graph, and no blend: see GRAPH.
+    """
     folder = make_round(folder, **(samples or {}))
-    recipe = resolve(method, "demo", {**SMALL, **overrides})
+    recipe = resolve(method, "demo", {**SMALL, **(GRAPH if method == "evolve" else {}), **overrides})
     write_manifest(folder, read_manifest(folder) | {"recipe": recipe.to_dict()})
     return folder
