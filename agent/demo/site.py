@@ -68,6 +68,7 @@ def make_demo_site(root: Path, images: list[pacs.DemoImage], evaluations: int) -
     _change_settings(
         root / "appliance.toml",
         ('window = "22:00-05:00"', 'window = ""'),
+        ('recipe = "evolve"', 'recipe = "distl"'),
         ("evaluations_per_year = 52", f"evaluations_per_year = {evaluations}"),
     )
     (root / "poisoned.toml").write_text(POISONED, "utf-8")

@@ -58,7 +58,7 @@ FROZEN = {"frozen graph": arms.frozen_graph, "pseudo-label": arms.pseudo_label}
 ARMS = ["supervised only", *FROZEN, "distl", "default", "same steps, no stream", "fully labelled"]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the missing cells, then print and write the tables."""
     parser = results.parser(__doc__)
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="default: bench/results")
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=ARMS, help="also the rows of the ladder")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="recipe keys to try; not recorded")
     parser.add_argument("--report", action="store_true", help="print the finished cells only")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     adults = read_adults(options.data, options.work, options.mednist)
     (options.work / "scores").mkdir(exist_ok=True)

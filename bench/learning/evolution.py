@@ -3,9 +3,10 @@
     python bench/learning/evolution.py --data DIR --backbone FILE --work DIR [--experiment A B C] [--shares 0.01 0.02]
 
 A: children's images, 1 and 2 % labelled. B: 80 labelled images of adults at 64 px, another hospital's stream. C: as A,
-and B's stream joins from T=2 on (drift). DIR holds kermany224, nih1000_64 and mednist_cxr64; FILE is a ViT in timm's key
-names. A killed run resumes: each finished cell is a line of evolution.jsonl in the folder --results and is not run
-again. The work folder keeps the scores of each cell, for the intervals. Scores and images are never committed.
+and B's stream joins from T=2 on (drift). D: several findings of adults; bench/learning/adults.py, which it runs, has more
+options. DIR holds kermany224, nih1000_64, mednist_cxr64 and nih_adult512; FILE is a ViT in timm's key names. A killed run
+resumes: each finished cell is a line of evolution.jsonl in the folder --results and is not run again. The work folder
+keeps the scores of each cell, for the intervals. Scores and images are never committed.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's learner, whichever is installed
 
 from bench.common import results
+from bench.learning import adults
 from bench.learning.evolution_arms import (
     Banks,
     Frozen,
@@ -101,13 +103,16 @@ def main() -> None:
     parser.add_argument(
         "--cells", type=Path, help="folder of running rounds; default: WORK/cells; faster on a memory disk"
     )
-    parser.add_argument("--experiment", nargs="*", choices=("A", "B", "C"), default=["A", "B", "C"])
+    parser.add_argument("--experiment", nargs="*", choices=("A", "B", "C", "D"), default=["A", "B", "C"])
     parser.add_argument("--shares", type=float, nargs="*", default=[0.01, 0.02])
     parser.add_argument("--draws", type=int, nargs="*", default=DRAWS)
     parser.add_argument("--arms", nargs="*", default=[*FROZEN, *TRAINED])
     parser.add_argument("--ladder", action="store_true", help="the ablation ladder (A, T=1), instead of the arms")
     parser.add_argument("--report", action="store_true", help="print and draw the finished cells only")
     options = parser.parse_args()
+    if options.experiment == ["D"]:
+        adults.main(adults_arguments(options))
+        return
     torch.set_num_threads(1)
     whole = pool = read_pool(options.data, options.work, NEAR + FAR)
     recipe = Recipe().override({**SIZES, "backbone": str(options.backbone)})
@@ -142,6 +147,13 @@ def main() -> None:
         floors = {"pixels": before | pixel_floor(pool, missing, DRAWS), "view": view_floor(options.data)}
         floors_file.write_text(json.dumps(floors, indent=1) + "\n")
     report(whole, scores, options.results, options.work / "floors.json")
+
+
+def adults_arguments(options: argparse.Namespace) -> list[str]:
+    """Return the options of experiment D, which has images, findings and arms of its own."""
+    places = ("data", "backbone", "work", "results")
+    named = [word for name in places for word in (f"--{name}", str(getattr(options, name)))]
+    return [*named, "--draws", *map(str, options.draws), *(["--report"] if options.report else [])]
 
 
 def requested(options: argparse.Namespace) -> list[tuple[str, float]]:

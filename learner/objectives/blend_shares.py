@@ -37,10 +37,10 @@ def held_out_logits(features: Sequence[Tensor], labels: Tensor, patients: Sequen
     return result
 
 
-def fit_shares(logits: Sequence[Tensor], labels: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+def fit_shares(logits: Sequence[Tensor], labels: Tensor, prior: Tensor, pull: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return shares (P,) >= 0 and bias (F,) of P parts from held-out logits, (N, F) each, and labels (N, F).
 
-    Minimises the mean log loss of sum_p share_p logits_p + bias, plus PULL / N |share - SLOPE prior|^2 / 2.
+    Minimises the mean log loss of sum_p share_p logits_p + bias, plus pull PULL / N |share - SLOPE prior|^2 / 2.
     """
     known = ~labels.isnan()
     table = torch.stack([(part - part.mean(0)) / part.std(0).clamp(min=1e-6) for part in logits])  # (P, N, F)
@@ -48,10 +48,11 @@ def fit_shares(logits: Sequence[Tensor], labels: Tensor, prior: Tensor) -> tuple
     count, wanted = max(1, len(labels)), SLOPE * prior / prior.sum()
     shares, bias = wanted.clone().double(), torch.logit(rate.double())
     truth, each = labels.nan_to_num(0.0).double(), known.double() / known.sum().clamp(min=1)
+    weight = pull * PULL / count
     for _ in range(STEPS):
         error = each * ((torch.tensordot(shares, table, 1) + bias).sigmoid() - truth)
-        slope = (table * error).sum((1, 2)) + PULL / count * (shares - wanted)
-        shares = (shares - slope / (1 + PULL / count)).clamp(min=0)
+        slope = (table * error).sum((1, 2)) + weight * (shares - wanted)
+        shares = (shares - slope / (1 + weight)).clamp(min=0)
         bias = bias - error.sum(0) / each.sum(0).clamp(min=1e-6)
     return shares, bias
 

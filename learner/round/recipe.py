@@ -198,7 +198,10 @@ PROFILES: dict[str, dict[str, Any]] = {
 SIZED: dict[tuple[str, str], dict[str, Any]] = {
     ("pseudo-label", "cpu"): {**_CLASS_LOSS_ONLY, "finetune_epochs": 5},
     ("pseudo-label", "demo"): {**_CLASS_LOSS_ONLY, "epochs": 10, "finetune_epochs": 10},
-    ("evolve", "demo"): {"lam": 0.0},
+    ("evolve", "cpu"): {  # from random weights the simple features answer; a short training of the network is enough
+        "epochs": 1, "t0_epochs": 1, "t0_steps": 50, "local_views": 2, "prototypes": 1024, "head_hidden": 256, "bottleneck": 64,
+    },
+    ("evolve", "demo"): {"lam": 0.1},
     ("kd", "cpu"): {**_CLASS_LOSS_ONLY, "arch": "resnet10t", "kd_teacher": "resnet18", "epochs": 5, "lr": 5e-4},
     ("kd", "demo"): {**_CLASS_LOSS_ONLY, "kd_teacher": "resnet10t", "epochs": 20},
 }  # fmt: skip
