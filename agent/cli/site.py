@@ -32,7 +32,7 @@ def init_command(
         list[str] | None, typer.Option(help="a finding that the model predicts; may be given several times")
     ] = None,
     backbone: Annotated[
-        str, typer.Option(help='starting weights: "random", a timm name, or a .safetensors file')
+        str, typer.Option(help='starting weights: "random", a name on the hub, or a .safetensors file')
     ] = "random",
     profile: Annotated[str, typer.Option(help="sizes of the recipe: gpu, cpu or demo")] = "cpu",
     json_out: Json = False,

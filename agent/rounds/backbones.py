@@ -35,7 +35,7 @@ def _learner(words: Sequence[str]) -> dict[str, Any]:
     if missing:
         raise Problem(f"backbone: {missing[0]} is not installed; run: pip install 'cxrloop[train]'")
     done = subprocess.run(
-        [sys.executable, "-m", "learner.networks.check", *words],
+        [sys.executable, "-m", "learner.pretrained.check", *words],
         capture_output=True, text=True, env={**QUIET, **os.environ},
     )  # fmt: skip
     if done.returncode:

@@ -130,7 +130,8 @@ class LearnKeys(Section):
     recipe: str = Field("evolve", description='name of a recipe, or a TOML file with base = "NAME" and its keys')
     profile: Literal["gpu", "cpu", "demo"] = Field("cpu", description="sizes of the recipe: gpu, cpu or demo")
     backbone: str = Field(
-        "random", description='starting weights: "random", a timm name on the hub, or a .safetensors file'
+        "random",
+        description='starting weights: "random", a name on the hub, or a .safetensors file (docs/backbones.md)',
     )
     window: str = Field(
         "22:00-05:00", description='when rounds may run, "HH:MM-HH:MM" in the site\'s time zone; "" = never'

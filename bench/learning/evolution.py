@@ -3,7 +3,7 @@
     python bench/learning/evolution.py --data DIR --backbone FILE --work DIR [--experiment A B C] [--shares 0.01 0.02]
 
 A: children's images, 1 and 2 % labelled. B: 80 labelled images of adults at 64 px, another hospital's stream. C: as A,
-and B's stream joins from T=2 on (drift). D: several findings of adults; bench/learning/adults.py, which it runs, has more
+and B's stream joins from T=2 on (drift). D: several findings of adults; bench/adults/experiment.py, which it runs, has more
 options. DIR holds kermany224, nih1000_64, mednist_cxr64 and nih_adult512; FILE is a ViT in timm's key names. A killed run
 resumes: each finished cell is a line of evolution.jsonl in the folder --results and is not run again. The work folder
 keeps the scores of each cell, for the intervals. Scores and images are never committed.
@@ -22,8 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's learner, whichever is installed
 
+from bench.adults import experiment as adults
 from bench.common import results
-from bench.learning import adults
 from bench.learning.evolution_arms import (
     Banks,
     Frozen,

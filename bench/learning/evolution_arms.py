@@ -18,9 +18,9 @@ from learner.data.plates import label_table
 from learner.data.token_bank import TokenBank
 from learner.engine.checkpoint import save_weights
 from learner.engine.step import State
+from learner.fits import head_refit, logistic
+from learner.fits.head_refit import FEW_PENALTY, PENALTY
 from learner.networks.heads import Network
-from learner.objectives import head_refit, logistic
-from learner.objectives.head_refit import FEW_PENALTY, PENALTY
 from learner.objectives.pseudo_targets import kappa_labels
 from learner.recipes import distl, evolve
 from learner.round.manifest import RoundManifest, Sample

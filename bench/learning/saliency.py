@@ -29,7 +29,7 @@ from bench.common import results
 from dicom.phantom.phantom import Phantom, draw
 from dicom.phantom.wrap import wrap
 from dicom.pixels.plate import to_plate
-from learner.data.augment import normalise, resize_matrix, to_image
+from learner.data.augment import normalise, to_image
 from learner.errors import LearnerError
 from learner.evaluation.calibrate import auc
 from learner.explain import saliency, sanity
@@ -37,6 +37,7 @@ from learner.networks.architecture import plan_of
 from learner.networks.backbone import Backbone
 from learner.networks.heads import Network, make_network
 from learner.networks.mimetic_init import mimic_trained
+from learner.networks.pooling import resize_matrix
 from learner.round.recipe import Recipe, resolve
 
 FINDINGS = ("cardiomegaly", "effusion", "opacity")

@@ -29,7 +29,7 @@ from bench.common import machine, results
 from bench.serving import inference_parity
 from bench.serving.latency_site import FINDINGS, write_model
 from deploy import runtime
-from learner.data.augment import resize_matrix
+from learner.networks.pooling import resize_matrix
 
 BARS = {"fp32": 1.1, "int8": 1.5}  # times eager, at batch 8
 

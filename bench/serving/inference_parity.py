@@ -26,10 +26,10 @@ from learner.evaluation import pixel_baseline
 from learner.evaluation.auc import auc, interval
 from learner.evaluation.model_choice import macro_curve
 from learner.evaluation.verdict import Rules
+from learner.fits import logistic
 from learner.networks.backbone import build
 from learner.networks.heads import ClassHead, Network
-from learner.networks.pretrained import open_backbone
-from learner.objectives import logistic
+from learner.pretrained.reader import open_backbone
 from learner.recipes.evolve import FEW_PENALTY, set_head
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import resolve

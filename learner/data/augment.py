@@ -1,6 +1,6 @@
 """Network inputs from plates, and DISTL's random views, as batched tensor operations on any device.
 
-Resizing, cropping and blurring are matrix products `R @ x @ R.T`. The exported model uses the same `resize_matrix`, so
+Resizing, cropping and blurring are matrix products `R @ x @ R.T`. The exported model uses the same `learner.networks.pooling.resize_matrix`, so
 training and serving see the same pixels. Must not draw random numbers: a view depends only on its image and the uniform
 numbers that the caller passes.
 """
@@ -19,15 +19,6 @@ TRIES = 10  # draws of area and aspect ratio before a crop is the whole image, a
 NUMBERS_PER_VIEW = 2 * TRIES + 8  # uniform numbers
 ASPECT = (log(3 / 4), log(4 / 3))
 BLUR = (0.1, 2.0)  # sigma in pixels
-
-
-def resize_matrix(old: int, new: int) -> Tensor:
-    """Return R (new, old): R @ x @ R.T is the antialiased bilinear resize of x (old, old); rows sum to 1."""
-    scale = old / new
-    centres = (torch.arange(new, dtype=torch.float64) + 0.5) * scale - 0.5
-    distance = (torch.arange(old, dtype=torch.float64)[None] - centres[:, None]).abs() / max(scale, 1.0)
-    rows = (1 - distance).clamp(min=0)
-    return (rows / rows.sum(1, keepdim=True)).float()
 
 
 def to_image(plates: Tensor, matrix: Tensor) -> Tensor:

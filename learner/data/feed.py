@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from cxrloop.plate import PLATE_SHAPE
-from learner.data.augment import NUMBERS_PER_VIEW, make_views, normalise, resize_matrix, to_image
+from learner.data.augment import NUMBERS_PER_VIEW, make_views, normalise, to_image
 from learner.data.packed_plates import PackedPlates
 from learner.data.plates import label_table, read_plates
 from learner.engine import distributed
 from learner.engine.step import Batch
+from learner.networks.pooling import resize_matrix
 from learner.round.manifest import Sample
 from learner.round.recipe import Recipe
 

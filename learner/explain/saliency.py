@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cxrloop.plate import PLATE_SHAPE
-from learner.data.augment import blur, normalise, resize_matrix, to_image
+from learner.data.augment import blur, normalise, to_image
 from learner.data.plates import read_plate
 from learner.engine.checkpoint import load_network, read_file
 from learner.errors import LearnerError
 from learner.networks.backbone import Backbone
 from learner.networks.convnet import ConvNet
 from learner.networks.heads import Network, make_network
+from learner.networks.pooling import resize_matrix
 from learner.round.recipe import Recipe
 
 METHODS = (

@@ -1,7 +1,7 @@
 """Backbones: a plain vision transformer, an EVA-02 transformer or a convolutional network of timm as the encoder.
 
 A checkpoint stores a plan (`learner.networks.architecture`), from which `build` makes the network without hub or file.
-`learner.networks.pretrained` reads weights.
+`learner.pretrained.reader` reads weights.
 """
 
 import warnings

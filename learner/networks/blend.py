@@ -1,7 +1,7 @@
 """The blend: the network's class logits plus those of linear heads on simple features, in one graph.
 
 Several weak answers with different errors are more reliable than one, and on few labels none of them is best
-everywhere. The shares are fitted in `learner.objectives.blend_shares`.
+everywhere. The shares are fitted in `learner.fits.blend_shares`.
 """
 
 from collections.abc import Mapping

@@ -40,7 +40,8 @@ class EvaBackbone(Backbone):
         """Return query (rotated, scaled), key (rotated) and value: each (B, heads, tokens, width of a head)."""
         attention, normed = cast(EvaAttention, block.attn), cast(EvaBlock, block).norm1(tokens)
         if attention.qkv is None:
-            packed = torch.cat([attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)], -1)
+            layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+            packed = torch.cat([cast(nn.Linear, layer)(normed) for layer in layers], -1)
         else:
             biases = [cast(Tensor, bias) for bias in (attention.q_bias, attention.k_bias, attention.v_bias)]
             packed = F.linear(normed, attention.qkv.weight, torch.cat(biases))

@@ -1,4 +1,4 @@
-"""Pooling: how the tokens of a transformer, or a map of simple features, become one vector for each image."""
+"""Resizing and pooling as matrix products: plates to images, and tokens or simple features to one vector an image."""
 
 from math import isqrt
 
@@ -7,6 +7,15 @@ from torch import Tensor
 
 CELLS = 4  # rows and columns of the grid of pool "grid"
 WIDTHS = {"cls": 1, "mean": 1, "both": 2, "grid": CELLS * CELLS // 2}  # width of the embedding, in widths of a token
+
+
+def resize_matrix(old: int, new: int) -> Tensor:
+    """Return R (new, old): R @ x @ R.T is the antialiased bilinear resize of x (old, old); rows sum to 1."""
+    scale = old / new
+    centres = (torch.arange(new, dtype=torch.float64) + 0.5) * scale - 0.5
+    distance = (torch.arange(old, dtype=torch.float64)[None] - centres[:, None]).abs() / max(scale, 1.0)
+    rows = (1 - distance).clamp(min=0)
+    return (rows / rows.sum(1, keepdim=True)).float()
 
 
 def cell_weights(side: int, cells: int) -> Tensor:

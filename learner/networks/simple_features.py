@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cxrloop.plate import PLATE_SHAPE
-from learner.data.augment import resize_matrix
-from learner.networks.pooling import CELLS, cell_weights
+from learner.networks.pooling import CELLS, cell_weights, resize_matrix
 
 SIDE = 24  # pixels a side of the reduced image, as in `learner.evaluation.pixel_baseline`
 PATCH = 8  # pixels a side of a patch

@@ -141,7 +141,10 @@ class Backbone(nn.Module):
         attention = (query[:, :, :1] @ key.transpose(-2, -1)).softmax(-1)  # (B, heads, 1, tokens)
         # the class token alone needs no patches behind the last block: saves a fourteenth of the arithmetic
         token_only = self.pool == "cls" and is_plain_block(block)
-        last = finish_block(block, tokens[:, :1], attention @ value) if token_only else self.run([block], tokens)
+        if token_only:
+            last = finish_block(cast(Block, block), tokens[:, :1], attention @ value)
+        else:
+            last = self.run([block], tokens)
         normed, first = vit.norm(last), vit.num_prefix_tokens
         grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
         return self.embedding(normed), Trace(

@@ -21,14 +21,14 @@ from learner.engine.weight_averaging import Weights, recompute_batch_norm, soup,
 from learner.errors import ManifestError
 from learner.evaluation.auc import Curve
 from learner.evaluation.model_choice import first_as_good, macro_curve
-from learner.networks.blend import Blend, read_blend
-from learner.networks.heads import Network
-from learner.objectives import logistic
-from learner.objectives.head_refit import (
+from learner.fits import logistic
+from learner.fits.head_refit import (
     FEW_PENALTY,
     TRAINED_SHARE,
 )
-from learner.objectives.label_propagation import pseudo_labels, soft_targets_by_rank
+from learner.fits.label_propagation import pseudo_labels, soft_targets_by_rank
+from learner.networks.blend import Blend, read_blend
+from learner.networks.heads import Network
 from learner.objectives.pseudo_targets import agreement, class_thresholds, hard_labels, shrunk_prevalence, soft_weights
 from learner.objectives.teacher_student import pop_weight_mean, teacher_student_step
 from learner.round.manifest import Sample

@@ -17,11 +17,11 @@ from learner.errors import LearnerError, ManifestError
 from learner.networks.architecture import Plan
 from learner.networks.backbone import Backbone, build
 from learner.networks.heads import Network
-from learner.networks.pretrained import open_backbone
 from learner.objectives.class_losses import Balance
 from learner.objectives.dino import autocast
 from learner.objectives.distl_steps import Feed, next_batch, supervised_step
 from learner.objectives.knowledge_distillation import kd_loss
+from learner.pretrained.reader import open_backbone
 from learner.round.backbone_file import is_file_name
 from learner.round.recipe import Recipe
 from learner.training.run import Run

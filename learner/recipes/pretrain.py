@@ -12,8 +12,8 @@ from safetensors.torch import save
 from cxrloop.durable import write_atomic
 from learner.engine.step import State
 from learner.errors import ManifestError
-from learner.networks.pretrained import weights_of
 from learner.objectives.teacher_student import teacher_student_step
+from learner.pretrained.reader import weights_of
 from learner.recipes.evolve import fit_head
 from learner.training.run import Run
 from learner.training.supervised import train_on_labels

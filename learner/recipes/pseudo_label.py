@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cxrloop.plate import PLATE_SHAPE
-from learner.data.augment import normalise, resize_matrix, to_image
+from learner.data.augment import normalise, to_image
 from learner.data.plates import label_table, read_plates
 from learner.engine import distributed
 from learner.engine.optim import Schedule
@@ -21,6 +21,7 @@ from learner.errors import ManifestError
 from learner.evaluation.calibrate import auc
 from learner.networks.backbone import Backbone
 from learner.networks.heads import Network
+from learner.networks.pooling import resize_matrix
 from learner.objectives.distl_steps import Feed, supervised_step
 from learner.objectives.pseudo_targets import kappa_labels, ten_crop
 from learner.round.manifest import Sample

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from cxrloop.plate import PLATE_SHAPE
-from learner.data.augment import resize_matrix
 from learner.data.plates import label_table, read_plates
+from learner.fits.blend_shares import MOST, SLOPE, fit_shares, held_out_logits, standardised
+from learner.fits.patch_dictionary import learn_patches
+from learner.fits.shared_heads import fit_heads
 from learner.networks.blend import FITTED, Blend, Part, grey_levels
 from learner.networks.heads import Network
+from learner.networks.pooling import resize_matrix
 from learner.networks.simple_features import STRIDES, Patches, Pixels
-from learner.objectives.blend_shares import MOST, SLOPE, fit_shares, held_out_logits, standardised
-from learner.objectives.patch_dictionary import learn_patches
-from learner.objectives.shared_heads import fit_heads
 from learner.round.manifest import Sample
 from learner.training.head_fit import with_pseudo_labels
 from learner.training.run import Run

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cxrloop.durable import whole_folder, write_json
 from cxrloop.plate import PLATE_SHAPE, PLATE_VERSION
-from learner.data.augment import normalise, resize_matrix, to_image
+from learner.data.augment import normalise, to_image
 from learner.data.plates import label_table, read_plates
 from learner.engine.checkpoint import save_weights
 from learner.engine.step import State, require_finite
@@ -32,6 +32,7 @@ from learner.evaluation.calibrate import auc, temperature, threshold
 from learner.networks.backbone import Plan, resized
 from learner.networks.blend import Blend, grey_levels, read_blend
 from learner.networks.heads import Network
+from learner.networks.pooling import resize_matrix
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
 

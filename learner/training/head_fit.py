@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from learner.data.plates import label_table
+from learner.fits import logistic
+from learner.fits.head_refit import FEW_PENALTY, blend_heads, combine_by_finding, fit_graph_and_labels
+from learner.fits.label_propagation import has_both_classes
+from learner.fits.shared_heads import fit_heads
 from learner.networks.heads import Network
-from learner.objectives import logistic
 from learner.objectives.class_losses import weight_table
-from learner.objectives.head_refit import FEW_PENALTY, blend_heads, combine_by_finding, fit_graph_and_labels
-from learner.objectives.label_propagation import has_both_classes
-from learner.objectives.shared_heads import fit_heads
 from learner.round.manifest import Sample
 from learner.training.run import Run
 from learner.training.supervised import label_balance
@@ -23,7 +23,7 @@ PSEUDO_WEIGHT = 0.3  # of a pseudo-label beside a label
 def fit_head(run: Run, network: Network) -> None:
     """Fit a linear class head to the labelled images by logistic regression on the network's embeddings.
 
-    With a blend, findings learn from each other (`learner.objectives.shared_heads`).
+    With a blend, findings learn from each other (`learner.fits.shared_heads`).
     """
     if run.recipe.class_hidden == 0:
         samples, labels = run.manifest.labelled, label_table(run.manifest.labelled)

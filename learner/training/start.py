@@ -10,8 +10,8 @@ from learner.engine import checkpoint
 from learner.engine.init_weights import keep_parent_shapes
 from learner.errors import LearnerError
 from learner.networks.architecture import Plan
-from learner.networks.depth import keep_lower_blocks
-from learner.networks.pretrained import open_backbone
+from learner.pretrained.depth import keep_lower_blocks
+from learner.pretrained.reader import open_backbone
 from learner.round.manifest import RoundManifest
 from learner.round.recipe import Recipe
 

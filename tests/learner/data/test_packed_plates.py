@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from learner.data import feed, packed_plates
-from learner.data.augment import resize_matrix
 from learner.data.feed import ImageFeed
 from learner.data.plates import read_plates
 from learner.errors import ManifestError
+from learner.networks.pooling import resize_matrix
 from learner.round.manifest import load
 from tests.support.learner.round_folders import make_round
 

@@ -20,7 +20,7 @@ from learner.networks.architecture import plan_of
 from learner.networks.backbone import build, fit_sizes, resized
 from learner.networks.heads import ClassHead, make_network
 from learner.networks.mimetic_init import mimic_trained
-from learner.networks.pretrained import open_backbone, read_pretrained
+from learner.pretrained.reader import open_backbone, read_pretrained
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import card, make_round, result
 
@@ -149,7 +149,7 @@ def test_a_file_without_metadata_needs_the_timm_name(tmp_path):
 
 def test_the_error_without_hub_names_the_option_for_a_file(tmp_path):
     code = (
-        "from learner.round.recipe import resolve; from learner.networks.pretrained import open_backbone; from learner.errors import LearnerError\n"
+        "from learner.round.recipe import resolve; from learner.pretrained.reader import open_backbone; from learner.errors import LearnerError\n"
         "try: open_backbone(resolve('distl', 'demo', {'backbone': 'resnet50.a1_in1k'}))\n"
         "except LearnerError as error: print(error)"
     )

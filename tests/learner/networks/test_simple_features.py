@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from learner.evaluation import pixel_baseline
+from learner.fits.patch_dictionary import CENTROIDS, contrast_normalised, learn_patches
 from learner.networks.blend import Blend, Part, feature_names, grey_levels, read_blend
 from learner.networks.simple_features import CONTRAST, PATCH, STRIDES, Pixels, whitened_patches
-from learner.objectives.patch_dictionary import CENTROIDS, contrast_normalised, learn_patches
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ import torch
 
 from learner.data.plates import label_table
 from learner.errors import RecipeError
-from learner.objectives import logistic
+from learner.fits import logistic
 from learner.objectives.class_losses import class_balance, label_loss, weight_table
 from learner.objectives.dino import correction
 from learner.objectives.distl_steps import supervised_step

@@ -10,10 +10,10 @@ from learner.__main__ import main
 from learner.data.plates import label_table
 from learner.engine.checkpoint import read_file
 from learner.engine.progress import ProgressWriter
+from learner.fits import logistic
 from learner.networks.heads import make_network
-from learner.networks.pretrained import read_pretrained
-from learner.objectives import logistic
 from learner.objectives import teacher_student as steps
+from learner.pretrained.reader import read_pretrained
 from learner.recipes import evolve
 from learner.round.manifest import load
 from learner.training import head_fit

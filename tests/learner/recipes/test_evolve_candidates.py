@@ -8,7 +8,7 @@ from learner.data.plates import label_table
 from learner.engine.checkpoint import read_file
 from learner.engine.progress import ProgressWriter
 from learner.engine.weight_averaging import recompute_batch_norm
-from learner.objectives import logistic
+from learner.fits import logistic
 from learner.recipes import evolve
 from learner.round.manifest import load
 from learner.training import head_fit

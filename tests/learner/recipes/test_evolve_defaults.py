@@ -5,7 +5,7 @@ import torch
 
 from learner.__main__ import main
 from learner.data.plates import label_table
-from learner.objectives import head_refit
+from learner.fits import head_refit
 from learner.objectives import teacher_student as steps
 from learner.recipes import evolve
 from learner.round.manifest import load

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from learner.__main__ import main
-from learner.data.augment import normalise, resize_matrix, to_image
+from learner.data.augment import normalise, to_image
 from learner.data.plates import label_table, read_plates
 from learner.engine.checkpoint import read_file
+from learner.networks.pooling import resize_matrix
 from learner.objectives import pseudo_targets
 from learner.recipes import pseudo_label
 from learner.round.recipe import resolve

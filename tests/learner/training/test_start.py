@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from learner.__main__ import main
 from learner.errors import LearnerError
-from learner.networks.pretrained import open_backbone, read_pretrained
+from learner.pretrained.reader import open_backbone, read_pretrained
 from learner.round.backbone_file import content_hash
 from learner.round.manifest import load
 from learner.round.recipe import Recipe, resolve

@@ -18,10 +18,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 import learner.training.run
 from learner.__main__ import main
-from learner.data.augment import normalise, resize_matrix, to_image
+from learner.data.augment import normalise, to_image
 from learner.engine.device import prepare_device
 from learner.errors import LearnerError
 from learner.explain import saliency
+from learner.networks.pooling import resize_matrix
 from learner.round.manifest import load
 from learner.training.export import probe_plates
 from learner.training.run import Run

@@ -8,9 +8,9 @@ shared mean (Evgeniou and Pontil, "Regularized multi-task learning", KDD 2004).
 import torch
 from torch import Tensor
 
-from learner.objectives import logistic
+from learner.fits import logistic
 
-STRENGTH = 5.0  # the penalty is D / (STRENGTH n): of 1 to 20 the best on average (bench/learning/features_study.py)
+STRENGTH = 5.0  # the penalty is D / (STRENGTH n): of 1 to 20 the best on average (bench/adults/features_study.py)
 ENOUGH = 10.0  # positive images with which a finding's own head weighs as much as the shared one
 
 

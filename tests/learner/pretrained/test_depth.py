@@ -6,7 +6,7 @@ import torch
 from learner.errors import LearnerError
 from learner.networks.architecture import plan_of
 from learner.networks.backbone import build, timm_network
-from learner.networks.depth import keep_lower_blocks
+from learner.pretrained.depth import keep_lower_blocks
 
 torch.set_num_threads(1)
 

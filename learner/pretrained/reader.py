@@ -6,7 +6,7 @@ Every tensor of a file is matched, set aside by a rule of its family, or unused;
 import json
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from safetensors.torch import save
 from torch import nn
 
 from learner.errors import LearnerError
-from learner.networks import hub
 from learner.networks.architecture import ARCH, Plan, plan_of, timm_name
 from learner.networks.backbone import build, timm_network
 from learner.networks.convnet import ConvNet
-from learner.networks.families import TRAINING_STATE, Family, Tensors, prefix_of, recognise
 from learner.networks.vit import Backbone
-from learner.networks.weight_file import read_tensors
+from learner.pretrained import hub
+from learner.pretrained.families import TRAINING_STATE, Family, Tensors, prefix_of, recognise
+from learner.pretrained.weight_file import read_tensors
 from learner.round.backbone_file import SUFFIX, is_file_name
 from learner.round.recipe import Recipe
 
@@ -49,7 +49,6 @@ class Pretrained:
     licence: str | None = None
     source: str | None = None
     sha256: str = ""
-    note: dict[str, str] = field(default_factory=dict)
 
     def report(self) -> dict[str, Any]:
         """Return the JSON document of `backbone check`."""
@@ -131,15 +130,14 @@ def read_pretrained(path: Path, arch: str = "", note: dict[str, str] | None = No
     elif name or (arch and not ARCH.fullmatch(arch) and timm.is_model(timm_name(arch))):
         read = _match_named(name or timm_name(arch), tensors, str(path))
     else:
-        read = {"unused": tuple(sorted(tensors))}
+        read = Pretrained(unused=tuple(sorted(tensors)))
     family = known[0] if known else None
-    return Pretrained(**{
-        "mean": _numbers(note, "mean") or (family.mean if family else None),
-        "std": _numbers(note, "std") or (family.std if family else None),
-        "licence": note.get("licence"), "source": note.get("source"), "sha256": sha256, "note": note,
-        **read, "image_size": _image_size(read.get("plan", {}), note, family),
-        **({"family": note["family"]} if "family" in note and "plan" in read else {}),
-    })  # fmt: skip
+    return replace(
+        read, sha256=sha256, licence=note.get("licence"), source=note.get("source"),
+        family=read.family and note.get("family", read.family), image_size=_image_size(read.plan, note, family),
+        mean=_numbers(note, "mean") or (family.mean if family else None),
+        std=_numbers(note, "std") or (family.std if family else None),
+    )  # fmt: skip
 
 
 def _image_size(plan: Plan, note: dict[str, str], family: Family | None) -> int | None:
@@ -163,8 +161,8 @@ def _numbers(note: dict[str, str], key: str) -> tuple[float, ...]:
         raise LearnerError(f"metadata {key} = {note[key]!r}: needs a number, or a list of numbers") from None
 
 
-def _match(family: Family, prefix: str, tensors: Tensors, note: dict[str, str], path: str) -> dict[str, Any]:
-    """Return what `Pretrained` holds of a file of a known family. Raises LearnerError where the plan can't be inferred."""
+def _match(family: Family, prefix: str, tensors: Tensors, note: dict[str, str], path: str) -> Pretrained:
+    """Return the weights of a file of a known family. Raises LearnerError where the plan can't be inferred."""
     aside = {key for key in tensors if _is_aside(key, prefix, family.set_aside)}
     origin = {}  # timm's name: the file's
     for key in tensors:
@@ -186,8 +184,8 @@ def _is_aside(key: str, prefix: str, patterns: tuple[str, ...]) -> bool:
     return any(re.search(pattern, name) for pattern in rules)
 
 
-def _match_named(name: str, tensors: Tensors, path: str) -> dict[str, Any]:
-    """Return what `Pretrained` holds of a file whose network timm has under this name. Raises LearnerError."""
+def _match_named(name: str, tensors: Tensors, path: str) -> Pretrained:
+    """Return the weights of a file whose network timm has under this name. Raises LearnerError."""
     if not timm.is_model(name):
         raise LearnerError(
             f'backbone {path}: timm = "{name}": no timm model of that name; save the file with another one'
@@ -213,8 +211,8 @@ def _match_named(name: str, tensors: Tensors, path: str) -> dict[str, Any]:
 
 def _compare(
     family: str, plan: Plan, converted: Tensors, tensors: Tensors, aside: set[str], origin: dict[str, str], prefix: str
-) -> dict[str, Any]:
-    """Return what matched, what is unused and what is missing against the network of the plan."""
+) -> Pretrained:
+    """Return the weights that fit the network of the plan, and what is unused and missing."""
     with torch.device("meta"):
         expected = timm_network(build(plan)).state_dict()
     fitting = {key for key, value in expected.items() if key in converted and converted[key].shape == value.shape}
@@ -222,11 +220,11 @@ def _compare(
     unused = {origin.get(key, key) for key in left} | {
         k for k in tensors if not k.startswith(prefix) and k not in aside
     }
-    return {
-        "family": family, "plan": plan, "tensors": {key: converted[key] for key in expected if key in fitting},
-        "matched": tuple(sorted(set(origin.values()) - unused)), "set_aside": tuple(sorted(aside)),
-        "unused": tuple(sorted(unused)), "missing": tuple(key for key in expected if key not in fitting),
-    }  # fmt: skip
+    return Pretrained(
+        plan, {key: converted[key] for key in expected if key in fitting}, family,
+        matched=tuple(sorted(set(origin.values()) - unused)), set_aside=tuple(sorted(aside)),
+        unused=tuple(sorted(unused)), missing=tuple(key for key in expected if key not in fitting),
+    )  # fmt: skip
 
 
 def weights_of(backbone: Backbone | ConvNet, plan: Plan) -> tuple[Tensors, dict[str, str]]:
@@ -242,10 +240,11 @@ def note_of(plan: Plan) -> dict[str, str]:
 
 def as_file(read: Pretrained) -> bytes:
     """Return a safetensors file of the encoder's tensors, with all that is known of them as its metadata."""
-    known = {"family": read.family, "licence": read.licence, "source": read.source}
-    known |= {"image_size": read.image_size and str(read.image_size)}
-    known |= {key: value and json.dumps(value) for key, value in (("mean", read.mean), ("std", read.std))}
-    note = note_of(read.plan) | {key: value for key, value in known.items() if value}
+    note = note_of(read.plan)
+    for key in ("family", "licence", "source", "image_size", "mean", "std"):
+        value = getattr(read, key)
+        if value is not None:
+            note[key] = value if isinstance(value, str) else json.dumps(value)
     return save({key: value.contiguous() for key, value in (read.tensors or {}).items()}, metadata=note)
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.learning.adults_images import FINDINGS, Adults, Division, as_samples
+from bench.adults.images import FINDINGS, Adults, Division, as_samples
 from learner.data.plates import label_table
 from learner.data.token_bank import TokenBank
 from learner.engine.checkpoint import save_weights
 from learner.engine.step import State
 from learner.evaluation.auc import auc
+from learner.fits import head_refit, logistic
+from learner.fits.head_refit import PENALTY
+from learner.fits.label_propagation import pseudo_labels
 from learner.networks.blend import read_blend
-from learner.objectives import head_refit, logistic
-from learner.objectives.head_refit import PENALTY
-from learner.objectives.label_propagation import pseudo_labels
 from learner.objectives.pseudo_targets import kappa_labels, shrunk_prevalence
 from learner.recipes import distl, evolve
 from learner.round.manifest import RoundManifest

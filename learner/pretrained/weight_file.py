@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from learner.errors import LearnerError
-from learner.networks.families import Tensors
+from learner.pretrained.families import Tensors
 from learner.round.backbone_file import SUFFIX, content_hash, content_hash_of
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")  # suffixes of files that torch.save wrote

@@ -8,8 +8,8 @@ independent. The mean is little worse than the better one and much better than t
 import torch
 from torch import Tensor
 
-from learner.objectives import logistic
-from learner.objectives.label_propagation import pseudo_labels
+from learner.fits import logistic
+from learner.fits.label_propagation import pseudo_labels
 from learner.objectives.pseudo_targets import shrunk_prevalence
 
 PENALTY = 0.02  # ridge penalty of a head fitted to pseudo-labels of all images

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from learner.evaluation.auc import auc
-from learner.objectives import head_refit, logistic
+from learner.fits import head_refit, logistic
 
 NAN = float("nan")
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from learner.errors import LearnerError
 from learner.networks.backbone import build
-from learner.networks.pretrained import read_pretrained
+from learner.pretrained.reader import read_pretrained
 from tests.support.learner import backbone_files as files
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from bench.learning.adults_images import FINDINGS, Adults, divide
+from bench.adults.images import FINDINGS, Adults, divide
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from learner.errors import LearnerError
 from learner.networks.architecture import plan_of
 from learner.networks.backbone import build
-from learner.networks.pretrained import open_backbone, read_pretrained, weights_of
+from learner.pretrained.reader import open_backbone, read_pretrained, weights_of
 from learner.round.recipe import resolve
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
@@ -66,7 +66,7 @@ def test_errors_name_unusable_files(tmp_path):
 def test_the_error_without_hub_names_the_option_for_a_file(tmp_path):
     """For each form of a model's name on the hub."""
     code = (
-        "from learner.round.recipe import resolve; from learner.networks.pretrained import open_backbone; from learner.errors import LearnerError\n"
+        "from learner.round.recipe import resolve; from learner.pretrained.reader import open_backbone; from learner.errors import LearnerError\n"
         "for prefix in ('', 'timm/', 'hf-hub:timm/'):\n"
         "    try: open_backbone(resolve('distl', 'demo', {'backbone': prefix + 'vit_tiny_patch16_224'}))\n"
         "    except LearnerError as error: print(error)"

@@ -1,7 +1,7 @@
 """The lower blocks of a pretrained transformer.
 
 The last blocks of a network that was pretrained on photographs describe photographs. Features from two thirds of the
-depth separate findings on chest X-rays better (bench/learning/features_study.py), and cost a third less.
+depth separate findings on chest X-rays better (bench/adults/features_study.py), and cost a third less.
 """
 
 from torch import Tensor

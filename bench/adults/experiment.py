@@ -1,6 +1,6 @@
 """Experiment D: several findings of adults, few labels, an unlabelled stream, rounds T=0..3, paired draws.
 
-    python bench/learning/adults.py --data DIR --backbone FILE --work DIR [--labels 80 40 160] [--arms NAME ...]
+    python bench/adults/experiment.py --data DIR --backbone FILE --work DIR [--labels 80 40 160] [--arms NAME ...]
 
 DIR holds nih_adult512 (and mednist_cxr64 for --mednist); FILE is a ViT. A killed run resumes: each finished cell is a line
 of adults.jsonl in the folder --results and a file of scores in the work folder, and is not run again. Scores and images
@@ -19,10 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's learner, whichever is installed
 
+from bench.adults import arms
+from bench.adults.images import FINDINGS, Adults, divide, read_adults
+from bench.adults.table import report
 from bench.common import results
-from bench.learning import adults_arms as arms
-from bench.learning.adults_images import FINDINGS, Adults, divide, read_adults
-from bench.learning.adults_table import report
 from learner.data.token_bank import TokenBank
 from learner.evaluation.auc import auc
 from learner.round.manifest import RoundManifest

@@ -1,4 +1,4 @@
-"""`python -m learner.networks.check NAME [--arch NAME] [--out FILE]`: what a backbone is, as one JSON document.
+"""`python -m learner.pretrained.check NAME [--arch NAME] [--out FILE]`: what a backbone is, as one JSON document.
 
 With --out it writes the encoder to a safetensors file first. Exit 1 with one line on stderr where it can't be read.
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 
 from cxrloop.durable import write_atomic
 from learner.errors import LearnerError
-from learner.networks.pretrained import Pretrained, as_file, examine, read_pretrained
+from learner.pretrained.reader import Pretrained, as_file, examine, read_pretrained
 from learner.round.backbone_file import SUFFIX, is_file_name
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the document; return the exit code: 0 also for a backbone with unused or missing tensors."""
-    parser = argparse.ArgumentParser(prog="python -m learner.networks.check")
+    parser = argparse.ArgumentParser(prog="python -m learner.pretrained.check")
     parser.add_argument("name", help="a file, a timm name, or OWNER/REPOSITORY[/FILE] on the hub")
     parser.add_argument("--arch", default="", help="timm name of a file that does not say it")
     parser.add_argument("--out", type=Path, help="write the encoder to this new safetensors file")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from learner.evaluation.auc import auc
-from learner.objectives import logistic
-from learner.objectives.blend_shares import SLOPE, fit_shares, held_out_logits, standardised
-from learner.objectives.shared_heads import any_finding, fit_heads, penalty_for
+from learner.fits import logistic
+from learner.fits.blend_shares import SLOPE, fit_shares, held_out_logits, standardised
+from learner.fits.shared_heads import any_finding, fit_heads, penalty_for
 
 torch.set_num_threads(1)
 

@@ -1,7 +1,7 @@
 """Shares of a blend: close to a prior, moved by how well each part answers labelled images that it was not fitted to.
 
 With 80 labels, shares that follow the labels alone are worse than equal ones; the pull to the prior weakens as labels
-are added (bench/learning/features_study.py).
+are added (bench/adults/features_study.py).
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from learner.objectives import logistic
-from learner.objectives.shared_heads import fit_heads
+from learner.fits import logistic
+from learner.fits.shared_heads import fit_heads
 
 FOLDS = 5
 PULL = 24.0  # weight of the prior, in labelled images: the penalty on the mean loss is PULL / n

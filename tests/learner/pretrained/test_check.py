@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from learner.networks import check
 from learner.networks.backbone import build
-from learner.networks.pretrained import read_pretrained
+from learner.pretrained import check
+from learner.pretrained.reader import read_pretrained
 from tests.support.learner import backbone_files
 from tests.support.learner.hub_server import hub
 

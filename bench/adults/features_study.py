@@ -1,10 +1,10 @@
 """Which features and which fit need the fewest labels: the study behind the default recipe.
 
-    python bench/learning/features_study.py --data DIR --backbone FILE --work DIR [--labels 40 80 160] [--draws 16]
+    python bench/adults/features_study.py --data DIR --backbone FILE --work DIR [--labels 40 80 160] [--draws 16]
 
 Adults, six findings (experiment D's images). The heads are fitted to a draw of labelled images and scored on the other
 patients outside experiment D's test, which stays untouched: these figures chose the defaults. Uses the token bank of
-bench/learning/adults.py in the same work folder.
+bench/adults/experiment.py in the same work folder.
 """
 
 import sys
@@ -17,25 +17,24 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's learner, whichever is installed
 
+from bench.adults.experiment import SIZES, open_bank
+from bench.adults.images import FINDINGS, Adults, divide, read_adults
 from bench.common import machine, results
-from bench.learning.adults import SIZES, open_bank
-from bench.learning.adults_images import FINDINGS, Adults, divide, read_adults
-from learner.data.augment import resize_matrix
 from learner.data.plates import read_plates
 from learner.data.token_bank import TokenBank
 from learner.evaluation.auc import auc
+from learner.fits import logistic
+from learner.fits.blend_shares import fit_shares, held_out_logits, standardised
+from learner.fits.label_propagation import pseudo_labels
+from learner.fits.patch_dictionary import learn_patches
+from learner.fits.shared_heads import fit_heads
 from learner.networks.backbone import build
 from learner.networks.blend import grey_levels
-from learner.networks.pooling import pool_tokens
-from learner.networks.pretrained import open_backbone
+from learner.networks.pooling import pool_tokens, resize_matrix
 from learner.networks.simple_features import STRIDES, Pixels
 from learner.networks.vit import Backbone
-from learner.objectives import logistic
-from learner.objectives.blend_shares import fit_shares, held_out_logits, standardised
-from learner.objectives.label_propagation import pseudo_labels
-from learner.objectives.patch_dictionary import learn_patches
 from learner.objectives.pseudo_targets import shrunk_prevalence
-from learner.objectives.shared_heads import fit_heads
+from learner.pretrained.reader import open_backbone
 from learner.round.recipe import Recipe, resolve
 from learner.training.blend_fit import PRIORS
 

@@ -1,0 +1,1 @@
+"""Pretrained weights: read a file or a model of the hub, tell its family, keep its lower blocks."""
