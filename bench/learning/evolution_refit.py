@@ -21,7 +21,7 @@ from bench.learning.evolution_arms import Banks, Frozen, Site, frozen_features
 from bench.learning.evolution_images import NEAR, Draw, as_samples, draw, read_pool
 from learner.data.plates import label_table
 from learner.evaluation.auc import auc
-from learner.objectives import head_refit, label_propagation, logistic
+from learner.fits import head_refit, label_propagation, logistic
 from learner.round.recipe import Recipe
 
 FIRST = 100  # seed of the first draw

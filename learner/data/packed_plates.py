@@ -23,6 +23,7 @@ from cxrloop.durable import whole_folder
 from cxrloop.plate import PLATE_SHAPE, PLATE_VERSION
 from learner.data import augment, cache_key
 from learner.data.plates import read_plate
+from learner.networks.pooling import resize_matrix
 from learner.round.manifest import Sample
 
 CHUNK = 4  # plates resized at once: 4 MB of float32 fit a core's cache; 64 at once need twice the time for each plate
@@ -80,7 +81,7 @@ def remove_packed_plates(round_folder: Path) -> None:
 
 def pack(samples: Sequence[Sample], size: int, target: Path) -> None:
     """Write the levels of all samples, in order, to `target`; holds at most two chunks in memory."""
-    matrix = augment.resize_matrix(PLATE_SHAPE[0], size)
+    matrix = resize_matrix(PLATE_SHAPE[0], size)
     with target.open("wb") as file, ThreadPoolExecutor(READERS, thread_name_prefix="pack") as pool:
         for plates in _chunks(samples, pool):
             levels = to_levels(augment.to_image(plates, matrix)).contiguous()

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-from learner.objectives import label_propagation, logistic
+from learner.fits import label_propagation, logistic
 
 torch.set_num_threads(1)
 
