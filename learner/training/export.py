@@ -34,6 +34,7 @@ from learner.networks.blend import Blend, grey_levels, read_blend
 from learner.networks.heads import Network
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
+from learner.training.beside_pixels import beside_pixels
 
 OPSET = 18
 PARITY = 1e-3  # largest allowed difference in probability between torch and onnxruntime
@@ -106,9 +107,8 @@ def write_parts(
         plates = probe_plates()
         np.savez(folder / "probe.npz", plates=plates, logits=np.asarray(session.run(["logits"], {"plates": plates})[0]))
         write_json(folder / "thresholds.json", thresholds)
-        write_json(
-            folder / "card.json", make_card(state, manifest, metrics, parity, model, now, serve) | {"candidate": chosen}
-        )
+        card = make_card(state, manifest, metrics, parity, model, now, serve)
+        write_json(folder / "card.json", card | {"candidate": chosen, "floor": beside_pixels(manifest, logits)})
         save_weights(folder / "state.safetensors", state, plan, manifest.findings)
 
 

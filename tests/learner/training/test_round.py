@@ -53,6 +53,8 @@ def test_card_and_thresholds_have_the_measurements_and_their_rules(trained):
     assert values["metrics"]["mass"]["n"] == 6
     assert values["parity"]["images"] == 6
     assert max(values["parity"]["1"], values["parity"]["8"]) <= 1e-3
+    assert values["floor"]["line"] == "not shown better than raw pixels: macro AUC, effusion, mass"  # six patients
+    assert [check["finding"] for check in values["floor"]["checks"]] == [None, *FINDINGS]
     limits = json.loads((trained / "final/thresholds.json").read_text())
     assert list(limits) == list(FINDINGS)
     for limit in limits.values():
@@ -225,10 +227,23 @@ def test_five_labelled_images_are_enough_for_a_model(tmp_path):
     values = card(folder)
     assert values["metrics"] == {name: {"auc": None, "n": 0} for name in FINDINGS}
     assert values["parity"]["images"] == 0
+    assert values["floor"] is None
     limits = json.loads((folder / "final/thresholds.json").read_text())
     for limit in limits.values():
         assert (limit["threshold"], limit["rule"], limit["temperature"]) == (0.5, "0.5: no calibration labels", 1.0)
         assert limit["sensitivity"] is None
+
+
+def test_the_card_compares_the_network_with_raw_pixels_on_validation_patients(tmp_path):
+    folder = make_round(tmp_path / "r", train=(40, 0), validation=80, calibration=0, t0_epochs=1, epochs=1)
+    assert main([str(folder)]) == 0
+    rows = {check["finding"]: check for check in card(folder)["floor"]["checks"]}
+    for finding in FINDINGS:
+        assert rows[finding]["reference"] > 0.95  # a bright square in its place is easy for raw pixels
+        assert rows[finding]["candidate"] == pytest.approx(card(folder)["metrics"][finding]["auc"])
+        low, high = rows[finding]["ci"]
+        assert low <= rows[finding]["observed"] <= high
+    assert rows[None]["reference"] == pytest.approx(np.mean([rows[finding]["reference"] for finding in FINDINGS]))
 
 
 def test_a_finding_with_one_class_in_validation_has_no_auc(tmp_path):
