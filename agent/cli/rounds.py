@@ -199,6 +199,7 @@ def learnt(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("monitors", ", ".join(monitors)),
         ("candidate", summary["candidate"]),
         ("validation", summary["floor"] and summary["floor"]["line"]),
+        ("since the parent", summary["forgetting"] and summary["forgetting"]["line"]),
         ("notes", "; ".join(summary["notes"])),
         ("figure", summary["figure"]),
     ]

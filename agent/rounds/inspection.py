@@ -57,7 +57,7 @@ def progress(folder: Path) -> dict[str, Any]:
 def learning(folder: Path) -> dict[str, Any]:
     """Return what the learner has measured in this folder.
 
-    Each phase with its steps, the newest losses and monitors, the candidate that was chosen, the comparison with raw pixels, notes, the picture's path.
+    Each phase with its steps, the newest losses and monitors, the candidate that was chosen, the comparisons with raw pixels and with the parent, notes, the picture's path.
     """
     from learner.round.collapse_limits import LIMITS  # here: `round ls` and `verdict` need no numpy
     from learner.round.metrics_log import read
@@ -77,6 +77,7 @@ def learning(folder: Path) -> dict[str, Any]:
         },
         "candidate": card.get("candidate"),
         "floor": card.get("floor"),
+        "forgetting": card.get("forgetting"),
         "notes": card.get("notes", []),
         "figure": str(picture) if picture.exists() else None,
     }
