@@ -10,6 +10,7 @@ image's centre, and the finding's usual place (the boxes of other patients). Int
 26 boxes are pneumonia; the other findings are pooled and descriptive only. Images are never written.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -33,12 +34,13 @@ from bench.learning.saliency import ALL, SIDE, draw_map, to_images
 from learner.data.augment import normalise
 from learner.errors import LearnerError
 from learner.evaluation.auc import auc
-from learner.networks.backbone import Backbone, read_weights
+from learner.networks.backbone import Backbone
 from learner.networks.heads import Network, make_network
+from learner.networks.pretrained import read_pretrained
 from learner.objectives import logistic
 from learner.objectives.head_refit import FEW_PENALTY
-from learner.recipes.evolve import set_head
 from learner.round.recipe import Recipe, resolve
+from learner.training.head_fit import set_head
 
 MAIN = "Pneumonia"  # the only finding with enough boxes for a statement
 DRAWS = 2000
@@ -76,14 +78,15 @@ def read_cases(images: list[PublicImage]) -> list[Case]:
 
 def make_networks(backbone: Path, pools: list[str]) -> dict[str, tuple[Network, Recipe]]:
     """Return a network without a fitted head for each pool, with the recipe's sizes."""
-    plan, weights = read_weights(backbone)
+    read = read_pretrained(backbone).require_whole(str(backbone))
+    assert read.tensors is not None
     made = {}
     for pool in pools:
         recipe = resolve(
             "evolve", "gpu", {"image_size": 224, "local_size": 112, "pool": pool, "backbone": str(backbone)}
         )
-        network = make_network(plan, recipe, 1)
-        network.backbone.load(weights)
+        network = make_network(read.plan, recipe, 1)
+        network.backbone.load(read.tensors)
         made[pool] = network.eval().requires_grad_(False), recipe
     return made
 
@@ -210,11 +213,13 @@ def summary(rows: dict[str, list[dict[str, float]]], cases: list[Case], chosen: 
 
 
 def as_text(table: dict[str, dict]) -> str:
-    """Return a table as text: mean [95 % interval] of each measure."""
-    lines = [f"  {'':36}" + "".join(f"{m:>24}" for m in MEASURES)]
+    """Return a table in Markdown: mean [95 % interval] of each measure, and the share in the box minus the centre's."""
+    lines = [f"| map | {' | '.join(MEASURES.values())} | share, minus the centre |", "|---" * (len(MEASURES) + 2) + "|"]
     for name, row in table.items():
-        cells = (f"{row[m][0]:.2f} [{row[m][1]:.2f}, {row[m][2]:.2f}]" for m in MEASURES)
-        lines.append(f"  {name:36}" + "".join(f"{cell:>24}" for cell in cells))
+        cells = [f"{row[m][0]:.2f} [{row[m][1]:.2f}, {row[m][2]:.2f}]" for m in MEASURES]
+        apart = row.get("minus centre", {}).get("mass")
+        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*apart) if apart else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -247,17 +252,9 @@ def draw_figure(document: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def run(options: argparse.Namespace) -> None:
     """Measure every pool; the result file is written after each, so that a run in parts adds to it."""
-    parser = results.parser(__doc__, "pointing_game.json")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--backbone", type=Path, required=True)
-    parser.add_argument("--pools", nargs="+", choices=("both", "mean", "cls"), default=["both", "mean", "cls"])
-    parser.add_argument("--methods", nargs="+", choices=ALL, default=list(ALL))
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
     images = read_set(options.data / "nih_adult512")
     cases = read_cases(images)
     plates = torch.from_numpy(np.stack([read_plate(image.picture) for image in images]))
@@ -270,7 +267,7 @@ def main() -> None:
     }  # fmt: skip
     for pool, (network, recipe) in make_networks(options.backbone, options.pools).items():
         findings, quality = fit_head(network, embed(network, recipe, plates), images, cases)
-        print(f"pool {pool}: AUC of {FOLDS} folds " + ", ".join(f"{f} {v:.2f}" for f, v in quality.items()), flush=True)
+        print(f"pool {pool}: AUC of {FOLDS} folds {quality}", flush=True)
         assert isinstance(network.backbone, Backbone)
         rows = priors(cases, recipe.image_size // network.backbone.patch)
         measured, refused = measure(network, recipe, plates, cases, findings, options.methods)
@@ -279,8 +276,28 @@ def main() -> None:
             "main": summary(rows, cases, np.flatnonzero(chosen)), "other": summary(rows, cases, np.flatnonzero(~chosen))
         }  # fmt: skip
         document["pools"][pool] = {"auc": quality, **tables, "refused": refused}
-        print(f"{MAIN}, pool {pool}\n{as_text(tables['main'])}\nother findings\n{as_text(tables['other'])}", flush=True)
         results.write(options.out, document)
+
+
+def main() -> None:
+    """Measure unless --show; print the tables of the result file and draw its figure."""
+    parser = results.parser(__doc__, "pointing_game.json")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--backbone", type=Path)
+    parser.add_argument("--pools", nargs="+", choices=("both", "mean", "cls"), default=["both", "mean", "cls"])
+    parser.add_argument("--methods", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--show", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if not options.show:
+        if not (options.data and options.backbone):
+            parser.error("needs --data DIR and --backbone FILE, or --show")
+        run(options)
+    document = json.loads(options.out.read_text())
+    for pool, result in document["pools"].items():
+        for part, title in (("main", MAIN), ("other", "other findings, pooled")):
+            print(f"\npool {pool}, {title}\n{as_text(result[part])}")
     draw_figure(document, options.out.with_suffix(".png"))
 
 
