@@ -260,11 +260,8 @@ def run(options: argparse.Namespace) -> None:
     plates = torch.from_numpy(np.stack([read_plate(image.picture) for image in images]))
     chosen = np.array([case.finding == MAIN for case in cases])
     document = json.loads(options.out.read_text()) if options.out.exists() else {"pools": {}}
-    document |= {
-        "machine": machine.facts("torch", "timm"), "backbone": options.backbone.name,
-        "patients": len({case.patient for case in cases}),
-        "cases": {MAIN: int(chosen.sum()), "other": int((~chosen).sum())},
-    }  # fmt: skip
+    document |= {"machine": machine.facts("torch", "timm"), "patients": len({case.patient for case in cases})}
+    document |= {"cases": {MAIN: int(chosen.sum()), "other": int((~chosen).sum())}}
     for pool, (network, recipe) in make_networks(options.backbone, options.pools).items():
         findings, quality = fit_head(network, embed(network, recipe, plates), images, cases)
         print(f"pool {pool}: AUC of {FOLDS} folds {quality}", flush=True)
@@ -272,9 +269,7 @@ def run(options: argparse.Namespace) -> None:
         rows = priors(cases, recipe.image_size // network.backbone.patch)
         measured, refused = measure(network, recipe, plates, cases, findings, options.methods)
         rows |= measured
-        tables = {
-            "main": summary(rows, cases, np.flatnonzero(chosen)), "other": summary(rows, cases, np.flatnonzero(~chosen))
-        }  # fmt: skip
+        tables = {name: summary(rows, cases, np.flatnonzero(at)) for name, at in (("main", chosen), ("other", ~chosen))}
         document["pools"][pool] = {"auc": quality, **tables, "refused": refused}
         results.write(options.out, document)
 
