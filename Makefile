@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNTIME ?= cpu
 FROM ?=
 
-.PHONY: demo test check docs bench peers clean
+.PHONY: demo test check docs bench gpu peers clean
 
 demo: .venv/ready
 	$(BIN)/cxrloop demo $(if $(FROM),--from "$(FROM)")
@@ -28,6 +28,11 @@ bench: .venv/ready
 	$(BIN)/python bench/learning/demo_recipe.py
 	$(BIN)/python bench/speed/train_speed.py
 	$(BIN)/python bench/learning/growth_images.py
+
+# Everything that needs a GPU, in eight minutes, into bench/results/gpu.json; a torch with CUDA must be there.
+# Without a network: make gpu WHEELS=FOLDER
+gpu:
+	$(PYTHON) bench/speed/gpu.py $(if $(WHEELS),--wheels "$(WHEELS)")
 
 # The programs that tests marked `peer` talk to: dcmtk, orthanc with DICOMweb, dicom3tools, systemd-analyze.
 peers:

@@ -133,7 +133,7 @@ def _print_verdict(stored: dict[str, Any]) -> None:
         console.people.print(f"diff.: AUC minus reference; required: {'; '.join(required)}")
     notes = dict.fromkeys((check["finding"], check["note"]) for check in compared if _is_noted(check))
     for finding, note in notes:
-        console.people.print(f"{finding}: {note}")
+        console.people.print(f"{finding or 'macro'}: {note}")
     console.people.print("")
     console.table(("check", "finding", "measured", "required", "outcome"), map(_check_row, others))
     console.people.print(f"\n{stored['line']}")
@@ -148,7 +148,7 @@ def _is_noted(check: dict[str, Any]) -> bool:
 def _comparison_row(check: dict[str, Any]) -> tuple[str, ...]:
     """Return the cells of a comparison: two AUCs, their difference and its interval."""
     return (
-        check["finding"] or "",
+        check["finding"] or "macro",
         check["name"],
         f"{check['candidate']:.3f}",
         f"{check['reference']:.3f}",

@@ -198,6 +198,8 @@ def learnt(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("losses", ", ".join(f"{name} {_number(value)}" for name, value in summary["losses"].items())),
         ("monitors", ", ".join(monitors)),
         ("candidate", summary["candidate"]),
+        ("validation", summary["floor"] and summary["floor"]["line"]),
+        ("since the parent", summary["forgetting"] and summary["forgetting"]["line"]),
         ("notes", "; ".join(summary["notes"])),
         ("figure", summary["figure"]),
     ]

@@ -14,12 +14,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from agent.ledger.database import Ledger
-from agent.rounds import evaluation, golden_set, planning
+from agent.rounds import evaluation, floor, golden_set
 from agent.site.site import Site
 from learner.evaluation.auc import NORMAL, curve, macro
 from learner.evaluation.gate import Golden
-from learner.evaluation.pixel_baseline import fit, thumbnails
 
 LEVEL = 0.95
 INK, RED, GREY = "#1f4e79", "#b3261e", "#6b6b6b"
@@ -48,14 +46,15 @@ def draw_nights(root: Path, nights: list[dict[str, Any]], figure: Path, say: Cal
             )
             for name, bundle, state, poisoned in rows
         ]
-        floor = estimate(raw_pixels(site, ledger, plates), reference)
+        pixels = floor.score(site, ledger, plates).probabilities
+        lowest = estimate(pixels, reference)
     for name, value, low, high, _ in points:
         say(
             f"  {name.replace(chr(10) + '(', ' (').replace(chr(10), ', '):36} macro AUC {value:.3f} [{low:.3f}, {high:.3f}]"
         )
-    name, (value, low, high) = "logistic regression on raw pixels", floor
+    name, (value, low, high) = "logistic regression on raw pixels", lowest
     say(f"  {name:36} macro AUC {value:.3f} [{low:.3f}, {high:.3f}]")
-    _plot(points, floor, len(plates), figure)
+    _plot(points, lowest, len(plates), figure)
 
 
 def estimate(probabilities: np.ndarray, reference: Golden) -> tuple[float, float, float]:
@@ -64,7 +63,7 @@ def estimate(probabilities: np.ndarray, reference: Golden) -> tuple[float, float
     curves = []
     for place in range(len(reference.findings)):
         label = reference.labels[:, place]
-        known = ~np.isnan(label)
+        known = ~np.isnan(label) & np.isfinite(probabilities[:, place])
         if all(len(set(patient[known & (label == value)])) >= 2 for value in (0, 1)):
             curves.append(curve(probabilities[known, place], label[known], patient[known], int(patient.max()) + 1))
     if not curves:
@@ -76,24 +75,12 @@ def estimate(probabilities: np.ndarray, reference: Golden) -> tuple[float, float
     return mean.value, low, high
 
 
-def raw_pixels(site: Site, ledger: Ledger, plates: list[str]) -> np.ndarray:
-    """Return probabilities of a logistic regression on 24 x 24 pixels, trained with the labels that the learner had."""
-    train = [
-        image
-        for image in planning.training_images(site, ledger)
-        if image["range"] == "train" and any(value is not None for value in image["labels"])
-    ]
-    labels = np.array([[np.nan if v is None else v for v in image["labels"]] for image in train], float)
-    model = fit(thumbnails(np.stack([site.store.plate(image["plate"]) for image in train])), labels)
-    return model.scores(thumbnails(np.stack([site.store.plate(plate) for plate in plates])))
-
-
-def _plot(points: list[tuple], floor: tuple[float, float, float], images: int, figure: Path) -> None:
+def _plot(points: list[tuple], lowest: tuple[float, float, float], images: int, figure: Path) -> None:
     drawing, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     if points:
         axis.axhline(points[0][1], color=INK, linewidth=1, linestyle="--", label="frozen baseline (T=0)")
-    axis.axhspan(floor[1], floor[2], color=GREY, alpha=0.15, linewidth=0)
-    axis.axhline(floor[0], color=GREY, linewidth=1, linestyle=":", label="logistic regression on raw pixels")
+    axis.axhspan(lowest[1], lowest[2], color=GREY, alpha=0.15, linewidth=0)
+    axis.axhline(lowest[0], color=GREY, linewidth=1, linestyle=":", label="logistic regression on raw pixels")
     for place, (_, value, low, high, poisoned) in enumerate(points):
         colour = RED if poisoned else INK
         axis.errorbar(place, value, [[value - low], [high - value]], fmt="o", color=colour, capsize=4, markersize=7)

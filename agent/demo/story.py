@@ -140,7 +140,7 @@ def _night(demo: Demo, number: int, later: list[pacs.DemoImage]) -> None:
             ("finding", "check", "AUC", "reference", "difference", "interval", "answer"),
             [
                 (
-                    check["finding"],
+                    check["finding"] or "macro",
                     check["name"],
                     _number(check["candidate"]),
                     _number(check["reference"]),

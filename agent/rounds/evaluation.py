@@ -16,7 +16,7 @@ from agent.errors import Problem, Refused
 from agent.ledger import audit
 from agent.ledger.database import Ledger, canonical, utc
 from agent.release import models
-from agent.rounds import golden_set, records
+from agent.rounds import floor, golden_set, records
 from agent.rounds.evaluation_budget import alpha_of_evaluation, budget
 from agent.rounds.records import Round
 from agent.site import locks
@@ -24,6 +24,7 @@ from agent.site.files import open_sealed
 from agent.site.site import Site
 from deploy.errors import ProbeMismatch, ProviderUnavailable
 from deploy.server.session import Session
+from learner.evaluation.floor import alert
 from learner.evaluation.gate import Rules, Scores, Verdict, judge
 
 BATCH = 32
@@ -177,12 +178,15 @@ def _decide(site: Site, ledger: Ledger, current: Round, paid: Evaluation) -> Rou
         if current.state == "trained":  # paid by version 0.1, which moved the round after scoring
             current = records.advance(ledger, current, "scored")
         ledger.insert("verdict", evaluation=paid.id, outcome=verdict.outcome, json=canonical(document), at=utc())
+        if worse := alert(verdict.checks):
+            detail = f"{paid.bundle} ({current.name}): {worse}; more labels or a pretrained backbone may help"
+            ledger.insert("notice", kind="raw pixels", detail=detail, at=utc())
         because = verdict.line.removeprefix(f"{verdict.outcome}: ")
         return records.advance(ledger, current, verdict.outcome, because)
 
 
 def _judge(site: Site, ledger: Ledger, paid: Evaluation) -> Verdict:
-    """Score candidate, champion and baseline on the golden set, one after the other, and judge."""
+    """Score candidate, champion, baseline and raw pixels on the golden set, one after the other, and judge."""
     comparison = paid.comparison
     golden, plates = golden_set.load(site, ledger, comparison.golden)
     bundles = {paid.bundle, comparison.champion, comparison.baseline}
@@ -190,6 +194,7 @@ def _judge(site: Site, ledger: Ledger, paid: Evaluation) -> Verdict:
     return judge(
         candidate=scores[paid.bundle], champion=scores[comparison.champion], baseline=scores[comparison.baseline],
         golden=golden, rules=_rules_of(site, comparison), alpha=paid.alpha, parity=_parity(site, paid.bundle),
+        floor=floor.score(site, ledger, plates),
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def progress(folder: Path) -> dict[str, Any]:
 def learning(folder: Path) -> dict[str, Any]:
     """Return what the learner has measured in this folder.
 
-    Each phase with its steps, the newest losses and monitors, the candidate that was chosen, notes, the picture's path.
+    Each phase with its steps, the newest losses and monitors, the candidate that was chosen, the comparisons with raw pixels and with the parent, notes, the picture's path.
     """
     from learner.round.collapse_limits import LIMITS  # here: `round ls` and `verdict` need no numpy
     from learner.round.metrics_log import read
@@ -76,6 +76,8 @@ def learning(folder: Path) -> dict[str, Any]:
             for name, value in monitors.items()
         },
         "candidate": card.get("candidate"),
+        "floor": card.get("floor"),
+        "forgetting": card.get("forgetting"),
         "notes": card.get("notes", []),
         "figure": str(picture) if picture.exists() else None,
     }

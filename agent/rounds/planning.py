@@ -120,11 +120,11 @@ def training_images(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
     """
     cap = site.config.learn.max_unlabelled
     rows = ledger.rows(
-        f"SELECT id, patient_key, plate, range FROM image WHERE {USABLE} AND range = 'train' ORDER BY id DESC LIMIT ?",
+        f"SELECT id, patient_key, plate, range, view, scanner FROM image WHERE {USABLE} AND range = 'train' ORDER BY id DESC LIMIT ?",
         cap,
     )
     rows += ledger.rows(
-        f"SELECT id, patient_key, plate, range FROM image WHERE {USABLE} "
+        f"SELECT id, patient_key, plate, range, view, scanner FROM image WHERE {USABLE} "
         "AND range IN ('train','calibration','validation') AND id IN (SELECT image FROM label)"
     )
     labels: dict[int, dict[str, int]] = {}
@@ -140,6 +140,8 @@ def training_images(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
             "patient": row["patient_key"],
             "plate": row["plate"],
             "range": row["range"],
+            "view": row["view"],
+            "scanner": row["scanner"],
             "labels": [labels.get(image, {}).get(finding) for finding in site.findings],
         }
         for image, row in sorted(unique.items())

@@ -1,7 +1,7 @@
 """Readers of the public chest X-ray sets: a folder for each set, with manifest.csv and the pictures that it names.
 
-Sets: kermany224 (children), nih1000_64 (adults), mednist_cxr64 (adults, no labels), mednist_other64 (no chest images).
-Columns: file, and where known patient_id, labels (joined by |, empty = unknown), view, split, kind.
+Sets: kermany224 (children), nih1000_64 and nih_adult512 (adults), mednist_cxr64 (adults, no labels), mednist_other64 (no chest images).
+Columns: file, and where known patient_id, labels (joined by |, empty = unknown), view, split, kind, boxes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class PublicImage:
     view: str
     split: str
     kind: str
+    boxes: str = ""  # finding:x:y:w:h in pixels of the original, joined by |
 
     @property
     def patient(self) -> str:
@@ -53,6 +54,7 @@ def read_set(folder: Path) -> list[PublicImage]:
                 view=row.get("view", ""),
                 split=row.get("split", ""),
                 kind=row.get("kind", ""),
+                boxes=row.get("boxes", ""),
             )
             for row in csv.DictReader(file)
         ]

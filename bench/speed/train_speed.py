@@ -43,7 +43,14 @@ SAMPLES, FINDINGS = 64, 2
 SETTINGS = {
     "cuda": ("gpu", {"arch": "vit_small_patch8"}),  # ViT-S/8, 256 px, 2 + 8 views: as published
     "cpu": ("cpu", {"arch": "vit_tiny_patch16", "image_size": 128, "local_size": 64, "local_views": 8, "pool": "cls"}),
-}
+    "small": (  # to test the command, not to measure
+        "cpu",
+        {
+            "arch": "vit_tiny_patch8_depth2", "image_size": 64, "local_size": 32, "local_views": 2, "pool": "cls",
+            "prototypes": 64, "head_hidden": 16,
+        },
+    ),
+}  # fmt: skip
 BARS = {"cpu": {"ratio": 1.0}, "cuda": {"ratio": 5.0, "share": 0.6}}
 
 
@@ -174,11 +181,11 @@ def measure(way: Learner | Published, device: torch.device, samples: int, feed: 
 
 def run(options: argparse.Namespace, folder: Path) -> dict:
     """Measure every way in turns and the matrix products alone; return the result."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(options.device)
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    profile, sizes = SETTINGS[device.type]
+    profile, sizes = SETTINGS["small" if options.small else device.type]
     recipe = resolve("distl", profile, {**sizes, "threads": options.threads, "device": device.type})
     samples = write_samples(folder, SAMPLES)
     workers = 0 if device.type == "cpu" else min(8, torch.multiprocessing.cpu_count())
@@ -254,21 +261,27 @@ def show(result: dict) -> None:
         print(f"bar {name}: {bar if not isinstance(bar, dict) else 'met' if bar['met'] else 'MISSED'}")
 
 
-def main() -> None:
-    """Measure, print; write unless --quick without --out."""
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = results.parser(__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to test this command")
     parser.add_argument("--quick", action="store_true", help="three repetitions")
     parser.add_argument("--compile", action="store_true", help="also the compiled learner (minutes, needs g++)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--out", type=Path, help="default: bench/results/train_speed_{cpu,cuda}.json; not with --quick")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure, print; write unless --quick or --small without --out."""
+    options = options_of()
     with tempfile.TemporaryDirectory() as folder:
         result = run(options, Path(folder))
     show(result)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.out or not options.quick:
-        results.write(options.out or results.RESULTS / f"train_speed_{device}.json", result)
+    if options.out or not (options.quick or options.small):
+        results.write(options.out or results.RESULTS / f"train_speed_{options.device}.json", result)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ import numpy as np
 
 from learner.evaluation import auc as stats
 from learner.evaluation.auc import Curve, alpha_per_evaluation, auc, power
+from learner.evaluation.floor import against_floor
+from learner.evaluation.floor import line as floor_line
+from learner.evaluation.label_table import Columns, LabelTable, more_patients
 from learner.evaluation.verdict import Check, Golden, Rules, Scores, Verdict, conclude
 
 __all__ = [
@@ -33,7 +36,6 @@ __all__ = [
 
 WANTED_POWER = 0.8  # "needs N more patients" is computed for this power
 CONSTANT = "the same score for every image: label train images of both classes, or remove this finding"
-Columns = dict[str, np.ndarray]  # finding -> float [N]
 Pairs = dict[str, tuple[Curve, Curve]]  # finding -> candidate, reference
 
 
@@ -46,17 +48,19 @@ def judge(
     alpha: float,
     parity: Mapping[str, float] | None,
     measured: Sequence[Check] = (),
+    floor: Scores | None = None,
 ) -> Verdict:
     """Return the verdict of one evaluation at one-sided level `alpha`.
 
     `parity`: the largest difference in probability between torch and ONNX, by batch size (or "probe"); the key "images" is
     a count; None fails, because parity was not measured. `measured`: checks from elsewhere (operating point, subgroups,
-    replay), which count like the gate's own. ValueError for scores that do not fit the golden set, for a reference with
-    scores that are not finite, and for a finding in must_show that the golden set does not have.
+    replay), which count like the gate's own. `floor`: scores of raw pixels (nan = not fitted); their rows "vs raw pixels"
+    and their words in the line never change the outcome. ValueError for scores that do not fit the golden set, for a
+    reference with scores that are not finite, and for a finding in must_show that the golden set does not have.
     """
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha {alpha}: need a one-sided level between 0 and 0.5")
-    table = _Table(golden)
+    table = LabelTable(golden)
     stray = [f for f in rules.must_show if f not in table.findings]
     if stray:
         raise ValueError(f"must_show {stray[0]!r}: not a finding of the golden set; it has {', '.join(table.findings)}")
@@ -68,59 +72,17 @@ def judge(
     checks = (*against, *locked, somewhere, *_sanity(own, table, rules), _parity(parity, rules), *measured)
     must = rules.must_show or tuple(f for f in table.findings if f in own and f in old and f in first)
     outcome, line = conclude(checks, must, rules)
+    if floor is not None:  # after the conclusion: these rows decide nothing
+        beside = against_floor(candidate, floor, table, rules.min_shown)
+        checks, line = (*checks, *beside), f"{line}; {floor_line(beside)}"
     return Verdict(outcome, checks, line, alpha, rules.margin)
-
-
-class _Table:
-    """The golden labels by finding; the shapes are checked once."""
-
-    def __init__(self, golden: Golden):
-        self.labels = np.asarray(golden.labels, float)
-        self.findings = tuple(golden.findings)
-        keys, self.patient = np.unique(np.asarray(golden.patients), return_inverse=True)
-        self.patients = len(keys)
-        shape = len(self.patient), len(self.findings)
-        if self.labels.shape != shape:
-            raise ValueError(f"golden labels are {self.labels.shape}, images x findings are {shape}")
-
-    def columns(self, scores: Scores, who: str) -> Columns:
-        """Return the scores of each golden finding; `who` names the model in the ValueError for a wrong shape."""
-        names = tuple(scores.findings) or self.findings
-        p = np.asarray(scores.probabilities, float)
-        if p.shape != (len(self.patient), len(names)):
-            raise ValueError(f"{who}: scores are {p.shape}, images x findings are {(len(self.patient), len(names))}")
-        return {name: p[:, i] for i, name in enumerate(names) if name in self.findings}
-
-    def reference(self, scores: Scores, who: str) -> Columns:
-        """Return the scores of a model to compare with; ValueError when they are not finite."""
-        columns = self.columns(scores, who)
-        broken = [name for name, p in columns.items() if not np.isfinite(p).all()]
-        if broken:
-            raise ValueError(f"{who}: scores of {broken[0]!r} are not finite; nothing can be compared with them")
-        return columns
-
-    def known(self, finding: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return bool [N], the images with a label, and float [known], those labels."""
-        column = self.labels[:, self.findings.index(finding)]
-        return ~np.isnan(column), column[~np.isnan(column)]
-
-    def counts(self, finding: str) -> tuple[int, int]:
-        """Return the number of patients with the finding on some image, and of patients without it on some image."""
-        known, labels = self.known(finding)
-        who = self.patient[known]
-        return len(np.unique(who[labels > 0.5])), len(np.unique(who[labels <= 0.5]))
-
-    def curve(self, finding: str, p: np.ndarray) -> Curve:
-        """Return the Curve of the probabilities `p` [N] against the known labels of a finding."""
-        known, labels = self.known(finding)
-        return stats.curve(p[known], labels, self.patient[known], self.patients)
 
 
 # ------------------------------------------------------------------------------------------ checks 1 and 2: non-inferior, better
 
 
 def _compare(
-    name: str, own: Columns, reference: Columns, table: _Table, rules: Rules, alpha: float
+    name: str, own: Columns, reference: Columns, table: LabelTable, rules: Rules, alpha: float
 ) -> tuple[Pairs, list[Check]]:
     """Return the curves of the findings with enough patients to decide on, and a check for each golden finding."""
     pairs: Pairs = {}
@@ -137,7 +99,7 @@ def _compare(
         elif not np.isfinite(own[finding]).all():
             rows.append(replace(row, note="scores are not finite"))
         elif min(m, n) < 2:
-            rows.append(replace(row, needs=lack, note=_more(lack)))
+            rows.append(replace(row, needs=lack, note=more_patients(lack)))
         else:
             a, b = table.curve(finding, own[finding]), table.curve(finding, reference[finding])
             row = replace(row, observed=a.value - b.value, candidate=a.value, reference=b.value)
@@ -146,7 +108,7 @@ def _compare(
                 row = _decided(replace(row, ci=stats.interval(a, b, alpha)), a, b, rules, alpha)
             else:
                 ci = stats.interval(a, b, alpha) if min(m, n) >= rules.min_shown else None
-                row = replace(row, ci=ci, needs=lack, note=_more(lack))
+                row = replace(row, ci=ci, needs=lack, note=more_patients(lack))
             rows.append(row)
     return pairs, rows
 
@@ -164,12 +126,10 @@ def _decided(row: Check, a: Curve, b: Curve, rules: Rules, alpha: float) -> Chec
     wanted = (stats.NORMAL.inv_cdf(WANTED_POWER) - stats.NORMAL.inv_cdf(alpha)) / margin
     needs = max(ceil(fewer * (wanted**2 - 1)), 0) or None
     chance = stats.NORMAL.cdf(margin + stats.NORMAL.inv_cdf(alpha))
-    note = f"power {chance:.0%} if there is no difference" + (f"; {WANTED_POWER:.0%} {_more(needs)}" if needs else "")
+    note = f"power {chance:.0%} if there is no difference" + (
+        f"; {WANTED_POWER:.0%} {more_patients(needs)}" if needs else ""
+    )
     return replace(row, needs=needs, note=note)
-
-
-def _more(needs: int) -> str:
-    return f"needs {needs} more patients of the smaller class"
 
 
 def _superior(pairs: Pairs, rows: list[Check], rules: Rules, alpha: float) -> tuple[list[Check], Check]:
@@ -216,7 +176,7 @@ def _parity(parity: Mapping[str, float] | None, rules: Rules) -> Check:
     return Check("parity", None, max(seen), None, required, "ok" if max(seen) <= rules.parity_limit else "fail")
 
 
-def _sanity(own: Columns, table: _Table, rules: Rules) -> list[Check]:
+def _sanity(own: Columns, table: LabelTable, rules: Rules) -> list[Check]:
     rows: list[Check] = []
     for finding, p in own.items():
         share = float(np.isfinite(p).mean()) if len(p) else 0.0
@@ -235,7 +195,7 @@ def _sanity(own: Columns, table: _Table, rules: Rules) -> list[Check]:
     return rows
 
 
-def _prevalence(finding: str, p: np.ndarray, table: _Table, rules: Rules) -> list[Check]:
+def _prevalence(finding: str, p: np.ndarray, table: LabelTable, rules: Rules) -> list[Check]:
     """Check the mean probability against the labelled share of the rarer class, with Wilson's interval for small counts."""
     known, labels = table.known(finding)
     if min(table.counts(finding)) < rules.min_shown:
@@ -273,7 +233,7 @@ def golden_power(first: Scores, second: Scores, golden: Golden, rules: Rules, al
     `first` and `second`: scores of two models of the site, in place of candidate and champion. Their correlation, the mean
     of their AUCs and the variance of `second` are used. Identical scores correlate 1: no candidate will reach that power.
     """
-    table = _Table(golden)
+    table = LabelTable(golden)
     columns_a, columns_b = table.reference(first, "first"), table.reference(second, "second")
     powers: list[Power] = []
     for finding in table.findings:

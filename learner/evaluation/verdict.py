@@ -14,6 +14,7 @@ COMPARED = (
     "vs champion",
     "vs baseline",
 )  # the checks that must_show is about; in the others "not enough data" is allowed
+MIN_SHOWN = 30  # patients in the smaller class: below it an interval is wider than any change to act on
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Rules:
     must_show: tuple[str, ...] = ()  # empty: every finding that candidate, champion and baseline have
     superiority_required: bool = True
     min_class: int = 100  # patients in the smaller class: below it the true level is too high (bench/learning/creep.py)
-    min_shown: int = 30  # patients in the smaller class: below it an interval is wider than any change to act on
+    min_shown: int = MIN_SHOWN
     parity_limit: float = 1e-3
     prevalence_factor: float = 2.0
     min_spread: float = 1e-3  # of the scores, from the 1st to the 99th percentile: less is nearly a constant
@@ -69,7 +70,7 @@ class Check:
         if self.candidate is None or self.reference is None or self.observed is None:
             seen = "" if self.observed is None else f" {self.observed:.3g}, required {self.required}"
             return f"{what}{seen}" + (f" ({self.note})" if self.note else "")
-        against = self.name.removeprefix("vs ") if self.finding else "champion"
+        against = self.name.removeprefix("vs ") if self.name.startswith("vs ") else "champion"
         text = f"{self.finding or 'macro'} AUC {self.candidate:.3f} vs {against} {self.reference:.3f}"
         text += f": {self.observed:+.3f}"
         if self.ci:

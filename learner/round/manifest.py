@@ -27,6 +27,8 @@ KEYS = {  # of the manifest, and the types that each value may have
 SAMPLE_KEYS = {
     "image": (int,), "patient": (str, int), "plate": (str,), "range": (str,), "labels": (list, NoneType),
 }  # fmt: skip
+# Keys that a manifest of this version may lack: they were added after its first rounds.
+OPTIONAL_SAMPLE_KEYS: dict[str, tuple[type, ...]] = {"view": (str, NoneType), "scanner": (str, NoneType)}
 PARENT_KEYS = {"bundle": (str,), "state": (str,)}
 TYPE_NAMES = {int: "a whole number", str: "a text", list: "a list", dict: "an object", NoneType: "null"}
 
@@ -40,6 +42,8 @@ class Sample:
     plate: Path
     range: str
     labels: tuple[int | None, ...]
+    view: str | None = None  # of the header, as the scanner; None = not known
+    scanner: str | None = None
 
     @property
     def labelled(self) -> bool:
@@ -164,7 +168,7 @@ def _samples(rows: Any, plates: Path, width: int) -> tuple[Sample, ...]:
     samples, range_of, seen = [], {}, set()
     for number, row in enumerate(rows):
         where = f"manifest: images[{number}]"
-        _check_keys(where, row, SAMPLE_KEYS)
+        _check_keys(where, row, SAMPLE_KEYS, OPTIONAL_SAMPLE_KEYS)
         if row["range"].startswith("golden"):
             raise ManifestError(f"{where}: image {row['image']} is {row['range']}: a golden image is never trained on")
         if row["range"] not in RANGES:
@@ -180,7 +184,8 @@ def _samples(rows: Any, plates: Path, width: int) -> tuple[Sample, ...]:
         if relative.is_absolute() or ".." in relative.parts:
             raise ManifestError(f"{where}: plate {row['plate']!r} leaves the plates folder")
         labels = tuple(None if v is None else int(v) for v in labels)
-        samples.append(Sample(row["image"], str(row["patient"]), plates / relative, row["range"], labels))
+        extra: dict[str, Any] = {key: row.get(key) for key in OPTIONAL_SAMPLE_KEYS}
+        samples.append(Sample(row["image"], str(row["patient"]), plates / relative, row["range"], labels, **extra))
     if not any(sample.range == "train" for sample in samples):
         raise ManifestError("manifest: no image in range train")
     return tuple(samples)
@@ -213,14 +218,20 @@ def _until(raw: Any) -> datetime | None:
     return until if until.tzinfo else until.replace(tzinfo=UTC)
 
 
-def _check_keys(where: str, raw: Any, types: dict[str, tuple[type, ...]]) -> None:
-    """Raise ManifestError unless `raw` has exactly these keys with values of these types; bool does not count as int."""
+def _check_keys(
+    where: str, raw: Any, types: dict[str, tuple[type, ...]], optional: dict[str, tuple[type, ...]] | None = None
+) -> None:
+    """Raise ManifestError unless `raw` has exactly these keys, and any of the optional ones, with values of these types.
+
+    bool does not count as int.
+    """
     if not isinstance(raw, dict):
         raise ManifestError(f"{where}: expected an object with {', '.join(sorted(types))}")
-    for problem, keys in (("missing", set(types) - set(raw)), ("unknown", set(raw) - set(types))):
+    known = types | (optional or {})
+    for problem, keys in (("missing", set(types) - set(raw)), ("unknown", set(raw) - set(known))):
         if keys:
             raise ManifestError(f"{where}: {problem} {', '.join(sorted(keys))}")
-    for key, allowed in types.items():
-        if type(raw[key]) not in allowed:
-            names = " or ".join(TYPE_NAMES[kind] for kind in allowed)
+    for key in raw:
+        if type(raw[key]) not in known[key]:
+            names = " or ".join(TYPE_NAMES[kind] for kind in known[key])
             raise ManifestError(f"{where}: {key} = {str(raw[key])[:40]!r}: expected {names}")

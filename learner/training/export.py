@@ -35,6 +35,8 @@ from learner.networks.heads import Network
 from learner.networks.pooling import resize_matrix
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import Recipe
+from learner.training.beside_pixels import beside_pixels
+from learner.training.forgetting import forgotten
 
 OPSET = 18
 PARITY = 1e-3  # largest allowed difference in probability between torch and onnxruntime
@@ -107,9 +109,10 @@ def write_parts(
         plates = probe_plates()
         np.savez(folder / "probe.npz", plates=plates, logits=np.asarray(session.run(["logits"], {"plates": plates})[0]))
         write_json(folder / "thresholds.json", thresholds)
-        write_json(
-            folder / "card.json", make_card(state, manifest, metrics, parity, model, now, serve) | {"candidate": chosen}
-        )
+        card = make_card(state, manifest, metrics, parity, model, now, serve)
+        card |= {"floor": beside_pixels(manifest, logits), "candidate": chosen}
+        card |= {"forgetting": forgotten(target, manifest, logits, open_session)}
+        write_json(folder / "card.json", card)
         save_weights(folder / "state.safetensors", state, plan, manifest.findings)
 
 

@@ -91,3 +91,15 @@ def test_a_manifest_of_version_1_is_read_with_todays_keys_and_keeps_its_own_when
     assert manifest.read_manifest(tmp_path) == {"version": 2, "round": "r0001", "until": None, "images": [{"image": 7}]}
     manifest.set_until(tmp_path, "2026-01-10T05:00:00.000Z")
     assert json.loads((tmp_path / "manifest.json").read_text()) == old | {"until": "2026-01-10T05:00:00.000Z"}
+
+
+def test_the_manifest_names_view_and_scanner_of_each_image_as_the_ledger_has_them(tmp_path):
+    site = labelled_site(tmp_path)
+    with site.ledger() as ledger:
+        with ledger.transaction():
+            ledger.run("UPDATE image SET scanner = 'Acme DX 1' WHERE id % 2")
+        planned = planning.plan(site, ledger, "now", datetime.now(UTC))
+        kept = {row["id"]: (row["view"], row["scanner"]) for row in ledger.rows("SELECT id, view, scanner FROM image")}
+    images = manifest.load(site.rounds / planned.name).samples
+    assert {image.image: (image.view, image.scanner) for image in images}.items() <= kept.items()
+    assert {image.view for image in images} == {"PA"} and "Acme DX 1" in {image.scanner for image in images}

@@ -27,6 +27,15 @@ def test_the_fit_is_sklearns(n, d, penalty):
     assert ours.scores(x)[:, 0] == pytest.approx(theirs.predict_proba(standard)[:, 1], abs=1e-4)
 
 
+def test_the_penalty_of_the_floor_is_sklearns_c_of_a_hundredth():
+    x, y = samples(120, 40, seed=1)
+    standard = (x - x.mean(axis=0)) / x.std(axis=0)
+    theirs = LogisticRegression(C=0.01, tol=1e-10, max_iter=5000).fit(standard, y)
+    assert pixel_baseline.fit(x, y[:, None]).scores(x)[:, 0] == pytest.approx(
+        theirs.predict_proba(standard)[:, 1], abs=1e-5
+    )
+
+
 def test_unknown_labels_are_left_out_of_the_finding_they_belong_to():
     x, y = samples(200, 10)
     gaps = np.stack([y, y], axis=1)

@@ -76,6 +76,20 @@ def as_version_1(manifest):
     return {**rest, "version": 1, "films": [dict(entry) for entry in manifest["images"]]}
 
 
+def test_view_and_scanner_of_an_image_are_optional_and_checked(plain, tmp_path):
+    manifest = read_manifest(plain)
+    first = manifest["images"][0]
+    first |= {"view": "AP", "scanner": None}
+    (tmp_path / "r").mkdir()
+    write_manifest(tmp_path / "r", manifest)
+    samples = load(tmp_path / "r").samples
+    assert (samples[0].view, samples[0].scanner) == ("AP", None)
+    assert (samples[1].view, samples[1].scanner) == (None, None)
+    write_manifest(tmp_path / "r", manifest | {"images": [first | {"view": 3}]})
+    with pytest.raises(ManifestError, match=r"images\[0\]: view = '3': expected a text or null"):
+        load(tmp_path / "r")
+
+
 def test_manifest_of_version_1_is_read_under_the_keys_of_version_2(plain, tmp_path):
     current = read_manifest(spoiled(plain, tmp_path, lambda m: None))
     write_manifest(tmp_path, as_version_1(current))

@@ -1,0 +1,300 @@
+"""Agreement of saliency maps with radiologists' boxes on adults: pointing game, share of the map in the box, overlap.
+
+    python bench/learning/pointing_game.py --data DIR --backbone FILE [--pools both mean cls] [--methods ...]
+
+`DIR/nih_adult512/manifest.csv` has boxes (column `boxes`: finding:x:y:w:h in pixels of the 1024 px original). The network
+is a pretrained backbone at 224 px with a linear head, fitted to the labels of all patients without a box. Every map is
+reduced to the patch grid of the served heatmap (the mean of each patch), in two ways: evidence for the finding only, and
+either sign (for the served heatmap also: what exceeds its mean). A case is an image with a finding; its boxes are one region. Compared are a flat map, a Gaussian at the
+image's centre, and the finding's usual place (the boxes of other patients). Intervals: 2,000 draws of patients.
+26 boxes are pneumonia; the other findings are pooled and descriptive only. Images are never written.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.common import machine, results
+from bench.common.public_images import PublicImage, read_plate, read_set
+from bench.learning.saliency import ALL, SIDE, draw_map, to_images
+from learner.data.augment import normalise
+from learner.errors import LearnerError
+from learner.evaluation.auc import auc
+from learner.fits import logistic
+from learner.fits.head_refit import FEW_PENALTY
+from learner.networks.backbone import Backbone
+from learner.networks.heads import Network, make_network
+from learner.pretrained.reader import read_pretrained
+from learner.round.recipe import Recipe, resolve
+from learner.training.head_fit import set_head
+
+MAIN = "Pneumonia"  # the only finding with enough boxes for a statement
+DRAWS = 2000
+FOLDS = 5  # by patient, for the AUC of the head
+SPREAD = 0.25  # standard deviation of the centre prior, as a share of the image's side
+FLAT, CENTRE, USUAL, SERVED = "(flat map)", "(centre of the image)", "(usual place of the finding)", "heatmap"
+UNSIGNED = ("attention", "rollout")
+MEASURES = {"pointing": "peak in the box", "mass": "share of the map in the box", "iou": "overlap at the box's area"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image with one finding that has boxes; `region` is bool [512, 512], the union of its boxes."""
+
+    image: int
+    patient: str
+    finding: str
+    region: np.ndarray
+
+
+def read_cases(images: list[PublicImage]) -> list[Case]:
+    """Return the cases of all images with boxes; ValueError for a box outside the image."""
+    cases = []
+    for number, image in enumerate(images):
+        regions: dict[str, np.ndarray] = {}
+        for text in filter(None, image.boxes.split("|")):
+            finding, *numbers = text.split(":")
+            x, y, wide, high = (round(int(value) * SIDE / 1024) for value in numbers)
+            if min(x, y) < 0 or x + wide > SIDE or y + high > SIDE:
+                raise ValueError(f"{image.picture.name}: box {text} leaves the image of 1024 x 1024 px")
+            regions.setdefault(finding, np.zeros((SIDE, SIDE), bool))[y : y + high, x : x + wide] = True
+        cases += [Case(number, image.patient_id, finding, region) for finding, region in regions.items()]
+    return cases
+
+
+def make_networks(backbone: Path, pools: list[str]) -> dict[str, tuple[Network, Recipe]]:
+    """Return a network without a fitted head for each pool, with the recipe's sizes."""
+    read = read_pretrained(backbone).require_whole(str(backbone))
+    assert read.tensors is not None
+    made = {}
+    for pool in pools:
+        recipe = resolve(
+            "evolve", "gpu", {"image_size": 224, "local_size": 112, "pool": pool, "backbone": str(backbone)}
+        )
+        network = make_network(read.plan, recipe, 1)
+        network.backbone.load(read.tensors)
+        made[pool] = network.eval().requires_grad_(False), recipe
+    return made
+
+
+def embed(network: Network, recipe: Recipe, plates: torch.Tensor) -> torch.Tensor:
+    """Return embeddings (N, D) of plates uint8 [N, 512, 512]."""
+    with torch.no_grad():
+        return torch.cat(
+            [network.backbone(normalise(part, recipe)) for part in to_images(plates, recipe).split(16)]
+        ).float()
+
+
+def fit_head(
+    network: Network, seen: torch.Tensor, images: list[PublicImage], cases: list[Case]
+) -> tuple[list[str], dict[str, float]]:
+    """Fit the head to all images of patients without a box; return the findings, and the AUC of `FOLDS` folds by patient."""
+    findings = sorted({case.finding for case in cases})
+    boxed = {case.patient for case in cases}
+    places = [i for i, image in enumerate(images) if image.patient_id not in boxed]
+    labels = torch.tensor([[float(images[i].has(finding)) for finding in findings] for i in places])
+    head = logistic.fit(seen[places], labels, FEW_PENALTY)
+    network.cls_head = type(network.cls_head)(network.backbone.dim, len(findings), 0).eval().requires_grad_(False)
+    set_head(network, head)
+    patients = sorted({images[i].patient_id for i in places})
+    fold_of = dict(zip(np.random.default_rng(0).permutation(patients), np.arange(len(patients)) % FOLDS, strict=True))
+    folds, logits = np.array([fold_of[images[i].patient_id] for i in places]), np.zeros(labels.shape)
+    for fold in range(FOLDS):
+        inside = torch.from_numpy(folds == fold)
+        logits[folds == fold] = logistic.fit(seen[places][~inside], labels[~inside], FEW_PENALTY)(seen[places][inside])
+    return findings, {f: round(auc(logits[:, i], labels[:, i].numpy()), 3) for i, f in enumerate(findings)}
+
+
+def on_grid(made: torch.Tensor, grid: int) -> np.ndarray:
+    """Return a map (1, 1, h, w) as the mean of each patch, signed float64 [grid, grid]."""
+    return torch.nn.functional.adaptive_avg_pool2d(made, grid)[0, 0].double().numpy()
+
+
+def score(made: np.ndarray, region: np.ndarray) -> dict[str, float]:
+    """Return the measures of a non-negative map [g, g] against a region bool [512, 512]; all 0 for an empty map."""
+    if made.max() <= 0:
+        return dict.fromkeys(MEASURES, 0.0)
+    large = np.asarray(Image.fromarray(made.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    step = SIDE / made.shape[0]
+    peaks = np.argwhere(made == made.max())  # a flat map has many peaks: the share of them counts
+    hits = [region[int((row + 0.5) * step), int((column + 0.5) * step)] for row, column in peaks]
+    top = np.zeros(SIDE * SIDE, bool)
+    top[np.argsort(-large, axis=None, kind="stable")[: region.sum()]] = True
+    shared = float((top & region.ravel()).sum())
+    return {
+        "pointing": float(np.mean(hits)),
+        "mass": float(large[region].sum() / large.sum()),
+        "iou": shared / float((top | region.ravel()).sum()),
+    }
+
+
+def priors(cases: list[Case], grid: int) -> dict[str, list[dict[str, float]]]:
+    """Return the measures of the maps that use no network."""
+    axis = (np.arange(grid) + 0.5) / grid - 0.5
+    centre = np.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / (2 * SPREAD**2))
+    flat = [float(case.region.mean()) for case in cases]  # a random place: area a; overlap of two regions of that area
+    rows: dict[str, list[dict[str, float]]] = {
+        FLAT: [{"pointing": a, "mass": a, "iou": a / (2 - a)} for a in flat],
+        CENTRE: [score(centre, case.region) for case in cases],
+        USUAL: [],
+    }
+    for case in cases:
+        others = [c for c in cases if c.patient != case.patient and c.finding == case.finding]
+        mean = np.mean([c.region for c in others or cases if c.patient != case.patient], axis=0)
+        rows[USUAL].append(score(mean.reshape(grid, SIDE // grid, grid, SIDE // grid).mean((1, 3)), case.region))
+    return rows
+
+
+def measure(
+    network: Network, recipe: Recipe, plates: torch.Tensor, cases: list[Case], findings: list[str], methods: list[str]
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, str]]:
+    """Return the measures of every method by case, and the reasons of methods that the network does not have."""
+    images = to_images(torch.stack([plates[case.image] for case in cases]), recipe)
+    rows, refused = {}, {}
+    grid = recipe.image_size // network.backbone.patch
+
+    def against_boxes(maps: list[np.ndarray]) -> list[dict[str, float]]:
+        return [score(made.clip(min=0), case.region) for made, case in zip(maps, cases, strict=True)]
+
+    for method in methods:
+        began = time.monotonic()
+        try:
+            maps = [
+                draw_map(network, recipe, images[i : i + 1], findings.index(case.finding), method)
+                for i, case in enumerate(cases)
+            ]
+        except LearnerError as error:
+            refused[method] = str(error)
+            continue
+        signed = [on_grid(made, grid) for made in maps]
+        rows[method] = against_boxes(signed)
+        if method not in UNSIGNED:
+            rows[f"{method}, either sign"] = against_boxes([on_grid(made.abs(), grid) for made in maps])
+        if method == SERVED:
+            rows[f"{method}, above its mean"] = against_boxes([made - made.mean() for made in signed])
+        print(f"  {method}: {(time.monotonic() - began) / len(cases):.1f} s a map", flush=True)
+    return rows, refused
+
+
+def summary(rows: dict[str, list[dict[str, float]]], cases: list[Case], chosen: np.ndarray) -> dict[str, dict]:
+    """Return the mean of each measure over the chosen cases, with intervals, alone and minus centre prior and heatmap."""
+    names, who = np.unique([cases[i].patient for i in chosen], return_inverse=True)
+    rng = np.random.default_rng(0)
+    weights = np.stack(
+        [np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))[who] for _ in range(DRAWS)]
+    )
+    values = {name: {m: np.array([per[i][m] for i in chosen]) for m in MEASURES} for name, per in rows.items()}
+
+    def estimate(v: np.ndarray) -> list[float]:
+        drawn = weights @ v / weights.sum(1)
+        return [round(float(x), 4) for x in (v.mean(), *np.percentile(drawn, [2.5, 97.5]))]
+
+    table = {}
+    for name, own in values.items():
+        table[name] = {m: estimate(own[m]) for m in MEASURES}
+        for label, reference in (("minus centre", CENTRE), ("minus heatmap", SERVED)):
+            if reference in values and name != reference:
+                table[name][label] = {m: estimate(own[m] - values[reference][m]) for m in MEASURES}
+    return table
+
+
+def as_text(table: dict[str, dict]) -> str:
+    """Return a table in Markdown: mean [95 % interval] of each measure, and the share in the box minus the centre's."""
+    lines = [f"| map | {' | '.join(MEASURES.values())} | share, minus the centre |", "|---" * (len(MEASURES) + 2) + "|"]
+    for name, row in table.items():
+        cells = [f"{row[m][0]:.2f} [{row[m][1]:.2f}, {row[m][2]:.2f}]" for m in MEASURES]
+        apart = row.get("minus centre", {}).get("mass")
+        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*apart) if apart else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_figure(document: dict, path: Path) -> None:
+    """Draw the measures of each method on the main finding, with intervals; one column a measure."""
+    pool = next(iter(document["pools"]))
+    table = document["pools"][pool]["main"]
+    names = sorted(table, key=lambda name: table[name]["mass"][0])
+    figure, axes = plt.subplots(
+        1, len(MEASURES), figsize=(11, 0.27 * len(names) + 1.4), sharey=True, layout="constrained"
+    )
+    for axis, (m, title) in zip(axes, MEASURES.items(), strict=True):
+        for place, name in enumerate(names):
+            value, low, high = table[name][m]
+            colour = "#6b6b6b" if name.startswith("(") else "#b3261e" if name == SERVED else "#1f4e79"
+            axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=2, ms=4)
+        axis.axvline(table[CENTRE][m][0], color="#6b6b6b", lw=0.8, ls=":")
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlim(left=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(
+        range(len(names)), [f"{name} (served)" if name == SERVED else name for name in names], fontsize=8
+    )
+    n = document["cases"][MAIN]
+    figure.suptitle(
+        f'{MAIN}: {n} images with boxes, pool "{pool}", mean and 95 % interval; dotted: centre of the image',
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure every pool; the result file is written after each, so that a run in parts adds to it."""
+    torch.set_num_threads(options.threads)
+    images = read_set(options.data / "nih_adult512")
+    cases = read_cases(images)
+    plates = torch.from_numpy(np.stack([read_plate(image.picture) for image in images]))
+    chosen = np.array([case.finding == MAIN for case in cases])
+    document = json.loads(options.out.read_text()) if options.out.exists() else {"pools": {}}
+    document |= {"machine": machine.facts("torch", "timm"), "patients": len({case.patient for case in cases})}
+    document |= {"cases": {MAIN: int(chosen.sum()), "other": int((~chosen).sum())}}
+    for pool, (network, recipe) in make_networks(options.backbone, options.pools).items():
+        findings, quality = fit_head(network, embed(network, recipe, plates), images, cases)
+        print(f"pool {pool}: AUC of {FOLDS} folds {quality}", flush=True)
+        assert isinstance(network.backbone, Backbone)
+        rows = priors(cases, recipe.image_size // network.backbone.patch)
+        measured, refused = measure(network, recipe, plates, cases, findings, options.methods)
+        rows |= measured
+        tables = {name: summary(rows, cases, np.flatnonzero(at)) for name, at in (("main", chosen), ("other", ~chosen))}
+        document["pools"][pool] = {"auc": quality, **tables, "refused": refused}
+        results.write(options.out, document)
+
+
+def main() -> None:
+    """Measure unless --show; print the tables of the result file and draw its figure."""
+    parser = results.parser(__doc__, "pointing_game.json")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--backbone", type=Path)
+    parser.add_argument("--pools", nargs="+", choices=("both", "mean", "cls"), default=["both", "mean", "cls"])
+    parser.add_argument("--methods", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--show", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if not options.show:
+        if not (options.data and options.backbone):
+            parser.error("needs --data DIR and --backbone FILE, or --show")
+        run(options)
+    document = json.loads(options.out.read_text())
+    for pool, result in document["pools"].items():
+        for part, title in (("main", MAIN), ("other", "other findings, pooled")):
+            print(f"\npool {pool}, {title}\n{as_text(result[part])}")
+    draw_figure(document, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
