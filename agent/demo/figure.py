@@ -5,6 +5,7 @@ Drawn after all verdicts, from the same sealed bundles and the same golden image
 
 import math
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def raw_pixels(site: Site, ledger: Ledger, plates: list[str]) -> np.ndarray:
     """Return probabilities of a logistic regression on 24 x 24 pixels, trained with the labels that the learner had."""
     train = [
         image
-        for image in planning.training_images(site, ledger)
+        for image in planning.training_images(site, ledger, datetime.now(UTC))
         if image["range"] == "train" and any(value is not None for value in image["labels"])
     ]
     labels = np.array([[np.nan if v is None else v for v in image["labels"]] for image in train], float)

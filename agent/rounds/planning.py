@@ -2,13 +2,16 @@
 
 import importlib.util
 import tomllib
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from agent.errors import Problem
+from agent.images import pool
+from agent.images.pool import USABLE
 from agent.ledger import audit
-from agent.ledger.database import Ledger
+from agent.ledger.database import Ledger, canonical
 from agent.release import models
 from agent.release.models import Model
 from agent.rounds import backbones, records
@@ -17,8 +20,6 @@ from agent.site.site import Site
 from cxrloop.durable import read_json
 from learner.round.manifest import write_manifest
 from learner.round.recipe import RECIPES, Recipe, RecipeError, resolve
-
-USABLE = "plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL"
 
 
 def plan(
@@ -35,7 +36,7 @@ def plan(
     parent = parent_of_next(ledger)
     if parent and starts_fresh(site, parent, resolved):
         parent = None
-    chosen = training_images(site, ledger)
+    chosen = training_images(site, ledger, now)
     labelled = sum(row["range"] == "train" and any(v is not None for v in row["labels"]) for row in chosen)
     unlabelled = sum(row["range"] == "train" for row in chosen)
     if not unlabelled:
@@ -112,35 +113,32 @@ def starts_fresh(site: Site, parent: Model, recipe: Recipe) -> bool:
     return backbones.is_another(card.get("recipe", {}), recipe)
 
 
-def training_images(site: Site, ledger: Ledger) -> list[dict[str, Any]]:
+def training_images(site: Site, ledger: Ledger, now: datetime) -> list[dict[str, Any]]:
     """Return the images that a round learns from, one dict each with the keys of the manifest.
 
-    The newest images of the train range up to `learn.max_unlabelled`; beyond that every labelled image of the ranges
-    train, calibration and validation. Golden images are never among them.
+    Every labelled image of the ranges train, calibration and validation, and the pool drawn from the unlabelled images of
+    the train range. Golden images are never among them.
     """
-    cap = site.config.learn.max_unlabelled
-    rows = ledger.rows(
-        f"SELECT id, patient_key, plate, range FROM image WHERE {USABLE} AND range = 'train' ORDER BY id DESC LIMIT ?",
-        cap,
+    columns = "SELECT id, patient_key, plate, range FROM image WHERE"
+    labelled = ledger.rows(
+        f"{columns} {USABLE} AND range IN ('train','calibration','validation') AND id IN (SELECT image FROM label)"
     )
-    rows += ledger.rows(
-        f"SELECT id, patient_key, plate, range FROM image WHERE {USABLE} "
-        "AND range IN ('train','calibration','validation') AND id IN (SELECT image FROM label)"
-    )
+    drawn = pool.draw(site, ledger, now, Counter(row["patient_key"] for row in labelled if row["range"] == "train"))
+    rows = labelled + ledger.rows(f"{columns} id IN (SELECT value FROM json_each(?))", canonical(sorted(drawn)))
     labels: dict[int, dict[str, int]] = {}
     for row in ledger.rows(
         f"SELECT image, finding, value FROM label_now JOIN image ON image.id = label_now.image "
         f"WHERE {USABLE} AND range IN ('train','calibration','validation')"
     ):
         labels.setdefault(row["image"], {})[row["finding"]] = row["value"]
-    unique = {row["id"]: row for row in rows}
     return [
         {
-            "image": image,
+            "image": row["id"],
             "patient": row["patient_key"],
             "plate": row["plate"],
             "range": row["range"],
-            "labels": [labels.get(image, {}).get(finding) for finding in site.findings],
+            "labels": [labels.get(row["id"], {}).get(finding) for finding in site.findings],
+            "why": drawn.get(row["id"], "labelled"),
         }
-        for image, row in sorted(unique.items())
+        for row in sorted(rows, key=lambda row: row["id"])
     ]

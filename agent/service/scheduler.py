@@ -13,7 +13,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from agent.erasure import forget
 from agent.errors import Problem, Refused
-from agent.images import intake, retention
+from agent.images import intake, pool, retention
 from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
 from agent.release import release
@@ -85,7 +85,7 @@ def _tonight(site: Site, ledger: Ledger, now: datetime, until: datetime) -> str:
 def _too_little(site: Site, ledger: Ledger) -> str | None:
     """Return why tonight's round is skipped, or None."""
     since = ledger.value("SELECT max(last_image) FROM round WHERE state != 'skipped'") or 0
-    new = ledger.value(f"SELECT count(*) FROM image WHERE {planning.USABLE} AND range = 'train' AND id > ?", since)
+    new = ledger.value(f"SELECT count(*) FROM image WHERE {pool.USABLE} AND range = 'train' AND id > ?", since)
     if new < site.config.learn.min_new:
         return f"{new} new images in the train range, fewer than learn.min_new = {site.config.learn.min_new}"
     labelled = "SELECT 1 FROM label JOIN image ON image.id = label.image WHERE range = 'train' LIMIT 1"
@@ -103,10 +103,11 @@ def tick(site: Site, now: datetime) -> str:
 
 
 def housekeeping(site: Site, now: datetime) -> str:
-    """Drop files past their retention and finish what `forget` began; returns "done" or "error: ..."."""
+    """Drop files past their retention, add images to the pool, finish what `forget` began; returns "done" or "error: ..."."""
     try:
         with site.ledger() as ledger:
             retention.step(site, ledger, now)
+            pool.step(site, ledger)
             pending = forget.finish(site, ledger)
         return f"error: forget: {pending}" if pending else "done"
     except (Problem, OSError) as error:

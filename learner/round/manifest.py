@@ -19,13 +19,14 @@ from learner.errors import ManifestError, RecipeError
 from learner.round.recipe import Recipe
 
 RANGES = ("train", "validation", "calibration")
-VERSION = 2  # of the manifest
+VERSION = 3  # of the manifest
 KEYS = {  # of the manifest, and the types that each value may have
     "version": (int,), "round": (str,), "plate_version": (int,), "findings": (list,), "recipe": (dict,), "seed": (int,),
     "plates": (str,), "parent": (dict, NoneType), "until": (str, NoneType), "images": (list,),
 }  # fmt: skip
 SAMPLE_KEYS = {
     "image": (int,), "patient": (str, int), "plate": (str,), "range": (str,), "labels": (list, NoneType),
+    "why": (str, NoneType),
 }  # fmt: skip
 PARENT_KEYS = {"bundle": (str,), "state": (str,)}
 TYPE_NAMES = {int: "a whole number", str: "a text", list: "a list", dict: "an object", NoneType: "null"}
@@ -82,12 +83,14 @@ def write_manifest(
 ) -> None:  # fmt: skip
     """Write the manifest of a new round into its folder, which has the round's name.
 
+    `images`: one dict each with the keys of SAMPLE_KEYS; `why`, the reason why an image is in the round, may be left out.
     `plates`: the folder of the plates, and the second of `parent` (bundle, its training state), relative to `folder`.
     """
     document = {
         "version": VERSION, "round": folder.name, "plate_version": PLATE_VERSION, "findings": list(findings),
         "recipe": recipe.to_dict(), "seed": seed, "plates": plates,
-        "parent": {"bundle": parent[0], "state": parent[1]} if parent else None, "until": None, "images": images,
+        "parent": {"bundle": parent[0], "state": parent[1]} if parent else None, "until": None,
+        "images": [{"why": None} | image for image in images],
     }  # fmt: skip
     write_json(folder / "manifest.json", document)
 
@@ -119,7 +122,7 @@ def load(folder: Path) -> RoundManifest:
     raw = _current_keys(written)
     _check_keys("manifest", raw, KEYS)
     if raw["version"] != VERSION:
-        raise ManifestError(f"manifest: version {raw['version']!r}; this learner reads versions 1 and {VERSION}")
+        raise ManifestError(f"manifest: version {raw['version']!r}; this learner reads versions 1 to {VERSION}")
     if raw["plate_version"] != PLATE_VERSION:
         raise ManifestError(
             f"manifest: plate_version {raw['plate_version']!r}, this learner was made for {PLATE_VERSION}: "
@@ -151,11 +154,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _current_keys(written: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest with version 2's keys: version 1, of cxrloop 0.1.0, had another name for `images`."""
-    if written.get("version") != 1 or "films" not in written:
+    """Return the manifest with the keys of this version.
+
+    Version 1, of cxrloop 0.1.0, had another name for `images`; versions 1 and 2 did not say why an image is in the round.
+    """
+    version = written.get("version")
+    name = "films" if version == 1 else "images"
+    if version not in (1, 2) or not isinstance(images := written.get(name), list):
         return written
-    rest = {key: value for key, value in written.items() if key != "films"}
-    return {**rest, "version": VERSION, "images": written["films"]}
+    rest = {key: value for key, value in written.items() if key != name}
+    with_why = [{"why": None} | image if isinstance(image, dict) else image for image in images]
+    return {**rest, "version": VERSION, "images": with_why}
 
 
 def _samples(rows: Any, plates: Path, width: int) -> tuple[Sample, ...]:

@@ -88,6 +88,8 @@ def test_a_damaged_backbone_file_is_named_and_nothing_is_planned(tmp_path):
 def test_a_manifest_of_version_1_is_read_with_todays_keys_and_keeps_its_own_when_the_window_changes(tmp_path):
     old = {"version": 1, "round": "r0001", "until": None, "films": [{"image": 7}]}
     (tmp_path / "manifest.json").write_text(json.dumps(old))
-    assert manifest.read_manifest(tmp_path) == {"version": 2, "round": "r0001", "until": None, "images": [{"image": 7}]}
+    assert manifest.read_manifest(tmp_path) == {
+        "version": 3, "round": "r0001", "until": None, "images": [{"why": None, "image": 7}]
+    }  # fmt: skip
     manifest.set_until(tmp_path, "2026-01-10T05:00:00.000Z")
     assert json.loads((tmp_path / "manifest.json").read_text()) == old | {"until": "2026-01-10T05:00:00.000Z"}
