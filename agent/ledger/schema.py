@@ -151,6 +151,12 @@ def pool_of_unlabelled_images(db: Database) -> None:
     run(db, POOL)
 
 
+@migrations()
+def tidied_rounds(db: Database) -> None:
+    """Add how far a round that has ended is tidied: 0 not yet, 1 its working files are gone, 2 its training state too."""
+    db.execute("ALTER TABLE round ADD COLUMN tidied INTEGER NOT NULL DEFAULT 0")
+
+
 def verdict_of_0_2(text: str) -> str:
     """Return a verdict's JSON of version 0.1 with the outcome names of version 0.2."""
     verdict = json.loads(text)

@@ -20,6 +20,7 @@ from agent.site.site import Site
 from cxrloop.durable import read_json
 from learner.round.manifest import write_manifest
 from learner.round.recipe import RECIPES, Recipe, RecipeError, resolve
+from learner.round.recipe_checks import check_used
 
 
 def plan(
@@ -33,33 +34,52 @@ def plan(
     if importlib.util.find_spec("torch") is None:
         raise Problem("learning needs torch, which is not installed: pip install 'cxrloop[train]'")
     resolved = resolve_recipe(site, recipe or site.config.learn.recipe)
-    parent = parent_of_next(ledger)
+    parent, notes = parent_of_next(ledger), []
+    if parent and not (site.root / str(parent.training_state)).is_file():
+        notes = [f"the parent's training state {parent.training_state} is missing, so the round starts fresh"]
+        parent = None
     if parent and starts_fresh(site, parent, resolved):
         parent = None
+    if nothing := nothing_to_learn(site, ledger):
+        raise Problem(f"round: {nothing}")
     chosen = training_images(site, ledger, now)
     labelled = sum(row["range"] == "train" and any(v is not None for v in row["labels"]) for row in chosen)
     unlabelled = sum(row["range"] == "train" for row in chosen)
-    if not unlabelled:
-        raise Problem("round: no image in the train range yet; send or import images first")
-    if not labelled:
-        raise Problem(
-            "round: no labelled image in the train range; import labels first (`cxrloop labels import FILE.csv`)"
-        )
     with ledger.transaction():
         planned = records.add(
             ledger, now, "planned", why, resolved.name,
             parent=parent.id if parent else None, unlabelled=unlabelled, labelled=labelled, evaluate=int(evaluate),
             last_image=ledger.value("SELECT max(id) FROM image") or 0,
         )  # fmt: skip
-        audit.append(ledger, "cxrloop", "round planned", why, after={"round": planned.name, "recipe": resolved.name})
+        after = {"round": planned.name, "recipe": resolved.name} | ({"notes": notes} if notes else {})
+        audit.append(ledger, "cxrloop", "round planned", why, after=after)
     folder = site.rounds / planned.name
     folder.mkdir(exist_ok=True)
     write_manifest(
         folder, findings=site.findings, recipe=resolved,
         seed=resolved.seed or int(planned.name[1:]), plates="../../store", images=chosen,
-        parent=(parent.id, f"../../{parent.training_state}") if parent else None,
+        parent=(parent.id, f"../../{parent.training_state}") if parent else None, notes=notes,
     )  # fmt: skip
     return planned
+
+
+def nothing_to_learn(site: Site, ledger: Ledger) -> str | None:
+    """Return what the site lacks for a round and what to do, or None."""
+    if not ledger.value(f"SELECT 1 FROM image WHERE {USABLE} AND range = 'train' LIMIT 1"):
+        return "no image in the train range yet; send or import images first"
+    labelled = ledger.rows(
+        f"SELECT DISTINCT finding FROM label_now JOIN image ON image.id = label_now.image "
+        f"WHERE {USABLE} AND range = 'train' AND value IS NOT NULL ORDER BY finding"
+    )
+    known = [row["finding"] for row in labelled]
+    if not known:
+        return "no labelled image in the train range; import labels first (`cxrloop labels import FILE.csv`)"
+    if not set(known) & set(site.findings):
+        return (
+            f"no labelled image in the train range has a finding of site.findings ({', '.join(site.findings)}); labels "
+            f"there name {', '.join(known)}: import labels of the new findings, or name these in site.findings"
+        )
+    return None
 
 
 def resolve_recipe(site: Site, name: str) -> Recipe:
@@ -75,7 +95,9 @@ def resolve_recipe(site: Site, name: str) -> Recipe:
             base = str(keys.pop("base", ""))
             if base not in RECIPES:
                 raise Problem(f'{path}: base = "{base}": must be one of {", ".join(sorted(RECIPES))}')
-            return backbones.identified(site, resolve(base, learn.profile, {**overrides, "name": path.stem, **keys}))
+            resolved = resolve(base, learn.profile, {**overrides, "name": path.stem, **keys})
+            check_used(resolved, resolve(base, learn.profile, overrides), keys)
+            return backbones.identified(site, resolved)
         return backbones.identified(site, resolve(name, learn.profile, overrides))
     except RecipeError as error:
         raise Problem(str(error)) from None

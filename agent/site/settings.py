@@ -204,10 +204,16 @@ class ResultsKeys(Section):
 
 
 class RetentionKeys(Section):
-    """How long files are kept; plates, scores and labels are kept for ever."""
+    """How long files are kept; plates, scores, labels and the evidence of rounds are kept for ever."""
 
     originals_days: int = Field(0, description="days that an original is kept after it was scored; 0 = for ever", ge=0)
     aside_days: int = Field(0, description="days that a rejected or quarantined file is kept; 0 = for ever", ge=0)
+    rounds: int = Field(
+        30,
+        description="newest rounds that keep their training state although no round can start from it; 0 = all rounds. "
+        "Checkpoints and packed plates always go when a round has ended",
+        ge=0,
+    )
     refuse_free_mb: int = Field(
         1024,
         description="refuse new associations when less space is free than this; set it above node.min_free_mb",

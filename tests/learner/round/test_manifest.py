@@ -72,13 +72,14 @@ def test_a_wrong_manifest_is_rejected_with_its_reason(plain, tmp_path, change, w
 
 def as_version_1(manifest):
     """The manifest as cxrloop 0.1.0 wrote it."""
-    rest = {key: value for key, value in manifest.items() if key != "images"}
+    rest = {key: value for key, value in manifest.items() if key not in ("images", "notes")}
     return {**rest, "version": 1, "films": without_reasons(manifest)}
 
 
 def as_version_2(manifest):
     """The manifest as versions before the pool wrote it."""
-    return {**manifest, "version": 2, "images": without_reasons(manifest)}
+    rest = {key: value for key, value in manifest.items() if key != "notes"}
+    return {**rest, "version": 2, "images": without_reasons(manifest)}
 
 
 def without_reasons(manifest):

@@ -50,7 +50,7 @@ def make_round(folder, train=(6, 8), validation=6, calibration=12, parent=None, 
     manifest = {
         "version": 3, "round": "r0001", "plate_version": 1, "findings": list(FINDINGS),
         "recipe": resolve("distl", "demo", {**TINY, **overrides}).to_dict(), "seed": seed,
-        "plates": "plates", "parent": parent, "until": until, "images": samples,
+        "plates": "plates", "parent": parent, "until": until, "notes": [], "images": samples,
     }  # fmt: skip
     write_manifest(folder, manifest)
     return folder
