@@ -48,7 +48,7 @@ def _loop(result: dict[str, Any]) -> list[str]:
         f"{golden['images']} of {setup['images']} images come from that range, one of every patient first, so that the gate can "
         "decide. The site's key alone assigns the ranges. Labels: one training image in ten, and all images of the golden, "
         "calibration and validation ranges. "
-        f"A round takes the newest {setup['cap']} training images (`learn.max_unlabelled`) and all labelled ones. "
+        f"A round takes at most {setup['cap']} unlabelled training images (`learn.max_unlabelled`) and all labelled ones. "
         "Three evaluations are planned: two rounds and one in reserve; alpha .05 / 3 each, margin .02. "
         "Images of the public test split are used like all others, by their range.",
         _table(

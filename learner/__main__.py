@@ -52,7 +52,7 @@ def train_round(folder: Path) -> int:
     progress = None
     try:
         manifest = load(folder)
-        result |= {"unlabelled": len(manifest.unlabelled), "labelled": len(manifest.labelled)}
+        result |= {"unlabelled": len(manifest.unlabelled), "labelled": len(manifest.labelled), "notes": manifest.notes}
         run = Run(manifest)
         progress = run.progress
         progress.handle_signals()

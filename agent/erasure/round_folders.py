@@ -4,7 +4,6 @@ A round that is learning from them is cancelled. Trained weights can't be undone
 hold no image, so they stay as they are.
 """
 
-import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from agent.ledger.database import Ledger, Row
 from agent.rounds import records
+from agent.rounds.tidying import remove_working_files
 from agent.site import locks
 from agent.site.site import Site
 from cxrloop.durable import write_json
@@ -22,11 +22,6 @@ from learner.round.manifest import read_manifest
 UNFINISHED = ("planned", "training", "paused")
 LEAVE_S = 60  # a cancelled learner learns of it within a second and ends within 25
 POLL_S = 0.5
-# Files of a round's folder that hold no image: weights, curves, log, parts of bundles. All others are removed.
-KEPT = frozenset((
-    "manifest.json", "result.json", "progress.json", "metrics.jsonl", "learner.log", "lock", "round.png",
-    "backbone.safetensors", "t0", "final",
-))  # fmt: skip
 
 
 def rounds_with(site: Site, ledger: Ledger, images: Collection[int]) -> list[Row]:
@@ -123,13 +118,7 @@ def _clear_when_free(folder: Path, images: Collection[int]) -> bool:
 
 def _clear(folder: Path, images: Collection[int]) -> None:
     """Remove everything that holds an image, and the images' rows of the manifest."""
-    for path in folder.iterdir():
-        if path.name in KEPT:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    remove_working_files(folder)
     manifest = read_manifest(folder)
     forgotten = [sample for sample in manifest["images"] if sample["image"] in images]
     words = {str(sample[name]).encode() for sample in forgotten for name in ("patient", "plate")}

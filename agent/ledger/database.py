@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-LATEST = "names_of_0_2"  # the newest migration of agent.ledger.schema: a ledger that has it needs none
+LATEST = "tidied_rounds"  # the newest migration of agent.ledger.schema: a ledger that has it needs none
 BUSY_MS = 30_000  # longer than any transaction of ours; a person waits no longer for a command
 
 

@@ -111,6 +111,52 @@ def names_of_0_2(db: Database) -> None:
             db.execute(statement)
 
 
+# The pool of unlabelled images is drawn from these rows, one for each usable image of the train range.
+POOL = """
+-- `draw`: keyed random number in (0, 1) that never changes. `code`: finds near-duplicates; NULL where the plate could not be
+-- read. `copy_of`: the earlier image that this one nearly equals; only the earlier one is drawn.
+CREATE TABLE pool_image (
+  image INTEGER PRIMARY KEY REFERENCES image(id), draw REAL NOT NULL, code BLOB, copy_of INTEGER
+) STRICT;
+CREATE INDEX pool_image_copies ON pool_image(copy_of) WHERE copy_of IS NOT NULL;
+-- Pieces of the codes of images that are no copies: near-duplicates share at least one.
+CREATE TABLE pool_band (
+  band INTEGER NOT NULL, image INTEGER NOT NULL REFERENCES image(id), PRIMARY KEY (band, image)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX pool_band_image ON pool_band(image);
+-- Images that wait for their row in pool_image; filled by triggers.
+CREATE TABLE pool_waiting (image INTEGER PRIMARY KEY REFERENCES image(id)) STRICT;
+INSERT INTO pool_waiting SELECT id FROM image
+  WHERE range = 'train' AND plate IS NOT NULL AND heartbeat = 0 AND superseded_by IS NULL;
+CREATE TRIGGER pool_image_waits AFTER INSERT ON image
+  WHEN NEW.range = 'train' AND NEW.plate IS NOT NULL AND NEW.heartbeat = 0 BEGIN
+  INSERT INTO pool_waiting VALUES (NEW.id);
+END;
+CREATE TRIGGER pool_image_superseded AFTER UPDATE OF superseded_by ON image WHEN NEW.superseded_by IS NOT NULL BEGIN
+  DELETE FROM pool_waiting WHERE image = NEW.id;
+  DELETE FROM pool_image WHERE image = NEW.id;
+END;
+-- An image leaves (forgotten, superseded): its copies wait again, and the first of them takes its place.
+CREATE TRIGGER pool_image_left AFTER DELETE ON pool_image WHEN OLD.copy_of IS NULL BEGIN
+  DELETE FROM pool_band WHERE image = OLD.image;
+  INSERT OR IGNORE INTO pool_waiting SELECT image FROM pool_image WHERE copy_of = OLD.image;
+  DELETE FROM pool_image WHERE copy_of = OLD.image;
+END;
+"""
+
+
+@migrations()
+def pool_of_unlabelled_images(db: Database) -> None:
+    """Add the tables from which the pool of unlabelled images is drawn; all images wait for their row."""
+    run(db, POOL)
+
+
+@migrations()
+def tidied_rounds(db: Database) -> None:
+    """Add how far a round that has ended is tidied: 0 not yet, 1 its working files are gone, 2 its training state too."""
+    db.execute("ALTER TABLE round ADD COLUMN tidied INTEGER NOT NULL DEFAULT 0")
+
+
 def verdict_of_0_2(text: str) -> str:
     """Return a verdict's JSON of version 0.1 with the outcome names of version 0.2."""
     verdict = json.loads(text)

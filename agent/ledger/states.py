@@ -19,6 +19,8 @@ ROUND: dict[str, tuple[str, ...]] = {
     "inconclusive": ("scored",),
 }
 OPEN_ROUNDS = ("planned", "training", "paused", "trained", "scored")  # the next start resumes these
+# Rounds that ended without a model: their images are new to the next round.
+WITHOUT_MODEL = ("skipped", "stopped", "gave_up", "cancelled")
 
 BUNDLE: dict[str, tuple[str, ...]] = {
     "candidate": ("requested", "rejected"),

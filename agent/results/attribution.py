@@ -71,7 +71,8 @@ def _training_state(site: Site, ledger: Ledger, bundle: Bundle, method: str) -> 
     row = ledger.row("SELECT training_state FROM bundle WHERE id = ?", bundle.id)
     if not row or not row["training_state"]:
         raise Problem(
-            f"--method {method}: bundle {bundle.id} was imported and has no training state; use --method heatmap"
+            f"--method {method}: bundle {bundle.id} has no training state (imported, or removed by retention.rounds); "
+            "use --method heatmap"
         )
     state = site.root / row["training_state"]
     if not state.is_file():

@@ -64,7 +64,8 @@ def finish(site: Site, ledger: Ledger, current: Round) -> Round:
         why_not = (not current.evaluate and not_due) or _missing(ledger) or _budget_spent(site, ledger)
         if why_not:
             with ledger.transaction():
-                return records.advance(ledger, current, "not_evaluated", why_not)
+                because = "; ".join(filter(None, (current.reason, why_not)))  # the notes of the learner stay
+                return records.advance(ledger, current, "not_evaluated", because)
         current, paid = _spend(site, ledger, current, _comparison(site, ledger, current))
     return _decide(site, ledger, current, paid)
 

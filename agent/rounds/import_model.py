@@ -68,7 +68,7 @@ def _register(site: Site, ledger: Ledger, bundle: str, file: Path, by: str, eval
             imported = records.add(
                 ledger, now, "trained", "import", "imported", bundle=bundle, unlabelled=0, labelled=0,
                 evaluate=int(evaluate or evaluation_due(site, ledger, now)),
-                last_image=ledger.value("SELECT max(last_image) FROM round") or 0,
+                last_image=records.last_image_learnt(ledger),
             )  # fmt: skip
         models.add(ledger, bundle, imported.name if imported else None, is_baseline=is_first)
         audit.append(ledger, by, "bundle imported", file.name, after=bundle)

@@ -59,6 +59,13 @@ def open_round(ledger: Ledger) -> Round | None:
     return _round(row) if row else None
 
 
+def last_image_learnt(ledger: Ledger) -> int:
+    """Return the newest image that rounds have learnt from, 0 without any. Rounds that made no model do not count."""
+    marks = ", ".join("?" for _ in states.WITHOUT_MODEL)
+    sql = f"SELECT max(last_image) FROM round WHERE state NOT IN ({marks})"
+    return ledger.value(sql, *states.WITHOUT_MODEL) or 0
+
+
 def newest_first(ledger: Ledger) -> list[Round]:
     """Return all rounds."""
     return [_round(row) for row in ledger.rows("SELECT * FROM round ORDER BY id DESC")]

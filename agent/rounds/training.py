@@ -124,7 +124,7 @@ def _settle(site: Site, ledger: Ledger, current: Round, result: dict[str, Any]) 
         bundle = seal(site.rounds / current.name / "final", site.models, site.key("signing.key"))
         with ledger.transaction():
             _add_model(ledger, bundle, current, part="final", is_baseline=False)
-            return records.advance(ledger, current, "trained", bundle=bundle)
+            return records.advance(ledger, current, "trained", "; ".join(result.get("notes", [])), bundle)
     with ledger.transaction():
         if result["state"] == "paused":
             return records.advance(ledger, current, "paused", reason or "stopped on request; will resume")

@@ -13,12 +13,12 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from agent.erasure import forget
 from agent.errors import Problem, Refused
-from agent.images import intake, retention
+from agent.images import intake, pool, retention
 from agent.ledger import audit
 from agent.ledger.database import Ledger, utc
 from agent.release import release
 from agent.results import reporting
-from agent.rounds import planning, records, training
+from agent.rounds import planning, records, tidying, training
 from agent.rounds.evaluation_budget import evaluation_due
 from agent.rounds.records import Round
 from agent.site import locks
@@ -74,7 +74,7 @@ def _tonight(site: Site, ledger: Ledger, now: datetime, until: datetime) -> str:
         with ledger.transaction():
             skipped = records.add(
                 ledger, now, "skipped", "night", site.config.learn.recipe, reason=reason, ended_at=utc(now),
-                last_image=ledger.value("SELECT max(last_image) FROM round") or 0,
+                last_image=records.last_image_learnt(ledger),
             )  # fmt: skip
             audit.append(ledger, "cxrloop", "round skipped", reason, after=skipped.name)
         return "skipped"
@@ -84,12 +84,11 @@ def _tonight(site: Site, ledger: Ledger, now: datetime, until: datetime) -> str:
 
 def _too_little(site: Site, ledger: Ledger) -> str | None:
     """Return why tonight's round is skipped, or None."""
-    since = ledger.value("SELECT max(last_image) FROM round WHERE state != 'skipped'") or 0
-    new = ledger.value(f"SELECT count(*) FROM image WHERE {planning.USABLE} AND range = 'train' AND id > ?", since)
+    since = records.last_image_learnt(ledger)
+    new = ledger.value(f"SELECT count(*) FROM image WHERE {pool.USABLE} AND range = 'train' AND id > ?", since)
     if new < site.config.learn.min_new:
         return f"{new} new images in the train range, fewer than learn.min_new = {site.config.learn.min_new}"
-    labelled = "SELECT 1 FROM label JOIN image ON image.id = label.image WHERE range = 'train' LIMIT 1"
-    return None if ledger.value(labelled) else "no labelled image in the train range"
+    return planning.nothing_to_learn(site, ledger)
 
 
 def tick(site: Site, now: datetime) -> str:
@@ -103,10 +102,15 @@ def tick(site: Site, now: datetime) -> str:
 
 
 def housekeeping(site: Site, now: datetime) -> str:
-    """Drop files past their retention and finish what `forget` began; returns "done" or "error: ..."."""
+    """Drop files past their retention, tidy rounds, add images to the pool, finish what `forget` began.
+
+    Returns "done" or "error: ...".
+    """
     try:
         with site.ledger() as ledger:
             retention.step(site, ledger, now)
+            pool.step(site, ledger)
+            tidying.step(site, ledger)
             pending = forget.finish(site, ledger)
         return f"error: forget: {pending}" if pending else "done"
     except (Problem, OSError) as error:

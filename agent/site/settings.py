@@ -137,7 +137,16 @@ class LearnKeys(Section):
         "22:00-05:00", description='when rounds may run, "HH:MM-HH:MM" in the site\'s time zone; "" = never'
     )
     min_new: int = Field(50, description="skip the night with fewer new training images than this", ge=0)
-    max_unlabelled: int = Field(20000, description="most unlabelled images of a round, newest first", ge=1)
+    max_unlabelled: int = Field(20000, description="most unlabelled images of a round: a random sample of all", ge=1)
+    pool_per_patient: int = Field(4, description="most unlabelled images of one patient in that sample", ge=1)
+    pool_device_share: float = Field(
+        0.5, description="largest share of one device in that sample while other devices have images left", gt=0, le=1
+    )
+    pool_half_life_days: int = Field(
+        365,
+        description="days after which an image is half as likely to be in that sample; 0 = age does not matter",
+        ge=0,
+    )
     launcher: str = Field(
         "", description='command that starts the learner, e.g. "torchrun --nproc-per-node 4"; empty = none'
     )
@@ -195,10 +204,16 @@ class ResultsKeys(Section):
 
 
 class RetentionKeys(Section):
-    """How long files are kept; plates, scores and labels are kept for ever."""
+    """How long files are kept; plates, scores, labels and the evidence of rounds are kept for ever."""
 
     originals_days: int = Field(0, description="days that an original is kept after it was scored; 0 = for ever", ge=0)
     aside_days: int = Field(0, description="days that a rejected or quarantined file is kept; 0 = for ever", ge=0)
+    rounds: int = Field(
+        30,
+        description="newest rounds that keep their training state although no round can start from it; 0 = all rounds. "
+        "Checkpoints and packed plates always go when a round has ended",
+        ge=0,
+    )
     refuse_free_mb: int = Field(
         1024,
         description="refuse new associations when less space is free than this; set it above node.min_free_mb",

@@ -10,8 +10,9 @@ uint8, of half the size, by up to 2.0e-3; tests/learner/data/test_packed_plates.
 
 import hashlib
 import shutil
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,8 +29,11 @@ from learner.round.manifest import Sample
 
 CHUNK = 4  # plates resized at once: 4 MB of float32 fit a core's cache; 64 at once need twice the time for each plate
 READERS = 4  # threads that read the next chunk
+REPORT_S = 1.0  # between two reports: a report writes a file
 LEVELS = 65535
 MIDDLE = 32768  # subtracted from levels to store them as int16: torch has no arithmetic on uint16
+
+Report = Callable[[int, int], None]  # gets the number of images done, and of all
 
 
 class PackedPlates:
@@ -52,10 +56,12 @@ class PackedPlates:
         return levels.float().add_(MIDDLE).div_(LEVELS)[:, None]
 
 
-def open_packed_plates(round_folder: Path, samples: Sequence[Sample], size: int) -> PackedPlates | None:
+def open_packed_plates(
+    round_folder: Path, samples: Sequence[Sample], size: int, report: Report = lambda done, of: None
+) -> PackedPlates | None:
     """Return the packed plates of these samples at `size` pixels, built now unless they exist; None where the disk is full.
 
-    None comes with a warning. Raises ManifestError for a missing or damaged plate. The folder is built whole or not at all.
+    None comes with a warning. `report(done, of)` is called while they are built, and may raise Paused. Raises ManifestError for a missing or damaged plate. The folder is built whole or not at all.
     """
     folder, key = round_folder / "shard", key_of(samples, size)
     if not cache_key.matches(folder, key):
@@ -69,7 +75,7 @@ def open_packed_plates(round_folder: Path, samples: Sequence[Sample], size: int)
             )
             return None
         with whole_folder(folder) as temp:
-            pack(samples, size, temp / "levels.i16")
+            pack(samples, size, temp / "levels.i16", report)
             cache_key.write_key(temp, key)
     return PackedPlates(folder, samples, size)
 
@@ -79,13 +85,18 @@ def remove_packed_plates(round_folder: Path) -> None:
     shutil.rmtree(round_folder / "shard", ignore_errors=True)
 
 
-def pack(samples: Sequence[Sample], size: int, target: Path) -> None:
+def pack(samples: Sequence[Sample], size: int, target: Path, report: Report = lambda done, of: None) -> None:
     """Write the levels of all samples, in order, to `target`; holds at most two chunks in memory."""
+    done, reported = 0, time.monotonic()
     matrix = resize_matrix(PLATE_SHAPE[0], size)
     with target.open("wb") as file, ThreadPoolExecutor(READERS, thread_name_prefix="pack") as pool:
         for plates in _chunks(samples, pool):
             levels = to_levels(augment.to_image(plates, matrix)).contiguous()
             file.write(levels.numpy().data)  # not tofile, which hides that the disk is full
+            done += len(levels)
+            if time.monotonic() - reported >= REPORT_S:
+                report(done, len(samples))
+                reported = time.monotonic()
 
 
 def to_levels(images: Tensor) -> Tensor:

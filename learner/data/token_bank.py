@@ -2,26 +2,29 @@
 
 With `frozen_blocks` set, a step trains only the blocks above; it draws its views from this bank, and the lower blocks run
 only once. On two cores a step then takes tenths of a second instead of seconds. A restarted round uses the bank if it was
-made of the same images and recipe, and rebuilds it if not.
+made of the same images and recipe, and resumes one that was under way (`ROUND/tokens-under-way/`); else it rebuilds it.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cxrloop.durable import whole_folder
+from cxrloop.durable import read_json, sync_folder, write_json
 from learner.data import cache_key
 from learner.data.feed import ImageFeed
 from learner.data.packed_plates import remove_packed_plates
 from learner.engine.step import Batch
+from learner.errors import Paused
 from learner.networks.backbone import Backbone
 from learner.round.manifest import Sample
 from learner.round.recipe import Recipe
@@ -31,6 +34,8 @@ KEYS = (  # of the recipe, that change the tokens
     "frozen_blocks", "cached_views", "global_scale", "local_scale", "flip", "rotate", "global_noise", "local_noise",
     "precision",
 )  # fmt: skip
+UNDER_WAY, PROGRESS = "tokens-under-way", "progress.json"
+SAVE_S = 30  # between two saves of a bank under way: at most as much work is lost when the process is killed
 AT_ONCE = 32  # images in one forward pass of the lower blocks
 
 
@@ -83,16 +88,17 @@ def open_token_bank(
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     if not cache_key.matches(folder, key):
         shutil.rmtree(folder, ignore_errors=True)
-        with whole_folder(folder) as temp:
-            _fill(temp, samples, recipe, lower, feed, dtype, report)
-            cache_key.write_key(temp, key)
+        under_way = UnderWay(round_folder / UNDER_WAY, key)
+        _fill(under_way, samples, recipe, lower, feed, dtype, report)
+        under_way.finish(folder)
     return TokenBank(folder, samples)
 
 
 def remove_caches(round_folder: Path) -> None:
     """Remove packed plates and token bank, after the round is trained."""
     remove_packed_plates(round_folder)
-    shutil.rmtree(round_folder / "tokens", ignore_errors=True)
+    for name in ("tokens", UNDER_WAY):
+        shutil.rmtree(round_folder / name, ignore_errors=True)
 
 
 def local_versions(recipe: Recipe) -> int:
@@ -100,18 +106,60 @@ def local_versions(recipe: Recipe) -> int:
     return 0 if recipe.method == "evolve" and not recipe.lam else 2 * recipe.local_views
 
 
+class UnderWay:
+    """The files of a bank that is being filled, and how many samples of it are on disk."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """Open the folder of an earlier process with this key, else start an empty one."""
+        self.folder, self.key = folder, key
+        saved = _read_progress(folder)
+        self.done: int = saved["done"] if saved.get("key") == key else 0
+        if not self.done:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        self.files = {path.stem: np.lib.format.open_memmap(path, "r+") for path in folder.glob("*.npy")}
+        self.saved_at = time.monotonic()
+
+    def write(self, name: str, rows: np.ndarray, tokens: np.ndarray, samples: int) -> None:
+        """Write the tokens (B, views, n, D) of these rows of a file that has `samples` rows."""
+        if name not in self.files:
+            self.files[name] = new_memmap(self.folder / f"{name}.npy", (samples, *tokens.shape[1:]))
+        self.files[name][rows] = tokens
+
+    def save(self) -> None:
+        """Make the tokens so far durable, then their number: a process that is killed later resumes here."""
+        for file in self.files.values():
+            file.flush()
+        write_json(self.folder / PROGRESS, {"key": self.key, "done": self.done})
+        self.saved_at = time.monotonic()
+
+    def finish(self, target: Path) -> None:
+        """Turn the folder into the finished bank."""
+        self.save()
+        (self.folder / PROGRESS).unlink()
+        cache_key.write_key(self.folder, self.key)
+        self.folder.replace(target)
+        sync_folder(target.parent)
+
+
+def _read_progress(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / PROGRESS)
+    except ValueError:  # damaged: start again
+        return {}
+
+
 @torch.no_grad()
 def _fill(
-    folder: Path, samples: Sequence[Sample], recipe: Recipe, lower: Backbone, feed: Callable[[Recipe, str], ImageFeed],
+    bank: UnderWay, samples: Sequence[Sample], recipe: Recipe, lower: Backbone, feed: Callable[[Recipe, str], ImageFeed],
     dtype: torch.dtype | None, report: Callable[[int, int], None],
 ) -> None:  # fmt: skip
-    """Run all views of all samples through the lower blocks, batch by batch, and write the tokens into the files."""
+    """Run all views of the samples that the bank lacks through the lower blocks, batch by batch, and write the tokens."""
     globals_, locals_ = recipe.cached_views, local_versions(recipe)
     lower.eval()
-    files: dict[str, np.memmap] = {}
     wide = replace(recipe, local_views=locals_)
     numbered, source = feed(wide, "tokens"), max(1, globals_)
-    for low in range(0, len(samples), AT_ONCE):
+    for low in range(bank.done, len(samples), AT_ONCE):
         rows = np.arange(low, min(low + AT_ONCE, len(samples)))
         views: dict[str, list[Tensor]] = {"whole": [], "part": []}
         for version in range(source):
@@ -128,13 +176,17 @@ def _fill(
             with torch.autocast(images[0].device.type, dtype=dtype, enabled=dtype is not None):
                 tokens = lower.lower(torch.cat(images)).half().cpu()
             tokens = tokens.unflatten(0, (len(images), len(rows))).transpose(0, 1)
-            if name not in files:
-                shape = (len(samples), *tokens.shape[1:])
-                files[name] = new_memmap(folder / f"{name}.npy", shape)
-            files[name][rows] = tokens.numpy()
-        report(int(rows[-1]) + 1, len(samples))
-    if "part" not in files:
-        np.save(folder / "part.npy", np.empty((len(samples), 0, 1, 1), np.float16))
+            bank.write(name, rows, tokens.numpy(), len(samples))
+        bank.done = int(rows[-1]) + 1
+        if time.monotonic() - bank.saved_at >= SAVE_S:
+            bank.save()
+        try:
+            report(bank.done, len(samples))
+        except Paused:
+            bank.save()
+            raise
+    if "part" not in bank.files:
+        np.save(bank.folder / "part.npy", np.empty((len(samples), 0, 1, 1), np.float16))
 
 
 def new_memmap(path: Path, shape: tuple[int, ...]) -> np.memmap:

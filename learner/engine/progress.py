@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
@@ -152,10 +152,14 @@ class ProgressWriter:
             self.last_line = time.monotonic()
             sys.stderr.write(f"{phase}: step {step} of {steps}, {', '.join(details)}\n")
 
-    def write_progress_or_pause(self, phase: str, done: int, of: int) -> None:
-        """Write the progress of long work between two steps, then raise Paused if the round must pause."""
-        self.write_progress(phase, done, of)
-        self.raise_if_paused()
+    def reporter(self, phase: str) -> Callable[[int, int], None]:
+        """Return a function that writes the progress of long work between two steps, and raises Paused when it is due."""
+
+        def report(done: int, of: int) -> None:
+            self.write_progress(phase, done, of)
+            self.raise_if_paused()
+
+        return report
 
     def _update_bars(self, phase: str, step: int, steps: int, details: list[str]) -> None:
         """Show one bar for each phase; the bars of finished phases stay, with their duration."""

@@ -19,13 +19,15 @@ from learner.errors import ManifestError, RecipeError
 from learner.round.recipe import Recipe
 
 RANGES = ("train", "validation", "calibration")
-VERSION = 2  # of the manifest
+VERSION = 3  # of the manifest
 KEYS = {  # of the manifest, and the types that each value may have
     "version": (int,), "round": (str,), "plate_version": (int,), "findings": (list,), "recipe": (dict,), "seed": (int,),
     "plates": (str,), "parent": (dict, NoneType), "until": (str, NoneType), "images": (list,),
+    "notes": (list,),
 }  # fmt: skip
 SAMPLE_KEYS = {
     "image": (int,), "patient": (str, int), "plate": (str,), "range": (str,), "labels": (list, NoneType),
+    "why": (str, NoneType),
 }  # fmt: skip
 # Keys that a manifest of this version may lack: they were added after its first rounds.
 OPTIONAL_SAMPLE_KEYS: dict[str, tuple[type, ...]] = {"view": (str, NoneType), "scanner": (str, NoneType)}
@@ -63,6 +65,7 @@ class RoundManifest:
     parent_state: Path | None
     until: datetime | None
     samples: tuple[Sample, ...]
+    notes: tuple[str, ...]  # of the agent, for result and card
     fingerprint: str  # sha256 of everything that changes the result, that is of all keys but `until`
 
     def of(self, range_: str) -> tuple[Sample, ...]:
@@ -82,16 +85,18 @@ class RoundManifest:
 
 def write_manifest(
     folder: Path, *, findings: Sequence[str], recipe: Recipe, seed: int, plates: str,
-    parent: tuple[str, str] | None, images: list[dict[str, Any]],
+    parent: tuple[str, str] | None, images: list[dict[str, Any]], notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write the manifest of a new round into its folder, which has the round's name.
 
+    `images`: one dict each with the keys of SAMPLE_KEYS; `why`, the reason why an image is in the round, may be left out.
     `plates`: the folder of the plates, and the second of `parent` (bundle, its training state), relative to `folder`.
     """
     document = {
         "version": VERSION, "round": folder.name, "plate_version": PLATE_VERSION, "findings": list(findings),
         "recipe": recipe.to_dict(), "seed": seed, "plates": plates,
-        "parent": {"bundle": parent[0], "state": parent[1]} if parent else None, "until": None, "images": images,
+        "parent": {"bundle": parent[0], "state": parent[1]} if parent else None, "until": None,
+        "notes": list(notes), "images": [{"why": None} | image for image in images],
     }  # fmt: skip
     write_json(folder / "manifest.json", document)
 
@@ -123,7 +128,7 @@ def load(folder: Path) -> RoundManifest:
     raw = _current_keys(written)
     _check_keys("manifest", raw, KEYS)
     if raw["version"] != VERSION:
-        raise ManifestError(f"manifest: version {raw['version']!r}; this learner reads versions 1 and {VERSION}")
+        raise ManifestError(f"manifest: version {raw['version']!r}; this learner reads versions 1 to {VERSION}")
     if raw["plate_version"] != PLATE_VERSION:
         raise ManifestError(
             f"manifest: plate_version {raw['plate_version']!r}, this learner was made for {PLATE_VERSION}: "
@@ -132,6 +137,8 @@ def load(folder: Path) -> RoundManifest:
     findings = tuple(raw["findings"])
     if not findings or not all(isinstance(f, str) and f for f in findings) or len(set(findings)) != len(findings):
         raise ManifestError(f"manifest: findings {raw['findings']!r}: needs at least one name, each once")
+    if not all(isinstance(note, str) for note in raw["notes"]):
+        raise ManifestError(f"manifest: notes {raw['notes']!r}: expected texts")
     try:
         recipe = Recipe.from_dict(raw["recipe"]).override({"seed": raw["seed"]})
     except RecipeError as error:
@@ -140,7 +147,7 @@ def load(folder: Path) -> RoundManifest:
     parent, state = _parent(raw["parent"], folder)
     return RoundManifest(
         folder=folder, name=raw["round"], findings=findings, recipe=recipe, parent=parent, parent_state=state,
-        until=_until(raw["until"]), samples=samples, fingerprint=hashlib.sha256(decisive.encode()).hexdigest(),
+        until=_until(raw["until"]), samples=samples, notes=tuple(raw["notes"]), fingerprint=hashlib.sha256(decisive.encode()).hexdigest(),
     )  # fmt: skip
 
 
@@ -155,11 +162,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _current_keys(written: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest with version 2's keys: version 1, of cxrloop 0.1.0, had another name for `images`."""
-    if written.get("version") != 1 or "films" not in written:
+    """Return the manifest with the keys of this version.
+
+    Version 1, of cxrloop 0.1.0, had another name for `images`; versions 1 and 2 had no notes and no `why` of an image.
+    """
+    version = written.get("version")
+    name = "films" if version == 1 else "images"
+    if version not in (1, 2) or not isinstance(images := written.get(name), list):
         return written
-    rest = {key: value for key, value in written.items() if key != "films"}
-    return {**rest, "version": VERSION, "images": written["films"]}
+    rest = {key: value for key, value in written.items() if key != name}
+    with_why = [{"why": None} | image if isinstance(image, dict) else image for image in images]
+    return {**rest, "version": VERSION, "notes": [], "images": with_why}
 
 
 def _samples(rows: Any, plates: Path, width: int) -> tuple[Sample, ...]:
@@ -204,7 +217,7 @@ def _parent(raw: Any, folder: Path) -> tuple[str | None, Path | None]:
     _check_keys("manifest: parent", raw, PARENT_KEYS)
     state = folder / raw["state"]
     if not state.is_file():
-        raise ManifestError(f"manifest: parent {raw['bundle']}: {state} is missing; start from null or restore it")
+        raise ManifestError(f"manifest: parent {raw['bundle']}: {state} is missing; restore it, or plan a new round")
     return raw["bundle"], state
 
 

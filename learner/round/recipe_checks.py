@@ -3,6 +3,7 @@
 Each error names the key and a solution. Must not import `learner.round.recipe`, which imports this module.
 """
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -31,6 +32,27 @@ WEIGHTS = ("lr_min", "weight_decay", "clip", "ibot", "koleo", "pseudo_weight", "
 MAY_BE_ZERO = {
     "blocks", "local_views", "prototypes", "class_hidden", "correct_every", "freeze_last", "t0_steps", "warmup_epochs",
     "micro_batch", "seed", "threads", "checkpoint_seconds",
+}  # fmt: skip
+# Methods that use a key; a key that is not listed is used by all. A new method joins the lists of the keys that it uses.
+_SELF_DISTILS = ("distl", "evolve", "pretrain")
+USED_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("alpha", "correct_every", "correct_first", "correct_loss", "serve"), ("distl",)),
+    **dict.fromkeys(
+        ("lam", "freeze_last", "teacher_temp", "student_temp", "centre_momentum", "ema_base", "poison_teacher"),
+        _SELF_DISTILS,
+    ),
+    **dict.fromkeys(("local_size", "local_views", "local_scale", "local_noise", "head_hidden", "bottleneck"), _SELF_DISTILS),
+    **dict.fromkeys(("ibot", "koleo", "centring"), ("evolve", "pretrain")),
+    **dict.fromkeys(
+        ("targets", "pseudo_weight", "align", "agree", "thresholds", "neighbours", "components", "label_weight", "replay",
+         "refit", "average", "blend"),
+        ("evolve",),
+    ),
+    "balance": ("evolve", "pseudo-label", "kd", "pretrain"),
+    "kappa": ("evolve", "pseudo-label"),
+    "finetune_epochs": ("pseudo-label",),
+    "kd_temperature": ("kd", "evolve"),
+    **dict.fromkeys(("kd_teacher", "kd_strategy", "kd_alpha"), ("kd",)),
 }  # fmt: skip
 ANY_LOSS = "set one of lam, ibot, koleo above 0, or (evolve) targets to other than none, or label_weight above 0"
 
@@ -79,6 +101,17 @@ def check(recipe: Any) -> None:
         )
     if recipe.method in ("evolve", "pretrain"):
         _check_effect(recipe)
+
+
+def check_used(recipe: Any, before: Any, keys: Iterable[str]) -> None:
+    """Raise RecipeError for the first of these keys that changes `before` to `recipe` and that the method does not use."""
+    for key in keys:
+        methods = USED_BY.get(key) or CHOICES["method"]
+        if recipe.method not in methods and getattr(recipe, key) != getattr(before, key):
+            raise RecipeError(
+                f"recipe: {key} = {getattr(recipe, key)!r}: {recipe.method} does not use this key; leave it out, or use "
+                f"{' or '.join(methods)}"
+            )
 
 
 def _check_effect(recipe: Any) -> None:

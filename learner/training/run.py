@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import cast
 
 import numpy as np
@@ -49,7 +48,7 @@ class Run:
             self.checkpoint_folder.mkdir(exist_ok=True)
         self.device, self.dtype = prepare_device(manifest.recipe)
         self.token_banks: dict[bool, TokenBank] = {}
-        self.notes: list[str] = []  # of the phases so far
+        self.notes = list(manifest.notes)  # and those of the phases so far
         self.header = self._open_checkpoint()
         start = find_start(manifest, self.header)
         self.plan, self.weights = start.plan, start.weights
@@ -247,7 +246,7 @@ class Run:
             return TokenFeed(ImageFeed(samples, recipe, self.device, name, fixed_order, labels), self.token_bank)
         train, size = self.manifest.of("train"), recipe.image_size
         fits = all(sample.range == "train" for sample in samples) and distributed.on_rank_zero(
-            lambda: open_packed_plates(self.manifest.folder, train, size) is not None
+            lambda: open_packed_plates(self.manifest.folder, train, size, self.progress.reporter("plates")) is not None
         )
         packed = PackedPlates(self.manifest.folder / "shard", train, size) if fits else None
         return ImageFeed(samples, recipe, self.device, name, fixed_order, labels, packed)
@@ -270,9 +269,8 @@ class Run:
             return ImageFeed(samples, recipe, self.device, name, fixed_order=True)
 
         lower = cast(Backbone, state.student.backbone)
-        report = partial(self.progress.write_progress_or_pause, "tokens")
         folder, parent = self.manifest.folder, str(self.manifest.parent)
-        open_token_bank(folder, samples, self.recipe, lower, feed, self.dtype, parent, report)
+        open_token_bank(folder, samples, self.recipe, lower, feed, self.dtype, parent, self.progress.reporter("tokens"))
 
     @torch.no_grad()
     def embeddings(self, network: Network, samples: Sequence[Sample]) -> Tensor:

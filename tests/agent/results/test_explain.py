@@ -122,7 +122,9 @@ def test_an_imported_model_has_only_the_heatmap(site, tmp_path):
         import_folder(site, ledger, tmp_path / "pacs", "PA")
         add_model(site, ledger, 1)
         assert explain.explain(site, ledger, "1", None, "heatmap", None, None)["image"] is None
-        with pytest.raises(Problem, match=r"was imported and has no training state; use --method heatmap"):
+        with pytest.raises(
+            Problem, match=r"has no training state \(imported, or removed by retention.rounds\); use --method heatmap"
+        ):
             explain.explain(site, ledger, "1", None, "ig", None, None)
 
 

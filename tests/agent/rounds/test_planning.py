@@ -10,10 +10,11 @@ from safetensors.numpy import save_file
 
 from agent.errors import Problem
 from agent.ledger.database import utc
-from agent.rounds import planning
+from agent.rounds import inspection, planning, training
 from cxrloop.durable import write_json
 from learner.round import manifest
 from learner.round.backbone_file import content_hash
+from tests.support.agent.models import passed
 from tests.support.agent.rounds import labelled_site
 
 
@@ -29,6 +30,7 @@ def planned_parent(site, first: dict, named: str, findings: list[str]) -> tuple:
     parts = site.rounds / "r0001" / "t0"
     parts.mkdir(parents=True)
     write_json(parts / "card.json", {"recipe": first, "findings": findings})
+    (parts / "state.safetensors").touch()
     learn = site.config.learn.model_copy(update={"backbone": named})
     site = replace(site, config=site.config.model_copy(update={"learn": learn}))
     with site.ledger() as ledger:
@@ -85,10 +87,26 @@ def test_a_damaged_backbone_file_is_named_and_nothing_is_planned(tmp_path):
     assert not (site.rounds / "r0002").exists()
 
 
+def test_a_round_whose_parent_lost_its_training_state_starts_fresh_and_says_so(tmp_path):
+    site = labelled_site(tmp_path)
+    with site.ledger() as ledger:
+        first = training.carry_on(site, ledger, planning.plan(site, ledger, "now", datetime.now(UTC)))
+        passed(ledger, first.name)
+        (site.rounds / "r0001" / "final" / "state.safetensors").unlink()
+        second = training.carry_on(site, ledger, planning.plan(site, ledger, "now", datetime.now(UTC)))
+        note = "the parent's training state rounds/r0001/final/state.safetensors is missing, so the round starts fresh"
+        assert (second.state, second.parent) == ("not_evaluated", None)
+        assert second.reason.startswith(f"{note}; no evaluation is due")
+        assert json.loads((site.rounds / "r0002" / "result.json").read_text())["notes"] == [note]
+        assert note in inspection.learning(site.rounds / "r0002")["notes"]
+
+
 def test_a_manifest_of_version_1_is_read_with_todays_keys_and_keeps_its_own_when_the_window_changes(tmp_path):
     old = {"version": 1, "round": "r0001", "until": None, "films": [{"image": 7}]}
     (tmp_path / "manifest.json").write_text(json.dumps(old))
-    assert manifest.read_manifest(tmp_path) == {"version": 2, "round": "r0001", "until": None, "images": [{"image": 7}]}
+    assert manifest.read_manifest(tmp_path) == {
+        "version": 3, "round": "r0001", "until": None, "notes": [], "images": [{"why": None, "image": 7}]
+    }  # fmt: skip
     manifest.set_until(tmp_path, "2026-01-10T05:00:00.000Z")
     assert json.loads((tmp_path / "manifest.json").read_text()) == old | {"until": "2026-01-10T05:00:00.000Z"}
 

@@ -1,6 +1,7 @@
 """The night: windows over midnight and clock changes, when a round is worth it, and never two at once."""
 
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -8,14 +9,16 @@ import pytest
 
 from agent.images import labels
 from agent.release import models
-from agent.rounds import evaluation_budget, planning, training
+from agent.rounds import evaluation_budget, planning, records, training
 from agent.service import scheduler
-from agent.service.scheduler import night_step
+from agent.service.scheduler import _too_little, night_step
 from agent.site import locks
 from agent.site.window import next_window, window_at
 from tests.conftest import make_site
 from tests.support.agent.appliance import TINY
 from tests.support.agent.images import put, take_in, xray
+from tests.support.agent.models import add_model
+from tests.support.agent.rounds import labelled_site
 
 VIENNA = ZoneInfo("Europe/Vienna")
 NIGHT = "22:00-05:00"
@@ -84,7 +87,41 @@ def test_images_without_labels_are_no_reason_for_a_round(nightly):
             put(nightly, xray(seed), f"{seed}.dcm")
         take_in(nightly, ledger)
         assert night_step(nightly, datetime(2026, 1, 10, 23, tzinfo=UTC)) == "skipped"
-        assert ledger.value("SELECT reason FROM round") == "no labelled image in the train range"
+        assert ledger.value("SELECT reason FROM round").startswith(
+            "no labelled image in the train range; import labels"
+        )
+
+
+def test_a_night_after_the_findings_were_renamed_is_skipped_with_its_reason(tmp_path):
+    site = labelled_site(tmp_path, window=NIGHT, min_new=1)
+    names = site.config.site.model_copy(update={"findings": ("pleural effusion",)})
+    renamed = replace(site, config=site.config.model_copy(update={"site": names}))
+    with renamed.ledger() as ledger:
+        assert night_step(renamed, datetime(2026, 1, 10, 23, tzinfo=UTC)) == "skipped"
+        reason = ledger.value("SELECT reason FROM round")
+        assert "(pleural effusion); labels there name effusion: import labels of the new findings" in reason
+
+
+@pytest.mark.parametrize("end", ["stopped", "gave_up", "cancelled"])
+def test_images_of_a_round_that_made_no_model_are_new_to_the_next_night(tmp_path, end):
+    site = labelled_site(tmp_path, window=NIGHT, min_new=1)
+    learn = site.config.learn.model_copy(update={"backbone": "missing.safetensors"})
+    site = replace(site, config=site.config.model_copy(update={"learn": learn}))
+    night = datetime(2026, 1, 10, 23, tzinfo=UTC)
+    with site.ledger() as ledger:
+        if end == "stopped":  # the learner finds no backbone
+            assert night_step(site, night) == "stopped"
+            assert "missing.safetensors" in ledger.value("SELECT reason FROM round")
+        else:
+            planned = planning.plan(site, ledger, "night", night)
+            with ledger.transaction():
+                records.advance(ledger, records.advance(ledger, planned, "training"), end)
+        put(site, xray(900, patient="new"), "new.dcm")
+        take_in(site, ledger)
+        assert _too_little(site, ledger) is None
+        add_model(site, ledger, 1)  # an imported model learns from no image
+        add_model(site, ledger, 2)
+        assert _too_little(site, ledger) is None
 
 
 def test_a_second_round_never_starts_beside_a_running_one(nightly):

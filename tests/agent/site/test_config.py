@@ -126,6 +126,14 @@ def test_a_missing_settings_file_says_how_to_make_one(tmp_path):
         ("base = 'evolve' # Tür".encode("latin-1"), "mine.toml: 'utf-8' codec can't decode"),
         (b"base = 'evolv'", 'mine.toml: base = "evolv": must be one of'),
         (b"base = 'evolve'\nepoch = 2", "unknown key 'epoch'; did you mean 'epochs'?"),
+        (
+            b"base = 'evolve'\ncorrect_every = 7",
+            "correct_every = 7: evolve does not use this key; leave it out, or use distl",
+        ),
+        (
+            b"base = 'kd'\nkappa = 0.5",
+            "kappa = 0.5: kd does not use this key; leave it out, or use evolve or pseudo-label",
+        ),
         (None, 'recipe = "mine.toml": no such file under'),
     ],
 )

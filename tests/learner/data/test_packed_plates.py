@@ -13,9 +13,10 @@ import torch
 from learner.data import feed, packed_plates
 from learner.data.feed import ImageFeed
 from learner.data.plates import read_plates
-from learner.errors import ManifestError
+from learner.errors import ManifestError, Paused
 from learner.networks.pooling import resize_matrix
 from learner.round.manifest import load
+from learner.training.run import Run
 from tests.support.learner.round_folders import make_round
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only slows them down
@@ -188,3 +189,13 @@ def test_every_property_notices_its_mutation(case, round_, monkeypatch):
     available = {"round_": round_, "monkeypatch": monkeypatch}
     with pytest.raises(AssertionError):
         test(**{name: available[name] for name in inspect.signature(test).parameters})
+
+
+def test_the_end_of_the_window_interrupts_packing(tmp_path, monkeypatch):
+    folder = make_round(tmp_path / "r", until="2020-01-01T05:00:00+00:00")
+    monkeypatch.setattr(packed_plates, "REPORT_S", 0)
+    run = Run(load(folder))
+    with pytest.raises(Paused, match="the window ended"):
+        run.unlabelled_feed()
+    run.progress.close()
+    assert not (folder / "shard").exists()

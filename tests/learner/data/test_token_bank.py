@@ -104,3 +104,48 @@ def test_a_damaged_bank_is_built_again(tmp_path, file):
     run = Run(load(folder))
     assert np.array_equal(run.token_bank.whole, whole)
     run.progress.close()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing of the program may catch it and save."""
+
+
+@pytest.mark.parametrize("end", [Killed, Paused])
+def test_a_bank_under_way_resumes_and_equals_an_uninterrupted_one(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(token_bank, "AT_ONCE", 8)
+    monkeypatch.setattr(token_bank, "SAVE_S", 0)
+    whole = Run(load(make(tmp_path / "whole", **ALL)))
+    expected = whole.token_bank
+    folder = make(tmp_path / "r", **ALL)
+    batches = []
+
+    def report(phase):
+        def stop(done, of):
+            batches.append(done)
+            if done == 16 and batches.count(16) == 1:
+                raise end("here")
+
+        return stop
+
+    monkeypatch.setattr(ProgressWriter, "reporter", lambda progress, phase: report(phase))
+    for _ in range(2):
+        run = Run(load(folder))
+        try:
+            bank = run.token_bank
+        except end:
+            assert not (folder / "tokens").exists()
+        run.progress.close()
+    assert batches == [8, 16, 24, 32]  # the first two batches were computed once
+    assert np.array_equal(bank.whole, expected.whole)
+    assert np.array_equal(bank.part, expected.part)
+    assert not (folder / token_bank.UNDER_WAY).exists()
+    whole.progress.close()
+
+
+def test_a_bank_under_way_of_another_recipe_is_not_resumed(tmp_path, monkeypatch):
+    bank = token_bank.UnderWay(tmp_path / token_bank.UNDER_WAY, "one")
+    bank.write("whole", np.arange(2), np.ones((2, 1, 3, 4), np.float16), 5)
+    bank.done = 2
+    bank.save()
+    assert token_bank.UnderWay(tmp_path / token_bank.UNDER_WAY, "one").done == 2
+    assert token_bank.UnderWay(tmp_path / token_bank.UNDER_WAY, "other").done == 0

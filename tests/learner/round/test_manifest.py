@@ -42,7 +42,7 @@ REFUSED = [
     (lambda m: m["images"][0].update(range="golden_next"), "golden image is never trained on"),
     (lambda m: m["images"][-1].update(patient="p0"), "patient p0 is in train and in calibration"),
     (lambda m: m.update(plate_version=2), "plate_version 2"),
-    (lambda m: m.update(version=3), "version 3"),
+    (lambda m: m.update(version=4), "version 4"),
     (lambda m: m.update(extra=1), "unknown extra"),
     (lambda m: m.pop("until"), "missing until"),
     (lambda m: m["images"][3].pop("labels"), "missing labels"),
@@ -72,8 +72,8 @@ def test_a_wrong_manifest_is_rejected_with_its_reason(plain, tmp_path, change, w
 
 def as_version_1(manifest):
     """The manifest as cxrloop 0.1.0 wrote it."""
-    rest = {key: value for key, value in manifest.items() if key != "images"}
-    return {**rest, "version": 1, "films": [dict(entry) for entry in manifest["images"]]}
+    rest = {key: value for key, value in manifest.items() if key not in ("images", "notes")}
+    return {**rest, "version": 1, "films": without_reasons(manifest)}
 
 
 def test_view_and_scanner_of_an_image_are_optional_and_checked(plain, tmp_path):
@@ -90,9 +90,20 @@ def test_view_and_scanner_of_an_image_are_optional_and_checked(plain, tmp_path):
         load(tmp_path / "r")
 
 
-def test_manifest_of_version_1_is_read_under_the_keys_of_version_2(plain, tmp_path):
+def as_version_2(manifest):
+    """The manifest as versions before the pool wrote it."""
+    rest = {key: value for key, value in manifest.items() if key != "notes"}
+    return {**rest, "version": 2, "images": without_reasons(manifest)}
+
+
+def without_reasons(manifest):
+    return [{key: value for key, value in entry.items() if key != "why"} for entry in manifest["images"]]
+
+
+@pytest.mark.parametrize("earlier", [as_version_1, as_version_2])
+def test_a_manifest_of_an_earlier_version_is_read_under_todays_keys(plain, tmp_path, earlier):
     current = read_manifest(spoiled(plain, tmp_path, lambda m: None))
-    write_manifest(tmp_path, as_version_1(current))
+    write_manifest(tmp_path, earlier(current))
     assert manifest.read_manifest(tmp_path) == current
     assert load(tmp_path).samples == load(plain).samples
 

@@ -10,7 +10,7 @@ from tests.support.agent.crash_line import write_labels
 from tests.support.agent.images import put, take_in, xray
 
 
-def labelled_site(folder: Path, epochs: int = 2, **learn: str) -> Site:
+def labelled_site(folder: Path, epochs: int = 2, **learn: str | int) -> Site:
     """Make the site under `folder`; `learn` are settings of that section."""
     site = make_site(folder / "site", learn={"recipe": "tiny.toml", **learn})
     (site.root / "tiny.toml").write_text(TINY.replace("\nepochs = 2", f"\nepochs = {epochs}"))

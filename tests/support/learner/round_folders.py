@@ -45,12 +45,12 @@ def make_round(folder, train=(6, 8), validation=6, calibration=12, parent=None, 
             np.save(folder / "plates" / f"{image}.npy", xray(labels, [seed, image]))
             samples.append(
                 {"image": image, "patient": f"p{image}", "plate": f"{image}.npy", "range": range_,
-                 "labels": labels if labelled else [None] * len(FINDINGS)}
+                 "labels": labels if labelled else [None] * len(FINDINGS), "why": None}
             )  # fmt: skip
     manifest = {
-        "version": 2, "round": "r0001", "plate_version": 1, "findings": list(FINDINGS),
+        "version": 3, "round": "r0001", "plate_version": 1, "findings": list(FINDINGS),
         "recipe": resolve("distl", "demo", {**TINY, **overrides}).to_dict(), "seed": seed,
-        "plates": "plates", "parent": parent, "until": until, "images": samples,
+        "plates": "plates", "parent": parent, "until": until, "notes": [], "images": samples,
     }  # fmt: skip
     write_manifest(folder, manifest)
     return folder
