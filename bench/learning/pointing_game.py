@@ -260,7 +260,10 @@ def run(options: argparse.Namespace) -> None:
     plates = torch.from_numpy(np.stack([read_plate(image.picture) for image in images]))
     chosen = np.array([case.finding == MAIN for case in cases])
     document = json.loads(options.out.read_text()) if options.out.exists() else {"pools": {}}
-    document |= {"machine": machine.facts("torch", "timm"), "patients": len({case.patient for case in cases})}
+    document |= {
+        "machine": machine.facts("torch", "timm", backbone=options.backbone.name),
+        "patients": len({case.patient for case in cases}),
+    }
     document |= {"cases": {MAIN: int(chosen.sum()), "other": int((~chosen).sum())}}
     for pool, (network, recipe) in make_networks(options.backbone, options.pools).items():
         findings, quality = fit_head(network, embed(network, recipe, plates), images, cases)
@@ -286,8 +289,6 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if not options.show:
-        if not (options.data and options.backbone):
-            parser.error("needs --data DIR and --backbone FILE, or --show")
         run(options)
     document = json.loads(options.out.read_text())
     for pool, result in document["pools"].items():
