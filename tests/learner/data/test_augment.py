@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from learner.data import augment
 from learner.data.feed import ImageFeed
+from learner.networks import pooling
 from learner.round.manifest import load
 from learner.round.recipe import resolve
 from tests.support.learner.round_folders import make_round
@@ -28,7 +29,7 @@ def pil(image, mode="F"):
 @pytest.mark.parametrize("size", [32, 96, 224])
 def test_resize_is_antialiased_bilinear_like_pil(size):
     plate = np.random.default_rng(1).integers(0, 256, (1, 512, 512), dtype=np.uint8)
-    ours = augment.to_image(torch.from_numpy(plate), augment.resize_matrix(512, size))[0, 0] * 255
+    ours = augment.to_image(torch.from_numpy(plate), pooling.resize_matrix(512, size))[0, 0] * 255
     theirs = np.asarray(Image.fromarray(plate[0].astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR))
     torch.testing.assert_close(ours, torch.tensor(theirs), atol=2e-3, rtol=0)
 
@@ -154,7 +155,7 @@ MUTATIONS = [
     ("test_batched_views_equal_those_of_single_images_and_operations", "apply_where", opposite),
     ("test_batched_views_equal_those_of_single_images_and_operations", "apply_where", lambda images, *_: images),
     ("test_batched_views_equal_those_of_single_images_and_operations", "BLUR", (0.1, 1.0)),
-    ("test_resize_is_antialiased_bilinear_like_pil", "resize_matrix", lambda old, new, real=augment.resize_matrix: real(old, new).round()),
+    ("test_resize_is_antialiased_bilinear_like_pil", "resize_matrix", lambda old, new, real=pooling.resize_matrix: real(old, new).round()),
     ("test_crop_is_antialiased_bicubic_like_pil", "crop_matrix", lambda a, b, c, d, real=augment.crop_matrix: real(a + 1, b, c, d)),
     ("test_crops_lie_inside_the_image_with_the_drawn_area", "ASPECT", (-3.0, 3.0)),
     ("test_equalise_equals_pil", "equalise", lambda images: images),
@@ -166,7 +167,7 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("name", "attribute", "wrong"), MUTATIONS)
 def test_every_property_notices_its_mutation(name, attribute, wrong, images, monkeypatch):
-    monkeypatch.setattr(augment, attribute, wrong)
+    monkeypatch.setattr(augment if hasattr(augment, attribute) else pooling, attribute, wrong)
     test = globals()[name]
     available = {"images": images, "size": 96}
     with pytest.raises(AssertionError):
