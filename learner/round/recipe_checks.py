@@ -45,7 +45,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("ibot", "koleo", "centring"), ("evolve", "pretrain")),
     **dict.fromkeys(
         ("targets", "pseudo_weight", "align", "agree", "thresholds", "neighbours", "components", "label_weight", "replay",
-         "refit", "average"),
+         "refit", "average", "blend"),
         ("evolve",),
     ),
     "balance": ("evolve", "pseudo-label", "kd", "pretrain"),
