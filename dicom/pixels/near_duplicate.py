@@ -2,7 +2,7 @@
 
 A code is the signs of random projections of the plate's local contrast, so the share of differing bits estimates the
 angle between two plates (Charikar, STOC 2002). The projections come from a key: a sender can't compute a code.
-bench/learning/pool_study.py measures LIMIT. Must not import DICOM modules.
+bench/nights/pool_study.py measures LIMIT. Must not import DICOM modules.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ measured. So is a manifest with `learn.max_unlabelled` images. What a step write
 round (profile demo, phantoms). A year has 365 nights; each makes a candidate, and each planned evaluation passes at most one.
 Store and ledger are not counted.
 
-    python bench/learning/year_of_rounds.py [--recipe NAME] [--profile gpu] [--out bench/results/year_of_rounds.json]
+    python bench/nights/year_of_rounds.py [--recipe NAME] [--profile gpu] [--out bench/results/year_of_rounds.json]
 """
 
 from __future__ import annotations

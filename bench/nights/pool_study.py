@@ -9,7 +9,7 @@
    pseudo-labels for the surest three quarters of the pool.
 3. The cost of an image and of a draw, in ledgers of growing size.
 
-    python bench/learning/pool_study.py --data DIR [--draws 8] [--out bench/results/pool_study.json]
+    python bench/nights/pool_study.py --data DIR [--draws 8] [--out bench/results/pool_study.json]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from agent.site import site as sites
 from agent.site.config import checked
 from bench.common import machine, results
 from bench.common.public_images import PublicImage, read_plate, read_set
-from bench.learning.pool_learners import LEARNERS
+from bench.nights.pool_learners import LEARNERS
 from dicom.pixels import near_duplicate
 from learner.evaluation.auc import auc
 
