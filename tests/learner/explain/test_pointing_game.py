@@ -1,4 +1,4 @@
-"""The measures of bench/learning/pointing_game.py on maps and boxes with known answers."""
+"""The measures of bench/explain/pointing_game.py on maps and boxes with known answers."""
 
 import csv
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from bench.common.public_images import read_set
-from bench.learning.pointing_game import CENTRE, FLAT, SERVED, USUAL, Case, priors, read_cases, score, summary
+from bench.explain.pointing_game import CENTRE, FLAT, SERVED, USUAL, Case, priors, read_cases, score, summary
 
 GRID = 16
 

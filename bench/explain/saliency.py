@@ -1,6 +1,6 @@
 """Agreement of saliency maps with lesions: every method on phantoms, whose lesions have a known place.
 
-    python bench/learning/saliency.py [--images 16] [--networks ...] [--methods ...]
+    python bench/explain/saliency.py [--images 16] [--networks ...] [--methods ...]
 
 Trains small networks on phantoms (on the CPU, under two minutes each) and draws every map of images with a finding. The
 place of a lesion: where the image differs from the same image without it. Columns: pointing game (the map's peak is

@@ -1,13 +1,13 @@
 """Agreement of saliency maps with radiologists' boxes on adults: pointing game, share of the map in the box, overlap.
 
-    python bench/learning/pointing_game.py --data DIR --backbone FILE [--pools both mean cls] [--methods ...]
+    python bench/explain/pointing_game.py --data DIR --backbone FILE [--pools both mean cls] [--methods ...]
 
 `DIR/nih_adult512/manifest.csv` has boxes (column `boxes`: finding:x:y:w:h in pixels of the 1024 px original). The network
 is a pretrained backbone at 224 px with a linear head, fitted to the labels of all patients without a box. Every map is
 reduced to the patch grid of the served heatmap (the mean of each patch), in two ways: evidence for the finding only, and
 either sign (for the served heatmap also: what exceeds its mean). A case is an image with a finding; its boxes are one region. Compared are a flat map, a Gaussian at the
 image's centre, and the finding's usual place (the boxes of other patients). Intervals: 2,000 draws of patients.
-26 boxes are pneumonia; the other findings are pooled and descriptive only. Images are never written.
+26 boxes are pneumonia; the other findings are pooled and descriptive only.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.common import machine, results
 from bench.common.public_images import PublicImage, read_plate, read_set
-from bench.learning.saliency import ALL, SIDE, draw_map, to_images
+from bench.explain.saliency import ALL, SIDE, draw_map, to_images
 from learner.data.augment import normalise
 from learner.errors import LearnerError
 from learner.evaluation.auc import auc
@@ -104,8 +104,7 @@ def fit_head(
 ) -> tuple[list[str], dict[str, float]]:
     """Fit the head to all images of patients without a box; return the findings, and the AUC of `FOLDS` folds by patient."""
     findings = sorted({case.finding for case in cases})
-    boxed = {case.patient for case in cases}
-    places = [i for i, image in enumerate(images) if image.patient_id not in boxed]
+    places = [i for i, image in enumerate(images) if image.patient_id not in {case.patient for case in cases}]
     labels = torch.tensor([[float(images[i].has(finding)) for finding in findings] for i in places])
     head = logistic.fit(seen[places], labels, FEW_PENALTY)
     network.cls_head = type(network.cls_head)(network.backbone.dim, len(findings), 0).eval().requires_grad_(False)
