@@ -48,7 +48,10 @@ FOLDS = 5  # by patient, for the AUC of the head
 SPREAD = 0.25  # standard deviation of the centre prior, as a share of the image's side
 FLAT, CENTRE, USUAL, SERVED = "(flat map)", "(centre of the image)", "(usual place of the finding)", "heatmap"
 UNSIGNED = ("attention", "rollout")
+STEPS = 20  # of an integral: enough for means over patches, where `explain` takes 50 and more for single pixels
 MEASURES = {"pointing": "peak in the box", "mass": "share of the map in the box", "iou": "overlap at the box's area"}
+
+Rows = dict[str, list[dict[str, float]]]  # by map, the measures of each case
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,12 @@ def score(made: np.ndarray, region: np.ndarray) -> dict[str, float]:
     }
 
 
-def priors(cases: list[Case], grid: int) -> dict[str, list[dict[str, float]]]:
+def priors(cases: list[Case], grid: int) -> Rows:
     """Return the measures of the maps that use no network."""
     axis = (np.arange(grid) + 0.5) / grid - 0.5
     centre = np.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / (2 * SPREAD**2))
     flat = [float(case.region.mean()) for case in cases]  # a random place: area a; overlap of two regions of that area
-    rows: dict[str, list[dict[str, float]]] = {
+    rows: Rows = {
         FLAT: [{"pointing": a, "mass": a, "iou": a / (2 - a)} for a in flat],
         CENTRE: [score(centre, case.region) for case in cases],
         USUAL: [],
@@ -159,39 +162,30 @@ def priors(cases: list[Case], grid: int) -> dict[str, list[dict[str, float]]]:
 
 
 def measure(
-    network: Network, recipe: Recipe, plates: torch.Tensor, cases: list[Case], findings: list[str], methods: list[str]
-) -> tuple[dict[str, list[dict[str, float]]], dict[str, str]]:
-    """Return the measures of every method by case, and the reasons of methods that the network does not have."""
-    images = to_images(torch.stack([plates[case.image] for case in cases]), recipe)
-    rows, refused = {}, {}
+    network: Network, recipe: Recipe, images: torch.Tensor, cases: list[Case], found: list[int], method: str
+) -> Rows:
+    """Return the measures of a method by case: under its name, and for signed maps also in other ways.
+
+    images (N, 1, S, S) and `found`, the places of the findings in the head, belong to the N cases. Raises LearnerError for
+    a method that the network does not have.
+    """
     grid = recipe.image_size // network.backbone.patch
-
-    def against_boxes(maps: list[np.ndarray]) -> list[dict[str, float]]:
-        return [score(made.clip(min=0), case.region) for made, case in zip(maps, cases, strict=True)]
-
-    for method in methods:
-        began = time.monotonic()
-        try:
-            maps = [
-                draw_map(network, recipe, images[i : i + 1], findings.index(case.finding), method)
-                for i, case in enumerate(cases)
-            ]
-        except LearnerError as error:
-            refused[method] = str(error)
-            continue
-        signed = [on_grid(made, grid) for made in maps]
-        rows[method] = against_boxes(signed)
-        if method not in UNSIGNED:
-            rows[f"{method}, either sign"] = against_boxes([on_grid(made.abs(), grid) for made in maps])
-        if method == SERVED:
-            rows[f"{method}, above its mean"] = against_boxes([made - made.mean() for made in signed])
-        print(f"  {method}: {(time.monotonic() - began) / len(cases):.1f} s a map", flush=True)
-    return rows, refused
+    maps = [draw_map(network, recipe, images[i : i + 1], finding, method, STEPS) for i, finding in enumerate(found)]
+    signed = [on_grid(made, grid) for made in maps]
+    ways = {method: signed}
+    if method not in UNSIGNED:
+        ways[f"{method}, either sign"] = [on_grid(made.abs(), grid) for made in maps]
+    if method == SERVED:
+        ways[f"{method}, above its mean"] = [made - made.mean() for made in signed]
+    return {
+        name: [score(made.clip(min=0), case.region) for made, case in zip(drawn, cases, strict=True)]
+        for name, drawn in ways.items()
+    }
 
 
-def summary(rows: dict[str, list[dict[str, float]]], cases: list[Case], chosen: np.ndarray) -> dict[str, dict]:
+def summary(rows: Rows, patients: list[str], chosen: np.ndarray) -> dict[str, dict]:
     """Return the mean of each measure over the chosen cases, with intervals, alone and minus centre prior and heatmap."""
-    names, who = np.unique([cases[i].patient for i in chosen], return_inverse=True)
+    names, who = np.unique([patients[i] for i in chosen], return_inverse=True)
     rng = np.random.default_rng(0)
     weights = np.stack(
         [np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))[who] for _ in range(DRAWS)]
@@ -222,58 +216,55 @@ def as_text(table: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def draw_figure(document: dict, path: Path) -> None:
+def draw_figure(table: dict[str, dict], title: str, path: Path) -> None:
     """Draw the measures of each method on the main finding, with intervals; one column a measure."""
-    pool = next(iter(document["pools"]))
-    table = document["pools"][pool]["main"]
     names = sorted(table, key=lambda name: table[name]["mass"][0])
     figure, axes = plt.subplots(
         1, len(MEASURES), figsize=(11, 0.27 * len(names) + 1.4), sharey=True, layout="constrained"
     )
-    for axis, (m, title) in zip(axes, MEASURES.items(), strict=True):
+    for axis, (m, heading) in zip(axes, MEASURES.items(), strict=True):
         for place, name in enumerate(names):
             value, low, high = table[name][m]
             colour = "#6b6b6b" if name.startswith("(") else "#b3261e" if name == SERVED else "#1f4e79"
             axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=2, ms=4)
         axis.axvline(table[CENTRE][m][0], color="#6b6b6b", lw=0.8, ls=":")
-        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_title(heading, loc="left", fontsize=10)
         axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(
         range(len(names)), [f"{name} (served)" if name == SERVED else name for name in names], fontsize=8
     )
-    n = document["cases"][MAIN]
-    figure.suptitle(
-        f'{MAIN}: {n} images with boxes, pool "{pool}", mean and 95 % interval; dotted: centre of the image',
-        fontsize=10,
-    )
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure every pool; the result file is written after each, so that a run in parts adds to it."""
+    """Measure every pool and method that the result file lacks; the file is written after each."""
     torch.set_num_threads(options.threads)
     images = read_set(options.data / "nih_adult512")
     cases = read_cases(images)
     plates = torch.from_numpy(np.stack([read_plate(image.picture) for image in images]))
-    chosen = np.array([case.finding == MAIN for case in cases])
     document = json.loads(options.out.read_text()) if options.out.exists() else {"pools": {}}
-    document |= {
-        "machine": machine.facts("torch", "timm", backbone=options.backbone.name),
-        "patients": len({case.patient for case in cases}),
-    }
-    document |= {"cases": {MAIN: int(chosen.sum()), "other": int((~chosen).sum())}}
+    document |= {"machine": machine.facts("torch", "timm", backbone=options.backbone.name, steps=STEPS)}
+    document |= {"cases": [{"patient": case.patient, "finding": case.finding} for case in cases]}
     for pool, (network, recipe) in make_networks(options.backbone, options.pools).items():
         findings, quality = fit_head(network, embed(network, recipe, plates), images, cases)
-        print(f"pool {pool}: AUC of {FOLDS} folds {quality}", flush=True)
         assert isinstance(network.backbone, Backbone)
-        rows = priors(cases, recipe.image_size // network.backbone.patch)
-        measured, refused = measure(network, recipe, plates, cases, findings, options.methods)
-        rows |= measured
-        tables = {name: summary(rows, cases, np.flatnonzero(at)) for name, at in (("main", chosen), ("other", ~chosen))}
-        document["pools"][pool] = {"auc": quality, **tables, "refused": refused}
-        results.write(options.out, document)
+        result = document["pools"].setdefault(pool, {"rows": {}, "refused": {}}) | {"auc": quality}
+        document["pools"][pool] = result
+        result["rows"] |= priors(cases, recipe.image_size // network.backbone.patch)
+        seen = to_images(torch.stack([plates[case.image] for case in cases]), recipe)
+        for method in (m for m in options.methods if m not in result["rows"]):
+            began = time.monotonic()
+            try:
+                result["rows"] |= measure(
+                    network, recipe, seen, cases, [findings.index(c.finding) for c in cases], method
+                )
+            except LearnerError as error:
+                result["refused"][method] = str(error)
+            results.write(options.out, document)
+            print(f"  {pool}, {method}: {(time.monotonic() - began) / len(cases):.1f} s a map", flush=True)
 
 
 def main() -> None:
@@ -290,10 +281,14 @@ def main() -> None:
     if not options.show:
         run(options)
     document = json.loads(options.out.read_text())
+    patients, main_rows = [c["patient"] for c in document["cases"]], [c["finding"] == MAIN for c in document["cases"]]
     for pool, result in document["pools"].items():
-        for part, title in (("main", MAIN), ("other", "other findings, pooled")):
-            print(f"\npool {pool}, {title}\n{as_text(result[part])}")
-    draw_figure(document, options.out.with_suffix(".png"))
+        for title, chosen in ((MAIN, np.array(main_rows)), ("other findings, pooled", ~np.array(main_rows))):
+            table = summary(result["rows"], patients, np.flatnonzero(chosen))
+            print(f"\npool {pool}, {title}, {chosen.sum()} cases; AUC of the head {result['auc']}\n{as_text(table)}")
+            if (pool, title) == (next(iter(document["pools"])), MAIN):
+                heading = f'{MAIN}: {chosen.sum()} images with boxes, pool "{pool}", mean and 95 % interval'
+                draw_figure(table, f"{heading}; dotted: centre of the image", options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

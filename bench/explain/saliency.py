@@ -136,8 +136,10 @@ def candidate(network: Network, recipe: Recipe, images: torch.Tensor, finding: i
         return (share.flatten(2) @ through[:, first:, first:]).unflatten(-1, share.shape[2:])
 
 
-def draw_map(network: Network, recipe: Recipe, images: torch.Tensor, finding: int, method: str) -> torch.Tensor:
-    """Return a map of any method, signed (B, 1, h, w); attention heads are averaged."""
+def draw_map(
+    network: Network, recipe: Recipe, images: torch.Tensor, finding: int, method: str, steps: int = saliency.STEPS
+) -> torch.Tensor:
+    """Return a map of any method, signed (B, 1, h, w); attention heads are averaged; `steps` of an integral alone."""
     if method in CANDIDATES:
         return candidate(network, recipe, images, finding, method)
     if "ig" in method.split("-"):  # as `explain` does, without the check of the sum, which fails after resets
@@ -147,7 +149,7 @@ def draw_map(network: Network, recipe: Recipe, images: torch.Tensor, finding: in
 
         base = saliency.blurred(images) if method == "ig-blurred" else torch.zeros_like(images)
         if method != "smoothgrad-ig":
-            return saliency.integrated(logit, images, base)
+            return saliency.integrated(logit, images, base, steps)
         noise = saliency.draws(images, saliency.DRAWS_IG)
         return saliency.smoothed(lambda noisy: saliency.integrated(logit, noisy, base, STEPS), images, noise)
     return saliency.explain(network, recipe, images, finding, method)[0].mean(1, keepdim=True)
