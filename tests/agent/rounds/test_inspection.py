@@ -242,7 +242,8 @@ def test_a_round_that_has_not_begun_shows_nothing_yet_and_does_not_hold_a_follow
         name = planning.plan(site, ledger, "now", datetime.now(UTC)).name
     assert output(site, "round", "logs", name, "--follow") == ""
     assert inspection.learning(site.rounds / name) == {
-        "phases": [], "losses": {}, "monitors": {}, "candidate": None, "notes": [], "figure": None
+        "phases": [], "losses": {}, "monitors": {}, "candidate": None, "notes": [], "figure": None,
+        "floor": None, "forgetting": None,
     }  # fmt: skip
     shown = json.loads(output(site, "round", "show", name, "--json"))
     assert (shown["state"], shown["phases"], shown["progress"]) == ("planned", [], None)
