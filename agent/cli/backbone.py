@@ -36,7 +36,10 @@ def backbone_check(
 @backbone_app.command("fetch")
 def backbone_fetch(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="a timm name, OWNER/REPOSITORY[/FILE] on the hub, or a local file")
+        str,
+        typer.Argument(
+            metavar="NAME", help="a timm name, OWNER/REPOSITORY or OWNER/REPOSITORY/FILE on the hub, or a local file"
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="the new .safetensors file, for learn.backbone")],
     arch: Arch = "",

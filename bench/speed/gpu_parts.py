@@ -150,7 +150,8 @@ def serving(device: str, small: bool) -> dict[str, Any]:
     import torch
 
     from deploy import runtime
-    from learner.networks.backbone import build, plan_of
+    from learner.networks.architecture import plan_of
+    from learner.networks.backbone import build
     from learner.networks.heads import ClassHead, Network
     from learner.round.recipe import resolve
     from learner.training.export import ServedModel, export_onnx

@@ -14,8 +14,13 @@ DINO_SHAPE_KEYS = ("prototypes", "head_hidden", "bottleneck")  # recipe keys tha
 
 
 def keep_parent_shapes(recipe: Recipe, parent: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with the parent's shapes: the parent may be of another method, or of an earlier version's recipe."""
-    both = recipe.prototypes and parent.get("prototypes")
+    """Return the recipe with the parent's shapes of backbone and class head: an earlier version's recipe had others.
+
+    The shapes of the DINO head are the parent's where another method trained it. With the same method they stay as the
+    recipe says; if they have changed, loading the parent raises LearnerError.
+    """
+    other = parent.get("method", "distl") != recipe.method
+    both = other and recipe.prototypes and parent.get("prototypes")
     keys = CLASS_SHAPE_KEYS + (DINO_SHAPE_KEYS if both else ())
     return recipe.override({key: parent[key] for key in keys if key in parent})
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from learner.__main__ import main
-from learner.data.augment import resize_matrix, to_image
+from learner.data.augment import to_image
 from learner.engine.step import Batch
 from learner.errors import LearnerError
 from learner.explain import saliency
+from learner.networks.pooling import resize_matrix
 from learner.objectives.distl_steps import unlabelled_step
 from learner.round.folder import PAUSED
 from learner.training.export import probe_plates
