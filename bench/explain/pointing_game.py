@@ -86,7 +86,9 @@ def make_networks(backbone: Path, pools: list[str]) -> dict[str, tuple[Network, 
     made = {}
     for pool in pools:
         recipe = resolve(
-            "evolve", "gpu", {"image_size": 224, "local_size": 112, "pool": pool, "backbone": str(backbone)}
+            "evolve",
+            "gpu",
+            {"image_size": 224, "local_size": 112, "pool": pool, "blocks": 0, "backbone": str(backbone)},
         )
         network = make_network(read.plan, recipe, 1)
         network.backbone.load(read.tensors)
