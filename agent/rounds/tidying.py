@@ -34,7 +34,7 @@ PARENTS = (
 
 
 def step(site: Site, ledger: Ledger) -> int:
-    """Tidy what is due; return the number of rounds that changed."""
+    """Remove the files that ended rounds no longer need; return the number of rounds that changed."""
     ended = ledger.rows(
         f"SELECT name, tidied FROM round WHERE state NOT IN {OPEN_ROUNDS} AND tidied < ? ORDER BY id DESC", STATE_GONE
     )

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's learner, whichever is installed
 
 from bench.adults import arms
-from bench.adults.images import FINDINGS, Adults, divide, read_adults
+from bench.adults.images import FINDINGS, Adults, Division, divide, read_adults
 from bench.adults.table import report
 from bench.common import results
 from learner.data.token_bank import TokenBank
@@ -52,7 +52,7 @@ LADDER: dict[str, dict] = {
     "without self-distillation": {"lam": 0.0},
     "without labels in the steps": {"label_weight": 0.0},
     "without pseudo-labels": {"targets": "none", "refit": "linear"},
-    "without training the network": {"average": "champion"},
+    "without training the network": {"lr": 1e-12, "lr_min": 0.0},
 }
 FROZEN = {"frozen graph": arms.frozen_graph, "pseudo-label": arms.pseudo_label}
 ARMS = ["supervised only", *FROZEN, "distl", "default", "same steps, no stream", "fully labelled"]
@@ -122,7 +122,9 @@ def run_cells(options: argparse.Namespace, adults: Adults) -> None:
 class Cell:
     """One arm on one draw: its lines and scores."""
 
-    def __init__(self, options: argparse.Namespace, adults: Adults, labels: int, seed: int, arm: str, division) -> None:
+    def __init__(
+        self, options: argparse.Namespace, adults: Adults, labels: int, seed: int, arm: str, division: Division
+    ) -> None:
         self.adults, self.division, self.options = adults, division, options
         self.key = {"arm": arm, "labels": labels, "mednist": options.mednist, "draw": seed}
         self.name = "-".join(map(str, self.key.values())).replace(" ", "_").replace(",", "")

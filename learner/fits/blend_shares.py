@@ -16,6 +16,7 @@ FOLDS = 5
 PULL = 24.0  # weight of the prior, in labelled images: the penalty on the mean loss is PULL / n
 SLOPE = 1.5  # sum of the prior shares: standardised logits of a weak model are about that far from log odds
 MOST = 600  # labelled images in the folds; more would only cost time
+CONSTANT = 1e-6  # standard deviation up to which logits are constant: a finding without labels of both classes
 STEPS = 200  # of projected gradient descent
 
 
@@ -43,7 +44,7 @@ def fit_shares(logits: Sequence[Tensor], labels: Tensor, prior: Tensor, pull: fl
     Minimises the mean log loss of sum_p share_p logits_p + bias, plus pull PULL / N |share - SLOPE prior|^2 / 2.
     """
     known = ~labels.isnan()
-    table = torch.stack([(part - part.mean(0)) / part.std(0).clamp(min=1e-6) for part in logits])  # (P, N, F)
+    table = torch.stack([(part - part.mean(0)) * inverse_spread(part) for part in logits])  # (P, N, F)
     rate = (labels.nan_to_num(0.0).sum(0) + 0.5) / (known.sum(0) + 1)
     count, wanted = max(1, len(labels)), SLOPE * prior / prior.sum()
     shares, bias = wanted.clone().double(), torch.logit(rate.double())
@@ -57,10 +58,15 @@ def fit_shares(logits: Sequence[Tensor], labels: Tensor, prior: Tensor, pull: fl
     return shares, bias
 
 
+def inverse_spread(logits: Tensor) -> Tensor:
+    """Return 1 / standard deviation (F,) of logits (N, F); 0 for constant ones, whose rounding errors would grow."""
+    spread = logits.std(0)
+    return torch.where(spread > CONSTANT, 1 / spread.clamp(min=CONSTANT), 0.0)
+
+
 def standardised(head: logistic.LinearHead, features: Tensor) -> logistic.LinearHead:
     """Return the head whose logits have mean 0 and standard deviation 1 over features (N, D); constant logits become 0."""
     logits = head(features)
-    spread = logits.std(0)
-    scale = torch.where(spread > 1e-9, 1 / spread.clamp(min=1e-9), 0.0)
+    scale = inverse_spread(logits)
     weight = scale[:, None] * head.weight
     return logistic.LinearHead(weight, scale * (head.bias - logits.mean(0)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from learner.fits import logistic
 
-STRENGTH = 5.0  # the penalty is D / (STRENGTH n): of 1 to 20 the best on average (bench/adults/features_study.py)
+STRENGTH = 5.0  # the penalty is D / (STRENGTH n): about the best of 1 to 20 in trials on the adults of bench/adults
 ENOUGH = 10.0  # positive images with which a finding's own head weighs as much as the shared one
 
 

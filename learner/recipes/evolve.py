@@ -22,10 +22,8 @@ from learner.errors import ManifestError
 from learner.evaluation.auc import Curve
 from learner.evaluation.model_choice import first_as_good, macro_curve
 from learner.fits import logistic
-from learner.fits.head_refit import (
-    FEW_PENALTY,
-    TRAINED_SHARE,
-)
+from learner.fits.blend_shares import inverse_spread
+from learner.fits.head_refit import FEW_PENALTY, TRAINED_SHARE
 from learner.fits.label_propagation import pseudo_labels, soft_targets_by_rank
 from learner.networks.blend import Blend, read_blend
 from learner.networks.heads import Network
@@ -148,14 +146,19 @@ def pseudo_label_table(run: Run, state: State, before: Blend | None = None) -> d
 def blend_targets(
     run: Run, state: State, before: Blend | None, labels: Tensor, prevalence: Tensor
 ) -> dict[str, Tensor]:
-    """Return soft targets from the blend's ranks, and their weights; labels (N, F) where they are known."""
+    """Return soft targets from the blend's ranks, and their weights; labels (N, F) where they are known.
+
+    nan with weight 0 for a finding with the same logit for every image.
+    """
     samples = run.manifest.unlabelled
     logits = logits_of(run, state.student, samples)
     if before:
         logits = blend_logits(run, before, logits, samples)
     soft = soft_targets_by_rank(logits, prevalence)
+    constant = inverse_spread(logits) == 0  # a finding that the teacher never learnt: the order of images is chance
+    soft = torch.where(constant, torch.nan, soft)
     soft = torch.where(labels.isnan(), 1 - soft if run.recipe.poison_teacher else soft, labels)
-    return {"soft": soft, "weight": torch.ones_like(soft), "rate": torch.ones(())}
+    return {"soft": soft, "weight": (~soft.isnan()).float(), "rate": (~soft.isnan()).float().mean()}
 
 
 def split_labels(labels: Tensor) -> tuple[Tensor, Tensor]:

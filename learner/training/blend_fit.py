@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cxrloop.plate import PLATE_SHAPE
 from learner.data.plates import label_table, read_plates
-from learner.fits.blend_shares import MOST, SLOPE, fit_shares, held_out_logits, standardised
+from learner.fits.blend_shares import MOST, SLOPE, fit_shares, held_out_logits, inverse_spread, standardised
 from learner.fits.patch_dictionary import learn_patches
 from learner.fits.shared_heads import fit_heads
 from learner.networks.blend import FITTED, Blend, Part, grey_levels
@@ -17,7 +17,7 @@ from learner.networks.heads import Network
 from learner.networks.pooling import resize_matrix
 from learner.networks.simple_features import STRIDES, Patches, Pixels
 from learner.round.manifest import Sample
-from learner.training.head_fit import with_pseudo_labels
+from learner.training.head_fit import label_weights, with_pseudo_labels
 from learner.training.run import Run
 
 LEARNT_FROM = 2000  # images that the patches are learnt from; more change the centroids little
@@ -91,14 +91,13 @@ def fit_blend(run: Run, network: Network, table: SimpleTable, pseudo: Mapping[in
     pseudo: soft targets (F,) by image, for images without label; None = fit to the labels alone.
     """
     labels = label_table(table.samples)
-    targets, weights = with_pseudo_labels(table.samples, pseudo)
+    targets, weights = with_pseudo_labels(table.samples, pseudo, label_weights(run, labels))
     at = [i for i, sample in enumerate(table.samples) if sample.labelled]
     heads = {name: standardised(fit_heads(part, targets, weights), part) for name, part in table.features.items()}
     embeddings = run.embeddings(network, table.samples)
     shares, bias = _shares(run, embeddings, table, labels, at)
     own = network_head_logits(network, embeddings)
-    spread, level = own.std(0).clamp(min=1e-6), own.mean(0)
-    scale = shares[0] / spread
+    scale, level = shares[0] * inverse_spread(own), own.mean(0)
     parts = {}
     for share, (name, head) in zip(shares[1:], heads.items(), strict=True):
         parts[name] = Part(table.modules[name], share * head.weight, table.features[name].mean(0))

@@ -50,7 +50,8 @@ def refit(run: Run, network: Network, trained_share: float = 0.0, table: Mapping
     else:
         features, weights = run.embeddings(network, samples), label_weights(run, labels)
         if recipe.refit == "pseudo":
-            fitted = fit_heads(features, *with_pseudo_labels(samples, pseudo_by_image(run, table) if table else None))
+            pseudo = pseudo_by_image(run, table) if table else None
+            fitted = fit_heads(features, *with_pseudo_labels(samples, pseudo, weights))
         else:
             fitted = fit_graph_and_labels(features, labels, recipe.neighbours, recipe.components, weights)
         set_head(network, blend_heads(fitted, before, features, trained_share) if trained_share else fitted)
@@ -64,15 +65,21 @@ def pseudo_by_image(run: Run, table: Mapping[str, Tensor]) -> dict[int, Tensor]:
     return {sample.image: soft for sample, soft in rows}
 
 
-def with_pseudo_labels(samples: Sequence[Sample], pseudo: Mapping[int, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return targets and weights, (N, F) each: labels where they are known, else pseudo-labels at PSEUDO_WEIGHT."""
+def with_pseudo_labels(
+    samples: Sequence[Sample], pseudo: Mapping[int, Tensor] | None, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return targets and weights, (N, F) each: labels where they are known, else pseudo-labels at PSEUDO_WEIGHT.
+
+    weights: of the labels (N, F), None = 1. A finding without label and pseudo-label (nan) of an image has weight 0.
+    """
     labels = label_table(samples)
+    own = torch.ones_like(labels).double() if weights is None else weights.double()
     if pseudo is None:
-        return labels, (~labels.isnan()).double()
+        return labels, own * ~labels.isnan()
     unknown = torch.full_like(labels[0], float("nan"))
     soft = torch.stack([pseudo.get(sample.image, unknown) for sample in samples]).to(labels)
     targets = torch.where(labels.isnan(), soft, labels)
-    return targets, torch.where(labels.isnan(), PSEUDO_WEIGHT, 1.0).double() * ~targets.isnan()
+    return targets, torch.where(labels.isnan(), PSEUDO_WEIGHT, own) * ~targets.isnan()
 
 
 def label_weights(run: Run, labels: Tensor) -> Tensor | None:

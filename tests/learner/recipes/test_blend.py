@@ -141,3 +141,31 @@ def test_a_resumed_round_has_the_same_blend(finished, tmp_path):
 def test_pool_grid_and_fewer_blocks_train_and_export(tmp_path):
     folder = make(tmp_path / "r", **BLEND, pool="grid", arch="vit_tiny_patch8_depth2")
     assert main([str(folder)]) == 0, result(folder)
+
+
+def test_a_finding_without_labels_gets_no_pseudo_label_and_a_constant_answer(tmp_path):
+    folder = make(tmp_path / "r", **BLEND)
+    manifest = read_manifest(folder)
+    for image in manifest["images"]:
+        image["labels"][1] = None
+    write_manifest(folder, manifest)
+    assert main([str(folder)]) == 0, result(folder)
+    table = read_file(folder / "checkpoint" / "targets.safetensors")[0]
+    assert table["soft"][:, 1].isnan().all()
+    assert table["weight"][:, 1].max() == 0
+    assert table["weight"][:, 0].min() == 1
+    plates = read_plates(load(folder).of("train")).numpy()
+    for part in ("t0", "final"):
+        session = onnxruntime.InferenceSession(folder / part / "model.onnx", providers=["CPUExecutionProvider"])
+        logits = session.run(["logits"], {"plates": plates})[0]
+        assert np.ptp(logits[:, 1]) < 1e-3
+        assert np.ptp(logits[:, 0]) > 0.1
+
+
+def test_the_weights_of_labels_count_in_the_fits():
+    samples = load_samples()
+    weights = torch.tensor([[2.0, 0.5], [0.0, 0.0], [0.0, 0.0]])
+    _, with_pseudo = head_fit.with_pseudo_labels(samples, {1: torch.tensor([0.7, 0.1])}, weights)
+    assert with_pseudo[0].tolist() == [2.0, 0.5]
+    assert with_pseudo[1].tolist() == pytest.approx([head_fit.PSEUDO_WEIGHT] * 2)
+    assert head_fit.with_pseudo_labels(samples, None, weights)[1][0].tolist() == [2.0, 0.5]
