@@ -21,6 +21,7 @@ from dicom.phantom.wrap import wrap
 EXPLICIT_LE, J2K_LOSSLESS = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.90"
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
 PREVALENCE = 0.45  # of each finding: enough of both classes in few images; lower in a hospital
+REPEAT = 0.15  # probability that an image belongs to the previous patient
 STRENGTH = (0.5, 1.3)  # of a finding, mild to severe: learnable for a ViT from random weights with few labels
 PICTURES = {".png", ".jpg", ".jpeg"}
 
@@ -39,7 +40,7 @@ def phantoms(folder: Path, n: int, seed: int) -> tuple[list[DemoImage], list[Pat
     """Write `n` frontal phantoms (some MONOCHROME1, some JPEG 2000) and some odd files; return both."""
     folder.mkdir(parents=True)
     images = []
-    for number, phantom in enumerate(draw(n, seed, FINDINGS, PREVALENCE, STRENGTH, repeat=0.15)):
+    for number, phantom in enumerate(draw(n, seed, FINDINGS, PREVALENCE, STRENGTH, repeat=REPEAT)):
         dataset = wrap(
             phantom.pixels(),
             patient_id=phantom.patient,

@@ -14,12 +14,9 @@ from agent.demo.flow import Flow
 from agent.errors import Problem
 
 READY_S = 300  # imports alone take a minute on a busy machine; a process that ends is noticed at once
-POISONED = """base = "distl"
-# A bad night on purpose: the teacher's class logits are inverted. The gate is not told.
-poison_teacher = true
-# No correction on the labelled images: it would undo most of the harm before the night ends.
-correct_every = 0
-"""
+# A bad night on purpose: the teacher's pseudo-labels are inverted, and the student's steps use no labels. The gate is
+# not told.
+POISON = {"poison_teacher": True, "label_weight": 0.0}
 
 
 @dataclass
@@ -68,10 +65,10 @@ def make_demo_site(root: Path, images: list[pacs.DemoImage], evaluations: int) -
     _change_settings(
         root / "appliance.toml",
         ('window = "22:00-05:00"', 'window = ""'),
-        ('recipe = "evolve"', 'recipe = "distl"'),
         ("evaluations_per_year = 52", f"evaluations_per_year = {evaluations}"),
     )
-    (root / "poisoned.toml").write_text(POISONED, "utf-8")
+    lines = ('base = "evolve"', *(f"{key} = {json.dumps(value)}" for key, value in POISON.items()))
+    (root / "poisoned.toml").write_text("\n".join(lines) + "\n", "utf-8")
     return demo
 
 

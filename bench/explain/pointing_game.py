@@ -17,6 +17,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -247,7 +248,7 @@ def run(options: argparse.Namespace) -> None:
     images = read_set(options.data / "nih_adult512")
     cases = read_cases(images)
     plates = torch.from_numpy(np.stack([read_plate(image.picture) for image in images]))
-    document = json.loads(options.out.read_text()) if options.out.exists() else {"pools": {}}
+    document: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"pools": {}}
     document |= {"machine": machine.facts("torch", "timm", backbone=options.backbone.name, steps=STEPS)}
     document |= {"cases": [{"patient": case.patient, "finding": case.finding} for case in cases]}
     for pool, (network, recipe) in make_networks(options.backbone, options.pools).items():

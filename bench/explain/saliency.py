@@ -96,7 +96,7 @@ def train(
     steps = epochs * sweep
     rates = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps)
     targets = torch.from_numpy(labels)
-    reach = recipe.image_size // 16
+    reach, order = recipe.image_size // 16, torch.arange(len(images))
     for step in range(steps):
         if step % sweep == 0:
             order = torch.randperm(len(images))

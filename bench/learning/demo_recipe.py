@@ -21,6 +21,9 @@ import onnxruntime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from agent.demo.pacs import FINDINGS, PREVALENCE, REPEAT, STRENGTH
+from agent.demo.site import POISON
+from agent.demo.story import LABELS as LABELLED
 from bench.common import machine, results
 from bench.common.appliance import ROOT
 from dicom.phantom.phantom import draw
@@ -30,11 +33,7 @@ from learner.evaluation import pixel_baseline
 from learner.evaluation.calibrate import auc
 from learner.round.recipe import resolve
 
-FINDINGS = ("cardiomegaly", "effusion", "opacity")
-PREVALENCE, STRENGTH, REPEAT = 0.45, (0.5, 1.3), 0.15  # as in `cxrloop demo`
-LABELLED, TRAIN, VALIDATION, CALIBRATION, TEST = 80, 300, 60, 60, 400  # 80 labelled, as in `cxrloop demo`
-# as in the poisoned night of `cxrloop demo`; corrections would undo most of the harm
-POISON = {"poison_teacher": True, "correct_every": 0}
+TRAIN, VALIDATION, CALIBRATION, TEST = 440, 60, 60, 400  # images; about as many for training as in `cxrloop demo`
 ARMS = {"round": {}, "no stream": {}, "poisoned": POISON}
 
 
@@ -48,7 +47,7 @@ def phantoms(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
 def write_round(folder: Path, ranges: dict, seed: int, arm: str, overrides: dict) -> None:
     """Write a round folder as the agent does."""
     (folder / "plates").mkdir(parents=True)
-    recipe = resolve("distl", "demo", {**overrides, **ARMS[arm], "seed": seed})
+    recipe = resolve("evolve", "demo", {**overrides, **ARMS[arm], "seed": seed})
     samples = []
     for name, (plates, labels, patients) in ranges.items():
         for i in range(len(plates)):
@@ -74,7 +73,7 @@ def measure(folder: Path, plates: np.ndarray, labels: np.ndarray) -> dict[str, f
     """Return the AUC by finding, and their mean, of an exported model."""
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     scores = np.concatenate(
-        [session.run(["logits"], {"plates": plates[i : i + 16]})[0] for i in range(0, len(plates), 16)]
+        [np.asarray(session.run(["logits"], {"plates": plates[i : i + 16]})[0]) for i in range(0, len(plates), 16)]
     )
     return by_finding(scores, labels)
 
@@ -154,7 +153,7 @@ def record(rows: list[dict], threads: int, out: Path) -> None:
     }  # fmt: skip
     result = {
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine.facts(), "threads": threads,
-        "phantoms": phantoms_, "recipe": resolve("distl", "demo").to_dict(), "rows": rows,
+        "phantoms": phantoms_, "recipe": resolve("evolve", "demo").to_dict(), "rows": rows,
     }  # fmt: skip
     results.write(out, result)
 

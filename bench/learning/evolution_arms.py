@@ -61,7 +61,7 @@ class Banks(TokenBank):
         """Read each bank's own images; return the parts in the requested order."""
         bank_of = torch.tensor([self.home[sample.image] for sample in samples])
         places = [at for n in range(len(self.banks)) if len(at := (bank_of == n).nonzero()[:, 0])]
-        parts_by_bank = [read(self.banks[int(bank_of[at[0]])], [samples[i] for i in at], at) for at in places]
+        parts_by_bank = [read(self.banks[int(bank_of[at[0]])], [samples[int(i)] for i in at], at) for at in places]
         back = torch.cat(places).argsort()
         return [torch.cat(parts)[back] for parts in zip(*parts_by_bank, strict=True)]
 

@@ -21,7 +21,7 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import JPEG2000, JPEG2000Lossless
+from pydicom.uid import JPEG2000, UID, JPEG2000Lossless
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.common import machine, results
@@ -63,7 +63,7 @@ def transcode(source: Path, target: Path, writer: str) -> None:
     if writer == "openjph":
         ds.PixelData = encapsulate([imagecodecs.htj2k_encode(ds.pixel_array, reversible=True)])
         ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
-        ds.file_meta.TransferSyntaxUID = HTJ2K_LOSSLESS
+        ds.file_meta.TransferSyntaxUID = UID(HTJ2K_LOSSLESS)
     elif writer == "openjpeg":
         ds.compress(JPEG2000Lossless, encoding_plugin="pylibjpeg", generate_instance_uid=False)
     else:

@@ -19,6 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pydicom.uid import UID
+
 from bench.common.appliance import accepts, python_path, wait_until
 from bench.node.sender import ImageFile, associate, encoded, pdu, store
 from dicom.dataset.facts import COMPUTED_RADIOGRAPHY
@@ -48,7 +50,7 @@ class ImageSource:
         self._templates = []
         for side in SIDES:
             ds = wrap(rng.integers(0, 4096, (side, side)).astype(np.uint16), "LOAD", bits=12, modality="CR")
-            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID_ROOT + "1" * DIGITS
+            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(UID_ROOT + "1" * DIGITS)
             buffer = io.BytesIO()
             ds.save_as(buffer, enforce_file_format=True)
             buffer.seek(0)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -45,7 +46,7 @@ def texts(ds: Dataset) -> Iterator[bytes]:
                 yield from texts(item)
         elif element.VR in TEXT and element.tag.group != 0x7FE0:
             raw = element.value
-            values = raw if isinstance(raw, (list, pydicom.multival.MultiValue)) else [raw]
+            values = raw if isinstance(raw, (list, MultiValue)) else [raw]
             for value in values:
                 if isinstance(value, bytes):
                     yield from re.findall(rb"[ -~]{6,}", value)[:50]

@@ -30,10 +30,11 @@ from learner.fits import logistic
 from learner.networks.backbone import build
 from learner.networks.heads import ClassHead, Network
 from learner.pretrained.reader import open_backbone
-from learner.recipes.evolve import FEW_PENALTY, set_head
+from learner.recipes.evolve import FEW_PENALTY
 from learner.round.manifest import RoundManifest, Sample
 from learner.round.recipe import resolve
 from learner.training.export import ServedModel, calibrate, check_parity, export_onnx, open_session
+from learner.training.head_fit import set_head
 
 IMAGES = {"train": 400, "calibration": 120, "test": 600}  # a few minutes of one core
 SIDE = 140  # pixels, as in bench/learning/evolution.py; 224 takes three times as long

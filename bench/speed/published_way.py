@@ -131,7 +131,7 @@ class FullNetwork(nn.Module):
             nn.Linear(hidden, recipe.bottleneck),
         )
         self.last = weight_norm(nn.Linear(recipe.bottleneck, recipe.prototypes, bias=False))
-        self.last.parametrizations.weight.original0.requires_grad_(False)
+        dict(self.last.named_parameters())["parametrizations.weight.original0"].requires_grad_(False)
         self.classes = nn.Sequential(
             nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, findings)
         )

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from learner.fits import logistic
+from learner.fits.logistic import inverse_spread
 from learner.fits.shared_heads import fit_heads
 
 FOLDS = 5
 PULL = 24.0  # weight of the prior, in labelled images: the penalty on the mean loss is PULL / n
 SLOPE = 1.5  # sum of the prior shares: standardised logits of a weak model are about that far from log odds
 MOST = 600  # labelled images in the folds; more would only cost time
-CONSTANT = 1e-6  # standard deviation up to which logits are constant: a finding without labels of both classes
 STEPS = 200  # of projected gradient descent
 
 
@@ -56,12 +56,6 @@ def fit_shares(logits: Sequence[Tensor], labels: Tensor, prior: Tensor, pull: fl
         shares = (shares - slope / (1 + weight)).clamp(min=0)
         bias = bias - error.sum(0) / each.sum(0).clamp(min=1e-6)
     return shares, bias
-
-
-def inverse_spread(logits: Tensor) -> Tensor:
-    """Return 1 / standard deviation (F,) of logits (N, F); 0 for constant ones, whose rounding errors would grow."""
-    spread = logits.std(0)
-    return torch.where(spread > CONSTANT, 1 / spread.clamp(min=CONSTANT), 0.0)
 
 
 def standardised(head: logistic.LinearHead, features: Tensor) -> logistic.LinearHead:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learner.fits import logistic
 from learner.fits.label_propagation import pseudo_labels
+from learner.fits.logistic import inverse_spread
 from learner.objectives.pseudo_targets import shrunk_prevalence
 
 PENALTY = 0.02  # ridge penalty of a head fitted to pseudo-labels of all images
@@ -39,8 +40,8 @@ def blend_heads(
     Both are measured on features (N, D). A finding with constant logits in one of the heads keeps the first head.
     """
     logits_1, logits_2 = first(features), second(features)
-    usable = (logits_1.std(0) > 0) & (logits_2.std(0) > 0)
-    stretch = torch.where(usable, logits_1.std(0) / logits_2.std(0), 0.0)
+    usable = (inverse_spread(logits_1) > 0) & (inverse_spread(logits_2) > 0)
+    stretch = torch.where(usable, logits_1.std(0) * inverse_spread(logits_2), 0.0)
     part = torch.where(usable, share, 0.0).to(logits_1)
     weight = (1 - part)[:, None] * first.weight + (part * stretch)[:, None] * second.weight
     bias = first.bias + part * (logits_1.mean(0) - first.bias) + part * stretch * (second.bias - logits_2.mean(0))

@@ -11,6 +11,7 @@ from torch import Tensor
 STEPS = 30  # of Newton's method at most; six to ten are usual
 NEWTON_SIZE = 1000  # images or features, the fewer of both, up to which Newton is used
 LBFGS_STEPS = 100
+CONSTANT = 1e-6  # standard deviation up to which logits are constant: a finding without labels of both classes
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class LinearHead:
 
     def __call__(self, features: Tensor) -> Tensor:
         return features.to(self.weight.dtype) @ self.weight.T + self.bias
+
+
+def inverse_spread(logits: Tensor) -> Tensor:
+    """Return 1 / standard deviation (F,) of logits (N, F); 0 for constant ones, whose rounding errors would grow."""
+    spread = logits.std(0)
+    return torch.where(spread > CONSTANT, 1 / spread.clamp(min=CONSTANT), 0.0)
 
 
 def fit(features: Tensor, targets: Tensor, penalty: float, weights: Tensor | None = None) -> LinearHead:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from learner.fits import logistic
+from learner.fits.logistic import inverse_spread
 
 STRENGTH = 5.0  # the penalty is D / (STRENGTH n): about the best of 1 to 20 in trials on the adults of bench/adults
 ENOUGH = 10.0  # positive images with which a finding's own head weighs as much as the shared one
@@ -20,11 +21,16 @@ def penalty_for(features: Tensor, total: float) -> float:
 
 
 def fit_heads(
-    features: Tensor, targets: Tensor, weights: Tensor | None = None, share: bool = True
+    features: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    share: bool = True,
+    positives: Tensor | None = None,
 ) -> logistic.LinearHead:
     """Return the head of all findings: features (N, D), targets (N, F) in [0, 1] with nan = unknown, weights (N, F).
 
-    share: let findings learn from "any finding"; has no effect with one finding.
+    share: let findings learn from "any finding"; has no effect with one finding. positives: known positive images (F,) of
+    each finding, None = all of the targets; pseudo-labels are not known.
     """
     known = ~targets.isnan()
     weight = known.double() if weights is None else weights.double() * known
@@ -33,7 +39,9 @@ def fit_heads(
         return head
     any_target, any_weight = any_finding(targets), weight.max(1, keepdim=True).values
     shared = logistic.fit(features, any_target, penalty_for(features, float(any_weight.sum())), any_weight)
-    return add_shared(head, shared, features, (targets.nan_to_num(0.0) * weight).sum(0))
+    if positives is None:
+        positives = (targets.nan_to_num(0.0) * weight).sum(0)
+    return add_shared(head, shared, features, positives)
 
 
 def any_finding(targets: Tensor) -> Tensor:
@@ -52,8 +60,8 @@ def add_shared(
     own, common = head(features), shared(features)
     part = ENOUGH / (ENOUGH + positives.to(own))
     spread = own.std(0)
-    usable = (spread > 0) & (common.std(0) > 0)
-    stretch = torch.where(usable, part * spread / common.std(0).clamp(min=1e-12), 0.0)
+    usable = (inverse_spread(own) > 0) & (inverse_spread(common) > 0)
+    stretch = torch.where(usable, part * spread * inverse_spread(common), 0.0)
     total = own + stretch * common
     scale = torch.where(usable, spread / total.std(0).clamp(min=1e-12), 1.0)
     weight = scale[:, None] * (head.weight + stretch[:, None] * shared.weight)

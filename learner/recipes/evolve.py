@@ -22,9 +22,9 @@ from learner.errors import ManifestError
 from learner.evaluation.auc import Curve
 from learner.evaluation.model_choice import first_as_good, macro_curve
 from learner.fits import logistic
-from learner.fits.blend_shares import inverse_spread
 from learner.fits.head_refit import FEW_PENALTY, TRAINED_SHARE
 from learner.fits.label_propagation import pseudo_labels, soft_targets_by_rank
+from learner.fits.logistic import inverse_spread
 from learner.networks.blend import Blend, read_blend
 from learner.networks.heads import Network
 from learner.objectives.pseudo_targets import agreement, class_thresholds, hard_labels, shrunk_prevalence, soft_weights

@@ -65,8 +65,8 @@ class RoundManifest:
     parent_state: Path | None
     until: datetime | None
     samples: tuple[Sample, ...]
-    notes: tuple[str, ...]  # of the agent, for result and card
     fingerprint: str  # sha256 of everything that changes the result, that is of all keys but `until`
+    notes: tuple[str, ...] = ()  # of the agent, for result and card
 
     def of(self, range_: str) -> tuple[Sample, ...]:
         """Return the samples of a range."""

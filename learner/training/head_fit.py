@@ -18,6 +18,7 @@ from learner.training.run import Run
 from learner.training.supervised import label_balance
 
 PSEUDO_WEIGHT = 0.3  # of a pseudo-label beside a label
+LABELS_SHARE = 0.5  # share of the head fitted to labels in the mean with the one fitted to pseudo-labels too
 
 
 def fit_head(run: Run, network: Network) -> None:
@@ -51,12 +52,29 @@ def refit(run: Run, network: Network, trained_share: float = 0.0, table: Mapping
         features, weights = run.embeddings(network, samples), label_weights(run, labels)
         if recipe.refit == "pseudo":
             pseudo = pseudo_by_image(run, table) if table else None
-            fitted = fit_heads(features, *with_pseudo_labels(samples, pseudo, weights))
+            fitted = fit_labels_and_pseudo_labels(features, samples, pseudo, weights)
         else:
             fitted = fit_graph_and_labels(features, labels, recipe.neighbours, recipe.components, weights)
         set_head(network, blend_heads(fitted, before, features, trained_share) if trained_share else fitted)
     if not run.is_first_round:
         set_head(network, combine_by_finding(has_both_classes(labels), head_of(network), before))
+
+
+def fit_labels_and_pseudo_labels(
+    features: Tensor, samples: Sequence[Sample], pseudo: Mapping[int, Tensor] | None, weights: Tensor | None = None
+) -> logistic.LinearHead:
+    """Return the mean of a head fitted to labels and one fitted to labels and pseudo-labels; features (N, D) of samples.
+
+    Pseudo-labels carry the teacher's errors on; the head fitted to labels alone holds the mean back where they are many.
+    weights: of the labels (N, F), None = 1. Without pseudo-labels it is the head fitted to labels.
+    """
+    labels = label_table(samples)
+    by_labels = fit_heads(features, *with_pseudo_labels(samples, None, weights))
+    if pseudo is None:
+        return by_labels
+    targets, own = with_pseudo_labels(samples, pseudo, weights)
+    known = (labels.nan_to_num(0.0) * own).sum(0)
+    return blend_heads(fit_heads(features, targets, own, positives=known), by_labels, features, LABELS_SHARE)
 
 
 def pseudo_by_image(run: Run, table: Mapping[str, Tensor]) -> dict[int, Tensor]:

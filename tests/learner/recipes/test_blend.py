@@ -11,6 +11,8 @@ import torch
 from learner.__main__ import main
 from learner.data.plates import label_table, read_plates
 from learner.engine.checkpoint import read_file
+from learner.fits.head_refit import blend_heads
+from learner.fits.shared_heads import fit_heads
 from learner.networks.blend import grey_levels, read_blend
 from learner.recipes import evolve
 from learner.round.manifest import Sample, load
@@ -169,3 +171,22 @@ def test_the_weights_of_labels_count_in_the_fits():
     assert with_pseudo[0].tolist() == [2.0, 0.5]
     assert with_pseudo[1].tolist() == pytest.approx([head_fit.PSEUDO_WEIGHT] * 2)
     assert head_fit.with_pseudo_labels(samples, None, weights)[1][0].tolist() == [2.0, 0.5]
+
+
+def test_a_head_is_the_mean_of_one_fitted_to_labels_and_one_fitted_to_pseudo_labels_too():
+    draw = torch.Generator().manual_seed(3)
+    features = torch.randn(40, 5, generator=draw, dtype=torch.float64)
+    truth = features[:, :2] > 0.5
+    samples = [
+        Sample(i, f"p{i}", Path("x.npy"), "train", tuple(map(int, truth[i])) if i < 12 else (None, None))
+        for i in range(40)
+    ]
+    pseudo = {i: torch.rand(2, generator=draw) for i in range(12, 40)}
+    labels_alone = head_fit.fit_labels_and_pseudo_labels(features, samples, None)
+    targets, weights = head_fit.with_pseudo_labels(samples, pseudo)
+    with_pseudo = fit_heads(features, targets, weights, positives=truth[:12].sum(0).double())
+    mean = head_fit.fit_labels_and_pseudo_labels(features, samples, pseudo)
+    half = blend_heads(with_pseudo, labels_alone, features, 0.5)
+    torch.testing.assert_close(mean.weight, half.weight)
+    # pseudo-labels are not known positives: they do not weaken what findings learn from each other
+    assert not torch.allclose(with_pseudo.weight, fit_heads(features, targets, weights).weight)
