@@ -39,7 +39,7 @@ SIZES = {
 LAST_BLOCK = {"blocks": 0, "blend": False, "class_hidden": 0, "components": 32, "frozen_blocks": 11}
 # as published except for sizes and lengths: few steps need a faster teacher and more frequent corrections
 DISTL = {
-    **LAST_BLOCK, "pool": "cls", "epochs": 1, "t0_epochs": 1, "t0_lr": 1e-3, "t0_steps": 100, "lr": 3e-4, "lam": 0.5,
+    **LAST_BLOCK, "pool": "cls", "epochs": 1, "t0_epochs": 1, "t0_lr": 1e-5, "t0_steps": 100, "lr": 3e-4, "lam": 0.5,
     "ema_base": 0.99, "correct_every": 10, "warmup_epochs": 0, "drop_path": 0.0,
 }  # fmt: skip
 TUNED = {

@@ -30,7 +30,7 @@ from dicom.phantom.phantom import draw
 from dicom.phantom.wrap import wrap
 from dicom.pixels.plate import to_plate
 from learner.evaluation import pixel_baseline
-from learner.evaluation.calibrate import auc
+from learner.evaluation.auc import auc
 from learner.round.recipe import resolve
 
 TRAIN, VALIDATION, CALIBRATION, TEST = 440, 60, 60, 400  # images; about as many for training as in `cxrloop demo`

@@ -31,7 +31,7 @@ from learner.objectives.pseudo_targets import agreement, class_thresholds, hard_
 from learner.objectives.teacher_student import pop_weight_mean, teacher_student_step
 from learner.round.manifest import Sample
 from learner.training.blend_fit import SimpleTable, blend_logits, fit_blend, simple_table
-from learner.training.head_fit import fit_head, logits_of, pseudo_by_image, refit
+from learner.training.head_fit import logits_of, pseudo_by_image, refit, start_with_fitted_head
 from learner.training.run import SCORING_BATCH, Run
 from learner.training.supervised import label_balance, train_on_labels
 
@@ -92,13 +92,6 @@ def initial_state(run: Run, start: Callable[[State], None]) -> State:
     state = run.new_state("begun", run.schedule(run.unlabelled_feed(), 1, run.recipe.lr))
     start(state)
     return state
-
-
-def start_with_fitted_head(run: Run, state: State) -> None:
-    """Load the backbone and fit the class head on its features before any fine-tuning (LP-FT, Kumar et al., ICLR 2022)."""
-    run.from_backbone(state)
-    fit_head(run, state.student)
-    state.teacher.load_state_dict(state.student.state_dict())
 
 
 def pseudo_label_table(run: Run, state: State, before: Blend | None = None) -> dict[str, Tensor]:

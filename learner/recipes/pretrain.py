@@ -14,7 +14,7 @@ from learner.engine.step import State
 from learner.errors import ManifestError
 from learner.objectives.teacher_student import teacher_student_step
 from learner.pretrained.reader import weights_of
-from learner.recipes.evolve import fit_head
+from learner.training.head_fit import fit_head
 from learner.training.run import Run
 from learner.training.supervised import train_on_labels
 

@@ -210,7 +210,8 @@ SIZED: dict[tuple[str, str], dict[str, Any]] = {
 # accuracy required in the benchmarks. `evolve` uses labels only to fit its class head: a label loss in every step showed
 # no gain.
 PRETRAINED: dict[tuple[str, str], dict[str, Any]] = {
-    ("distl", "cpu"): {"frozen_blocks": -1},
+    ("distl", "gpu"): {"class_hidden": 0, "t0_lr": 1e-5},
+    ("distl", "cpu"): {"class_hidden": 0, "t0_lr": 1e-5, "frozen_blocks": -1},
     ("evolve", "gpu"): {"blocks": -1, "pool": "grid"},
     ("evolve", "cpu"): {
         "blocks": -1,

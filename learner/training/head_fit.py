@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.data.plates import label_table
+from learner.engine.step import State
 from learner.fits import logistic
 from learner.fits.head_refit import FEW_PENALTY, blend_heads, combine_by_finding, fit_graph_and_labels
 from learner.fits.label_propagation import has_both_classes
@@ -34,6 +35,13 @@ def fit_head(run: Run, network: Network) -> None:
             network,
             fit_heads(features, labels, weights) if blended else logistic.fit(features, labels, FEW_PENALTY, weights),
         )
+
+
+def start_with_fitted_head(run: Run, state: State) -> None:
+    """Load the backbone and fit the class head on its features before any fine-tuning (LP-FT, Kumar et al., ICLR 2022)."""
+    run.from_backbone(state)
+    fit_head(run, state.student)
+    state.teacher.load_state_dict(state.student.state_dict())
 
 
 def refit(run: Run, network: Network, trained_share: float = 0.0, table: Mapping[str, Tensor] | None = None) -> None:
