@@ -39,6 +39,7 @@ def init_command(
 ) -> None:
     """Create a site folder: settings with every key commented, keys, ledger."""
     from agent.site import config
+    from agent.site.expectation import expectation
     from agent.site.site import init
 
     with console.errors():
@@ -52,10 +53,11 @@ def init_command(
             values["patients"] = {"golden": 0.45, "golden_next": 0.0, "calibration": 0.1, "validation": 0.1}
             values["learn"] |= {"min_new": 20}
         site = init(folder, config.checked(values))
-        settings = site.root / "appliance.toml"
+        settings, expect = site.root / "appliance.toml", expectation(values["learn"]["backbone"])
         if json_out:
-            return console.as_json({"site": str(site.root), "config": str(settings), "findings": list(site.findings)})
-        console.people.print(f"site created in {site.root}\nnext: cxrloop serve --config {settings}")
+            answer = {"site": str(site.root), "config": str(settings), "findings": list(site.findings)}
+            return console.as_json(answer | {"expect": expect})
+        console.people.print(f"site created in {site.root}\n{expect}\nnext: cxrloop serve --config {settings}")
 
 
 def _absolute(backbone: str) -> str:
