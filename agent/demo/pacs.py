@@ -22,7 +22,7 @@ EXPLICIT_LE, J2K_LOSSLESS = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.90"
 FINDINGS = ("cardiomegaly", "effusion", "opacity")
 PREVALENCE = 0.45  # of each finding: enough of both classes in few images; lower in a hospital
 REPEAT = 0.15  # probability that an image belongs to the previous patient
-STRENGTH = (0.2, 0.9)  # of a finding, faint to obvious: so that raw pixels miss many
+STRENGTH = (0.5, 1.3)  # of a finding, mild to severe: learnable for a ViT from random weights with few labels
 PICTURES = {".png", ".jpg", ".jpeg"}
 
 

@@ -14,9 +14,10 @@ from agent.demo.flow import Flow
 from agent.errors import Problem
 
 READY_S = 300  # imports alone take a minute on a busy machine; a process that ends is noticed at once
-# A bad night on purpose: the teacher's pseudo-labels are inverted, and the student's steps use no labels. The gate is
-# not told.
-POISON = {"poison_teacher": True, "label_weight": 0.0}
+RECIPE = "distl"  # from random weights; the default's simple features know the phantoms on the first day
+# A bad night on purpose: the teacher's class logits are inverted. The gate is not told. No correction on the labelled
+# images: it would undo most of the harm before the night ends.
+POISON = {"poison_teacher": True, "correct_every": 0}
 
 
 @dataclass
@@ -65,9 +66,10 @@ def make_demo_site(root: Path, images: list[pacs.DemoImage], evaluations: int) -
     _change_settings(
         root / "appliance.toml",
         ('window = "22:00-05:00"', 'window = ""'),
+        ('recipe = "evolve"', f'recipe = "{RECIPE}"'),
         ("evaluations_per_year = 52", f"evaluations_per_year = {evaluations}"),
     )
-    lines = ('base = "evolve"', *(f"{key} = {json.dumps(value)}" for key, value in POISON.items()))
+    lines = (f'base = "{RECIPE}"', *(f"{key} = {json.dumps(value)}" for key, value in POISON.items()))
     (root / "poisoned.toml").write_text("\n".join(lines) + "\n", "utf-8")
     return demo
 

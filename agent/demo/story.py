@@ -73,7 +73,7 @@ def _print_protocol(demo: Demo) -> None:
         f"Protocol: findings {', '.join(demo.findings)}; margin {gate['margin']} AUC against the champion and against "
         f"the frozen baseline; {NIGHTS} evaluations planned, alpha {gate['alpha']} / {NIGHTS} = "
         f"{gate['alpha'] / NIGHTS:.4f} each; a finding is decided from {gate['min_class']} patients of its smaller "
-        f"class; {LABELS} labelled training images; night 2 has a poisoned teacher and no label in its steps "
+        f"class; {LABELS} labelled training images; night 2 has a poisoned teacher and no correction "
         "(site/poisoned.toml)."
     )
 
