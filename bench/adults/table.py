@@ -31,27 +31,39 @@ class Test:
         self.rows = np.flatnonzero((adults.view[at] == view) | (view == "all"))
         places = at[self.rows]
         self.truth = adults.truth[places]
-        patients = np.unique([adults.samples[i].patient for i in places], return_inverse=True)[1]
-        rng = np.random.default_rng(seed)
-        number = patients.max() + 1
-        counts = [np.bincount(rng.integers(0, number, number), minlength=number) for _ in range(BOOTSTRAPS)]
-        self.weights = np.concatenate([np.ones((1, len(places))), np.stack(counts)[:, patients]])
+        self.weights = resampled([adults.samples[i].patient for i in places], seed)
 
     def auc(self, scores: np.ndarray) -> np.ndarray:
         """Return float [1 + BOOTSTRAPS, 1 + F]: macro AUC and the AUC of each finding; row 0 without resampling.
 
         scores [N, F] of all test images; nan where a resampling lacks a class; macro = mean over known findings.
         """
-        scores, columns = scores[self.rows], []
-        for i in range(len(FINDINGS)):
-            positive, negative = self.truth[:, i] == 1, self.truth[:, i] == 0
-            high, low = scores[positive, i][:, None], scores[negative, i][None]
-            won = (high > low) + 0.5 * (high == low)
-            p, n = self.weights[:, positive], self.weights[:, negative]
-            mass = p.sum(1) * n.sum(1)
-            columns.append(np.where(mass > 0, ((p @ won) * n).sum(1) / np.maximum(mass, 1), np.nan))
-        by_finding = np.stack(columns, 1)
+        by_finding = weighted_auc(scores[self.rows], self.truth, self.weights)
         return np.concatenate([np.nanmean(by_finding, 1, keepdims=True), by_finding], 1)
+
+
+def resampled(patients: list[str], seed: int) -> np.ndarray:
+    """Return weights of images, float [1 + BOOTSTRAPS, N]: 1, then how often each image's patient was drawn."""
+    own, rng = np.unique(patients, return_inverse=True)[1], np.random.default_rng(seed)
+    number = own.max() + 1
+    counts = [np.bincount(rng.integers(0, number, number), minlength=number) for _ in range(BOOTSTRAPS)]
+    return np.concatenate([np.ones((1, len(own))), np.stack(counts)[:, own]])
+
+
+def weighted_auc(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the AUC of each finding [R, F] for each row of weights [R, N]; nan where a class has no weight.
+
+    scores [N, F]; truth [N, F] of 1 and 0.
+    """
+    columns = []
+    for i in range(truth.shape[1]):
+        positive, negative = truth[:, i] == 1, truth[:, i] == 0
+        high, low = scores[positive, i][:, None], scores[negative, i][None]
+        won = (high > low) + 0.5 * (high == low)
+        p, n = weights[:, positive], weights[:, negative]
+        mass = p.sum(1) * n.sum(1)
+        columns.append(np.where(mass > 0, ((p @ won) * n).sum(1) / np.maximum(mass, 1), np.nan))
+    return np.stack(columns, 1)
 
 
 def interval(differences: np.ndarray, seed: int = 11) -> tuple[float, list[float]]:
