@@ -25,8 +25,8 @@ FITTED_TO = 4096  # train images that the heads are fitted to, the labelled ones
 AT_ONCE = 4  # plates at once: their responses stay in the processor's cache, three times as fast as 64
 # prior shares of the network and of each simple part: a pretrained network tells more than the patches, a random one less
 PRIORS = {
-    True: {"network": 2.0, "pixels": 0.5, "patches64": 1.0, "patches192": 1.0},
-    False: {"network": 0.25, "pixels": 1.0, "patches64": 1.0, "patches192": 1.0},
+    True: {"network": 2.0, "pixels": 0.5, "patches64": 1.0, "patches256": 1.0},
+    False: {"network": 0.25, "pixels": 1.0, "patches64": 1.0, "patches256": 1.0},
 }
 
 
