@@ -36,9 +36,10 @@ from learner.networks.vit import Backbone
 from learner.objectives.pseudo_targets import shrunk_prevalence
 from learner.pretrained.reader import open_backbone
 from learner.round.recipe import Recipe, resolve
-from learner.training.blend_fit import PRIORS
+from learner.training.blend_fit import AT_ONCE, PRIORS
 
 LOWER = "lower blocks, cells"
+OTHERS = {192: 8, 512: 24}  # further image sides in pixels, with their strides, for comparison
 LAST_PENALTIES = (0.1, 0.3, 1.0)  # of the head on the last block; the best one is shown, so the row is flattered
 
 
@@ -96,10 +97,11 @@ def simple_features(adults: Adults) -> dict[str, Tensor]:
     test = set(divide(adults, 80, 0).test.tolist())
     own = torch.tensor([i for i in range(len(adults.samples)) if i not in test])
     found = {"pixels": torch.cat([Pixels()(part) for part in grey])}
+    STRIDES.update(OTHERS)
     for size in STRIDES:
         matrix = resize_matrix(grey[0].shape[-1], size)
         patches = learn_patches(torch.cat([matrix @ part @ matrix.T for part in grey])[own], seed=0)
-        found[f"patches{size}"] = torch.cat([patches(part) for part in grey])
+        found[f"patches{size}"] = torch.cat([patches(few) for part in grey for few in part.split(AT_ONCE)])
     return found
 
 
@@ -168,7 +170,7 @@ def summary(values: np.ndarray) -> dict[str, float]:
     """Return the row of a table from AUCs (draws, F)."""
     macro = values.mean(1)
     named = {"macro": macro.mean(), "macro sd": macro.std(ddof=1), "abnormal sd": values[:, 0].std(ddof=1)}
-    named |= dict(zip(FINDINGS, values.mean(0), strict=True))
+    named |= dict(zip(FINDINGS, values.mean(0), strict=True)) | {"macro without abnormal": values[:, 1:].mean()}
     return {name: round(float(value), 4) for name, value in named.items()}
 
 
