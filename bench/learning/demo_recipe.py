@@ -159,7 +159,8 @@ def main() -> None:
 
 def record(rows: list[dict], options: argparse.Namespace) -> None:
     """Write the result file, which keeps the other recipe's rows; called after every seed."""
-    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    before = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result = {recipe: before[recipe] for recipe in POISONS if recipe in before}
     phantoms_ = {
         "findings": FINDINGS, "prevalence": PREVALENCE, "strength": STRENGTH, "repeat": REPEAT, "labelled": LABELLED,
         "train": TRAIN, "validation": VALIDATION, "calibration": CALIBRATION, "test": TEST,
