@@ -69,7 +69,11 @@ def make_demo_site(root: Path, images: list[pacs.DemoImage], evaluations: int) -
         ('recipe = "evolve"', f'recipe = "{RECIPE}"'),
         ("evaluations_per_year = 52", f"evaluations_per_year = {evaluations}"),
     )
-    lines = (f'base = "{RECIPE}"', *(f"{key} = {json.dumps(value)}" for key, value in POISON.items()))
+    lines = (
+        f'base = "{RECIPE}"',
+        "# a bad night on purpose: inverted teacher, no correction on labels",
+        *(f"{key} = {json.dumps(value)}" for key, value in POISON.items()),
+    )
     (root / "poisoned.toml").write_text("\n".join(lines) + "\n", "utf-8")
     return demo
 

@@ -39,7 +39,7 @@ from learner.round.recipe import Recipe, resolve
 from learner.training.blend_fit import AT_ONCE, PRIORS
 
 LOWER = "lower blocks, cells"
-OTHERS = {192: 8, 512: 24}  # further image sides in pixels, with their strides, for comparison
+OTHERS = {512: 24}  # a further image side in pixels, with its stride, for comparison
 LAST_PENALTIES = (0.1, 0.3, 1.0)  # of the head on the last block; the best one is shown, so the row is flattered
 
 

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from learner.errors import LearnerError
 from learner.networks.pooling import spread_weights
 from learner.networks.simple_features import STRIDES, Patches, Pixels
 
@@ -90,10 +91,19 @@ def size_of(name: str) -> int:
 
 
 def read_blend(tensors: Mapping[str, Tensor]) -> Blend | None:
-    """Return the blend whose `tensors` are among these, or None: rounds of other recipes have none."""
+    """Return the blend whose `tensors` are among these, or None: rounds of other recipes have none.
+
+    Raises LearnerError for simple features that this version does not know.
+    """
     own = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
     if not own:
         return None
+    unknown = {name.split(".")[1] for name in own if name.startswith("parts.")} - {*feature_names()}
+    if unknown:
+        raise LearnerError(
+            f"blend: unknown simple features {', '.join(sorted(unknown))}; this version knows {', '.join(feature_names())}. "
+            "Use the version that trained the model, or start from another parent"
+        )
     parts = {}
     for name in feature_names():
         at = f"parts.{name}."

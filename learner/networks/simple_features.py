@@ -13,7 +13,8 @@ from learner.networks.pooling import CELLS, cell_weights, resize_matrix
 
 SIDE = 24  # pixels a side of the reduced image, as in `learner.evaluation.pixel_baseline`
 PATCH = 8  # pixels a side of a patch
-STRIDES = {64: 2, 256: 12}  # image sides in pixels, and the distance of two patches on them
+STRIDES = {64: 2, 192: 8, 256: 12}  # image sides in pixels, and the distance of two patches on them
+SIDES = (64, 256)  # that are learnt; models with other sides stay readable
 CONTRAST = 10 / 255**2  # added to a patch's variance: noise in dark corners stays small (Coates et al., section 3.2.1)
 
 

@@ -15,7 +15,7 @@ from learner.fits.patch_dictionary import learn_patches
 from learner.networks.blend import FITTED, Blend, Part, grey_levels
 from learner.networks.heads import Network
 from learner.networks.pooling import resize_matrix
-from learner.networks.simple_features import STRIDES, Patches, Pixels
+from learner.networks.simple_features import SIDES, Patches, Pixels
 from learner.round.manifest import Sample
 from learner.training.head_fit import fit_labels_and_pseudo_labels, label_weights
 from learner.training.run import Run
@@ -44,7 +44,7 @@ def simple_table(run: Run) -> SimpleTable:
     samples = chosen_samples(run.manifest.labelled, run.manifest.unlabelled, run.recipe.seed)
     saved = run.compute_once("patches", lambda: _learn(run, samples))
     modules: dict[str, Pixels | Patches] = {"pixels": Pixels()}
-    for size in STRIDES:
+    for size in SIDES:
         modules[f"patches{size}"] = Patches(size, *(saved[f"{size}.{key}"].cpu() for key in FITTED))
     return SimpleTable(samples, modules, features_of(run, modules, samples))
 
@@ -60,8 +60,8 @@ def chosen_samples(labelled: Sequence[Sample], unlabelled: Sequence[Sample], see
 
 def _learn(run: Run, samples: Sequence[Sample]) -> dict[str, Tensor]:
     order = np.random.default_rng([run.recipe.seed, 14]).permutation(len(samples))[:LEARNT_FROM]
-    chosen, images = [samples[i] for i in sorted(order)], {size: [] for size in STRIDES}
-    matrices = {size: resize_matrix(PLATE_SHAPE[0], size) for size in STRIDES}
+    chosen, images = [samples[i] for i in sorted(order)], {size: [] for size in SIDES}
+    matrices = {size: resize_matrix(PLATE_SHAPE[0], size) for size in SIDES}
     for grey in _grey(run, chosen):
         for size, matrix in matrices.items():
             images[size].append(matrix @ grey @ matrix.T)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from learner.errors import LearnerError
 from learner.evaluation import pixel_baseline
 from learner.fits.patch_dictionary import CENTROIDS, contrast_normalised, learn_patches
 from learner.networks.blend import Blend, Part, feature_names, grey_levels, read_blend
-from learner.networks.simple_features import CONTRAST, PATCH, STRIDES, Pixels, whitened_patches
+from learner.networks.simple_features import CONTRAST, PATCH, SIDES, STRIDES, Patches, Pixels, whitened_patches
 
 torch.set_num_threads(1)
 
@@ -97,3 +98,20 @@ def test_without_its_tensors_there_is_no_blend():
 def test_grey_levels_are_the_bytes_of_a_plate_over_255():
     plates = torch.tensor([[[0, 255]]], dtype=torch.uint8)
     assert grey_levels(plates).tolist() == [[[0.0, 1.0]]]
+
+
+def test_patches_of_every_known_side_can_be_read_and_the_learnt_ones_are_among_them():
+    assert set(SIDES) <= set(STRIDES)
+    for side in STRIDES:
+        patches = Patches(side, torch.eye(PATCH**2), torch.zeros(PATCH**2), torch.randn(3, PATCH**2))
+        assert patches(torch.rand(2, 512, 512)).shape == (2, 48)
+
+
+def test_a_blend_with_unknown_features_is_refused_and_not_read_without_them():
+    tensors = {
+        "blend.scale": torch.ones(1),
+        "blend.bias": torch.zeros(1),
+        "blend.parts.patches77.weight": torch.ones(1, 4),
+    }
+    with pytest.raises(LearnerError, match="unknown simple features patches77"):
+        read_blend(tensors)
